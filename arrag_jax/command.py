@@ -1,0 +1,122 @@
+"""What every command does first: flags, one strict config, errors in one line, the compilation cache.
+
+A command is a function ``main(config, **flags)``; see ``arrag_jax/train.py`` for the shortest one.
+"""
+
+import dataclasses
+import os
+import runpy
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags as absl_flags
+from ml_collections import ConfigDict, config_flags
+
+from arrag_jax import config as config_lib
+from arrag_jax.errors import UserError, run_command
+
+REQUIRED: Any = object()
+
+
+class Flag(NamedTuple):
+    """One flag of a command; its type is its default's (str, int, float, bool; () = may be given several times)."""
+
+    help: str
+    default: Any = REQUIRED  # left out: a required string
+
+
+def main_with_config(main: Callable[..., int | None], config_class: type | None, **flags: Flag) -> None:
+    """Runs a command from the command line and exits.
+
+    Reads ``--config path.py`` (with overrides ``--config.key=value``) into the frozen dataclass
+    ``config_class``, and the named flags beside it; then calls ``main(config, **flags)``, or
+    ``main(**flags)`` for a command without a config. Bad flags, bad configs and every other
+    ``UserError`` print one line and exit with code 2; else ``main``'s result is the exit code.
+    """
+
+    def run(argv: list[str]) -> int | None:
+        values = _parse(argv, main.__doc__ or "", config_class, flags)
+        arguments = [] if config_class is None else [config_lib.parse(config_class, values.pop("config"))]
+        enable_compilation_cache()
+        return main(*arguments, **values)
+
+    run_command(run, sys.argv)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that a second run does not compile them again.
+
+    The folder is ``JAX_COMPILATION_CACHE_DIR`` where that is set, else ``~/.cache/arrag_jax/xla``.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "arrag_jax" / "xla"))
+
+
+def _parse(argv: list[str], doc: str, config_class: type | None, flags: dict[str, Flag]) -> dict[str, Any]:
+    """The flags' values by name, "config" among them; prints the help and exits when asked for it."""
+    values = absl_flags.FlagValues()
+    values.set_gnu_getopt()
+    define = {bool: absl_flags.DEFINE_bool, int: absl_flags.DEFINE_integer, float: absl_flags.DEFINE_float}
+    define[tuple] = absl_flags.DEFINE_multi_string
+    if config_class is not None:
+        flags = {
+            "config": Flag("config file, path.py or path.py:argument; --config.key=value overrides a key"),
+            **flags,
+        }
+    for name, flag in flags.items():
+        default = None if flag.default is REQUIRED else flag.default
+        define.get(type(default), absl_flags.DEFINE_string)(name, default, flag.help, flag_values=values)
+    if {"-h", "--help"} & set(argv[1:]):
+        print(f"{doc.strip()}\n{values.module_help(__name__)}")
+        sys.exit(0)
+    try:
+        rest = values(argv, known_only=True)
+        parsed = {name: values[name].value for name in flags}
+        missing = [f"--{name}" for name, flag in flags.items() if flag.default is REQUIRED and parsed[name] is None]
+        if missing:
+            raise UserError(f"missing {', '.join(missing)} (see --help)")
+        if config_class is not None:
+            parsed["config"], rest = _override(_load(parsed["config"], config_class), rest)
+    except absl_flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if len(rest) > 1:
+        raise UserError(
+            f"unknown argument {rest[1]!r} (flags are written --name=value): known are --{', --'.join(flags)}"
+        )
+    return parsed
+
+
+def _load(value: str, config_class: type) -> ConfigDict:
+    """What ``get_config`` of a config file returns, with an empty section for each one left out."""
+    path, _, argument = value.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"config file {path} does not exist")
+    try:
+        config = ConfigDict(runpy.run_path(path)["get_config"](*([argument] if argument else [])))
+    except Exception as error:  # a config file is the user's code and may raise anything
+        raise UserError(f"config file {path} failed: {type(error).__name__}: {error}") from error
+    for name, hint in typing.get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(hint) and name not in config:
+            config[name] = {}
+    return config
+
+
+def _override(config: ConfigDict, argv: list[str]) -> tuple[ConfigDict, list[str]]:
+    """The config after its ``--config.key=value`` arguments, and the arguments that are left."""
+    values = absl_flags.FlagValues()
+    values.set_gnu_getopt()
+    try:
+        # Unknown keys are let in here; config.parse names them, with the nearest known one.
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, lock_config=False, accept_new_attributes=True, sys_argv=argv
+        )
+        rest = values(argv, known_only=True)
+    except KeyError as error:
+        raise UserError(f"unknown section in a --config override: {' '.join(error.args[0].split())}") from error
+    except TypeError as error:
+        raise UserError(f"a --config override has the wrong type: {error}") from error
+    return values["config"].value, rest

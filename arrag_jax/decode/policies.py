@@ -1,0 +1,74 @@
+"""What retrieval does to drawing: nothing (``Plain``), or mixing distributions (``Daid``)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from arrag_jax.errors import UserError
+from arrag_jax.interfaces import Backbone
+from arrag_jax.ops.neighbors import Neighbors
+from arrag_jax.ops.sampling import mix, neighbor_log_probs
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """The model alone."""
+
+    uses_retrieval = False
+
+    def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> None:
+        """Nothing for the backbone."""
+
+    def log_probs(
+        self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
+    ) -> Float[Array, "B V"]:
+        """The model's distribution."""
+        return log_p
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Daid:
+    """Distribution-level mixing, training-free: p = (1 − λ) p_model + λ p_retrieved.
+
+    Source: reference README "DAiD". λ and τ are leaves of the pytree: a sweep over them compiles once.
+
+    Attributes:
+      weight: λ in [0, 1].
+      temperature: τ > 0, in units of squared L2 distance of keys.
+      copies: "nearest" (the paper) or "sum"; see ``ops.sampling.neighbor_log_probs``.
+    """
+
+    weight: float
+    temperature: float
+    copies: str = dataclasses.field(default="nearest", metadata={"static": True})
+    uses_retrieval = True
+
+    @classmethod
+    def checked(cls, weight: float, temperature: float, copies: str = "nearest") -> "Daid":
+        """A Daid of numbers that came from outside.
+
+        Raises:
+          UserError: λ outside [0, 1], τ ≤ 0, or an unknown rule for copies.
+        """
+        if not 0 <= weight <= 1:
+            raise UserError(f"DAiD's weight λ = {weight} is outside [0, 1]")
+        if not temperature > 0:
+            raise UserError(f"DAiD's temperature τ = {temperature} must be above 0")
+        if copies not in ("nearest", "sum"):
+            raise UserError(f"DAiD's copies = {copies!r} is unknown; choose nearest (the paper) or sum")
+        return cls(weight, temperature, copies)
+
+    def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> None:
+        """Nothing for the backbone."""
+
+    def log_probs(
+        self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
+    ) -> Float[Array, "B V"]:
+        """The mixture, in cells that have a context and rows that have a neighbour."""
+        log_q = neighbor_log_probs(neighbors, log_p.shape[1], self.temperature, self.copies)
+        found = jnp.any(neighbors.code >= 0, axis=1)
+        return mix(log_p, log_q, self.weight, found & has_context)

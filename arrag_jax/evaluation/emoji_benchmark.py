@@ -1,0 +1,156 @@
+"""The benchmark ``emoji_scenes``: bits a code and object score, plain and with retrieval, over three seeds."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from arrag_jax.data.emoji_scenes import load_source
+from arrag_jax.data.scenes import FAMILIES, Scene, render, test_prompts
+from arrag_jax.decode.policies import Daid, Plain
+from arrag_jax.evaluation import pictures
+from arrag_jax.evaluation.drawing import METHODS, Studio
+from arrag_jax.evaluation.likelihood import bits_per_code, score_scenes
+from arrag_jax.evaluation.object_score import object_score
+from arrag_jax.nn.vq import to_uint8
+from arrag_jax.retrieval.open import open_retriever, open_store
+
+SEEDS = 3
+WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # λ of the sweep
+TEMPERATURES = (0.003, 0.01, 0.03, 0.1, 0.3)  # τ of the sweep
+NEIGHBORS = (16, 128, 1024)  # K of the sweep
+
+
+def measure(studio: Studio, num_prompts: int, num_scenes: int) -> dict[str, Any]:
+    """All figures of results.json.
+
+    Args:
+      num_prompts: test prompts drawn a seed.
+      num_scenes: test scenes whose likelihood is measured, shared out among the seeds.
+    """
+    return {
+        "bits_per_code": likelihoods(studio, num_scenes),
+        "object_score": object_scores(studio, num_prompts),
+        "num_prompts": num_prompts,
+        "num_scenes": num_scenes,
+        "seeds": SEEDS,
+        "settings": dataclasses.asdict(studio.config),
+    }
+
+
+def likelihoods(studio: Studio, num_scenes: int) -> dict[str, dict[str, float]]:
+    """Bits a code of each method; each seed has test scenes of its own. "gain" is plain − DAiD, seed by seed."""
+    source = load_source(studio.config.data.name, f"test[:{num_scenes}]", studio.config.data.data_dir)
+    bits = {method: [] for method in METHODS}
+    for seed in range(SEEDS):
+        scored = score_scenes(studio, [source[i] for i in range(seed, len(source), SEEDS)], studio.retriever)
+        for method in METHODS:
+            bits[method].append(bits_per_code(scored, studio.policy(method)))
+    bits["gain"] = [plain - daid for plain, daid in zip(bits["plain"], bits["daid"], strict=True)]
+    return {method: _mean_and_std(values) for method, values in bits.items()}
+
+
+def object_scores(studio: Studio, num_prompts: int) -> dict[str, dict[str, Any]]:
+    """Object score of true scenes, of their VQ reconstructions, and of what each method draws."""
+    scenes = test_prompts(num_prompts)
+    truth = np.stack([render(scene) for scene in scenes])
+    scores = {"true": _summary([truth], scenes), "reconstruction": _summary([_reconstruct(studio, truth)], scenes)}
+    for method in METHODS:
+        drawn = []
+        for seed in range(SEEDS):
+            # Far apart, so that no picture of one seed is drawn with a key of another.
+            seeds = studio.config.seed + seed * 1_000_003 + np.arange(len(scenes))
+            drawn.append(studio.draw([scene.caption for scene in scenes], method, seeds)[0])
+        scores[method] = _summary(drawn, scenes)
+    return scores
+
+
+def _reconstruct(studio: Studio, images: np.ndarray) -> np.ndarray:
+    parts = []
+    for start in range(0, len(images), 100):
+        codes, _ = studio.model.encode_images(jnp.asarray(images[start : start + 100], jnp.float32) / 127.5 - 1.0)
+        parts.append(np.asarray(to_uint8(studio.model.decode_codes(codes, *studio.model.grid))))
+    return np.concatenate(parts)
+
+
+def _summary(drawn: list[np.ndarray], scenes: list[Scene]) -> dict[str, Any]:
+    """Mean and spread over the drawings, the families' means, and prompts with and without held-out pairs."""
+    results = [object_score(images, scenes) for images in drawn]
+    right = np.stack([result["right"] for result in results])
+    held_out = np.array([scene.held_out for scene in scenes])
+    return {
+        **_mean_and_std([result["overall"] for result in results]),
+        "families": {name: float(np.mean([r["families"][name] for r in results])) for name in results[0]["families"]},
+        "held_out_pairs": float(right[:, held_out].mean()) if held_out.any() else None,
+        "seen_pairs": float(right[:, ~held_out].mean()),
+    }
+
+
+def _mean_and_std(values: list[float]) -> dict[str, float]:
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
+
+
+def report(results: dict[str, Any]) -> str:
+    """The tables that ``eval`` prints, in Markdown."""
+    bits, objects = results["bits_per_code"], results["object_score"]
+    first = pictures.table(
+        ["bits a code", "mean", "spread"], [[name, row["mean"], row["std"]] for name, row in bits.items()], digits=4
+    )
+    columns = ["object score", "mean", "spread", *FAMILIES, "seen pairs", "held-out pairs"]
+    rows = [
+        [name, r["mean"], r["std"], *(r["families"].get(f) for f in FAMILIES), r["seen_pairs"], r["held_out_pairs"]]
+        for name, r in objects.items()
+    ]
+    return f"{first}\n\n{pictures.table(columns, rows, digits=3)}"
+
+
+def sweep(studio: Studio, num_scenes: int, out: Path) -> str:
+    """Gain in bits a code over λ, τ, K and the rule for copies, on the validation split; a heat map a (rule, K).
+
+    Writes ``sweep.json`` and ``sweep_RULE_kK.png``; returns the table of the best settings.
+    """
+    config = dataclasses.replace(studio.config.retrieval, k=max(NEIGHBORS))
+    retriever = open_retriever(config, studio.store)
+    source = load_source(studio.config.data.name, f"valid[:{num_scenes}]", studio.config.data.data_dir)
+    scored = score_scenes(studio, [source[i] for i in range(len(source))], retriever)
+    plain = bits_per_code(scored, Plain())
+    records, rows = [], []
+    for copies, k in tqdm(list(itertools.product(("nearest", "sum"), NEIGHBORS)), desc="sweep", unit="map"):
+        gain = np.array(
+            [
+                [plain - bits_per_code(scored, Daid.checked(w, t, copies), k) for t in TEMPERATURES]
+                for w in WEIGHTS
+            ]
+        )  # fmt: skip
+        page = pictures.heat_map(
+            gain, [f"{w:g}" for w in WEIGHTS], [f"{t:g}" for t in TEMPERATURES],
+            title=f"gain in bits a code, copies: {copies}, K = {k}", row_name="weight", column_name="temperature",
+            form="{:.3f}",
+        )  # fmt: skip
+        Image.fromarray(page).save(out / f"sweep_{copies}_k{k}.png")
+        best = np.unravel_index(gain.argmax(), gain.shape)
+        rows.append([copies, k, WEIGHTS[best[0]], TEMPERATURES[best[1]], float(gain.max())])
+        records.append({"copies": copies, "k": k, "gain": gain.tolist()})
+    settings = {"plain": plain, "weights": WEIGHTS, "temperatures": TEMPERATURES, "maps": records}
+    (out / "sweep.json").write_text(json.dumps(settings, indent=1) + "\n")
+    return pictures.table(["copies", "K", "best weight", "best temperature", "gain in bits a code"], rows, digits=4)
+
+
+def scaling(studio: Studio, num_scenes: int) -> str:
+    """Gain in bits a code as the store grows to its full size, on the validation split; a table."""
+    config, total = studio.config.retrieval, studio.store.num_images
+    source = load_source(studio.config.data.name, f"valid[:{num_scenes}]", studio.config.data.data_dir)
+    examples, rows = [source[i] for i in range(len(source))], []
+    for size in sorted({total // 4**i for i in range(5)} - {0}):
+        part = dataclasses.replace(config, num_images=0 if size == total else size)
+        store = open_store(part, studio.store.settings.fingerprint)
+        scored = score_scenes(studio, examples, open_retriever(part, store))
+        plain, daid = bits_per_code(scored, Plain()), bits_per_code(scored, studio.policy("daid"))
+        rows.append([size, store.num_patches, plain, daid, plain - daid])
+    return pictures.table(["stored images", "patches", "plain", "DAiD", "gain in bits a code"], rows, digits=4)

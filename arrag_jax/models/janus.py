@@ -1,0 +1,197 @@
+"""Janus: a Llama decoder that reads text tokens and writes image codes.
+
+Source: reference README "Backbone". Image codes enter through ``gen_embed`` and ``gen_aligner``,
+image logits leave through ``gen_head``. Padding never changes a result: positions count real tokens
+only, and pads are never attended (the reference counts them; quirk 17).
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from arrag_jax.errors import UserError
+from arrag_jax.models.presets import JanusConfig
+from arrag_jax.nn.transformer import Cache, Llama
+from arrag_jax.nn.vq import VQTokenizer
+
+PARTS = ("language_model", "gen_vision_model", "gen_embed", "gen_aligner", "gen_head")
+VISION = ("gen_vision_model",)  # the tokenizer alone
+
+
+class Projector(nnx.Module):
+    """Linear layers with exact GELU between them: the aligner, and the head."""
+
+    def __init__(self, widths: tuple[int, ...], rngs: nnx.Rngs):
+        pairs = itertools.pairwise(widths)
+        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in pairs])
+
+    def __call__(self, x: Float[Array, "*dims I"]) -> Float[Array, "*dims O"]:
+        for i, layer in enumerate(self.layers):
+            x = layer(x if i == 0 else jax.nn.gelu(x, approximate=False))
+        return x
+
+
+class Janus(nnx.Module):
+    """The backbone (``interfaces.Backbone``) together with its VQ tokenizer."""
+
+    def __init__(self, config: JanusConfig, rngs: nnx.Rngs, parts: tuple[str, ...] = PARTS):
+        """Builds the named parts; the others are None (a tokenizer alone needs no language model)."""
+        language, vision = config.language, config.vision
+        self.config = config
+        makers = {
+            "language_model": lambda: Llama(language, rngs),
+            "gen_vision_model": lambda: VQTokenizer(vision, rngs),
+            "gen_embed": lambda: nnx.Embed(vision.codebook_size, vision.code_dim, rngs=rngs),
+            "gen_aligner": lambda: Projector((vision.code_dim, *[language.width] * config.aligner_depth), rngs),
+            "gen_head": lambda: Projector((language.width, config.head_width, vision.codebook_size), rngs),
+        }
+        for name, make in makers.items():
+            setattr(self, name, nnx.data(make()) if name in parts else None)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the code grid."""
+        return self.config.grid
+
+    @property
+    def codebook_size(self) -> int:
+        """V."""
+        return self.config.vision.codebook_size
+
+    @property
+    def codebook(self) -> Float[Array, "V C"]:
+        """The tokenizer's l2-normalised codebook."""
+        return self.gen_vision_model.codebook
+
+    def embed_codes(self, codes: Int[Array, "*dims"]) -> Float[Array, "*dims D"]:
+        """Embeddings of image codes as the language model takes them."""
+        return self.gen_aligner(self.gen_embed(codes))
+
+    def prefill(
+        self, prompt_ids: Int[Array, "R L"], prompt_mask: Bool[Array, "R L"]
+    ) -> tuple[Float[Array, "R D"], Cache]:
+        """Reads the prompt but for its last token, whose embedding is the input of cell 0."""
+        ids, mask = left_pad(prompt_ids, prompt_mask)
+        x = self.language_model.embed_tokens(ids)
+        cells = self.grid[0] * self.grid[1]
+        return x[:, -1], self.language_model.prefill(x[:, :-1], mask[:, :-1], cells)
+
+    def step(
+        self, hidden: Float[Array, "R D"], cache: Cache, cell: Int[Array, ""], features: None = None
+    ) -> tuple[Float[Array, "R V"], Cache]:
+        """Logits of the code at ``cell``, given the embedding of what came just before it."""
+        if features is not None:
+            raise UserError("this checkpoint has no FAiD blenders; decode it with --method plain or daid")
+        cells = self.grid[0] * self.grid[1]
+        hidden, cache = self.language_model.step(hidden, cache, cell, cells)
+        return self.gen_head(hidden).astype(jnp.float32), cache
+
+    def teacher_forced(
+        self, prompt_ids: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"], codes: Int[Array, "B T"]
+    ) -> Float[Array, "B T V"]:
+        """Logits of all cells at once; row t predicts ``codes[:, t]``."""
+        ids, mask = left_pad(prompt_ids, prompt_mask)
+        x = jnp.concatenate([self.language_model.embed_tokens(ids), self.embed_codes(codes[:, :-1])], axis=1)
+        filled = jnp.concatenate([mask, jnp.ones((mask.shape[0], codes.shape[1] - 1), bool)], axis=1)
+        positions = jnp.maximum(jnp.cumsum(filled, axis=1) - 1, 0).astype(jnp.int32)
+        hidden = self.language_model.forward(x, positions, filled)[:, -codes.shape[1] :]
+        return self.gen_head(hidden).astype(jnp.float32)
+
+    def score(self, prompt_ids, codes, prompt_mask=None) -> Float[Array, "B T V"]:
+        """Float32 logits [B, T, V] of given codes; row t predicts ``codes[:, t]``.
+
+        Args:
+          prompt_ids: int [B, L], BOS … image-start; codes: int [B, T]; prompt_mask: 0/1 [B, L] or None.
+
+        Raises:
+          UserError: if a shape or an id does not fit the model.
+        """
+        prompt_ids, prompt_mask = self.check_prompt(prompt_ids, prompt_mask)
+        codes = np.asarray(codes)
+        if codes.ndim != 2 or len(codes) != len(prompt_ids):
+            raise UserError(f"codes must be [B, T] with B = {len(prompt_ids)} as the prompts, got {codes.shape}")
+        _check_ids("codes", codes, self.codebook_size)
+        return _teacher_forced(*nnx.split(self), prompt_ids, prompt_mask, jnp.asarray(codes, jnp.int32))
+
+    def encode_images(self, images: Float[Array, "B h w 3"]) -> tuple[Int[Array, "B T"], Float[Array, "B H W C"]]:
+        """Codes in raster order, and l2-normalised latents before quantisation.
+
+        Args:
+          images: pixels in [-1, 1], any height and width that the tokenizer's downsampling divides.
+
+        Raises:
+          UserError: if it does not divide them.
+        """
+        images, cell = jnp.asarray(images), self.config.vision.downsampling
+        if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] % cell or images.shape[2] % cell:
+            raise UserError(f"images must be [B, h, w, 3] with h and w multiples of {cell}, got {images.shape}")
+        codes, latents = _encode(*nnx.split(self.gen_vision_model), images)
+        return codes.reshape(len(images), -1), latents
+
+    def decode_codes(self, codes: Int[Array, "B T"], height: int, width: int) -> Float[Array, "B h w 3"]:
+        """Pixels in [-1, 1] of a grid of height x width codes.
+
+        Raises:
+          UserError: if the codes do not fill that grid, or are not of this codebook.
+        """
+        codes = np.asarray(codes)
+        if codes.ndim != 2 or codes.shape[1] != height * width:
+            raise UserError(f"codes must be [B, {height * width}] for a {height} x {width} grid, got {codes.shape}")
+        _check_ids("codes", codes, self.codebook_size)
+        grid = jnp.asarray(codes.reshape(-1, height, width), jnp.int32)
+        return jnp.clip(_decode(*nnx.split(self.gen_vision_model), grid), -1.0, 1.0)
+
+    def unconditional(self, prompt_ids: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]) -> Int[Array, "B L"]:
+        """The prompt of classifier-free guidance: all but the first and the last real token become pads.
+
+        These pads count as tokens and are attended (reference README, "Prompt"), so the mask stays.
+        """
+        count = jnp.cumsum(prompt_mask, axis=1)
+        ends = (count == 1) | (count == count[:, -1:])
+        return jnp.where(prompt_mask & ~ends, self.config.pad_id, prompt_ids)
+
+    def check_prompt(self, prompt_ids, prompt_mask=None) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
+        """Prompt and mask as device arrays, or a UserError that names what is wrong with them."""
+        ids = np.asarray(prompt_ids)
+        mask = np.ones(ids.shape, bool) if prompt_mask is None else np.asarray(prompt_mask).astype(bool)
+        if ids.ndim != 2 or ids.shape[1] < 2 or mask.shape != ids.shape:
+            raise UserError(f"prompts must be [B, L >= 2] with a mask alike, got {ids.shape} and {mask.shape}")
+        if (mask.sum(1) < 2).any():
+            raise UserError("a prompt is empty: it needs at least its first and its image-start token")
+        _check_ids("prompt_ids", ids, self.config.language.vocab_size)
+        return jnp.asarray(ids, jnp.int32), jnp.asarray(mask)
+
+
+def left_pad(ids: Int[Array, "R L"], mask: Bool[Array, "R L"]) -> tuple[Int[Array, "R L"], Bool[Array, "R L"]]:
+    """Moves pads, wherever they are, to the left; real tokens keep their order."""
+    order = jnp.argsort(mask, axis=1, stable=True)
+    return jnp.take_along_axis(ids, order, 1), jnp.take_along_axis(mask, order, 1)
+
+
+def _check_ids(name: str, ids: np.ndarray, size: int) -> None:
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"{name} must be integers, got {ids.dtype}")
+    if ids.size and (ids.min() < 0 or ids.max() >= size):
+        raise UserError(f"{name} must lie in [0, {size}), got {ids.min()} … {ids.max()}")
+
+
+# Jitted once a shape; the model travels as (graphdef, state), its arrays as arguments.
+
+
+@jax.jit(static_argnums=0)
+def _teacher_forced(graph, state, prompt_ids, prompt_mask, codes):
+    return nnx.merge(graph, state).teacher_forced(prompt_ids, prompt_mask, codes)
+
+
+@jax.jit(static_argnums=0)
+def _encode(graph, state, images):
+    return nnx.merge(graph, state).encode(images)
+
+
+@jax.jit(static_argnums=0)
+def _decode(graph, state, codes):
+    return nnx.merge(graph, state).decode_codes(codes)

@@ -1,0 +1,42 @@
+"""Shapes of the models: one preset a published size, and the one a laptop trains."""
+
+import dataclasses
+
+from arrag_jax.nn.transformer import LlamaConfig
+from arrag_jax.nn.vq import VQConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class JanusConfig:
+    """A Janus: language model, tokenizer, and the parts that join them."""
+
+    language: LlamaConfig = LlamaConfig()
+    vision: VQConfig = VQConfig()
+    grid: tuple[int, int] = (24, 24)
+    aligner_depth: int = 2
+    head_width: int = 2048
+    pad_id: int = 100002  # the token that fills the unconditional prompt
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.grid[0] * self.vision.downsampling, self.grid[1] * self.vision.downsampling
+
+
+PRESETS = {
+    # Reference README, "Backbone".
+    "janus-pro-1b": JanusConfig(),
+    "janus-pro-7b": JanusConfig(
+        language=LlamaConfig(width=4096, layers=30, heads=32, kv_heads=32, mlp=11008), head_width=4096
+    ),
+    # 48 x 48 pixels, f4, 12 x 12 codes; vocab_size and pad_id are filled in from the caption tokenizer.
+    "janus-emoji": JanusConfig(
+        language=LlamaConfig(vocab_size=0, width=192, layers=6, heads=3, kv_heads=3, mlp=512),
+        vision=VQConfig(
+            codebook_size=512, channels=16, multipliers=(1, 2, 4), z_channels=64, res_blocks=1,
+            norm_scope="pixel", middle=False,
+        ),
+        grid=(12, 12),
+        head_width=192,
+    ),
+}  # fmt: skip

@@ -1,0 +1,106 @@
+"""Prompts: the chat form of Janus, through a ``tokenizer.json`` of the ``tokenizers`` library.
+
+Source: reference README "Prompt". Text becomes ``<|User|>: TEXT\\n\\n<|Assistant|>:<begin_of_image>``
+after the begin-of-sentence token; batches are padded on the left.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Int
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from arrag_jax.errors import UserError
+
+BOS, PAD, UNKNOWN = "<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", "<unk>"
+USER, ASSISTANT, IMAGE_START = "<|User|>", "<|Assistant|>", "<begin_of_image>"
+SPECIAL = [BOS, PAD, UNKNOWN, USER, ASSISTANT, IMAGE_START]
+
+
+def chat_form(prompt: str) -> str:
+    """The text that Janus reads for a prompt; the next token it writes is the first image code."""
+    return f"{USER}: {prompt}\n\n{ASSISTANT}:{IMAGE_START}"
+
+
+class PromptTokenizer:
+    """Prompts → ids and mask.
+
+    Attributes:
+      pad_id: fills the unconditional prompt and the left of short prompts.
+      vocab_size: ids are below it.
+      max_length: longest prompt in tokens, chat form included.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int = 512):
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.vocab_size = tokenizer.get_vocab_size()
+        missing = [t for t in (BOS, PAD, IMAGE_START) if tokenizer.token_to_id(t) is None]
+        if missing:
+            raise UserError(f"this tokenizer has no {missing[0]} token: it is not a Janus tokenizer")
+        self.pad_id = tokenizer.token_to_id(PAD)
+
+    @classmethod
+    def load(cls, directory: str | Path, max_length: int = 512) -> "PromptTokenizer":
+        """Reads ``tokenizer.json`` from a checkpoint folder."""
+        path = Path(directory) / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"{path} is not there; copy the checkpoint's tokenizer.json beside its weights")
+        try:
+            return cls(Tokenizer.from_file(str(path)), max_length)
+        except UserError:
+            raise
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(f"{path} cannot be read as a tokenizer ({error}); copy it again") from error
+
+    @classmethod
+    def of_words(cls, captions: Iterable[str]) -> "PromptTokenizer":
+        """A word-level tokenizer of exactly the words in ``captions``, with Janus' special tokens."""
+        words = sorted({word for caption in captions for word in caption.split()})
+        vocabulary = [*SPECIAL, ":", *words]
+        ids = {token: place for place, token in enumerate(vocabulary)}
+        tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+        tokenizer.add_special_tokens(SPECIAL)
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+        return cls(tokenizer)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes ``tokenizer.json``."""
+        self.tokenizer.save(str(Path(directory) / "tokenizer.json"))
+
+    def __call__(
+        self, prompts: Sequence[str], length: int | None = None
+    ) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
+        """Ids and mask of prompts, padded on the left to the longest one or to ``length`` tokens.
+
+        Raises:
+          UserError: a prompt is empty, too long, or holds a word that the tokenizer does not know.
+        """
+        encodings = [self._encode(prompt) for prompt in prompts]
+        width = length or max(len(ids) for ids in encodings)
+        out = np.full((len(prompts), width), self.pad_id, np.int32)
+        mask = np.zeros((len(prompts), width), bool)
+        for row, ids in enumerate(encodings):
+            if len(ids) > min(width, self.max_length):
+                limit = min(width, self.max_length)
+                raise UserError(f"prompt too long: {len(ids)} tokens, at most {limit}: {prompts[row][:60]!r}…")
+            out[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, True
+        return out, mask
+
+    def _encode(self, prompt: str) -> list[int]:
+        if not prompt.strip():
+            raise UserError("a prompt is empty; say what to draw")
+        encoding = self.tokenizer.encode(chat_form(prompt.strip()))
+        unknown = self.tokenizer.token_to_id(UNKNOWN)
+        if unknown is not None and unknown in encoding.ids:
+            words = [prompt_word for prompt_word in prompt.split() if not self._knows(prompt_word)]
+            raise UserError(f"the model does not know {', '.join(map(repr, words))}; it knows: {self.known_words()}")
+        return encoding.ids
+
+    def _knows(self, word: str) -> bool:
+        return self.tokenizer.token_to_id(UNKNOWN) not in self.tokenizer.encode(word, add_special_tokens=False).ids
+
+    def known_words(self) -> str:
+        """The words of a word-level tokenizer, for messages."""
+        return " ".join(sorted(w for w in self.tokenizer.get_vocab() if w.isalpha()))

@@ -1,0 +1,64 @@
+"""Raster geometry of a code grid: the L-shaped context of a cell, and which cells have one.
+
+Source: reference quirk 2 (row >= 1 and 1 <= column <= W-2) and the README's "Datastore and search".
+Stored rows are numbered image by image, and inside an image in raster order over the cells that
+have a context, so that a row's number alone tells its image and its cell.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+# (row, column) steps to the context cells, in the order in which a key is laid out.
+CONTEXT_OFFSETS: tuple[tuple[int, int], ...] = ((-1, -1), (-1, 0), (-1, 1), (0, -1))
+
+
+def cells_with_context(height: int, width: int) -> np.ndarray:
+    """Raster indices of the (height-1)·(width-2) cells that have all four context cells.
+
+    Raises:
+      ValueError: if the grid is too small to hold one such cell.
+    """
+    if height < 2 or width < 3:
+        raise ValueError(f"a {height} x {width} grid has no cell with a full context; at least 2 x 3 is needed")
+    rows, columns = np.mgrid[1:height, 1 : width - 1]
+    return (rows * width + columns).reshape(-1).astype(np.int32)
+
+
+def has_context(height: int, width: int) -> Bool[np.ndarray, "T"]:
+    """For every cell in raster order: does it have a full context?"""
+    mask = np.zeros(height * width, bool)
+    mask[cells_with_context(height, width)] = True
+    return mask
+
+
+def context_cells(height: int, width: int) -> Int[np.ndarray, "T 4"]:
+    """Raster indices of each cell's context in key order; -1 in rows of cells without one."""
+    cells = np.arange(height * width, dtype=np.int32)
+    offsets = np.array([dr * width + dc for dr, dc in CONTEXT_OFFSETS], np.int32)
+    return np.where(has_context(height, width)[:, None], cells[:, None] + offsets, -1).astype(np.int32)
+
+
+def contexts_of_grids(codes: Int[np.ndarray, "B H W"]) -> Int[np.ndarray, "B M 4"]:
+    """Context codes of every cell that has one; M = (H-1)·(W-2), stored-row order."""
+    return np.stack(
+        [codes[:, 1 + dr : codes.shape[1] + dr, 1 + dc : codes.shape[2] - 1 + dc] for dr, dc in CONTEXT_OFFSETS], -1
+    ).reshape(codes.shape[0], -1, 4)
+
+
+def next_codes_of_grids(codes: Int[np.ndarray, "B H W"]) -> Int[np.ndarray, "B M"]:
+    """The code of every cell that has a context: what a stored patch offers."""
+    return codes[:, 1:, 1:-1].reshape(codes.shape[0], -1)
+
+
+def context_codes(drawn: Int[Array, "B T"], context: Int[Array, "4"]) -> Int[Array, "B 4"]:
+    """Codes at a cell's four context cells (one row of ``context_cells``); -1 where it has none."""
+    return jnp.where(context >= 0, jnp.take(drawn, jnp.maximum(context, 0), axis=1), -1)
+
+
+def image_and_cell(row: Int[np.ndarray, "*n"], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image number and raster cell of stored rows; (-1, -1) for the empty row -1."""
+    cells = cells_with_context(height, width)
+    row = np.asarray(row)
+    image, place = row // len(cells), row % len(cells)
+    return np.where(row < 0, -1, image), np.where(row < 0, -1, cells[place])

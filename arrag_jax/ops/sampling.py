@@ -1,0 +1,85 @@
+"""From logits to a drawn code: guidance, temperature, truncation, the neighbours' distribution, mixing.
+
+Everything is float32 and in log space; -inf is a code that cannot be drawn.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from arrag_jax.ops.neighbors import Neighbors
+
+
+def guide(logits: Float[Array, "R V"], scale: float | None) -> Float[Array, "B V"]:
+    """Classifier-free guidance, uncond + scale · (cond − uncond).
+
+    Args:
+      logits: conditional rows, then unconditional ones (R = 2B); with ``scale`` None conditional alone (R = B).
+    """
+    if scale is None:
+        return logits
+    cond, uncond = jnp.split(logits, 2)
+    return uncond + scale * (cond - uncond)
+
+
+def truncate(
+    logits: Float[Array, "B V"], temperature: float, top_k: int | None, top_p: float | None
+) -> Float[Array, "B V"]:
+    """Log-probabilities after temperature, then top-k, then top-p (nucleus), renormalised.
+
+    Args:
+      top_k: keep the k most probable codes (ties at the k-th are all kept); None = all.
+      top_p: keep the fewest codes whose probabilities reach it; the most probable one always; None = all.
+    """
+    log_p = jax.nn.log_softmax(logits / temperature)
+    if top_k is not None:
+        least = jax.lax.top_k(log_p, top_k)[0][:, -1:]
+        log_p = jax.nn.log_softmax(jnp.where(log_p < least, -jnp.inf, log_p))
+    if top_p is not None:
+        ordered = -jnp.sort(-log_p)
+        before = jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)
+        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        log_p = jax.nn.log_softmax(jnp.where(log_p < least, -jnp.inf, log_p))
+    return log_p
+
+
+def neighbor_log_probs(
+    neighbors: Neighbors, codebook_size: int, temperature: float, copies: str
+) -> Float[Array, "B V"]:
+    """Distribution over codes that the neighbours stand for; -inf everywhere in rows without any.
+
+    Source: reference README "DAiD" and quirk 21 for ``copies="nearest"``.
+
+    Args:
+      temperature: τ, in units of squared L2 distance.
+      copies: what a code retrieved more than once counts. "nearest": its nearest copy alone, so
+        softmax(−d/τ) over the distinct codes. "sum": every copy, so its share of Σ exp(−d/τ).
+    """
+    batch, _ = neighbors.code.shape
+    score = -neighbors.distance / temperature
+    code = jnp.where(neighbors.code < 0, codebook_size, neighbors.code)  # empty slots fall off the end
+    rows = jnp.arange(batch)[:, None]
+    if copies == "nearest":
+        total = jnp.full((batch, codebook_size), -jnp.inf).at[rows, code].max(score, mode="drop")
+    else:
+        best = jnp.max(score, axis=1, keepdims=True)
+        weight = jnp.exp(score - jnp.where(jnp.isfinite(best), best, 0.0))
+        total = jnp.log(jnp.zeros((batch, codebook_size)).at[rows, code].add(weight, mode="drop"))
+    return jnp.where(jnp.any(neighbors.code >= 0, axis=1, keepdims=True), jax.nn.log_softmax(total), -jnp.inf)
+
+
+def mix(
+    log_p: Float[Array, "B V"], log_q: Float[Array, "B V"], weight: float, where: Bool[Array, "B"]
+) -> Float[Array, "B V"]:
+    """log((1 − weight) p + weight q) in the rows ``where``, log p in the others. Weight 0 gives p to the bit."""
+    weight = jnp.asarray(weight, jnp.float32)
+    mixed = jnp.logaddexp(jnp.log1p(-weight) + log_p, jnp.log(weight) + log_q)
+    return jnp.where(where[:, None], mixed, log_p)
+
+
+def draw(log_p: Float[Array, "B V"], keys: Key[Array, "B"], cell: Int[Array, ""], greedy: bool) -> Int[Array, "B"]:
+    """One code a row, by a row's own key, so that a picture does not depend on its batch."""
+    if greedy:
+        return jnp.argmax(log_p, axis=-1).astype(jnp.int32)
+    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, cell), log_p.shape[1:]))(keys)
+    return jnp.argmax(log_p + noise, axis=-1).astype(jnp.int32)

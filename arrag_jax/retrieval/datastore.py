@@ -1,0 +1,253 @@
+"""The datastore: code grids on disk, from which keys, next codes and provenance all follow.
+
+One directory::
+
+  manifest.json                           what the store is; written last, so a store is whole when it is there
+  codebook.npz                            "codebook", float32 [V, C], rows of unit norm
+  codes-00000-of-00004.arrayrecord        one image a record: uint16 little-endian [H, W]
+  latents-00000-of-00004.arrayrecord      kind "latent" only: float16 little-endian [H, W, C], rows of unit norm
+  sources-00000-of-00004.txt              one image a line: where it came from ("emoji_scenes/full/store/17")
+
+Keys are not stored. A key is the four context cells' vectors side by side (``ops.grid``), which are either
+rows of the codebook (kind "codebook") or the encoder's l2-normalised output before quantisation (kind
+"latent", the official choice: reference quirk 19). A 24 x 24 image takes 1.15 KB plus its source's name.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+from jaxtyping import Float, Int, UInt16
+
+from arrag_jax.errors import UserError
+from arrag_jax.ops import grid as grid_ops
+from arrag_jax.retrieval.files import sha256_of
+
+FORMAT_VERSION = 1
+KEY_KINDS = ("codebook", "latent")
+MANIFEST = "manifest.json"
+REBUILD = "build it with: python -m arrag_jax.build_datastore --config=… --workdir=…"
+BLOCK_IMAGES = 4096  # images whose keys are computed at once
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreSettings:
+    """What decides a store's content; ``manifest.json`` holds these fields and its files.
+
+    Attributes:
+      fingerprint: of the tokenizer that made the codes.
+      grid: [H, W].
+      codebook_size: V.
+      code_dim: C.
+      keys: kinds of key that can be had, of ``KEY_KINDS``.
+      num_images: images, all shards together.
+      shard_size: images a shard; the last may hold fewer.
+      source, split: the dataset the images came from.
+      command: the command that began the build; a record, never compared.
+    """
+
+    fingerprint: str
+    grid: tuple[int, int]
+    codebook_size: int
+    code_dim: int
+    keys: tuple[str, ...]
+    num_images: int
+    shard_size: int
+    source: str
+    split: str
+    command: str = dataclasses.field(default="", compare=False)
+
+    def __post_init__(self):
+        unknown = sorted(set(self.keys) - set(KEY_KINDS))
+        if unknown or not self.keys:
+            raise UserError(f"keys={list(self.keys)}: choose from {', '.join(KEY_KINDS)}")
+        if self.codebook_size > 2**16:
+            raise UserError(f"a codebook of {self.codebook_size} codes does not fit uint16; at most 65536")
+        if self.num_images < 1 or self.shard_size < 1:
+            raise UserError(f"num_images={self.num_images} and shard_size={self.shard_size} must be at least 1")
+        grid_ops.cells_with_context(*self.grid)
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_images // self.shard_size)
+
+    @property
+    def patches_per_image(self) -> int:
+        return (self.grid[0] - 1) * (self.grid[1] - 2)
+
+    def shard_images(self, shard: int) -> range:
+        """Numbers of the images in a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
+
+    def shard_files(self, shard: int) -> dict[str, str]:
+        """File name of each part ("codes", "sources", "latents" if held) of a shard."""
+        place = f"{shard:05d}-of-{self.num_shards:05d}"
+        files = {"codes": f"codes-{place}.arrayrecord", "sources": f"sources-{place}.txt"}
+        if "latent" in self.keys:
+            files["latents"] = f"latents-{place}.arrayrecord"
+        return files
+
+
+def settings_from_json(fields: dict) -> StoreSettings:
+    """Reads the ``settings`` of a manifest."""
+    return StoreSettings(**{**fields, "grid": tuple(fields["grid"]), "keys": tuple(fields["keys"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Datastore:
+    """A whole store, opened. Arrays are read on first use and kept; treat them as read-only.
+
+    Attributes:
+      directory: where it lies.
+      settings: what it holds.
+      files: name → {"sha256", "bytes", "images"} of every file but the manifest.
+      num_images: how many images count, the first ones; fewer than stored in a ``subset``.
+    """
+
+    directory: Path
+    settings: StoreSettings
+    files: dict[str, dict]
+    num_images: int
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "Datastore":
+        """Opens a store after checking its manifest and the size of every file.
+
+        Raises:
+          UserError: no store here, an unfinished one, another format, or a missing or truncated file.
+        """
+        directory = Path(directory)
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise UserError(f"no finished datastore in {directory} ({MANIFEST} is missing); {REBUILD}")
+        try:
+            manifest = json.loads(path.read_text())
+            version = manifest["format_version"]
+            if version != FORMAT_VERSION:
+                raise UserError(f"{path} has format {version}, this code reads {FORMAT_VERSION}; {REBUILD}")
+            settings, files = settings_from_json(manifest["settings"]), dict(manifest["files"])
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not the manifest of a datastore ({error!r}); {REBUILD}") from error
+        for name, facts in files.items():
+            size = (directory / name).stat().st_size if (directory / name).is_file() else "no"
+            if size != facts["bytes"]:
+                raise UserError(f"{directory / name} has {size} bytes, not {facts['bytes']}; {REBUILD}")
+        return cls(directory, settings, files, settings.num_images)
+
+    def verify(self) -> None:
+        """Checks every file's SHA-256 (reads them all).
+
+        Raises:
+          UserError: naming the first file whose content is not what was written.
+        """
+        for name, facts in self.files.items():
+            if sha256_of(self.directory / name) != facts["sha256"]:
+                raise UserError(f"{self.directory / name} is damaged: its SHA-256 is not the manifest's; {REBUILD}")
+
+    def require_tokenizer(self, fingerprint: str) -> None:
+        """Raises UserError unless the tokenizer with this fingerprint made the store."""
+        if fingerprint != self.settings.fingerprint:
+            raise UserError(
+                f"datastore {self.directory} was made by tokenizer {self.settings.fingerprint}, "
+                f"the model has {fingerprint}; use that tokenizer's model, or {REBUILD}"
+            )
+
+    def subset(self, num_images: int) -> "Datastore":
+        """The store of the first ``num_images`` images; their row numbers stay the same."""
+        if not 1 <= num_images <= self.num_images:
+            raise UserError(f"num_images={num_images}: datastore {self.directory} has 1 to {self.num_images}")
+        return dataclasses.replace(self, num_images=num_images)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest: two stores share it only if they hold the same bytes."""
+        return sha256_of(self.directory / MANIFEST)
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.num_images * self.settings.patches_per_image
+
+    @functools.cached_property
+    def codebook(self) -> Float[np.ndarray, "V C"]:
+        """Rows of unit norm, float32."""
+        with np.load(self.directory / "codebook.npz", allow_pickle=False) as file:
+            return file["codebook"]
+
+    @functools.cached_property
+    def codes(self) -> UInt16[np.ndarray, "n H W"]:
+        """Code grids of all images."""
+        return self._read("codes", "<u2").reshape(self.num_images, *self.settings.grid)
+
+    @functools.cached_property
+    def latents(self) -> Float[np.ndarray, "n H W C"]:
+        """Unit-norm encoder outputs before quantisation, float16."""
+        self._require_kind("latent")
+        return self._read("latents", "<f2").reshape(self.num_images, *self.settings.grid, self.settings.code_dim)
+
+    @functools.cached_property
+    def sources(self) -> list[str]:
+        """Where each image came from."""
+        lines = []
+        for shard in self._shards():
+            path = self.directory / self.settings.shard_files(shard)["sources"]
+            lines += path.read_text(encoding="utf-8").splitlines()
+        return lines[: self.num_images]
+
+    def keys(self, kind: str) -> Float[np.ndarray, "N E"]:
+        """Keys of every stored patch, float32, in stored-row order; four parts of unit norm each.
+
+        Args:
+          kind: "codebook" or "latent"; the store must hold it.
+        """
+        self._require_kind(kind)
+        keys = np.empty((self.num_patches, 4 * self.settings.code_dim), np.float32)
+        step = self.settings.patches_per_image
+        for first in range(0, self.num_images, BLOCK_IMAGES):
+            images = slice(first, min(first + BLOCK_IMAGES, self.num_images))
+            vectors = self.codebook[self.codes[images]] if kind == "codebook" else unit_norm(self.latents[images])
+            keys[images.start * step : images.stop * step] = keys_of_maps(vectors)
+        return keys
+
+    @functools.cached_property
+    def values(self) -> Int[np.ndarray, "N"]:
+        """The code that each stored patch offers, int32."""
+        return grid_ops.next_codes_of_grids(self.codes.astype(np.int32)).reshape(-1)
+
+    def _require_kind(self, kind: str) -> None:
+        if kind not in self.settings.keys:
+            held = ", ".join(self.settings.keys)
+            raise UserError(f"datastore {self.directory} holds keys of kind {held}, not {kind!r}; {REBUILD}")
+
+    def _shards(self) -> range:
+        return range(-(-self.num_images // self.settings.shard_size))
+
+    def _read(self, part: str, dtype: str) -> np.ndarray:
+        """All records of a part, flat."""
+        records: list[bytes] = []
+        for shard in self._shards():
+            path = self.directory / self.settings.shard_files(shard)[part]
+            reader = ArrayRecordReader(str(path))
+            found = reader.read_all()
+            reader.close()
+            expected = len(self.settings.shard_images(shard))
+            if len(found) != expected:
+                raise UserError(f"{path} holds {len(found)} images, not {expected}; {REBUILD}")
+            records += found
+        return np.frombuffer(b"".join(records[: self.num_images]), dtype)
+
+
+def unit_norm(vectors: Float[np.ndarray, "*dims C"]) -> Float[np.ndarray, "*dims C"]:
+    """Rows scaled to length 1, float32; a zero row stays zero."""
+    vectors = np.asarray(vectors, np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def keys_of_maps(vectors: Float[np.ndarray, "B H W C"]) -> Float[np.ndarray, "BM E"]:
+    """Keys of maps of cell vectors: the four context cells' vectors side by side, stored-row order."""
+    batch, height, width, dim = vectors.shape
+    cells = grid_ops.context_cells(height, width)[grid_ops.cells_with_context(height, width)]
+    return vectors.reshape(batch, height * width, dim)[:, cells].reshape(-1, 4 * dim)

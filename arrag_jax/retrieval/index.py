@@ -1,0 +1,131 @@
+"""ScaNN indexes on disk, beside the datastore they were built from: ``<store>/index-<kind>/``.
+
+``index.json`` tells from which store (by its fingerprint), over which rows and with which options an index
+was built, and the size and SHA-256 of every file. A whole index appears by one rename.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from arrag_jax.config import ScannOptions
+from arrag_jax.errors import UserError
+from arrag_jax.retrieval.datastore import Datastore
+from arrag_jax.retrieval.files import explained, sha256_of, sync, write_json
+from arrag_jax.retrieval.scann import HostSearch, build_searcher, import_scann, num_leaves, shard_bounds
+
+INDEX_VERSION = 1
+
+
+def index_directory(store: Datastore, kind: str) -> Path:
+    """Where the index over keys of a kind lies."""
+    return store.directory / f"index-{kind}"
+
+
+def build_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> Path:
+    """Builds and saves the index over a store's keys, replacing another one; returns its directory.
+
+    Args:
+      store: whole, not a subset.
+      kind: "codebook" or "latent".
+      options: ``leaves`` and ``exhaustive_below`` are built in; the others can be chosen again at loading.
+      shards: searchers; a sharded search needs one a device along its mesh axis.
+
+    Raises:
+      UserError: the kind is not in the store, ScaNN can't be imported, or the disk is full.
+    """
+    final = index_directory(store, kind)
+    temporary, old = (final.with_name(f".{final.name}.{state}") for state in ("tmp", "old"))
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        with explained(final):
+            _write_index(temporary, store, kind, options, shards)
+            if final.exists():
+                final.rename(old)
+            temporary.rename(final)
+            sync(final.parent)
+    finally:
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
+    return final
+
+
+def _write_index(directory: Path, store: Datastore, kind: str, options: ScannOptions, shards: int) -> None:
+    keys, bounds = store.keys(kind), shard_bounds(store.num_patches, shards)
+    for shard, rows in enumerate(tqdm(bounds, unit="shard", desc=f"indexing {kind} keys", dynamic_ncols=True)):
+        place = directory / _shard_name(shard)
+        place.mkdir(parents=True)
+        # without relative paths a moved index does not load
+        build_searcher(keys[slice(*rows)], options).serialize(str(place), relative_path=True)
+    files = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        sync(path)
+        files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    write_json(directory / "index.json", {**_identity(store, kind, options, shards), "files": files})
+
+
+def _shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}"
+
+
+def is_current(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> bool:
+    """Is there an undamaged index of this store, built with these options?"""
+    try:
+        _checked_files(store, kind, options, shards)
+    except UserError:
+        return False
+    return True
+
+
+def load_index(store: Datastore, kind: str, k: int, options: ScannOptions, shards: int = 1) -> HostSearch:
+    """Loads the searchers of a saved index.
+
+    Raises:
+      UserError: no index here, or one of another store, of other options, or damaged; k out of range.
+    """
+    _checked_files(store, kind, options, shards)
+    scann = import_scann()
+    directory = index_directory(store, kind)
+    searchers = {s: scann.load_searcher(str(directory / _shard_name(s))) for s in range(shards)}
+    bounds = shard_bounds(store.num_patches, shards)
+    return HostSearch(searchers, bounds, np.asarray(store.values), store.codebook, k, options)
+
+
+def _identity(store: Datastore, kind: str, options: ScannOptions, shards: int) -> dict:
+    """What an index must agree in with the store and options it is used with."""
+    return {
+        "index_version": INDEX_VERSION,
+        "datastore": store.fingerprint,
+        "kind": kind,
+        "rows": store.num_patches,
+        "leaves": [num_leaves(end - first, options) for first, end in shard_bounds(store.num_patches, shards)],
+    }
+
+
+def _checked_files(store: Datastore, kind: str, options: ScannOptions, shards: int) -> None:
+    """Raises UserError, with the mend, unless the saved index is the wanted one and undamaged."""
+    directory = index_directory(store, kind)
+    mend = f"run: python -m arrag_jax.build_datastore --config=… --workdir={store.directory}"
+    try:
+        saved = json.loads((directory / "index.json").read_text())
+        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in saved.pop("files").items()}
+    except FileNotFoundError:
+        raise UserError(f"no index over {kind} keys in {store.directory}; {mend}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{directory / 'index.json'} is not an index's record ({error!r}); {mend}") from error
+    wanted = _identity(store, kind, options, shards)
+    differ = [f"{key} {saved.get(key)!r}, not {wanted[key]!r}" for key in wanted if saved.get(key) != wanted[key]]
+    if differ:
+        raise UserError(f"index {directory} does not fit: it has {'; '.join(differ)}; {mend}")
+    found = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()} - {"index.json"}
+    # ScaNN would unpickle a file of document ids; ours never have one
+    if found != set(files) or any(name.endswith(".pkl") for name in found):
+        raise UserError(f"index {directory} has missing or foreign files: {sorted(found ^ set(files))}; {mend}")
+    for name, facts in files.items():
+        path = directory / name
+        if (path.stat().st_size, sha256_of(path)) != facts:
+            raise UserError(f"index file {path} is damaged; {mend}")

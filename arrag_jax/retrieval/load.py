@@ -1,0 +1,45 @@
+"""From a config to a store and its search."""
+
+from jax.sharding import Mesh
+
+from arrag_jax.config import RetrievalConfig
+from arrag_jax.interfaces import Retriever
+from arrag_jax.retrieval.datastore import Datastore
+from arrag_jax.retrieval.dense import DenseRetriever
+from arrag_jax.retrieval.index import load_index
+from arrag_jax.retrieval.scann import ScannRetriever, build_host
+from arrag_jax.retrieval.sharded import shard_dense, shard_scann
+
+
+def load_retriever(
+    config: RetrievalConfig,
+    fingerprint: str,
+    mesh: Mesh | None = None,
+    axis: str = "data",
+    batch_axis: str | None = None,
+) -> tuple[Datastore, Retriever]:
+    """Opens a datastore and its search.
+
+    Args:
+      config: which store, which keys, which search.
+      fingerprint: of the model's tokenizer, which must have made the store.
+      mesh: spread the store over ``axis`` of this mesh; None: keep it on one device (or one host).
+      batch_axis: mesh axis that queries are sharded over; see ``ShardedRetriever``.
+
+    Raises:
+      UserError: no such store or index, one of another tokenizer, or k larger than the store.
+    """
+    store = Datastore.open(config.store)
+    store.require_tokenizer(fingerprint)
+    whole = config.num_images in (0, store.num_images)
+    if not whole:
+        store = store.subset(config.num_images)
+    shards = 1 if mesh is None else mesh.shape[axis]
+    if config.search == "dense":
+        arrays = (store.keys(config.keys), store.values, store.codebook, config.k)
+        return store, DenseRetriever.create(*arrays) if mesh is None else shard_dense(*arrays, mesh, axis, batch_axis)
+    if whole:
+        host = load_index(store, config.keys, config.k, config.scann, shards)
+    else:  # a saved index covers the whole store
+        host = build_host(store.keys(config.keys), store.values, store.codebook, config.k, config.scann, shards)
+    return store, ScannRetriever.of(host) if mesh is None else shard_scann(host, mesh, axis, batch_axis)

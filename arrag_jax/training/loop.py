@@ -1,0 +1,257 @@
+"""The one training loop: mesh → model → optimizer → restore → steps → evaluate → export.
+
+What is trained is a ``Task``; this file knows no model. The step is a pure function of a state and a
+batch, and its randomness a function of (seed, step) alone, so that a run killed at any moment and
+started again ends with the same bits as one left alone.
+"""
+
+import functools
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PyTree
+
+from arrag_jax.config import TrainConfig
+from arrag_jax.data.pipeline import make_loader
+from arrag_jax.errors import UserError
+from arrag_jax.mesh import check_batch_size, make_mesh, put_batch, put_everywhere, put_state, put_whole_batch
+from arrag_jax.training.checkpoint import Checkpoints, claim_workdir
+from arrag_jax.training.metrics import Journal
+from arrag_jax.training.optimizer import make_optimizer, make_schedule
+
+Batch = Mapping[str, Any]  # arrays whose first axis is the batch's
+Scalars = dict[str, Float[Array, ""]]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What is trained, on what, and how it is judged."""
+
+    trainable: type  # the nnx.Variable subclass that gets gradients and optimizer state; all else is frozen
+
+    def init_model(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The model at step 0, from scratch or from a checkpoint; the same on every process."""
+        ...
+
+    def train_source(self) -> Any:
+        """A grain.MapDataset or random-access source (len, []) of dicts of numpy arrays, one example each."""
+        ...
+
+    def eval_batches(self, batch_size: int) -> Iterable[Batch]:
+        """Held-out batches, the same at every call and on every process."""
+        ...
+
+    def loss(self, model: nnx.Module, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
+        """Loss and metrics. May write non-trainable variables of the model: the step carries them on."""
+        ...
+
+    def after_update(self, model: nnx.Module, batch: Batch, key: Array) -> None:
+        """Edits the model after the optimizer, inside the jitted step (dead-code revival); may do nothing."""
+        ...
+
+    def eval_metrics(self, model: nnx.Module, batch: Batch) -> Scalars:
+        """Metrics of one held-out batch, jitted; means over its examples, for the loop averages them so."""
+        ...
+
+    def pictures(self, model: nnx.Module) -> dict[str, np.ndarray]:
+        """uint8 [H, W, 3] sample grids by name, drawn at every evaluation; may be empty."""
+        ...
+
+    def export(self, model: nnx.Module, directory: Path) -> None:
+        """Writes the final weights in the product's own layout into an empty directory."""
+        ...
+
+
+class TrainState(NamedTuple):
+    """All that a step changes; pure dicts of arrays, keyed by the path in the model."""
+
+    step: Int[Array, ""]  # steps done
+    params: PyTree  # the trainable variables
+    rest: PyTree  # every other variable
+    optimizer: PyTree
+    ema: PyTree  # moving average of params; None where ema_decay is 0
+
+
+def train(config: TrainConfig, task: Task, workdir: Path) -> None:
+    """Trains the task to ``config.steps``, from the newest checkpoint in ``workdir`` where there is one.
+
+    Leaves in ``workdir``: config.json, checkpoints/, metrics.jsonl, tensorboard/, pictures/ and, at the
+    end, export/. SIGTERM finishes the step, saves and exits with code 0; SIGINT does the same and raises
+    KeyboardInterrupt. Either sent twice acts at once.
+
+    Raises:
+      UserError: for a workdir of another run, a damaged checkpoint, a mesh that does not fit, or a loss
+        that is no longer finite.
+    """
+    mesh = make_mesh(config.mesh)
+    check_batch_size(config.batch_size, mesh)
+    claim_workdir(workdir, config)
+    with Checkpoints(workdir) as checkpoints, StopSignal() as stop:
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        graph, state = init_state(task, optimizer, config, mesh)
+        data = make_loader(task.train_source(), config.batch_size, config.seed)
+        state = checkpoints.restore(state, data) or state
+        done = int(state.step)
+        if done > config.steps:
+            raise UserError(f"{workdir} is at step {done} already, past steps={config.steps}: choose another --workdir")
+        train_step = make_train_step(task, graph, optimizer, config)
+        evaluate = make_evaluation(task, graph, config, mesh)
+
+        with Journal(config, workdir, done) as journal:
+            for step in range(done + 1, config.steps + 1):
+                state, metrics = train_step(state, put_batch(next(data), mesh))
+                journal.step_done(step, metrics)
+                stopping, last = stop.requested(step), step == config.steps
+                if step % config.eval_every == 0 or last:
+                    journal.flush()
+                    journal.evaluated(step, *evaluate(state))
+                if step % config.checkpoint_every == 0 or last or stopping:
+                    journal.flush()  # so that a state whose loss is not finite is never saved
+                    checkpoints.save(step, state, data)
+                if stopping and not last:
+                    checkpoints.wait()
+                    stop.leave(step)
+    export(task, whole_model(graph, state, mesh), workdir / "export")
+
+
+def init_state(
+    task: Task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
+) -> tuple[nnx.GraphDef, TrainState]:
+    """The model's static graph and the state at step 0, laid out over the mesh."""
+    model = task.init_model(nnx.Rngs(config.seed))
+    graph, params, rest = _split(model, task.trainable)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        rest=rest,
+        optimizer=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None,
+    )
+    return graph, put_state(state, mesh)
+
+
+def make_train_step(
+    task: Task, graph: nnx.GraphDef, optimizer: optax.GradientTransformation, config: TrainConfig
+) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
+    """The jitted step. Its input state is donated."""
+    schedule = make_schedule(config.optimizer, config.steps)
+
+    def loss_of(params: PyTree, rest: PyTree, batch: Batch, key: Array):
+        model = nnx.merge(graph, params, rest)
+        loss, metrics = task.loss(model, batch, key)
+        return loss, (metrics, _split(model, task.trainable)[2])
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
+        loss_key, update_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, (metrics, rest)), grads = gradient(state.params, state.rest, batch, loss_key)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        model = nnx.merge(graph, optax.apply_updates(state.params, updates), rest)
+        task.after_update(model, batch, update_key)
+        _, params, rest = _split(model, task.trainable)
+        ema = optax.incremental_update(params, state.ema, 1 - config.ema_decay) if config.ema_decay else None
+        metrics = {
+            "loss": loss,
+            **metrics,
+            "learning_rate": schedule(state.step),
+            "grad_norm": optax.global_norm(grads),
+        }
+        return TrainState(state.step + 1, params, rest, optimizer_state, ema), metrics
+
+    return train_step
+
+
+def make_evaluation(
+    task: Task, graph: nnx.GraphDef, config: TrainConfig, mesh: Mesh
+) -> Callable[[TrainState], tuple[dict[str, float], dict[str, np.ndarray]]]:
+    """A function from a state to its held-out metrics ("eval/name") and its pictures."""
+    batches = list(task.eval_batches(config.batch_size))
+    metrics_of = jax.jit(lambda params, rest, batch: task.eval_metrics(nnx.merge(graph, params, rest), batch))
+
+    def evaluate(state: TrainState) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        params = best_params(state)
+        totals, examples = {}, 0
+        for batch in batches:
+            rows = len(next(iter(batch.values())))
+            metrics = metrics_of(params, state.rest, put_whole_batch(batch, mesh))
+            totals = {name: totals.get(name, 0.0) + rows * float(value) for name, value in metrics.items()}
+            examples += rows
+        means = {f"eval/{name}": total / examples for name, total in totals.items()}
+        return means, task.pictures(whole_model(graph, state, mesh))
+
+    return evaluate
+
+
+def export(task: Task, model: nnx.Module, directory: Path) -> None:
+    """The task's export of the final weights, under a temporary name until it is whole."""
+    if jax.process_index() == 0:
+        temporary = directory.with_name(directory.name + ".tmp")
+        for stale in (temporary, directory):
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir()
+        task.export(model, temporary)
+        temporary.rename(directory)
+    multihost_utils.sync_global_devices("export")
+
+
+def best_params(state: TrainState) -> PyTree:
+    """The parameters to evaluate and export: the moving average where there is one."""
+    return state.params if state.ema is None else state.ema
+
+
+def whole_model(graph: nnx.GraphDef, state: TrainState, mesh: Mesh) -> nnx.Module:
+    """The model with its best parameters, whole on one device of each process: any code may use it there."""
+    everywhere = put_everywhere((best_params(state), state.rest), mesh)
+    return nnx.merge(graph, *jax.tree.map(lambda leaf: leaf.addressable_data(0), everywhere))
+
+
+def _split(model: nnx.Module, trainable: type) -> tuple[nnx.GraphDef, PyTree, PyTree]:
+    graph, params, rest = nnx.split(model, trainable, ...)
+    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+
+class StopSignal:
+    """While open, the first SIGTERM or SIGINT asks the loop to stop after its step; a second acts at once.
+
+    In a run of several processes jax's own preemption service listens for SIGTERM, on whichever process
+    it comes, and agrees on one step for all; SIGINT there ends a process as usual.
+    """
+
+    def __enter__(self) -> "StopSignal":
+        self._received: int | None = None
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _) -> None:
+        self._received = number
+        self.__exit__()
+
+    def requested(self, step: int) -> bool:
+        """Should this step be the last? The same answer on every process of the run."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._received is not None
+
+    def leave(self, step: int) -> NoReturn:
+        """Ends the program after the save; says how to go on."""
+        if self._received == signal.SIGINT:
+            raise KeyboardInterrupt
+        print(f"\nstopped and saved at step {step}; run the same command again to continue", file=sys.stderr)
+        sys.exit(0)

@@ -1,0 +1,131 @@
+"""Where the figures of a run go: a progress bar, ``metrics.jsonl``, TensorBoard files and pictures."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from arrag_jax.config import TrainConfig
+from arrag_jax.errors import UserError
+
+
+class Journal:
+    """Follows a run step by step. The figures of a step are fetched when the next is under way.
+
+    So the device never waits for the host. A log line holds the means since the line before it. Only
+    process 0 writes and shows anything; every process stops at a loss that is not finite.
+    """
+
+    def __init__(self, config: TrainConfig, workdir: Path, done: int):
+        """Opens the journal of a run that has ``done`` steps behind it."""
+        self._log_every, self._steps = config.log_every, config.steps
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._window: list[dict[str, float]] = []
+        self._seconds, self._mark = 0.0, time.monotonic()  # the window's time so far, up to when
+        leads = jax.process_index() == 0
+        self._writer = MetricWriter(workdir, done) if leads else None
+        self._bar = tqdm(total=config.steps, initial=done, unit="step", disable=not leads, dynamic_ncols=True)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+        if self._writer:
+            self._writer.close()
+
+    def step_done(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes note of a step just dispatched, and writes down the one before it."""
+        self.flush()
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Waits for the last step and writes it down.
+
+        Raises:
+          UserError: where its loss is not finite.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        self._pending = None
+        now = time.monotonic()
+        self._seconds, self._mark = self._seconds + now - self._mark, now
+        if not math.isfinite(values["loss"]):
+            raise UserError(
+                f"the loss is {values['loss']} at step {step}; the last checkpoint is from before it: "
+                "lower optimizer.learning_rate or optimizer.clip_norm"
+            )
+        self._window.append(values)
+        self._bar.update(1)
+        self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        if step % self._log_every == 0 or step == self._steps:
+            self._write_window(step)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float], pictures: Mapping[str, np.ndarray]) -> None:
+        """Writes down what an evaluation after ``flush`` gave; its time does not count as the steps'."""
+        if self._writer:
+            self._writer.scalars(step, metrics)
+            self._writer.pictures(step, pictures)
+        self._mark = time.monotonic()
+
+    def _write_window(self, step: int) -> None:
+        means = {name: float(np.mean([values[name] for values in self._window])) for name in self._window[-1]}
+        if self._writer:
+            self._writer.scalars(step, {**means, "steps_per_second": len(self._window) / self._seconds})
+        self._window, self._seconds = [], 0.0
+
+
+class MetricWriter:
+    """Writes one run's scalars and pictures. Later lines of an interrupted run are dropped on resumption."""
+
+    def __init__(self, workdir: Path, step: int):
+        """Opens the files to go on after ``step`` (0: a new run)."""
+        self._pictures = workdir / "pictures"
+        self._pictures.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        _drop_lines_after(path, step)
+        self._lines = path.open("a")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One JSON line {"step": …, name: value} and one TensorBoard point a name."""
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Each uint8 [H, W, 3] picture as ``pictures/step_XXXXXX_name.png`` and in TensorBoard."""
+        for name, picture in pictures.items():
+            Image.fromarray(picture).save(self._pictures / f"step_{step:06d}_{name}.png")
+            self._tensorboard.add_image(name, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._lines.close()
+        self._tensorboard.close()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Keeps the whole lines of steps up to ``step``; a line cut short by a kill goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)

@@ -1,0 +1,24 @@
+"""Prior over the emoji scenes' codes: a Llama of 2.9M parameters that reads a caption and writes 144 codes.
+
+python -m arrag_jax.train --config configs/emoji_prior.py --workdir runs/prior
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Settings of the embedded checkpoint's prior."""
+    return ConfigDict(
+        {
+            "task": "prior",
+            "preset": "janus-emoji",
+            "steps": 8000,
+            "batch_size": 16,
+            "data": {"name": "emoji_scenes/full"},
+            "optimizer": {"learning_rate": 2e-3, "warmup_steps": 200, "decay_fraction": 0.3},
+            "options": {"tokenizer": "runs/tokenizer/export"},
+            "ema_decay": 0.998,
+            "eval_every": 1000,
+            "checkpoint_every": 500,
+        }
+    )

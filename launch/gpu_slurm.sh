@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=arrag_jax
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@120
+#
+# Runs one command on the GPUs of a Slurm job: one process a GPU, on any number of nodes.
+#
+#   make install REQUIREMENTS=requirements.txt
+#   .venv/bin/pip install "jax[cuda12]==$(sed -n 's/^jax==//p' requirements.txt)"
+#   sbatch --nodes=2 launch/gpu_slurm.sh -- \
+#     python -m arrag_jax.train --config=configs/emoji_prior.py --workdir=/shared/run
+#
+# Submit from the repository's root. Nodes with other than 8 GPUs: pass --ntasks-per-node=4 --gpus-per-node=4
+# to sbatch; the two numbers stay equal, since jax.distributed.initialize() takes SLURM_LOCALID for the number
+# of the process's own GPU. For the same reason GPUs are not bound to tasks: each sees all GPUs of its node.
+#
+# 120 s before the time limit (and at a preemption, where the cluster sets PreemptParameters=send_user_signal)
+# Slurm sends SIGTERM to this script, which hands it on: training saves, exits 0, and the job is queued again.
+# It goes on from --workdir, which must be on a disk that all nodes share. Submitting the same line by hand
+# does the same.
+#
+# See what it would run, without Slurm: launch/gpu_slurm.sh --dry_run -- python -m arrag_jax.…
+set -euo pipefail
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+dry_run=""
+while (($#)); do
+  case $1 in
+    --dry_run) dry_run=yes ;;
+    --)
+      shift
+      break
+      ;;
+    *) die "unknown option $1; the header of launch/gpu_slurm.sh lists them (the command comes after --)" ;;
+  esac
+  shift
+done
+(($#)) || die "the command is missing; put it after --, as in: -- python -m arrag_jax.train --config=…"
+[[ $1 == python && ${2:-} == -m && ${3:-} == arrag_jax.* ]] || die "the command must be python -m arrag_jax.…, not: $*"
+
+# Host callbacks need the CPU backend beside the GPU's.
+launch=(env JAX_PLATFORMS=cuda,cpu srun --gpu-bind=none --kill-on-bad-exit=1 "$@")
+if [[ -n $dry_run ]]; then
+  printf '%q ' "${launch[@]}"
+  echo
+  exit
+fi
+
+[[ -e .venv/bin/activate ]] || die "no .venv here; submit from the repository's root, after make install"
+. .venv/bin/activate
+
+stopped="" step=""
+trap 'stopped=yes; trap "" TERM; [[ -z $step ]] || kill -TERM "$step"' TERM
+"${launch[@]}" &
+step=$!
+# A trapped signal ends `wait` early, so wait again: the second one returns the command's own exit code.
+code=0
+wait "$step" || code=$?
+if [[ -n $stopped ]]; then
+  code=0
+  wait "$step" || code=$?
+  if ((code == 0)); then scontrol requeue "$SLURM_JOB_ID"; fi
+fi
+exit "$code"

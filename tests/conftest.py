@@ -1,0 +1,37 @@
+"""Every test runs with shape checking on and with implicit rank promotion forbidden."""
+
+import os
+from pathlib import Path
+
+# Eight virtual devices, so that the tests of meshes run anywhere; set before jax wakes.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("arrag_jax", "beartype.beartype")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Folder of golden numbers from the official implementation; skips where it is absent."""
+    path = SHARED / "reference" / "dev"
+    if not path.is_dir():
+        pytest.skip("golden numbers of the reference are not on this machine (../shared/reference/dev)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """Folder of real photos; skips where it is absent."""
+    path = SHARED / "data"
+    if not path.is_dir():
+        pytest.skip("real photos are not on this machine (../shared/data)")
+    return path

@@ -1,0 +1,116 @@
+"""Configs are read strictly, and a command tells what is wrong with its arguments in one line."""
+
+import dataclasses
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from arrag_jax.command import Flag, main_with_config
+from arrag_jax.config import MeshConfig, OptimizerConfig, TrainConfig, parse
+from arrag_jax.errors import UserError
+
+GOOD = {"task": "prior", "steps": 3, "batch_size": 4, "preset": "tiny", "options": {}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kinds:
+    """One field of every kind that a config may hold."""
+
+    share: float = 0.5
+    sizes: tuple = ()
+    name: str | None = None
+    on: bool = False
+    mesh: MeshConfig = MeshConfig()
+
+
+def test_defaults_are_the_dataclass_and_given_keys_win():
+    config = parse(TrainConfig, ConfigDict(GOOD | {"optimizer": {"learning_rate": 0.5}}))
+    assert config == TrainConfig(**GOOD | {"options": config.options, "optimizer": OptimizerConfig(learning_rate=0.5)})
+
+
+def test_the_only_conversions_are_int_to_float_and_list_to_tuple():
+    config = parse(Kinds, {"share": 1, "sizes": [1, 2], "name": None, "on": True})
+    assert config == Kinds(1.0, (1, 2), None, True)
+    assert isinstance(config.share, float)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batchsize": 4}, r"unknown key config\.batchsize \(did you mean 'batch_size'\?\)"),
+        ({"optimizer": {"lr": 1.0}}, r"unknown key config\.optimizer\.lr"),
+        ({"steps": "3"}, r"config\.steps must be int, got '3'"),
+        ({"steps": True}, r"config\.steps must be int, got True"),
+        ({"steps": 0}, r"steps=0 is outside"),
+        ({"task": "priors"}, r"task='priors' is unknown; choose one of tokenizer, prior"),
+        ({"optimizer": {"name": "sgd"}}, r"optimizer\.name='sgd' is unknown"),
+        ({"optimizer": 3}, r"config\.optimizer must hold keys, not 3"),
+        ({"ema_decay": 1.5}, r"ema_decay=1\.5 is outside \[0, 1\]"),
+    ],
+)
+def test_a_bad_key_is_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        parse(TrainConfig, GOOD | changes)
+
+
+def test_every_error_is_told_at_once():
+    with pytest.raises(UserError) as error:
+        parse(TrainConfig, {"task": "prior", "stps": 3, "batch_size": "4", "optimizer": {"b3": 1.0}})
+    for part in ("config.stps", "config.batch_size must be int", "config.optimizer.b3", "missing key config.preset"):
+        assert part in str(error.value)
+
+
+def command(monkeypatch, tmp_path, *arguments: str) -> tuple[int, list]:
+    """Exit code of a command run with these arguments, and what its main function was called with."""
+    (tmp_path / "good.py").write_text(f"def get_config(preset='tiny'):\n    return {GOOD} | dict(preset=preset)\n")
+    (tmp_path / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
+    called = []
+
+    def main(config: TrainConfig, workdir: str, count: int) -> int:
+        called.append((config, workdir, count))
+        return 7
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "set")  # so that the command leaves jax's own setting alone
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main_with_config(main, TrainConfig, workdir=Flag("a folder"), count=Flag("a number", 2))
+    return exit_.value.code, called
+
+
+def test_a_command_gets_its_config_and_flags(monkeypatch, tmp_path):
+    arguments = ["--config", "good.py:large", "--workdir=w", "--config.steps=9", "--config.optimizer.b1=0.5"]
+    code, [(config, workdir, count)] = command(monkeypatch, tmp_path, *arguments, "--config.seed=5")
+    assert (code, workdir, count) == (7, "w", 2)
+    assert (config.preset, config.steps, config.optimizer.b1, config.seed) == ("large", 9, 0.5, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=good.py"], "missing --workdir"),
+        (["--workdir=w"], "missing --config"),
+        (["--config=none.py", "--workdir=w"], "config file none.py does not exist"),
+        (["--config=broken.py", "--workdir=w"], "config file broken.py failed: ZeroDivisionError"),
+        (["--config=good.py", "--workdir=w", "--wrkdir=x"], "unknown argument '--wrkdir=x'"),
+        (["--config=good.py", "--workdir=w", "more"], "unknown argument 'more'"),
+        (["--config=good.py", "--workdir=w", "--count=x"], "--count=x"),
+        (["--config=good.py", "--workdir=w", "--config.stepz=3"], "unknown key config.stepz (did you mean 'steps'?)"),
+        (["--config=good.py", "--workdir=w", "--config.steps=x"], "--config.steps=x"),
+        (["--config=good.py", "--workdir=w", "--config.optimzer.b1=0.5"], "unknown section"),
+        (["--config=good.py", "--workdir=w", "--config.optimizer=3"], "--config.optimizer=3"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_exit_code_two(monkeypatch, tmp_path, capsys, arguments, message):
+    code, called = command(monkeypatch, tmp_path, *arguments)
+    assert (code, called) == (2, [])
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ") and message in error[0]
+
+
+def test_help_names_every_flag(monkeypatch, tmp_path, capsys):
+    code, called = command(monkeypatch, tmp_path, "--help")
+    assert (code, called) == (0, [])
+    text = capsys.readouterr().out
+    assert all(flag in text for flag in ("--config", "--workdir", "--count"))

@@ -1,0 +1,193 @@
+"""Laws over the tree itself: who may import whom, how long things may be, what may not appear.
+
+A new module of ``arrag_jax`` must be given a floor in ``FLOORS``; a file that has to be longer than the limits
+says why in a line ``# size: reason`` among its first lines.
+"""
+
+import ast
+import graphlib
+import importlib.metadata
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "arrag_jax"
+FILE_LINES, FUNCTION_LINES = 350, 60
+
+# Module or package → floor. A file imports from the floors below its own, and from its own package.
+FLOORS = {
+    **dict.fromkeys(("errors", "config", "command", "mesh", "ops"), 0),
+    **dict.fromkeys(("interfaces", "nn"), 1),
+    **dict.fromkeys(("models", "retrieval", "decode"), 2),
+    **dict.fromkeys(("data", "training", "evaluation"), 3),
+    **dict.fromkeys(("train", "generate", "build_datastore", "eval", "convert"), 4),
+}
+# The imports allowed between two names of one floor (importer, imported). Floor 2 has none: models, retrieval
+# and decode meet in `interfaces` alone.
+PEERS = {
+    ("config", "errors"),
+    ("command", "errors"),
+    ("command", "config"),
+    ("command", "mesh"),
+    ("mesh", "errors"),
+    ("mesh", "config"),
+    ("ops", "errors"),
+    ("nn", "interfaces"),
+    ("training", "data"),
+    ("training", "evaluation"),
+    ("evaluation", "data"),
+}
+FORBIDDEN_IMPORTS = {"tensorflow", "torch", "pickle", "cloudpickle", "dill"}
+# Written in two halves, so that this file does not hold what it looks for.
+FORBIDDEN_TEXT = re.compile(r"(?<![\w.])/(ho" r"me/|ro" r"ot/|wo" r"rk\b)|\b(TO" r"DO|FIX" r"ME)\b")
+
+
+def listed_files() -> list[Path]:
+    """Files that git tracks or would track, as they are on disk."""
+    words = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout: which files belong to the project is not known")
+    return [path for name in sorted(set(names.split("\0"))) if name and (path := ROOT / name).is_file()]
+
+
+def modules() -> dict[str, ast.Module]:
+    """Dotted name below ``arrag_jax`` → syntax tree; a package goes by its own name."""
+    trees = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        trees[".".join(part for part in parts if part != "__init__")] = ast.parse(path.read_text(), str(path))
+    return trees
+
+
+def imported_names(tree: ast.Module) -> set[str]:
+    """Every dotted name that a file imports, wherever in it; ``from a import b`` gives ``a.b``."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}; write arrag_jax.…"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_imports(tree: ast.Module, known: set[str]) -> set[str]:
+    """The modules of this package (names below ``arrag_jax``) that a file imports."""
+    found = set()
+    for name in imported_names(tree):
+        head, _, below = name.partition(".")
+        if head == "arrag_jax":
+            while below not in known:  # the last part may be a function rather than a module
+                below = below.rpartition(".")[0]
+            found.add(below)
+    return found - {""}
+
+
+def test_every_module_has_a_floor():
+    assert {name.split(".")[0] for name in modules()} - {""} <= FLOORS.keys()
+
+
+def test_imports_point_down():
+    trees, wrong = modules(), []
+    for name, tree in trees.items():
+        for other in own_imports(tree, set(trees)):
+            importer, imported = name.split(".")[0], other.split(".")[0]
+            if importer == imported or (importer, imported) in PEERS:
+                continue
+            if FLOORS[imported] >= FLOORS[importer]:
+                wrong.append(f"{name} (floor {FLOORS[importer]}) imports {other} (floor {FLOORS[imported]})")
+    assert not wrong
+
+
+def test_peers_are_of_one_floor():
+    assert all(FLOORS[importer] == FLOORS[imported] for importer, imported in PEERS)
+
+
+def test_imports_have_no_cycle():
+    trees = modules()
+    graph = {name: own_imports(tree, set(trees)) - {name} for name, tree in trees.items()}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(trees)
+
+
+def test_no_foreign_framework_and_no_pickle():
+    roots = {name: {word.split(".")[0] for word in imported_names(tree)} for name, tree in modules().items()}
+    assert {name: found for name, words in roots.items() if (found := words & FORBIDDEN_IMPORTS)} == {}
+
+
+def pins(file: str) -> list[str]:
+    """The requirement lines of a file; comments, blanks and includes left out."""
+    lines = (line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
+    return [line for line in lines if line and not line.startswith("-r ")]
+
+
+def plain(distribution: str) -> str:
+    """A distribution's name as pip compares it."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-dev.txt"])
+def test_every_requirement_is_pinned(file):
+    assert [line for line in pins(file) if not re.fullmatch(r"[\w.-]+(\[[\w,]+\])?==[\w.+]+( *;.*)?", line)] == []
+
+
+def test_every_import_is_a_core_requirement():
+    """What ``arrag_jax`` imports comes with requirements.txt alone."""
+    names = {name.split(".")[0] for tree in modules().values() for name in imported_names(tree)}
+    foreign = names - set(sys.stdlib_module_names) - {"arrag_jax"}
+    core = {plain(re.split(r"[\[=; ]", line)[0]) for line in pins("requirements.txt")}
+    owners = importlib.metadata.packages_distributions()
+    assert {name for name in foreign if not core & {plain(owner) for owner in owners.get(name, [])}} == set()
+
+
+def test_files_and_functions_are_short():
+    long = []
+    for path in (path for path in listed_files() if path.suffix == ".py"):
+        lines = path.read_text().splitlines()
+        if any(re.match(r"# size: \S", line) for line in lines[:10]):
+            continue
+        where = path.relative_to(ROOT)
+        if len(lines) > FILE_LINES:
+            long.append(f"{where}: {len(lines)} lines")
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                if length > FUNCTION_LINES:
+                    long.append(f"{where}: {node.name} has {length} lines")
+    assert not long
+
+
+def test_every_public_thing_has_a_docstring():
+    bare = []
+    for name, tree in modules().items():
+        if not tree.body:  # an empty __init__.py
+            continue
+        public = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        public = [node for node in public if not node.name.startswith("_")]
+        bare += [f"{name}.{getattr(node, 'name', '')}" for node in [tree, *public] if not ast.get_docstring(node)]
+    assert not bare
+
+
+def test_no_machine_path_and_no_note_to_self():
+    wrong = []
+    for path in listed_files():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue  # a picture or another binary
+        wrong += [f"{path.relative_to(ROOT)}:{n}" for n, line in enumerate(lines, 1) if FORBIDDEN_TEXT.search(line)]
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_loads_and_tells_what_it_is(path):
+    module = runpy.run_path(str(path))
+    assert isinstance(module["get_config"](), ml_collections.ConfigDict)
+    assert module["__doc__"]

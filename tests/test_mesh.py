@@ -1,0 +1,148 @@
+"""The mesh: its shapes, where leaves live, how batches are put on it, and runs of several processes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from test_training import ToyTask, losses, toy_config
+
+from arrag_jax.config import MeshConfig, OptimizerConfig
+from arrag_jax.errors import UserError
+from arrag_jax.mesh import (
+    check_batch_size,
+    make_mesh,
+    partition_spec,
+    put_batch,
+    put_everywhere,
+    start_distributed,
+    state_shardings,
+)
+from arrag_jax.training.loop import train
+from arrag_jax.training.optimizer import make_optimizer
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MeshConfig(), {"data": 8, "fsdp": 1}),
+        (MeshConfig(data=-1, fsdp=4), {"data": 2, "fsdp": 4}),
+        (MeshConfig(data=1, fsdp=-1), {"data": 1, "fsdp": 8}),
+        (MeshConfig(data=1, fsdp=2), {"data": 1, "fsdp": 2}),
+    ],
+)
+def test_a_free_axis_takes_every_device_left(config, shape):
+    assert dict(make_mesh(config).shape) == shape
+
+
+@pytest.mark.parametrize("shape", [(-1, -1), (3, 1), (-1, 3), (16, 1), (0, 1), (-2, 1)])
+def test_a_mesh_that_does_not_fit_is_refused(shape):
+    with pytest.raises(UserError, match="mesh"):
+        make_mesh(MeshConfig(*shape))
+
+
+def test_batches_must_split_evenly():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    check_batch_size(16, mesh)
+    with pytest.raises(UserError, match="batch_size=12 must be a multiple of the mesh's 8 devices"):
+        check_batch_size(12, mesh)
+
+
+def test_every_spec_divides_its_leaf_and_shards_what_is_large():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        shape = tuple(int(size) for size in rng.choice([3, 64, 66, 512, 513], size=rng.integers(0, 4)))
+        path = str(rng.choice(["layers/0/kernel", "embed_tokens/embedding", "codebook"]))
+        spec = partition_spec(path, shape, mesh)
+        split = [axis for axis, name in enumerate(spec) if name == "fsdp"]
+        assert len(split) <= 1 and all(shape[axis] % 4 == 0 for axis in split)
+        divisible = [size for size in shape if size % 4 == 0]
+        should_split = len(shape) > 1 and np.prod(shape) >= 2**16 and divisible and path != "codebook"
+        assert bool(split) == bool(should_split), (path, shape)
+        if split and path == "layers/0/kernel":
+            assert shape[split[0]] == max(divisible)
+
+
+def test_rules_come_before_the_default():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    assert partition_spec("params/layers/0/kernel", (4096, 64), mesh) == P("fsdp", None)
+    assert partition_spec("params/embed_tokens/embedding", (4096, 64), mesh) == P(None, "fsdp")
+    assert partition_spec("params/embed_tokens/embedding", (4096, 66), mesh) == P("fsdp", None)
+    assert partition_spec("params/codebook", (4096, 64), mesh) == P()
+
+
+def test_optimizer_state_lives_where_its_parameter_does():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    params = {"layers": {0: {"kernel": jnp.ones((256, 512))}}, "embed": {"embedding": jnp.ones((512, 256))}}
+    state = {"params": params, "optimizer": make_optimizer(OptimizerConfig(), 10).init(params)}
+    specs = {}
+    for path, sharding in jax.tree_util.tree_leaves_with_path(state_shardings(state, mesh)):
+        specs.setdefault(path[-1].key if hasattr(path[-1], "key") else "count", set()).add(sharding.spec)
+    assert specs == {"kernel": {P(None, "fsdp")}, "embedding": {P(None, "fsdp")}, "count": {P()}}
+
+
+def test_put_batch_splits_rows_over_all_devices_and_loses_none():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    batch = {"x": np.arange(48, dtype=np.float32).reshape(16, 3)}
+    placed = put_batch(batch, mesh)
+    assert [shard.data.shape for shard in placed["x"].addressable_shards] == [(2, 3)] * 8
+    np.testing.assert_array_equal(placed["x"], batch["x"])
+    whole = put_everywhere(placed, mesh)
+    assert all(np.array_equal(shard.data, batch["x"]) for shard in whole["x"].addressable_shards)
+
+
+def test_one_process_needs_no_start_and_half_a_description_is_refused(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
+    start_distributed()
+    assert jax.process_count() == 1
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES must be set"):
+        start_distributed()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+    }
+    command = [sys.executable, __file__, str(tmp_path / "two")]
+    processes = [
+        subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(process)}, stderr=subprocess.PIPE, text=True)
+        for process in range(2)
+    ]
+    train_toy(tmp_path / "one")
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(one) == list(two) == [1, 2, 3, 4]
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
+    exported = [np.load(tmp_path / name / "export" / "weights.npz")["middle"] for name in ("one", "two")]
+    np.testing.assert_allclose(exported[1], exported[0], atol=1e-5)
+
+
+def train_toy(workdir: Path) -> None:
+    """The toy without noise (which goes by place in the batch), on four devices of one process or of two."""
+    config = toy_config(mesh=MeshConfig(data=2, fsdp=2), steps=4)
+    train(config, ToyTask(noise=False), workdir)
+
+
+if __name__ == "__main__":
+    start_distributed()
+    assert jax.process_count() == 2
+    train_toy(Path(sys.argv[1]))
