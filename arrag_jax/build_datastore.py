@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from arrag_jax.command import Flag, main_with_config
@@ -20,6 +19,7 @@ from arrag_jax.data.emoji_scenes import load_source
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.models.janus import VISION, Janus
+from arrag_jax.nn.vq import from_uint8
 from arrag_jax.retrieval import index, writer
 from arrag_jax.retrieval.datastore import StoreSettings
 
@@ -57,7 +57,7 @@ def run(config: DatastoreConfig, workdir: str) -> None:
     )
 
     def encode(batch: np.ndarray) -> tuple[Any, Any]:
-        codes, latents = tokenizer.encode_images(jnp.asarray(batch, jnp.float32) / 127.5 - 1)
+        codes, latents = tokenizer.encode_images(from_uint8(batch))
         return codes.reshape(-1, *tokenizer.grid), latents
 
     store = writer.build(directory, images, encode, np.asarray(tokenizer.codebook), settings, config.batch_size)

@@ -1,4 +1,4 @@
-"""Datastore of the 120,000 emoji scenes that no model was trained on: 13.2 million patches.
+"""Datastore of 60,000 emoji scenes that no model was trained on (the prior saw 40,000 others): 6.6 million patches.
 
 python -m arrag_jax.build_datastore --config configs/emoji_datastore.py --workdir runs/store
 """
@@ -10,9 +10,10 @@ def get_config() -> ConfigDict:
     """Settings of the emoji datastore."""
     return ConfigDict(
         {
-            "model": "runs/tokenizer/export",
+            "model": "arrag_jax/assets/emoji_janus",
             "source": "emoji_scenes/full",
             "split": "store",
+            "num_images": 60_000,
             "keys": ("codebook",),
             "indexes": ("codebook",),
         }

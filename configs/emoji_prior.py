@@ -12,13 +12,13 @@ def get_config() -> ConfigDict:
         {
             "task": "prior",
             "preset": "janus-emoji",
-            "steps": 8000,
+            "steps": 4500,
             "batch_size": 16,
             "data": {"name": "emoji_scenes/full"},
-            "optimizer": {"learning_rate": 2e-3, "warmup_steps": 200, "decay_fraction": 0.3},
+            "optimizer": {"learning_rate": 2e-3, "warmup_steps": 200, "decay_fraction": 0.35},
             "options": {"tokenizer": "runs/tokenizer/export"},
             "ema_decay": 0.998,
-            "eval_every": 1000,
+            "eval_every": 500,
             "checkpoint_every": 500,
         }
     )

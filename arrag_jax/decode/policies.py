@@ -1,6 +1,7 @@
 """What retrieval does to drawing: nothing (``Plain``), or mixing distributions (``Daid``)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,8 @@ class Daid:
       copies: "nearest" (the paper) or "sum"; see ``ops.sampling.neighbor_log_probs``.
     """
 
-    weight: float
-    temperature: float
+    weight: Any  # a number; leaves go untyped, for jax also builds this pytree with tracers in their place
+    temperature: Any
     copies: str = dataclasses.field(default="nearest", metadata={"static": True})
     uses_retrieval = True
 

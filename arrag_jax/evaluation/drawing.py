@@ -18,7 +18,7 @@ from arrag_jax.models.janus import Janus
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.nn.vq import to_uint8
 from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.open import open_retriever, open_store
+from arrag_jax.retrieval.load import load_retriever
 
 METHODS = ("plain", "daid")
 
@@ -95,6 +95,5 @@ def open_studio(config: DrawConfig, methods: Sequence[str]) -> Studio:
     text = PromptTokenizer.load(config.model)
     store = retriever = None
     if methods != ["plain"]:
-        store = open_store(config.retrieval, fingerprint(model))
-        retriever = open_retriever(config.retrieval, store)
+        store, retriever = load_retriever(config.retrieval, fingerprint(model))
     return Studio(config, model, text, store, retriever)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -18,8 +17,8 @@ from arrag_jax.evaluation import pictures
 from arrag_jax.evaluation.drawing import METHODS, Studio
 from arrag_jax.evaluation.likelihood import bits_per_code, score_scenes
 from arrag_jax.evaluation.object_score import object_score
-from arrag_jax.nn.vq import to_uint8
-from arrag_jax.retrieval.open import open_retriever, open_store
+from arrag_jax.nn.vq import from_uint8, to_uint8
+from arrag_jax.retrieval.load import load_retriever
 
 SEEDS = 3
 WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # λ of the sweep
@@ -74,7 +73,7 @@ def object_scores(studio: Studio, num_prompts: int) -> dict[str, dict[str, Any]]
 def _reconstruct(studio: Studio, images: np.ndarray) -> np.ndarray:
     parts = []
     for start in range(0, len(images), 100):
-        codes, _ = studio.model.encode_images(jnp.asarray(images[start : start + 100], jnp.float32) / 127.5 - 1.0)
+        codes, _ = studio.model.encode_images(from_uint8(images[start : start + 100]))
         parts.append(np.asarray(to_uint8(studio.model.decode_codes(codes, *studio.model.grid))))
     return np.concatenate(parts)
 
@@ -116,7 +115,7 @@ def sweep(studio: Studio, num_scenes: int, out: Path) -> str:
     Writes ``sweep.json`` and ``sweep_RULE_kK.png``; returns the table of the best settings.
     """
     config = dataclasses.replace(studio.config.retrieval, k=max(NEIGHBORS))
-    retriever = open_retriever(config, studio.store)
+    _, retriever = load_retriever(config, studio.store.settings.fingerprint)
     source = load_source(studio.config.data.name, f"valid[:{num_scenes}]", studio.config.data.data_dir)
     scored = score_scenes(studio, [source[i] for i in range(len(source))], retriever)
     plain = bits_per_code(scored, Plain())
@@ -148,9 +147,9 @@ def scaling(studio: Studio, num_scenes: int) -> str:
     source = load_source(studio.config.data.name, f"valid[:{num_scenes}]", studio.config.data.data_dir)
     examples, rows = [source[i] for i in range(len(source))], []
     for size in sorted({total // 4**i for i in range(5)} - {0}):
-        part = dataclasses.replace(config, num_images=0 if size == total else size)
-        store = open_store(part, studio.store.settings.fingerprint)
-        scored = score_scenes(studio, examples, open_retriever(part, store))
+        part = dataclasses.replace(config, num_images=size)
+        store, retriever = load_retriever(part, studio.store.settings.fingerprint)
+        scored = score_scenes(studio, examples, retriever)
         plain, daid = bits_per_code(scored, Plain()), bits_per_code(scored, studio.policy("daid"))
         rows.append([size, store.num_patches, plain, daid, plain - daid])
     return pictures.table(["stored images", "patches", "plain", "DAiD", "gain in bits a code"], rows, digits=4)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from arrag_jax.evaluation.drawing import Studio
 from arrag_jax.interfaces import DecodePolicy, Retriever
+from arrag_jax.nn.vq import from_uint8
 from arrag_jax.ops.grid import context_cells
 from arrag_jax.ops.neighbors import Neighbors, empty_neighbors
 
@@ -39,7 +40,7 @@ def score_scenes(
     scored = []
     for start in tqdm(range(0, len(examples), batch_size), desc="scoring", unit="batch", dynamic_ncols=True):
         rows = slice(start, start + batch_size)
-        pixels = jnp.asarray(images[rows], jnp.float32) / 127.5 - 1.0
+        pixels = from_uint8(images[rows])
         scored.append(_score(graph, state, pixels, jnp.asarray(ids[rows]), jnp.asarray(mask[rows]), retriever))
     return scored
 

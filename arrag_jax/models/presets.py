@@ -34,7 +34,7 @@ PRESETS = {
         language=LlamaConfig(vocab_size=0, width=192, layers=6, heads=3, kv_heads=3, mlp=512),
         vision=VQConfig(
             codebook_size=512, channels=16, multipliers=(1, 2, 4), z_channels=64, res_blocks=1,
-            norm_scope="pixel", middle=False,
+            norm_scope="pixel", encoder_kernel=1, middle=False,
         ),
         grid=(12, 12),
         head_width=192,

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from arrag_jax.errors import UserError
-from arrag_jax.models.janus import PARTS
+from arrag_jax.models.janus import PARTS, VISION
 from arrag_jax.nn.vq import CodeUsage
 
 # Our path → published key, first match wins. The leaf (kernel, scale, embedding) becomes "weight".
@@ -132,11 +132,15 @@ def read_weights(model: nnx.Module, directory: Path, dtype: str) -> None:
 
 
 def write_weights(model: nnx.Module, path: Path, dtype: str) -> None:
-    """Writes a model's parameters under their published keys to one file."""
-    tensors = {
-        published_key(name): to_published(np.asarray(value[...].astype(DTYPES[dtype])), name)
-        for name, value in parameters(model).items()
-    }
+    """Writes a model's parameters under their published keys to one file.
+
+    The tokenizer stays in float32 whatever the ``dtype``: a rounded tokenizer gives some images other codes, and no
+    datastore built before would fit it.
+    """
+    tensors = {}
+    for name, value in parameters(model).items():
+        kept = "float32" if name.startswith(VISION) else dtype
+        tensors[published_key(name)] = to_published(np.asarray(value[...].astype(DTYPES[kept])), name)
     save_file(tensors, path, metadata={"format": "pt"})
 
 

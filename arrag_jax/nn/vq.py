@@ -1,17 +1,18 @@
 """VQ tokenizer with an l2-normalised codebook: LlamaGen's VQ-16 and its small relatives.
 
 Layout NHWC, pixels in [-1, 1]. Source: reference README "Backbone" and quirk 24. With ``VQConfig()``
-it is Janus-Pro's tokenizer; two fields make a small one whose codes are local: ``norm_scope="pixel"``
-(a GroupNorm over the whole image makes every code depend on every pixel, so equal patches in
-different pictures get different codes) and ``middle=False``.
+it is Janus-Pro's tokenizer. Three fields make a small one whose codes are local, so that equal patches get
+equal codes whatever else is in the picture: ``norm_scope="pixel"`` (a GroupNorm over the whole image makes
+every code depend on every pixel), ``middle=False`` (no attention), and ``encoder_kernel=1``.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from arrag_jax.errors import UserError
 
@@ -27,6 +28,9 @@ class VQConfig:
     z_channels: int = 256
     res_blocks: int = 2  # a level; the decoder has one more
     norm_scope: str = "image"  # "image": GroupNorm of 32 groups | "pixel": over a pixel's channels alone
+    encoder_kernel: int = (
+        3  # of the encoder's residual blocks and last convolution; 1 = a cell sees few pixels beside it
+    )
     middle: bool = True  # residual, attention, residual at the lowest resolution, and attention in that level
 
     def __post_init__(self):
@@ -60,11 +64,11 @@ def _norm(channels: int, config: VQConfig, rngs: nnx.Rngs) -> nnx.Module:
 
 
 class ResBlock(nnx.Module):
-    """Two normalised 3 x 3 convolutions beside a shortcut."""
+    """Two normalised convolutions beside a shortcut."""
 
-    def __init__(self, inputs: int, outputs: int, config: VQConfig, rngs: nnx.Rngs):
-        self.norm1, self.conv1 = _norm(inputs, config, rngs), _conv(inputs, outputs, 3, rngs)
-        self.norm2, self.conv2 = _norm(outputs, config, rngs), _conv(outputs, outputs, 3, rngs)
+    def __init__(self, inputs: int, outputs: int, config: VQConfig, rngs: nnx.Rngs, kernel: int = 3):
+        self.norm1, self.conv1 = _norm(inputs, config, rngs), _conv(inputs, outputs, kernel, rngs)
+        self.norm2, self.conv2 = _norm(outputs, config, rngs), _conv(outputs, outputs, kernel, rngs)
         self.nin_shortcut = None if inputs == outputs else _conv(inputs, outputs, 1, rngs)
 
     def __call__(self, x: Float[Array, "B h w I"]) -> Float[Array, "B h w O"]:
@@ -92,7 +96,9 @@ class Level(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, config: VQConfig, rngs: nnx.Rngs, **parts):
         blocks, attention = parts["blocks"], parts["attention"]
-        self.res = nnx.List([ResBlock(inputs if i == 0 else outputs, outputs, config, rngs) for i in range(blocks)])
+        self.res = nnx.List(
+            [ResBlock(inputs if i == 0 else outputs, outputs, config, rngs, parts["kernel"]) for i in range(blocks)]
+        )
         self.attn = nnx.List([AttnBlock(outputs, config, rngs) for _ in range(blocks if attention else 0)])
         # PyTorch's asymmetric padding: one row and column of zeros at the far side only.
         far = ((0, 1), (0, 1))
@@ -111,10 +117,10 @@ class Level(nnx.Module):
         return x
 
 
-def _middle(channels: int, config: VQConfig, rngs: nnx.Rngs) -> nnx.List:
+def _middle(channels: int, config: VQConfig, rngs: nnx.Rngs, kernel: int = 3) -> nnx.List:
     if not config.middle:
         return nnx.List([])
-    first, last = (ResBlock(channels, channels, config, rngs) for _ in range(2))
+    first, last = (ResBlock(channels, channels, config, rngs, kernel) for _ in range(2))
     return nnx.List([first, AttnBlock(channels, config, rngs), last])
 
 
@@ -131,12 +137,14 @@ class Encoder(nnx.Module):
                 Level(
                     inputs, width, config, rngs,
                     blocks=config.res_blocks, attention=last and config.middle, down=not last,
+                    kernel=config.encoder_kernel,
                 )
             )  # fmt: skip
             inputs = width
         self.conv_blocks = nnx.List(levels)
-        self.mid = _middle(inputs, config, rngs)
-        self.norm_out, self.conv_out = _norm(inputs, config, rngs), _conv(inputs, config.z_channels, 3, rngs)
+        self.mid = _middle(inputs, config, rngs, config.encoder_kernel)
+        self.norm_out = _norm(inputs, config, rngs)
+        self.conv_out = _conv(inputs, config.z_channels, config.encoder_kernel, rngs)
 
     def __call__(self, x: Float[Array, "B h w 3"]) -> Float[Array, "B H W Z"]:
         x = self.conv_in(x)
@@ -157,7 +165,7 @@ class Decoder(nnx.Module):
             levels.append(
                 Level(
                     inputs, width, config, rngs,
-                    blocks=config.res_blocks + 1, attention=i == 0 and config.middle, up=i < len(widths) - 1,
+                    blocks=config.res_blocks + 1, attention=i == 0 and config.middle, up=i < len(widths) - 1, kernel=3,
                 )
             )  # fmt: skip
             inputs = width
@@ -205,6 +213,11 @@ class VQTokenizer(nnx.Module):
         return self.decode(self.codebook[codes])
 
 
-def to_uint8(images: Float[Array, "*dims"]) -> Array:
+def from_uint8(images: UInt8[Array | np.ndarray, "*dims"]) -> Float[Array, "*dims"]:
+    """uint8 → [-1, 1]."""
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(images: Float[Array, "*dims"]) -> UInt8[Array, "*dims"]:
     """[-1, 1] → uint8 by truncation of clip((x + 1) / 2 · 255), as the reference does (quirk 25)."""
     return jnp.clip((images + 1) / 2 * 255, 0, 255).astype(jnp.uint8)

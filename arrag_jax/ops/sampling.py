@@ -44,7 +44,7 @@ def truncate(
 
 
 def neighbor_log_probs(
-    neighbors: Neighbors, codebook_size: int, temperature: float, copies: str
+    neighbors: Neighbors, codebook_size: int, temperature: float | Float[Array, ""], copies: str
 ) -> Float[Array, "B V"]:
     """Distribution over codes that the neighbours stand for; -inf everywhere in rows without any.
 
@@ -69,7 +69,7 @@ def neighbor_log_probs(
 
 
 def mix(
-    log_p: Float[Array, "B V"], log_q: Float[Array, "B V"], weight: float, where: Bool[Array, "B"]
+    log_p: Float[Array, "B V"], log_q: Float[Array, "B V"], weight: float | Float[Array, ""], where: Bool[Array, "B"]
 ) -> Float[Array, "B V"]:
     """log((1 − weight) p + weight q) in the rows ``where``, log p in the others. Weight 0 gives p to the bit."""
     weight = jnp.asarray(weight, jnp.float32)

@@ -25,7 +25,7 @@ from arrag_jax.models.janus import VISION, Janus
 from arrag_jax.models.presets import PRESETS
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.nn.variables import freeze
-from arrag_jax.nn.vq import to_uint8
+from arrag_jax.nn.vq import from_uint8, to_uint8
 from arrag_jax.training.loop import Batch, Scalars, Task
 
 BITS = 1 / math.log(2)
@@ -37,11 +37,6 @@ def make_task(config: TrainConfig) -> Task:
         raise UserError(f"config.preset={config.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     task, options = {"tokenizer": (TokenizerTask, TokenizerOptions), "prior": (PriorTask, PriorOptions)}[config.task]
     return task(config, parse(options, config.options, "config.options"))
-
-
-def pixels(images: Array) -> Float[Array, "B h w 3"]:
-    """uint8 → [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +76,7 @@ class TokenizerTask:
 
     def loss(self, model: Janus, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
         """Reconstruction + codebook + commitment loss; notes which codes are used."""
-        vq, images = model.gen_vision_model, pixels(batch["image"])
+        vq, images = model.gen_vision_model, from_uint8(batch["image"])
         codes, latents = vq.encode(images)
         quantised = vq.codebook[codes]
         # The decoder sees the code; the encoder gets the decoder's gradient as if nothing had been rounded.
@@ -111,7 +106,7 @@ class TokenizerTask:
 
     def eval_metrics(self, model: Janus, batch: Batch) -> Scalars:
         """Mean PSNR in dB of the pictures as they would be saved (clipped to [-1, 1])."""
-        vq, images = model.gen_vision_model, pixels(batch["image"])
+        vq, images = model.gen_vision_model, from_uint8(batch["image"])
         decoded = jnp.clip(vq.decode_codes(vq.encode(images)[0]), -1, 1)
         error = jnp.mean((decoded - images) ** 2, axis=(1, 2, 3))
         return {"psnr": jnp.mean(10 * jnp.log10(4.0 / jnp.maximum(error, 1e-10)))}
@@ -127,7 +122,7 @@ class TokenizerTask:
         save_model(model, directory)
         used, psnr, count = np.zeros(model.codebook_size, bool), 0.0, 0
         for batch in self.eval_batches(self.config.batch_size):
-            used[np.unique(model.encode_images(pixels(jnp.asarray(batch["image"])))[0])] = True
+            used[np.unique(model.encode_images(from_uint8(batch["image"]))[0])] = True
             psnr += float(self.eval_metrics(model, jax.tree.map(jnp.asarray, batch))["psnr"]) * len(batch["image"])
             count += len(batch["image"])
         write_manifest(directory, model, self.config, psnr_db=psnr / count, codes_used=float(used.mean()))
@@ -193,7 +188,7 @@ class PriorTask:
         return loss, {"bits_per_code": loss * BITS}
 
     def _cross_entropy(self, model: Janus, batch: Batch, ids: Array) -> Float[Array, ""]:
-        codes = model.gen_vision_model.encode(pixels(batch["image"]))[0].reshape(len(ids), -1)
+        codes = model.gen_vision_model.encode(from_uint8(batch["image"]))[0].reshape(len(ids), -1)
         logits = model.teacher_forced(ids, batch["prompt_mask"], jax.lax.stop_gradient(codes))
         return optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
 
@@ -215,8 +210,9 @@ class PriorTask:
         return {"samples": pictures.grid(np.concatenate([batch["image"], images]), columns=12, scale=2)}
 
     def export(self, model: Janus, directory: Path) -> None:
-        """The whole Janus as a model folder in bfloat16-rounded float32, with its held-out figures."""
-        save_model(model, directory)
+        """The whole Janus as a model folder, language model in bfloat16, with the held-out figures of just that."""
+        save_model(model, directory, "bfloat16")
+        model = load_model(directory)
         self.text.save(directory)
         batches = [jax.tree.map(jnp.asarray, b) for b in self.eval_batches(self.config.batch_size)]
         bits = [(float(self.eval_metrics(model, b)["bits_per_code"]), len(b["image"])) for b in batches]
@@ -235,7 +231,7 @@ def held_out(config: TrainConfig, batch_size: int, example) -> Iterator[Batch]:
 
 def reconstruct(model: Janus, images: np.ndarray) -> np.ndarray:
     """uint8 images through the tokenizer and back."""
-    codes, latents = model.encode_images(pixels(jnp.asarray(images)))
+    codes, latents = model.encode_images(from_uint8(images))
     return np.asarray(to_uint8(model.decode_codes(codes, *latents.shape[1:3])))
 
 

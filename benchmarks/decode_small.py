@@ -1,0 +1,101 @@
+"""Time of a decode step of the embedded model: plain and DAiD, by search, batch and store.
+
+python benchmarks/decode_small.py [--rounds=5]
+
+All methods of a row group are timed in turn, round after round in one process, so that a drift of the machine
+meets them all; medians are printed. A step is one cell of the whole batch with guidance (2 x batch rows).
+"callback" is DAiD with a search that answers at once: what leaving the compiled loop costs beyond the search.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from arrag_jax.data.scenes import render, scene
+from arrag_jax.decode.loop import sample
+from arrag_jax.decode.policies import Daid, Plain
+from arrag_jax.evaluation.pictures import table
+from arrag_jax.models.checkpoint import load_model
+from arrag_jax.models.text import PromptTokenizer
+from arrag_jax.nn.vq import from_uint8
+from arrag_jax.ops.grid import contexts_of_grids, next_codes_of_grids
+from arrag_jax.ops.neighbors import Neighbors
+from arrag_jax.retrieval.dense import DenseRetriever
+from arrag_jax.retrieval.scann import ScannRetriever
+
+MODEL = Path(__file__).resolve().parents[1] / "arrag_jax" / "assets" / "emoji_janus"
+ROUNDS = flags.DEFINE_integer("rounds", 5, "timings of each method; the median is printed")
+BATCHES = flags.DEFINE_list("batches", ["1", "8", "32"], "pictures drawn at once")
+PATCHES = flags.DEFINE_list("patches", ["100000", "1000000"], "stored patches")
+K = flags.DEFINE_integer("k", 128, "neighbours a cell")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["zero"], meta_fields=["k"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class InstantRetriever:
+    """A host search that takes no time: the same callback and the same bytes as ScaNN's, constant answers."""
+
+    zero: Any
+    k: int
+
+    def search(self, context: jax.Array) -> Neighbors:
+        """Code 0 at distance 0, k times, for every context."""
+        shape = (len(context), self.k)
+        kinds = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.int32)]
+        answer = [np.zeros(shape, kind.dtype) for kind in kinds]
+        return Neighbors(*jax.pure_callback(lambda _: tuple(answer), tuple(kinds), context + self.zero))
+
+
+def store_arrays(model: Any, patches: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and next codes of enough scenes of the store split, cut to ``patches`` rows."""
+    height, width = model.grid
+    images = -(-patches // ((height - 1) * (width - 2)))
+    grids = []
+    for start in range(0, images, 256):
+        pictures = np.stack([render(scene("store", i)) for i in range(start, min(start + 256, images))])
+        grids.append(np.asarray(model.encode_images(from_uint8(pictures))[0]).reshape(-1, height, width))
+    codes = np.concatenate(grids)
+    keys = np.asarray(model.codebook)[contexts_of_grids(codes)].reshape(-1, 4 * model.codebook.shape[1])
+    return keys[:patches], next_codes_of_grids(codes).reshape(-1)[:patches].astype(np.int32)
+
+
+def main(_: list[str]) -> None:
+    """Prints the table."""
+    model, text = load_model(MODEL), PromptTokenizer.load(MODEL)
+    codebook, cells, rows = np.asarray(model.codebook), int(np.prod(model.grid)), []
+    for patches in map(int, PATCHES.value):
+        keys, codes = store_arrays(model, patches)
+        searches = {
+            "callback": InstantRetriever(jnp.int32(0), K.value),
+            "DAiD, ScaNN": ScannRetriever.create(keys, codes, codebook, K.value),
+            "DAiD, dense": DenseRetriever.create(keys, codes, codebook, K.value),
+        }
+        for batch in map(int, BATCHES.value):
+            ids, mask = text(["a red car and a blue fish"] * batch)
+            methods = {"plain": (Plain(), None)} | {name: (Daid(0.1, 0.05), s) for name, s in searches.items()}
+            times: dict[str, list[float]] = {name: [] for name in methods}
+            for turn in range(ROUNDS.value + 1):
+                for name, (policy, search) in methods.items():
+                    start = time.perf_counter()
+                    drawn = sample(model, ids, policy, search, cfg_scale=2.0, prompt_mask=mask, seed=turn)
+                    jax.block_until_ready(drawn.codes)
+                    if turn:  # the first one compiles
+                        times[name].append((time.perf_counter() - start) / cells * 1e3)
+            plain = statistics.median(times["plain"])
+            for name, values in times.items():
+                step = statistics.median(values)
+                rows.append([f"{patches:,}", batch, name, step, step / plain, (step - plain) * 1e3])
+    print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device, K = {K.value}, median of {ROUNDS.value}")
+    print(table(["patches", "batch", "method", "ms a step", "of plain", "µs beyond plain"], rows))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,205 @@
+"""The commands on the embedded checkpoint, end to end, and what they say to bad input."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from arrag_jax import build_datastore, eval, generate
+from arrag_jax.config import DaidConfig, DataConfig, DatastoreConfig, DrawConfig, RetrievalConfig, SamplingConfig
+from arrag_jax.data.scenes import render, scene
+from arrag_jax.decode.policies import Daid, Plain
+from arrag_jax.errors import UserError
+from arrag_jax.evaluation.drawing import open_studio
+from arrag_jax.evaluation.likelihood import bits_per_code, score_scenes
+from arrag_jax.models.checkpoint import load_model
+from arrag_jax.nn.vq import from_uint8
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = str(ROOT / "arrag_jax" / "assets" / "emoji_janus")
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory) -> DrawConfig:
+    """The embedded checkpoint with a store of 48 scenes."""
+    data = str(tmp_path_factory.mktemp("data"))
+    store = str(tmp_path_factory.mktemp("store"))
+    build_datastore.run(
+        DatastoreConfig(model=MODEL, source="emoji_scenes/tiny", data_dir=data, num_images=48), workdir=store
+    )
+    return DrawConfig(
+        model=MODEL,
+        retrieval=RetrievalConfig(store=store, k=16),
+        daid=DaidConfig(weight=0.3),
+        sampling=SamplingConfig(cfg_scale=2.0),
+        data=DataConfig(name="emoji_scenes/tiny", data_dir=data),
+        batch_size=4,
+    )
+
+
+def read(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def run_generate(config: DrawConfig, out: Path, prompt=("a cat", "two dogs"), method="", scale=1) -> None:
+    generate.run(config, workdir=str(out), prompt=list(prompt), method=method, scale=scale)
+
+
+def test_generate_draws_every_prompt_and_says_where_codes_came_from(config, tmp_path):
+    run_generate(config, tmp_path)
+    grid = read(tmp_path / "grid.png")
+    records = json.loads((tmp_path / "provenance.json").read_text())
+    assert [record["prompt"] for record in records] == ["a cat", "two dogs"]
+    store = open_studio(config, ["daid"]).store
+    for i, record in enumerate(records):
+        picture = read(tmp_path / f"{i:02d}_daid.png")
+        tiles = np.lib.stride_tricks.sliding_window_view(grid, picture.shape)[:, :, 0]
+        assert (tiles == picture).all((2, 3, 4)).any()  # the grid holds the picture itself
+        cells = record["cells"]
+        assert record["share_retrieved"] == round(np.mean([cell["rank"] >= 0 for cell in cells]), 4)
+        for cell in cells:
+            assert (cell["source"] >= 0) == (cell["rank"] >= 0)
+            if cell["source"] >= 0:  # the stored image does hold that code
+                assert cell["code"] in store.codes[cell["source"]]
+
+
+def test_weight_zero_draws_the_plain_pictures(config, tmp_path):
+    nothing = dataclasses.replace(config, daid=DaidConfig(weight=0.0))
+    run_generate(nothing, tmp_path)
+    for i in (0, 1):
+        np.testing.assert_array_equal(read(tmp_path / f"{i:02d}_daid.png"), read(tmp_path / f"{i:02d}_plain.png"))
+
+
+def test_a_picture_does_not_depend_on_its_batch(config, tmp_path):
+    run_generate(config, tmp_path / "two", method="plain")
+    run_generate(dataclasses.replace(config, seed=1), tmp_path / "one", prompt=["two dogs"], method="plain")
+    np.testing.assert_array_equal(read(tmp_path / "two" / "01_plain.png"), read(tmp_path / "one" / "00_plain.png"))
+
+
+def test_likelihood_equals_the_codes_scored_one_scene_at_a_time(config):
+    studio = open_studio(config, ["plain", "daid"])
+    scenes = [scene("valid", i) for i in range(5)]
+    examples = [{"image": render(s), "caption": s.caption.encode()} for s in scenes]
+    scored = score_scenes(studio, examples, studio.retriever, batch_size=2)
+    model, total = studio.model, 0.0
+    for example in examples:
+        codes, _ = model.encode_images(from_uint8(example["image"][None]))
+        logits = np.asarray(model.score(*studio.text([example["caption"].decode()])[:1], np.asarray(codes)), np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        total -= np.take_along_axis(log_p[0], np.asarray(codes)[0][:, None], 1).mean() / np.log(2)
+    assert bits_per_code(scored, Plain()) == pytest.approx(total / 5, abs=1e-4)
+    assert bits_per_code(scored, Daid(0.0, 0.1)) == pytest.approx(bits_per_code(scored, Plain()), abs=1e-6)
+
+
+def test_a_store_of_the_scenes_themselves_lowers_their_likelihood_cost(config):
+    """Retrieval adds knowledge: with the held-out scenes in the store, mixing must help a great deal."""
+    studio = open_studio(config, ["plain", "daid"])
+    examples = [{"image": render(s), "caption": s.caption.encode()} for s in (scene("store", i) for i in range(12))]
+    scored = score_scenes(studio, examples, studio.retriever)
+    assert bits_per_code(scored, Daid(0.5, 0.05, "sum")) < bits_per_code(scored, Plain())
+
+
+@pytest.mark.slow
+def test_eval_writes_its_figures_and_true_scenes_score_best(config, tmp_path, capsys):
+    modes = {"sweep": False, "scaling": False}
+    eval.run(config, workdir=str(tmp_path), benchmark="emoji_scenes", num_prompts=12, num_scenes=12, **modes)
+    results = json.loads((tmp_path / "results.json").read_text())
+    bits, objects = results["bits_per_code"], results["object_score"]
+    assert set(bits) == {"plain", "daid", "gain"} and set(objects) == {"true", "reconstruction", "plain", "daid"}
+    assert bits["gain"]["mean"] == pytest.approx(bits["plain"]["mean"] - bits["daid"]["mean"])
+    assert objects["true"]["mean"] == 1.0
+    for row in objects.values():
+        assert row["mean"] == pytest.approx(np.mean(list(row["families"].values())))
+    assert "bits a code" in capsys.readouterr().out
+
+
+def changed(config: DrawConfig, where: str, **fields) -> DrawConfig:
+    return dataclasses.replace(config, **{where: dataclasses.replace(getattr(config, where), **fields)})
+
+
+@pytest.mark.parametrize(
+    ("where", "fields", "message"),
+    [
+        ("daid", {"weight": 1.5}, r"λ = 1.5 is outside \[0, 1\]"),
+        ("daid", {"temperature": 0.0}, "τ = 0.0 must be above 0"),
+        ("daid", {"copies": "all"}, "choose nearest"),
+        ("retrieval", {"k": 10**6}, "k=1000000 neighbours asked of 5280 stored patches"),
+        ("retrieval", {"store": "no/such/store"}, "no finished datastore in no/such/store"),
+        ("retrieval", {"keys": "latent"}, "latent"),
+    ],
+)
+def test_settings_that_cannot_be(config, tmp_path, where, fields, message):
+    with pytest.raises(UserError, match=message):
+        run_generate(changed(config, where, **fields), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "method", "message"),
+    [
+        ([], "", "nothing to draw"),
+        ([" "], "", "empty"),
+        (["a zebra"], "", "does not know 'zebra'; it knows: a above"),
+        (["a cat " * 300], "plain", "too long"),
+        (["a cat"], "faid", "--method='faid' is unknown; this checkpoint can do: plain, daid"),
+    ],
+)
+def test_prompts_and_methods_that_cannot_be(config, tmp_path, prompt, method, message):
+    with pytest.raises(UserError, match=message):
+        run_generate(config, tmp_path / "out", prompt, method)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_store_of_another_tokenizer_is_refused(config, tmp_path):
+    store = tmp_path / "store"
+    store.mkdir()
+    for path in Path(config.retrieval.store).iterdir():
+        os.symlink(path, store / path.name)
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["settings"]["fingerprint"] = "0" * 16
+    (store / "manifest.json").unlink()
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="was made by tokenizer 0000000000000000"):
+        run_generate(changed(config, "retrieval", store=str(store)), tmp_path / "out")
+
+
+def test_the_embedded_checkpoint_is_what_its_manifest_says():
+    manifest = json.loads((Path(MODEL) / "manifest.json").read_text())
+    size = sum(path.stat().st_size for path in Path(MODEL).iterdir())
+    assert size <= 12 * 2**20
+    model = load_model(MODEL)
+    truth = np.stack([render(scene("valid", i)) for i in range(64)])
+    codes, _ = model.encode_images(from_uint8(truth))
+    decoded = np.asarray(model.decode_codes(np.asarray(codes), *model.grid))
+    error = jnp.mean((decoded - from_uint8(truth)) ** 2, axis=(1, 2, 3))
+    psnr = float(jnp.mean(10 * jnp.log10(4.0 / error)))
+    assert psnr >= 26.0 and psnr == pytest.approx(manifest["figures"]["psnr_db"], abs=1.0)
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["arrag_jax.generate", "--config=configs/emoji_daid.py", "--config.daid.wieght=0.1"], "did you mean 'weight'"),
+        (["arrag_jax.generate", "--config=configs/emoji_daid.py", "--promt=a cat"], "unknown argument '--promt=a cat'"),
+        (["arrag_jax.eval", "--config=configs/nothing.py", "--workdir=x"], "config file configs/nothing.py does not"),
+        (["arrag_jax.train", "--config=configs/emoji_prior.py"], "missing --workdir"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(arguments, message):
+    result = run_command(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and message in result.stderr

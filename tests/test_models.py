@@ -1,0 +1,210 @@
+"""Janus against the reference's numbers; checkpoints there and back; folders that are no checkpoint."""
+
+import dataclasses
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from arrag_jax.errors import UserError
+from arrag_jax.models.checkpoint import config_to_json, fingerprint, load_model, read_config, save_model
+from arrag_jax.models.janus import PARTS, VISION
+from arrag_jax.models.presets import PRESETS
+from arrag_jax.models.text import PromptTokenizer
+from arrag_jax.models.weights import parameters
+from arrag_jax.nn.vq import to_uint8
+
+
+@pytest.fixture(scope="module")
+def golden_model(reference):
+    return load_model(reference / "janus_layout")
+
+
+@pytest.mark.parametrize("side", ["left", "right", "nopad"])
+def test_teacher_forced_logits(golden_model, reference, side):
+    """Padding never changes a result: right-padded prompts must give what the reference gives for left-padded ones."""
+    golden = np.load(reference / "base.npz")
+    expected = golden["tf_logits_left"][:, -37:-1]
+    if side == "nopad":
+        for i in (0, 1):
+            logits = golden_model.score(golden[f"prompt_{i}"][None], golden["image_ids"][i : i + 1])
+            np.testing.assert_allclose(logits[0], expected[i], atol=1e-4)
+            np.testing.assert_allclose(logits[0], golden[f"tf_logits_nopad_{i}"][0, -37:-1], atol=1e-4)
+    else:
+        ids, mask = golden[f"text_ids_{side}"], golden[f"text_mask_{side}"]
+        np.testing.assert_allclose(golden_model.score(ids, golden["image_ids"], mask), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["sq", "nonsq"])
+def test_tokenizer_latents_codes_and_pixels(golden_model, reference, shape):
+    golden = np.load(reference / "vq.npz")
+    codes, latents = golden_model.encode_images(golden[f"{shape}_images"].transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(codes, golden[f"{shape}_codes"])
+    np.testing.assert_allclose(latents, golden[f"{shape}_z_normed_bhwc"], atol=1e-5)
+    grid = codes.reshape(latents.shape[:3])
+    pixels = golden_model.gen_vision_model.decode_codes(grid)
+    np.testing.assert_allclose(pixels, golden[f"{shape}_decoded_from_codes"].transpose(0, 2, 3, 1), atol=1e-4)
+    np.testing.assert_allclose(golden_model.codebook, golden["codebook_normalised"], atol=1e-6)
+
+
+def test_uint8_truncates():
+    np.testing.assert_array_equal(to_uint8(jnp.array([-2.0, -1.0, 0.999, 1.0, 3.0])), [0, 0, 254, 255, 255])
+
+
+@pytest.mark.parametrize("parts", [PARTS, VISION])
+def test_saved_and_loaded_is_the_same_to_the_bit(tmp_path, parts):
+    model = tiny.janus()
+    save_model(model, tmp_path)
+    again = load_model(tmp_path, parts=parts)
+    before, after = parameters(model), parameters(again)
+    assert set(after) == {name for name in before if name.startswith(tuple(f"{p}." for p in parts))}
+    for name, value in after.items():
+        np.testing.assert_array_equal(value[...], before[name][...])
+    assert fingerprint(again) == fingerprint(model)
+
+
+def test_a_bfloat16_save_keeps_the_tokenizer_exact(tmp_path):
+    model = tiny.janus()
+    save_model(model, tmp_path, "bfloat16")
+    again = load_model(tmp_path)
+    assert fingerprint(again) == fingerprint(model)
+    kernel = model.gen_head.layers[0].kernel[...]
+    rounded = kernel.astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_array_equal(again.gen_head.layers[0].kernel[...], rounded)
+
+
+def test_fingerprints_tell_tokenizers_apart_and_nothing_else():
+    one, other = tiny.janus(), tiny.janus()
+    other.gen_head.layers[0].kernel[...] += 1.0
+    assert fingerprint(one) == fingerprint(other)
+    other.gen_vision_model.codes[...] += 1e-3
+    assert fingerprint(one) != fingerprint(other)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_configs_survive_their_published_form(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(PRESETS[name])))
+    assert read_config(tmp_path) == PRESETS[name]
+
+
+def damaged(folder, how):
+    """Breaks a saved checkpoint in one way."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    if how == "removed":
+        del tensors["gen_embed.weight"]
+    elif how == "added":
+        tensors["gen_embed.bias"] = np.zeros(3, np.float32)
+    elif how == "transposed":
+        tensors["gen_embed.weight"] = np.ascontiguousarray(tensors["gen_embed.weight"].T)
+    save_file(tensors, path)
+    if how == "cut short":
+        path.write_bytes(path.read_bytes()[:-1000])
+    if how == "another model":
+        (folder / "config.json").write_text('{"model_type": "bert"}')
+    if how == "no json":
+        (folder / "config.json").write_text("{")
+    if how == "no weights":
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("removed", r"missing gen_embed\.weight"),
+        ("added", r"unknown gen_embed\.bias"),
+        ("transposed", r"gen_embed\.weight has shape \(8, 9\), its config asks for \(9, 8\)"),
+        ("cut short", r"model\.safetensors is not a whole safetensors file"),
+        ("another model", r"config of another model \(model_type 'bert'\)"),
+        ("no json", r"config\.json is not JSON"),
+        ("no weights", r"holds no model\.safetensors"),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_name(tmp_path, how, message):
+    save_model(tiny.janus(), tmp_path)
+    damaged(tmp_path, how)
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path)
+
+
+def test_an_index_that_names_an_absent_file_is_refused(tmp_path):
+    save_model(tiny.janus(), tmp_path)
+    keys = load_file(tmp_path / "model.safetensors")
+    shutil.move(tmp_path / "model.safetensors", tmp_path / "a.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(keys, "a.safetensors")}))
+    assert fingerprint(load_model(tmp_path)) == fingerprint(tiny.janus())
+    index.write_text(json.dumps({"weight_map": {**dict.fromkeys(keys, "a.safetensors"), "x": "b.safetensors"}}))
+    with pytest.raises(UserError, match=r"b\.safetensors is named by its index but is not there"):
+        load_model(tmp_path)
+
+
+def test_images_that_do_not_fit_the_cells_are_refused():
+    with pytest.raises(UserError, match="multiples of 2"):
+        tiny.janus().encode_images(np.zeros((1, 5, 4, 3), np.float32))
+
+
+def test_grouped_query_attention_equals_repeated_heads():
+    """Two key heads shared by four query heads are four key heads that are copies of two."""
+    grouped = tiny.janus()
+    language = dataclasses.replace(tiny.CONFIG.language, kv_heads=4)
+    full = tiny.janus(config=dataclasses.replace(tiny.CONFIG, language=language))
+    state = {name: value[...] for name, value in parameters(grouped).items()}
+    for name, value in parameters(full).items():
+        given = state[name]
+        if name.endswith(("attention.k.kernel", "attention.v.kernel")):
+            given = jnp.repeat(given.reshape(16, 2, 4), 2, axis=1).reshape(16, 16)
+        value.set_value(given)
+    ids, mask = tiny.prompts((4, 3))
+    codes = np.random.default_rng(0).integers(0, 9, (2, 20))
+    np.testing.assert_allclose(grouped.score(ids, codes, mask), full.score(ids, codes, mask), atol=1e-5)
+
+
+class TestPrompts:
+    """The chat form and its errors."""
+
+    text = PromptTokenizer.of_words(["a cat", "two dogs"])
+
+    def test_the_chat_form_in_a_padded_batch(self):
+        ids, mask = self.text(["a cat", "two dogs a cat"])
+        words = [[self.text.tokenizer.id_to_token(int(i)) for i in row] for row in ids]
+        assert words[0][2:] == [
+            "<｜begin▁of▁sentence｜>", "<|User|>", ":", "a", "cat", "<|Assistant|>", ":", "<begin_of_image>",
+        ]  # fmt: skip
+        assert mask.sum(1).tolist() == [8, 10] and not mask[0, :2].any()
+
+    def test_saved_and_loaded_reads_alike(self, tmp_path):
+        self.text.save(tmp_path)
+        again = PromptTokenizer.load(tmp_path)
+        np.testing.assert_array_equal(again(["two dogs"])[0], self.text(["two dogs"])[0])
+        assert again.pad_id == self.text.pad_id
+
+    @pytest.mark.parametrize(
+        ("prompt", "message"),
+        [("", "empty"), ("  ", "empty"), ("a zebra", "does not know 'zebra'; it knows: a cat dogs two")],
+    )
+    def test_prompts_that_cannot_be_read(self, prompt, message):
+        with pytest.raises(UserError, match=message):
+            self.text([prompt])
+
+    def test_too_long(self):
+        with pytest.raises(UserError, match="prompt too long: 12 tokens, at most 9"):
+            self.text(["a cat a cat a cat"], length=9)
+
+    def test_no_tokenizer(self, tmp_path):
+        with pytest.raises(UserError, match=r"tokenizer\.json is not there"):
+            PromptTokenizer.load(tmp_path)
+        (tmp_path / "tokenizer.json").write_text("{}")
+        with pytest.raises(UserError, match="cannot be read as a tokenizer"):
+            PromptTokenizer.load(tmp_path)
+
+
+def test_the_unconditional_prompt_keeps_its_ends():
+    model = tiny.janus()
+    ids, mask = tiny.prompts((3, 5))
+    empty = model.unconditional(jnp.asarray(ids), jnp.asarray(mask))
+    np.testing.assert_array_equal(empty, [[1, 1, ids[0, 2], 1, ids[0, 4]], [ids[1, 0], 1, 1, 1, ids[1, 4]]])

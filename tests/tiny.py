@@ -1,0 +1,54 @@
+"""Tiny models and stores that several tests share."""
+
+import dataclasses
+
+import numpy as np
+from flax import nnx
+
+from arrag_jax.models.janus import Janus
+from arrag_jax.models.presets import JanusConfig
+from arrag_jax.nn.transformer import LlamaConfig
+from arrag_jax.nn.vq import VQConfig
+from arrag_jax.ops import grid
+from arrag_jax.retrieval.dense import DenseRetriever
+
+CONFIG = JanusConfig(
+    language=LlamaConfig(vocab_size=12, width=16, layers=2, heads=4, kv_heads=2, mlp=24),
+    vision=VQConfig(
+        codebook_size=9, channels=4, multipliers=(1, 2), z_channels=8, res_blocks=1, norm_scope="pixel", middle=False
+    ),
+    grid=(4, 5),
+    head_width=16,
+    pad_id=1,
+)
+
+
+def janus(seed: int = 0, config: JanusConfig = CONFIG) -> Janus:
+    """A random Janus whose logits differ enough between codes for draws to mean something."""
+    model = nnx.jit(lambda: Janus(config, nnx.Rngs(seed)))()
+    head = model.gen_head.layers[-1]
+    head.kernel[...] = 4.0 * head.kernel[...]
+    return model
+
+
+def prompts(lengths: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Random prompts of these many tokens, padded on the left: ids and mask."""
+    rng, width = np.random.default_rng(seed), max(lengths)
+    ids = rng.integers(2, CONFIG.language.vocab_size, (len(lengths), width)).astype(np.int32)
+    mask = np.arange(width)[None] >= width - np.array(lengths)[:, None]
+    return np.where(mask, ids, CONFIG.pad_id).astype(np.int32), mask
+
+
+def store(model: Janus, k: int = 6, images: int = 30, seed: int = 0) -> DenseRetriever:
+    """An exact search over random code grids."""
+    height, width = model.grid
+    codes = np.random.default_rng(seed).integers(0, model.codebook_size, (images, height, width))
+    codebook = np.asarray(model.codebook)
+    keys = codebook[grid.contexts_of_grids(codes)].reshape(-1, 4 * codebook.shape[1])
+    return DenseRetriever.create(keys, grid.next_codes_of_grids(codes).reshape(-1), codebook, k)
+
+
+def with_grid(model: Janus, height: int, width: int) -> Janus:
+    """The same weights over another grid."""
+    model.config = dataclasses.replace(model.config, grid=(height, width))
+    return model
