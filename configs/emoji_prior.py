@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
         {
             "task": "prior",
             "preset": "janus-emoji",
-            "steps": 4500,
+            "steps": 3400,
             "batch_size": 16,
             "data": {"name": "emoji_scenes/full"},
             "optimizer": {"learning_rate": 2e-3, "warmup_steps": 200, "decay_fraction": 0.35},

@@ -7,7 +7,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+import tiny
 
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig, RetrievalConfig, ScannOptions
@@ -34,8 +34,7 @@ MODEL = JanusConfig(
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> tuple[Janus, str]:
     """A tokenizer, and its folder."""
-    # without a language model, and in one compiled program: much faster
-    model, directory = nnx.jit(lambda: Janus(MODEL, nnx.Rngs(0), VISION))(), tmp_path_factory.mktemp("model")
+    model, directory = tiny.janus(config=MODEL, parts=VISION), tmp_path_factory.mktemp("model")
     save_model(model, directory)
     return model, str(directory)
 

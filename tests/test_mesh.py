@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from test_training import ToyTask, losses, toy_config
+from toy import ToyTask, losses, toy_config
 
 from arrag_jax.config import MeshConfig, OptimizerConfig
 from arrag_jax.errors import UserError

@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from arrag_jax.models.janus import Janus
+from arrag_jax.models.janus import PARTS, Janus
 from arrag_jax.models.presets import JanusConfig
 from arrag_jax.nn.transformer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
@@ -23,11 +24,19 @@ CONFIG = JanusConfig(
 )
 
 
-def janus(seed: int = 0, config: JanusConfig = CONFIG) -> Janus:
-    """A random Janus whose logits differ enough between codes for draws to mean something."""
-    model = nnx.jit(lambda: Janus(config, nnx.Rngs(seed)))()
-    head = model.gen_head.layers[-1]
-    head.kernel[...] = 4.0 * head.kernel[...]
+def janus(seed: int = 0, config: JanusConfig = CONFIG, parts: tuple[str, ...] = PARTS) -> Janus:
+    """A random Janus whose logits differ enough between codes for draws to mean something.
+
+    Filled by numpy: to compile the real initialisers takes longer than most tests.
+    """
+    model, rng = nnx.eval_shape(lambda: Janus(config, nnx.Rngs(0), parts)), np.random.default_rng(seed)
+    for path, value in nnx.to_flat_state(nnx.state(model)):
+        shape, name = value.shape, path[-1]
+        scale = {"kernel": np.prod(shape[:-1]) ** -0.5, "bias": 0.1, "scale": 0.2}.get(name, 1.0)
+        scale *= 4.0 if path[:3] == ("gen_head", "layers", 1) else 1.0
+        value.set_value(jnp.asarray(scale * rng.normal(size=shape) + (name == "scale"), jnp.float32))
+    if model.gen_vision_model is not None:
+        model.gen_vision_model.usage.set_value(jnp.full((config.vision.codebook_size,), 0.1))
     return model
 
 

@@ -117,7 +117,9 @@ class Janus(nnx.Module):
         _check_ids("codes", codes, self.codebook_size)
         return _teacher_forced(*nnx.split(self), prompt_ids, prompt_mask, jnp.asarray(codes, jnp.int32))
 
-    def encode_images(self, images: Float[Array, "B h w 3"]) -> tuple[Int[Array, "B T"], Float[Array, "B H W C"]]:
+    def encode_images(
+        self, images: Float[Array | np.ndarray, "..."]
+    ) -> tuple[Int[Array, "B T"], Float[Array, "B H W C"]]:
         """Codes in raster order, and l2-normalised latents before quantisation.
 
         Args:
@@ -132,7 +134,7 @@ class Janus(nnx.Module):
         codes, latents = _encode(*nnx.split(self.gen_vision_model), images)
         return codes.reshape(len(images), -1), latents
 
-    def decode_codes(self, codes: Int[Array, "B T"], height: int, width: int) -> Float[Array, "B h w 3"]:
+    def decode_codes(self, codes: Int[Array | np.ndarray, "..."], height: int, width: int) -> Float[Array, "B h w 3"]:
         """Pixels in [-1, 1] of a grid of height x width codes.
 
         Raises:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from arrag_jax.config import TrainConfig, parse
 from arrag_jax.data.emoji_scenes import load_source
+from arrag_jax.data.scenes import words
 from arrag_jax.decode.loop import sample
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import pictures
@@ -145,10 +146,7 @@ class PriorTask:
 
     def __init__(self, config: TrainConfig, options: PriorOptions):
         self.config, self.options = config, options
-        captions = load_source(config.data.name, config.data.train_split, config.data.data_dir, images=False)
-        # Every word of the captions occurs early: families and classes cycle with the index.
-        some = min(len(captions), 5000)
-        self.text = PromptTokenizer.of_words(captions[i]["caption"].decode() for i in range(some))
+        self.text = PromptTokenizer.of_words(words())
 
     def init_model(self, rngs: nnx.Rngs) -> Janus:
         """A fresh language model around the given tokenizer, whose codebook its code embedding starts from."""
