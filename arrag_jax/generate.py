@@ -15,6 +15,7 @@ from PIL import Image
 
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import DrawConfig
+from arrag_jax.data import scenes
 from arrag_jax.decode.loop import Drawn
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import pictures
@@ -25,10 +26,11 @@ from arrag_jax.ops.grid import image_and_cell
 THUMBNAILS = 5  # stored images shown beside a picture
 
 
-def run(config: DrawConfig, workdir: str, prompt: list[str], method: str, scale: int) -> None:
+def run(config: DrawConfig, workdir: str, prompt: list[str], test_prompts: int, method: str, scale: int) -> None:
     """Draws every --prompt with every method (or --method alone), same seeds, into --workdir."""
+    prompt = [*prompt, *(scene.caption for scene in scenes.test_prompts(test_prompts))]
     if not prompt:
-        raise UserError('nothing to draw; give at least one --prompt "…"')
+        raise UserError('nothing to draw; give at least one --prompt "…" or --test_prompts=N')
     methods = [method] if method else list(METHODS)
     studio = open_studio(config, methods)
     studio.text(prompt)  # so that a bad prompt is said before anything is drawn
@@ -90,6 +92,7 @@ if __name__ == "__main__":
         DrawConfig,
         workdir=Flag("folder for the pictures; made when absent", "pictures"),
         prompt=Flag("what to draw; give it once or several times", ()),
+        test_prompts=Flag("draw the first N captions of the test split of emoji_scenes as well", 0),
         method=Flag(f"one of {', '.join(METHODS)}; default: all of them, side by side", ""),
         scale=Flag("how many times a picture is enlarged", 3),
     )

@@ -49,7 +49,7 @@ def read(path: Path) -> np.ndarray:
 
 
 def run_generate(config: DrawConfig, out: Path, prompt=("a cat", "two dogs"), method="", scale=1) -> None:
-    generate.run(config, workdir=str(out), prompt=list(prompt), method=method, scale=scale)
+    generate.run(config, workdir=str(out), prompt=list(prompt), test_prompts=0, method=method, scale=scale)
 
 
 def test_generate_draws_every_prompt_and_says_where_codes_came_from(config, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from toy import (
     ONE_DEVICE,
+    PROCESS_CONFIG,
     ToyTask,
     assert_same_bits,
     by_path,

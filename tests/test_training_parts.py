@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from toy import toy_config
 
 from arrag_jax.config import OptimizerConfig
 from arrag_jax.data.pipeline import make_loader
@@ -76,6 +75,3 @@ def test_clipping_bounds_what_the_optimizer_sees():
     _, state = optimizer.update({"w": jnp.full((3, 3), 100.0)}, optimizer.init(params), params)
     moment = optax.tree_utils.tree_get(state, "mu")["w"]
     np.testing.assert_allclose(jnp.linalg.norm(moment), 0.5 * (1 - OptimizerConfig().b1), rtol=1e-5)
-
-
-PROCESS_CONFIG = toy_config(steps=60, checkpoint_every=7)

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from arrag_jax.config import MeshConfig, OptimizerConfig, TrainConfig
+from arrag_jax.data.pipeline import make_loader
 from arrag_jax.mesh import make_mesh
 from arrag_jax.training.checkpoint import Checkpoints
 from arrag_jax.training.loop import init_state, train
@@ -96,7 +97,7 @@ class ToyTask:
         shades = jax.jit(lambda weights: jax.nn.sigmoid(jnp.dot(weights, weights)))(model.middle[...])
         return {"middle": np.asarray(255 * shades[:8, :8, None].repeat(3, -1), np.uint8)}
 
-    def export(self, model, directory):
+    def export(self, model, directory, run):
         np.savez(directory / "weights.npz", middle=model.middle[...])
 
 
@@ -138,6 +139,8 @@ def lines(workdir: Path) -> list[dict]:
 def losses(workdir: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines(workdir) if "loss" in line}
 
+
+PROCESS_CONFIG = toy_config(steps=60, checkpoint_every=7)
 
 if __name__ == "__main__":
     train(PROCESS_CONFIG, ToyTask(pause=0.001), Path(sys.argv[1]))

@@ -26,6 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import emoji
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
@@ -66,12 +67,17 @@ Item = TypeVar("Item")
 
 
 class SpriteClass(NamedTuple):
-    """An everyday word, its plural, its Twemoji file and the named colours that its natural look has."""
+    """An everyday word, its plural, its emoji's name and the named colours that its natural look has."""
 
     name: str
     plural: str
-    file: str
+    emoji: str
     natural: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        """Name of its Twemoji file: the code point in hexadecimal, the variation selector left out."""
+        return "-".join(f"{ord(sign):x}" for sign in emoji.emojize(self.emoji) if sign != "\ufe0f")
 
     @property
     def tints(self) -> tuple[str, ...]:
@@ -81,22 +87,22 @@ class SpriteClass(NamedTuple):
 CLASSES = {
     entry.name: entry
     for entry in (
-        SpriteClass("cat", "cats", "1f431", ("yellow",)),
-        SpriteClass("dog", "dogs", "1f436", ()),
-        SpriteClass("frog", "frogs", "1f438", ("green",)),
-        SpriteClass("pig", "pigs", "1f437", ("red",)),
-        SpriteClass("fish", "fish", "1f41f", ("blue",)),
-        SpriteClass("octopus", "octopuses", "1f419", ("purple",)),
-        SpriteClass("butterfly", "butterflies", "1f98b", ("blue",)),
-        SpriteClass("car", "cars", "1f697", ("red",)),
-        SpriteClass("apple", "apples", "1f34e", ("red",)),
-        SpriteClass("mushroom", "mushrooms", "1f344", ("red",)),
-        SpriteClass("tree", "trees", "1f333", ("green",)),
-        SpriteClass("house", "houses", "1f3e0", ("yellow",)),
-        SpriteClass("star", "stars", "2b50", ("yellow",)),
-        SpriteClass("heart", "hearts", "2764", ("red",)),
-        SpriteClass("ball", "balls", "26bd", ()),
-        SpriteClass("cup", "cups", "2615", ()),
+        SpriteClass("cat", "cats", ":cat_face:", ("yellow",)),
+        SpriteClass("dog", "dogs", ":dog_face:", ()),
+        SpriteClass("frog", "frogs", ":frog:", ("green",)),
+        SpriteClass("pig", "pigs", ":pig_face:", ("red",)),
+        SpriteClass("fish", "fish", ":fish:", ("blue",)),
+        SpriteClass("octopus", "octopuses", ":octopus:", ("purple",)),
+        SpriteClass("butterfly", "butterflies", ":butterfly:", ("blue",)),
+        SpriteClass("car", "cars", ":automobile:", ("red",)),
+        SpriteClass("apple", "apples", ":red_apple:", ("red",)),
+        SpriteClass("mushroom", "mushrooms", ":mushroom:", ("red",)),
+        SpriteClass("tree", "trees", ":deciduous_tree:", ("green",)),
+        SpriteClass("house", "houses", ":house:", ("yellow",)),
+        SpriteClass("star", "stars", ":star:", ("yellow",)),
+        SpriteClass("heart", "hearts", ":red_heart:", ("red",)),
+        SpriteClass("ball", "balls", ":soccer_ball:", ()),
+        SpriteClass("cup", "cups", ":hot_beverage:", ()),
     )
 }
 _NAMES = tuple(CLASSES)

@@ -76,7 +76,7 @@ def decode(
     uncond: tuple[Array, Array] | None,
     policy: DecodePolicy,
     retriever: Retriever | None,
-    keys: Key[Array, "B"],
+    keys: Key[Array, " B"],
     sampling: Sampling,
     on_cell: Callable[[Any], None] | None = None,
 ) -> Drawn:
@@ -138,7 +138,7 @@ def _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, on_ce
     return decode(nnx.merge(graph, state), cond, uncond, policy, retriever, keys, sampling, on_cell)
 
 
-def picture_keys(seed: int | Int[np.ndarray, "seeds"], batch: int) -> Key[Array, "batch"]:
+def picture_keys(seed: int | Int[np.ndarray, " seeds"], batch: int) -> Key[Array, " batch"]:
     """A key a picture: from a seed a picture, or from one seed and the picture's place in the batch."""
     if np.ndim(seed) == 0:
         return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(batch))
@@ -157,7 +157,7 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     greedy: bool = False,
-    seed: int | Int[np.ndarray, "seeds"] = 0,
+    seed: int | Int[np.ndarray, " seeds"] = 0,
     prompt_mask: np.ndarray | None = None,
     on_cell: Callable[[Any], None] | None = None,
 ) -> Drawn:

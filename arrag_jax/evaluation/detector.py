@@ -43,7 +43,7 @@ class _Bank(NamedTuple):
 
     colours: Float[Array, "n looks"]  # a C
     alphas: Float[Array, "n masks_channels"]  # a, once a channel
-    mask_of_look: Int[Array, "looks"]
+    mask_of_look: Int[Array, " looks"]
     alpha_sum: Float[Array, "1 masks"]  # sums of a and of a² over the s s pixels
     alpha_square_sum: Float[Array, "1 masks"]
     colour_sum: Float[Array, "masks_channels looks"]  # sums of a C and of a² C, zero outside the look's own mask

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ class CellBar:
     def __init__(self):
         self.bar = None
 
-    def __call__(self, cell: np.ndarray) -> None:
+    def __call__(self, cell: Any) -> None:
         """One more cell of the whole batch is drawn."""
         if self.bar is not None:
             self.bar.update()
@@ -55,7 +56,7 @@ class Studio:
         return Plain() if method == "plain" else Daid.checked(**dataclasses.asdict(self.config.daid))
 
     def draw(
-        self, prompts: Sequence[str], method: str, seeds: Int[np.ndarray, "N"]
+        self, prompts: Sequence[str], method: str, seeds: Int[np.ndarray, " N"]
     ) -> tuple[UInt8[np.ndarray, "N h w 3"], Drawn]:
         """Pictures of prompts, drawn in batches of ``config.batch_size``, and how they came about.
 

@@ -20,7 +20,7 @@ from arrag_jax.ops.neighbors import Neighbors, empty_neighbors
 class Scored(NamedTuple):
     """What the policies need of B scenes, one row a cell (n = B·T): computed once, mixed many times."""
 
-    codes: Int[Array, "n"]
+    codes: Int[Array, " n"]
     log_p: Float[Array, "n V"]
     neighbors: Neighbors
 
@@ -48,7 +48,7 @@ def score_scenes(
 @jax.jit(static_argnums=0)
 def _score(graph, state, pixels, ids, mask, retriever) -> Scored:
     model = nnx.merge(graph, state)
-    codes = model.encode(pixels)[0].reshape(len(ids), -1)
+    codes = model.gen_vision_model.encode(pixels)[0].reshape(len(ids), -1)
     log_p = jax.nn.log_softmax(model.teacher_forced(ids, mask, codes))
     cells = jnp.asarray(context_cells(*model.grid))
     contexts = jnp.where(cells[None] >= 0, codes[:, jnp.maximum(cells, 0)], -1).reshape(-1, 4)

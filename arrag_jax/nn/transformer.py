@@ -40,7 +40,7 @@ class Cache(NamedTuple):
     keys: tuple[Float[Array, "R P KH hd"], ...]
     values: tuple[Float[Array, "R P KH hd"], ...]
     filled: Bool[Array, "R P"]
-    length: Int[Array, "R"]
+    length: Int[Array, " R"]
 
 
 def rotate(x: Float[Array, "R S heads hd"], positions: Int[Array, "R S"], theta: float) -> Float[Array, "R S heads hd"]:

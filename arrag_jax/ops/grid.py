@@ -25,7 +25,7 @@ def cells_with_context(height: int, width: int) -> np.ndarray:
     return (rows * width + columns).reshape(-1).astype(np.int32)
 
 
-def has_context(height: int, width: int) -> Bool[np.ndarray, "T"]:
+def has_context(height: int, width: int) -> Bool[np.ndarray, " T"]:
     """For every cell in raster order: does it have a full context?"""
     mask = np.zeros(height * width, bool)
     mask[cells_with_context(height, width)] = True

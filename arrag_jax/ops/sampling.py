@@ -69,7 +69,7 @@ def neighbor_log_probs(
 
 
 def mix(
-    log_p: Float[Array, "B V"], log_q: Float[Array, "B V"], weight: float | Float[Array, ""], where: Bool[Array, "B"]
+    log_p: Float[Array, "B V"], log_q: Float[Array, "B V"], weight: float | Float[Array, ""], where: Bool[Array, " B"]
 ) -> Float[Array, "B V"]:
     """log((1 − weight) p + weight q) in the rows ``where``, log p in the others. Weight 0 gives p to the bit."""
     weight = jnp.asarray(weight, jnp.float32)
@@ -77,7 +77,7 @@ def mix(
     return jnp.where(where[:, None], mixed, log_p)
 
 
-def draw(log_p: Float[Array, "B V"], keys: Key[Array, "B"], cell: Int[Array, ""], greedy: bool) -> Int[Array, "B"]:
+def draw(log_p: Float[Array, "B V"], keys: Key[Array, " B"], cell: Int[Array, ""], greedy: bool) -> Int[Array, " B"]:
     """One code a row, by a row's own key, so that a picture does not depend on its batch."""
     if greedy:
         return jnp.argmax(log_p, axis=-1).astype(jnp.int32)

@@ -213,7 +213,7 @@ class Datastore:
         return keys
 
     @functools.cached_property
-    def values(self) -> Int[np.ndarray, "N"]:
+    def values(self) -> Int[np.ndarray, " N"]:
         """The code that each stored patch offers, int32."""
         return grid_ops.next_codes_of_grids(self.codes.astype(np.int32)).reshape(-1)
 

@@ -46,7 +46,7 @@ class DenseRetriever:
     def create(
         cls,
         keys: Float[np.ndarray | Array, "N E"],
-        codes: Int[np.ndarray | Array, "N"],
+        codes: Int[np.ndarray | Array, " N"],
         codebook: Float[np.ndarray | Array, "V C"],
         k: int,
         score_bytes: int = SCORE_BYTES,

@@ -89,7 +89,7 @@ class HostSearch:
         self,
         searchers: dict[int, Any],
         bounds: list[tuple[int, int]],
-        codes: Int[np.ndarray, "N"],
+        codes: Int[np.ndarray, " N"],
         codebook: Float[np.ndarray, "V C"],
         k: int,
         options: ScannOptions,
@@ -143,7 +143,7 @@ class HostSearch:
 
 def build_host(
     keys: Float[np.ndarray, "N E"],
-    codes: Int[np.ndarray, "N"],
+    codes: Int[np.ndarray, " N"],
     codebook: Float[np.ndarray, "V C"],
     k: int,
     options: ScannOptions = BY_RULE,
@@ -182,7 +182,7 @@ class ScannRetriever:
     def create(
         cls,
         keys: Float[np.ndarray, "N E"],
-        codes: Int[np.ndarray, "N"],
+        codes: Int[np.ndarray, " N"],
         codebook: Float[np.ndarray, "V C"],
         k: int,
         options: ScannOptions = BY_RULE,

@@ -63,7 +63,7 @@ class ShardedRetriever:
 
 def shard_dense(
     keys: Float[np.ndarray, "N E"],
-    codes: Int[np.ndarray, "N"],
+    codes: Int[np.ndarray, " N"],
     codebook: Float[np.ndarray, "V C"],
     k: int,
     mesh: Mesh,

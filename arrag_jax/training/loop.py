@@ -5,7 +5,9 @@ batch, and its randomness a function of (seed, step) alone, so that a run killed
 started again ends with the same bits as one left alone.
 """
 
+import dataclasses
 import functools
+import os
 import shutil
 import signal
 import sys
@@ -27,7 +29,7 @@ from arrag_jax.data.pipeline import make_loader
 from arrag_jax.errors import UserError
 from arrag_jax.mesh import check_batch_size, make_mesh, put_batch, put_everywhere, put_state, put_whole_batch
 from arrag_jax.training.checkpoint import Checkpoints, claim_workdir
-from arrag_jax.training.metrics import Journal
+from arrag_jax.training.metrics import Journal, training_minutes
 from arrag_jax.training.optimizer import make_optimizer, make_schedule
 
 Batch = Mapping[str, Any]  # arrays whose first axis is the batch's
@@ -68,8 +70,11 @@ class Task(Protocol):
         """uint8 [H, W, 3] sample grids by name, drawn at every evaluation; may be empty."""
         ...
 
-    def export(self, model: nnx.Module, directory: Path) -> None:
-        """Writes the final weights in the product's own layout into an empty directory."""
+    def export(self, model: nnx.Module, directory: Path, run: dict[str, Any]) -> None:
+        """Writes the final weights in the product's own layout into an empty directory.
+
+        ``run`` says where they come from, for a manifest: command, training_minutes, hardware, config.
+        """
         ...
 
 
@@ -122,7 +127,7 @@ def train(config: TrainConfig, task: Task, workdir: Path) -> None:
                 if stopping and not last:
                     checkpoints.wait()
                     stop.leave(step)
-    export(task, whole_model(graph, state, mesh), workdir / "export")
+    export(task, whole_model(graph, state, mesh), workdir, config)
 
 
 def init_state(
@@ -194,14 +199,20 @@ def make_evaluation(
     return evaluate
 
 
-def export(task: Task, model: nnx.Module, directory: Path) -> None:
-    """The task's export of the final weights, under a temporary name until it is whole."""
+def export(task: Task, model: nnx.Module, workdir: Path, config: TrainConfig) -> None:
+    """The task's export of the final weights into ``workdir/export``, under a temporary name until it is whole."""
     if jax.process_index() == 0:
-        temporary = directory.with_name(directory.name + ".tmp")
+        directory, temporary = workdir / "export", workdir / "export.tmp"
+        run = {
+            "command": " ".join(["python -m arrag_jax.train", *sys.argv[1:]]),
+            "training_minutes": round(training_minutes(workdir), 1),
+            "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores a host",
+            "config": dataclasses.asdict(config),
+        }
         for stale in (temporary, directory):
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir()
-        task.export(model, temporary)
+        task.export(model, temporary, run)
         temporary.rename(directory)
     multihost_utils.sync_global_devices("export")
 

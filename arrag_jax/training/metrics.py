@@ -115,6 +115,17 @@ class MetricWriter:
         self._tensorboard.close()
 
 
+def training_minutes(workdir: Path) -> float:
+    """Time spent in training steps, restarts included and evaluations left out, by the lines of ``metrics.jsonl``."""
+    seconds, before = 0.0, 0
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        if "steps_per_second" in values:
+            seconds += (values["step"] - before) / values["steps_per_second"]
+            before = values["step"]
+    return seconds / 60
+
+
 def _drop_lines_after(path: Path, step: int) -> None:
     """Keeps the whole lines of steps up to ``step``; a line cut short by a kill goes too."""
     if not path.exists():

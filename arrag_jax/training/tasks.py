@@ -1,9 +1,10 @@
 """What is trained: the tokenizer, and the prior (the language model over its codes)."""
 
 import dataclasses
+import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from arrag_jax.config import TrainConfig, parse
 from arrag_jax.data.emoji_scenes import load_source
@@ -107,10 +108,9 @@ class TokenizerTask:
 
     def eval_metrics(self, model: Janus, batch: Batch) -> Scalars:
         """Mean PSNR in dB of the pictures as they would be saved (clipped to [-1, 1])."""
-        vq, images = model.gen_vision_model, from_uint8(batch["image"])
-        decoded = jnp.clip(vq.decode_codes(vq.encode(images)[0]), -1, 1)
-        error = jnp.mean((decoded - images) ** 2, axis=(1, 2, 3))
-        return {"psnr": jnp.mean(10 * jnp.log10(4.0 / jnp.maximum(error, 1e-10)))}
+        images = from_uint8(batch["image"])
+        codes, _ = model.gen_vision_model.encode(images)
+        return {"psnr": psnr(model, images, codes)}
 
     def pictures(self, model: Janus) -> dict[str, np.ndarray]:
         """Held-out images above their reconstructions."""
@@ -118,15 +118,11 @@ class TokenizerTask:
         decoded = reconstruct(model, images)
         return {"reconstructions": pictures.grid(np.concatenate([images, decoded]), columns=12, scale=2)}
 
-    def export(self, model: Janus, directory: Path) -> None:
+    def export(self, model: Janus, directory: Path, run: dict[str, Any]) -> None:
         """The tokenizer as a model folder, with its held-out figures."""
         save_model(model, directory)
-        used, psnr, count = np.zeros(model.codebook_size, bool), 0.0, 0
-        for batch in self.eval_batches(self.config.batch_size):
-            used[np.unique(model.encode_images(from_uint8(batch["image"]))[0])] = True
-            psnr += float(self.eval_metrics(model, jax.tree.map(jnp.asarray, batch))["psnr"]) * len(batch["image"])
-            count += len(batch["image"])
-        write_manifest(directory, model, self.config, psnr_db=psnr / count, codes_used=float(used.mean()))
+        figures = tokenizer_figures(model, self.eval_batches(self.config.batch_size))
+        write_manifest(directory, model, run, **figures)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +203,7 @@ class PriorTask:
         images = to_uint8(model.decode_codes(drawn.codes, *model.grid))
         return {"samples": pictures.grid(np.concatenate([batch["image"], images]), columns=12, scale=2)}
 
-    def export(self, model: Janus, directory: Path) -> None:
+    def export(self, model: Janus, directory: Path, run: dict[str, Any]) -> None:
         """The whole Janus as a model folder, language model in bfloat16, with the held-out figures of just that."""
         save_model(model, directory, "bfloat16")
         model = load_model(directory)
@@ -215,7 +211,7 @@ class PriorTask:
         batches = [jax.tree.map(jnp.asarray, b) for b in self.eval_batches(self.config.batch_size)]
         bits = [(float(self.eval_metrics(model, b)["bits_per_code"]), len(b["image"])) for b in batches]
         mean = sum(value * rows for value, rows in bits) / sum(rows for _, rows in bits)
-        write_manifest(directory, model, self.config, valid_bits_per_code=mean)
+        write_manifest(directory, model, run, valid_bits_per_code=mean, **tokenizer_figures(model, batches))
 
 
 def held_out(config: TrainConfig, batch_size: int, example) -> Iterator[Batch]:
@@ -227,19 +223,37 @@ def held_out(config: TrainConfig, batch_size: int, example) -> Iterator[Batch]:
         yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def psnr(model: Janus, images: Float[Array, "B h w 3"], codes: Int[Array, "B H W"]) -> Float[Array, ""]:
+    """Mean peak signal-to-noise ratio, in dB, of pictures decoded from codes."""
+    decoded = jnp.clip(model.gen_vision_model.decode_codes(codes), -1, 1)
+    error = jnp.mean((decoded - images) ** 2, axis=(1, 2, 3))
+    return jnp.mean(10 * jnp.log10(4.0 / jnp.maximum(error, 1e-10)))
+
+
+def tokenizer_figures(model: Janus, batches: Iterable[Batch]) -> dict[str, float]:
+    """PSNR in dB, and the share of codes that occur, over batches of held-out images."""
+    used, total, count = np.zeros(model.codebook_size, bool), 0.0, 0
+    for batch in batches:
+        images = from_uint8(batch["image"])
+        codes, latents = model.encode_images(images)
+        used[np.unique(codes)] = True
+        total += float(psnr(model, images, codes.reshape(latents.shape[:3]))) * len(images)
+        count += len(images)
+    return {"psnr_db": total / count, "codes_used": float(used.mean())}
+
+
 def reconstruct(model: Janus, images: np.ndarray) -> np.ndarray:
     """uint8 images through the tokenizer and back."""
     codes, latents = model.encode_images(from_uint8(images))
     return np.asarray(to_uint8(model.decode_codes(codes, *latents.shape[1:3])))
 
 
-def write_manifest(directory: Path, model: Janus, config: TrainConfig, **figures: float) -> None:
-    """``manifest.json``: where a checkpoint comes from and what it reached, on the hardware it names."""
-    device = jax.devices()[0]
+def write_manifest(directory: Path, model: Janus, run: dict[str, Any], **figures: float) -> None:
+    """``manifest.json``: what a checkpoint reached, where it comes from, and the sum of its weights' bytes."""
     manifest = {
-        "tokenizer_fingerprint": fingerprint(model),
         "figures": {name: round(value, 4) for name, value in figures.items()},
-        "config": dataclasses.asdict(config),
-        "trained_on": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "tokenizer_fingerprint": fingerprint(model),
+        "sha256": hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest(),
+        **run,
     }
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
