@@ -18,10 +18,14 @@ from arrag_jax.evaluation.emoji_benchmark import measure, report, scaling, sweep
 BENCHMARKS = ("emoji_scenes",)
 
 
-def run(config: DrawConfig, workdir: str, benchmark: str, num_prompts: int, num_scenes: int, **modes: bool) -> None:
+def run(
+    config: DrawConfig, workdir: str, benchmark: str, split: str, num_prompts: int, num_scenes: int, **modes: bool
+) -> None:
     """Runs --benchmark on a checkpoint and its datastore; prints tables, writes results.json."""
     if benchmark not in BENCHMARKS:
         raise UserError(f"--benchmark={benchmark!r} is unknown; choose one of {', '.join(BENCHMARKS)}")
+    if split not in ("test", "valid"):
+        raise UserError(f"--split={split!r} is unknown; choose test or valid")
     studio = open_studio(config, list(METHODS))
     out = Path(workdir)
     out.mkdir(parents=True, exist_ok=True)
@@ -30,7 +34,7 @@ def run(config: DrawConfig, workdir: str, benchmark: str, num_prompts: int, num_
     elif modes["scaling"]:
         print(scaling(studio, num_scenes))
     else:
-        results = measure(studio, num_prompts, num_scenes)
+        results = measure(studio, split, num_prompts, num_scenes)
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         print(report(results))
 
@@ -41,7 +45,8 @@ if __name__ == "__main__":
         DrawConfig,
         benchmark=Flag("what to measure on: emoji_scenes", "emoji_scenes"),
         workdir=Flag("folder for results.json and pictures; made when absent"),
-        num_prompts=Flag("test prompts to draw, each with three seeds", 600),
+        split=Flag("test, or valid to choose settings on", "test"),
+        num_prompts=Flag("prompts to draw, each with three seeds", 600),
         num_scenes=Flag("held-out scenes whose likelihood is measured", 1500),
         sweep=Flag("look for λ, τ, K on the validation split", False),
         scaling=Flag("measure how the gain grows with the store, on the validation split", False),

@@ -109,7 +109,9 @@ def test_a_store_of_the_scenes_themselves_lowers_their_likelihood_cost(config):
 @pytest.mark.slow
 def test_eval_writes_its_figures_and_true_scenes_score_best(config, tmp_path, capsys):
     modes = {"sweep": False, "scaling": False}
-    eval.run(config, workdir=str(tmp_path), benchmark="emoji_scenes", num_prompts=12, num_scenes=12, **modes)
+    eval.run(
+        config, workdir=str(tmp_path), benchmark="emoji_scenes", split="test", num_prompts=12, num_scenes=12, **modes
+    )
     results = json.loads((tmp_path / "results.json").read_text())
     bits, objects = results["bits_per_code"], results["object_score"]
     assert set(bits) == {"plain", "daid", "gain"} and set(objects) == {"true", "reconstruction", "plain", "daid"}

@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from arrag_jax.data.emoji_scenes import load_source
-from arrag_jax.data.scenes import FAMILIES, Scene, render, test_prompts
+from arrag_jax.data.scenes import FAMILIES, Scene, render, scene
 from arrag_jax.decode.policies import Daid, Plain
 from arrag_jax.evaluation import pictures
 from arrag_jax.evaluation.drawing import METHODS, Studio
@@ -26,16 +26,18 @@ TEMPERATURES = (0.001, 0.003, 0.01, 0.03, 0.1)  # τ of the sweep
 NEIGHBORS = (16, 128, 1024)  # K of the sweep
 
 
-def measure(studio: Studio, num_prompts: int, num_scenes: int) -> dict[str, Any]:
+def measure(studio: Studio, split: str, num_prompts: int, num_scenes: int) -> dict[str, Any]:
     """All figures of results.json.
 
     Args:
-      num_prompts: test prompts drawn a seed.
-      num_scenes: test scenes whose likelihood is measured, shared out among the seeds.
+      split: "test", or "valid" to choose settings on.
+      num_prompts: prompts drawn a seed.
+      num_scenes: scenes whose likelihood is measured, shared out among the seeds.
     """
     return {
-        "bits_per_code": likelihoods(studio, num_scenes),
-        "object_score": object_scores(studio, num_prompts),
+        "bits_per_code": likelihoods(studio, split, num_scenes),
+        "object_score": object_scores(studio, split, num_prompts),
+        "split": split,
         "num_prompts": num_prompts,
         "num_scenes": num_scenes,
         "seeds": SEEDS,
@@ -43,9 +45,9 @@ def measure(studio: Studio, num_prompts: int, num_scenes: int) -> dict[str, Any]
     }
 
 
-def likelihoods(studio: Studio, num_scenes: int) -> dict[str, dict[str, float]]:
-    """Bits a code of each method; each seed has test scenes of its own. "gain" is plain − DAiD, seed by seed."""
-    source = load_source(studio.config.data.name, f"test[:{num_scenes}]", studio.config.data.data_dir)
+def likelihoods(studio: Studio, split: str, num_scenes: int) -> dict[str, dict[str, float]]:
+    """Bits a code of each method; each seed has scenes of its own. "gain" is plain − DAiD, seed by seed."""
+    source = load_source(studio.config.data.name, f"{split}[:{num_scenes}]", studio.config.data.data_dir)
     bits = {method: [] for method in METHODS}
     for seed in range(SEEDS):
         scored = score_scenes(studio, [source[i] for i in range(seed, len(source), SEEDS)], studio.retriever)
@@ -55,17 +57,17 @@ def likelihoods(studio: Studio, num_scenes: int) -> dict[str, dict[str, float]]:
     return {method: _mean_and_std(values) for method, values in bits.items()}
 
 
-def object_scores(studio: Studio, num_prompts: int) -> dict[str, dict[str, Any]]:
+def object_scores(studio: Studio, split: str, num_prompts: int) -> dict[str, dict[str, Any]]:
     """Object score of true scenes, of their VQ reconstructions, and of what each method draws."""
-    scenes = test_prompts(num_prompts)
-    truth = np.stack([render(scene) for scene in scenes])
+    scenes = [scene(split, i) for i in range(num_prompts)]
+    truth = np.stack([render(s) for s in scenes])
     scores = {"true": _summary([truth], scenes), "reconstruction": _summary([_reconstruct(studio, truth)], scenes)}
     for method in METHODS:
         drawn = []
         for seed in range(SEEDS):
             # Far apart, so that no picture of one seed is drawn with a key of another.
             seeds = studio.config.seed + seed * 1_000_003 + np.arange(len(scenes))
-            drawn.append(studio.draw([scene.caption for scene in scenes], method, seeds)[0])
+            drawn.append(studio.draw([s.caption for s in scenes], method, seeds)[0])
         scores[method] = _summary(drawn, scenes)
     return scores
 
@@ -82,7 +84,7 @@ def _summary(drawn: list[np.ndarray], scenes: list[Scene]) -> dict[str, Any]:
     """Mean and spread over the drawings, the families' means, and prompts with and without held-out pairs."""
     results = [object_score(images, scenes) for images in drawn]
     right = np.stack([result["right"] for result in results])
-    held_out = np.array([scene.held_out for scene in scenes])
+    held_out = np.array([s.held_out for s in scenes])
     return {
         **_mean_and_std([result["overall"] for result in results]),
         "families": {name: float(np.mean([r["families"][name] for r in results])) for name in results[0]["families"]},
