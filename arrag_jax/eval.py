@@ -46,7 +46,7 @@ if __name__ == "__main__":
         benchmark=Flag("what to measure on: emoji_scenes", "emoji_scenes"),
         workdir=Flag("folder for results.json and pictures; made when absent"),
         split=Flag("test, or valid to choose settings on", "test"),
-        num_prompts=Flag("prompts to draw, each with three seeds", 600),
+        num_prompts=Flag("prompts to draw, each with three seeds; 0 = likelihood alone", 600),
         num_scenes=Flag("held-out scenes whose likelihood is measured", 1500),
         sweep=Flag("look for λ, τ, K on the validation split", False),
         scaling=Flag("measure how the gain grows with the store, on the validation split", False),

@@ -31,12 +31,12 @@ def measure(studio: Studio, split: str, num_prompts: int, num_scenes: int) -> di
 
     Args:
       split: "test", or "valid" to choose settings on.
-      num_prompts: prompts drawn a seed.
+      num_prompts: prompts drawn a seed; 0 = measure the likelihood alone.
       num_scenes: scenes whose likelihood is measured, shared out among the seeds.
     """
     return {
         "bits_per_code": likelihoods(studio, split, num_scenes),
-        "object_score": object_scores(studio, split, num_prompts),
+        "object_score": object_scores(studio, split, num_prompts) if num_prompts else {},
         "split": split,
         "num_prompts": num_prompts,
         "num_scenes": num_scenes,
@@ -50,7 +50,9 @@ def likelihoods(studio: Studio, split: str, num_scenes: int) -> dict[str, dict[s
     source = load_source(studio.config.data.name, f"{split}[:{num_scenes}]", studio.config.data.data_dir)
     bits = {method: [] for method in METHODS}
     for seed in range(SEEDS):
-        scored = score_scenes(studio, [source[i] for i in range(seed, len(source), SEEDS)], studio.retriever)
+        # Thirds of consecutive scenes: families take turns, so every SEEDS-th scene would be two families alone.
+        third = range(seed * len(source) // SEEDS, (seed + 1) * len(source) // SEEDS)
+        scored = score_scenes(studio, [source[i] for i in third], studio.retriever)
         for method in METHODS:
             bits[method].append(bits_per_code(scored, studio.policy(method)))
     bits["gain"] = [plain - daid for plain, daid in zip(bits["plain"], bits["daid"], strict=True)]
@@ -108,6 +110,8 @@ def report(results: dict[str, Any]) -> str:
         [name, r["mean"], r["std"], *(r["families"].get(f) for f in FAMILIES), r["seen_pairs"], r["held_out_pairs"]]
         for name, r in objects.items()
     ]
+    if not rows:
+        return first
     return f"{first}\n\n{pictures.table(columns, rows, digits=3)}"
 
 
