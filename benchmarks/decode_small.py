@@ -4,7 +4,7 @@ python benchmarks/decode_small.py [--rounds=5]
 
 All methods of a row group are timed in turn, round after round in one process, so that a drift of the machine
 meets them all; medians are printed. A step is one cell of the whole batch with guidance (2 x batch rows).
-"callback" is DAiD with a search that answers at once: what leaving the compiled loop costs beyond the search.
+"callback" is DAiD with a host search that answers at once: what leaving the compiled loop and mixing cost together.
 """
 
 import dataclasses
