@@ -17,7 +17,7 @@ from arrag_jax.interfaces import DecodePolicy, Retriever
 from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.text import PromptTokenizer
-from arrag_jax.nn.vq import to_uint8
+from arrag_jax.nn.vq import from_uint8, to_uint8
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.load import load_retriever
 
@@ -98,3 +98,12 @@ def open_studio(config: DrawConfig, methods: Sequence[str]) -> Studio:
     if methods != ["plain"]:
         store, retriever = load_retriever(config.retrieval, fingerprint(model))
     return Studio(config, model, text, store, retriever)
+
+
+def reconstruct(model: Janus, images: UInt8[np.ndarray, "N h w 3"]) -> UInt8[np.ndarray, "N h w 3"]:
+    """Images through the tokenizer and back, a hundred at a time: the best that codes can look."""
+    parts = []
+    for start in range(0, len(images), 100):
+        codes, latents = model.encode_images(from_uint8(images[start : start + 100]))
+        parts.append(np.asarray(to_uint8(model.decode_codes(codes, *latents.shape[1:3]))))
+    return np.concatenate(parts)

@@ -14,10 +14,9 @@ from arrag_jax.data.emoji_scenes import load_source
 from arrag_jax.data.scenes import FAMILIES, Scene, render, scene
 from arrag_jax.decode.policies import Daid, Plain
 from arrag_jax.evaluation import pictures
-from arrag_jax.evaluation.drawing import METHODS, Studio
+from arrag_jax.evaluation.drawing import METHODS, Studio, reconstruct
 from arrag_jax.evaluation.likelihood import bits_per_code, score_scenes
 from arrag_jax.evaluation.object_score import object_score
-from arrag_jax.nn.vq import from_uint8, to_uint8
 from arrag_jax.retrieval.load import load_retriever
 
 SEEDS = 3
@@ -63,7 +62,7 @@ def object_scores(studio: Studio, split: str, num_prompts: int) -> dict[str, dic
     """Object score of true scenes, of their VQ reconstructions, and of what each method draws."""
     scenes = [scene(split, i) for i in range(num_prompts)]
     truth = np.stack([render(s) for s in scenes])
-    scores = {"true": _summary([truth], scenes), "reconstruction": _summary([_reconstruct(studio, truth)], scenes)}
+    scores = {"true": _summary([truth], scenes), "reconstruction": _summary([reconstruct(studio.model, truth)], scenes)}
     for method in METHODS:
         drawn = []
         for seed in range(SEEDS):
@@ -72,14 +71,6 @@ def object_scores(studio: Studio, split: str, num_prompts: int) -> dict[str, dic
             drawn.append(studio.draw([s.caption for s in scenes], method, seeds)[0])
         scores[method] = _summary(drawn, scenes)
     return scores
-
-
-def _reconstruct(studio: Studio, images: np.ndarray) -> np.ndarray:
-    parts = []
-    for start in range(0, len(images), 100):
-        codes, _ = studio.model.encode_images(from_uint8(images[start : start + 100]))
-        parts.append(np.asarray(to_uint8(studio.model.decode_codes(codes, *studio.model.grid))))
-    return np.concatenate(parts)
 
 
 def _summary(drawn: list[np.ndarray], scenes: list[Scene]) -> dict[str, Any]:

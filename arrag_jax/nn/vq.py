@@ -28,9 +28,8 @@ class VQConfig:
     z_channels: int = 256
     res_blocks: int = 2  # a level; the decoder has one more
     norm_scope: str = "image"  # "image": GroupNorm of 32 groups | "pixel": over a pixel's channels alone
-    encoder_kernel: int = (
-        3  # of the encoder's residual blocks and last convolution; 1 = a cell sees few pixels beside it
-    )
+    # Of the encoder's residual blocks and last convolution; with 1 a cell sees few pixels beside its own.
+    encoder_kernel: int = 3
     middle: bool = True  # residual, attention, residual at the lowest resolution, and attention in that level
 
     def __post_init__(self):

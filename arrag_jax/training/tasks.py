@@ -22,6 +22,7 @@ from arrag_jax.data.scenes import words
 from arrag_jax.decode.loop import sample
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import pictures
+from arrag_jax.evaluation.drawing import reconstruct
 from arrag_jax.models.checkpoint import fingerprint, load_model, save_model
 from arrag_jax.models.janus import VISION, Janus
 from arrag_jax.models.presets import PRESETS
@@ -240,12 +241,6 @@ def tokenizer_figures(model: Janus, batches: Iterable[Batch]) -> dict[str, float
         total += float(psnr(model, images, codes.reshape(latents.shape[:3]))) * len(images)
         count += len(images)
     return {"psnr_db": total / count, "codes_used": float(used.mean())}
-
-
-def reconstruct(model: Janus, images: np.ndarray) -> np.ndarray:
-    """uint8 images through the tokenizer and back."""
-    codes, latents = model.encode_images(from_uint8(images))
-    return np.asarray(to_uint8(model.decode_codes(codes, *latents.shape[1:3])))
 
 
 def write_manifest(directory: Path, model: Janus, run: dict[str, Any], **figures: float) -> None:
