@@ -43,11 +43,15 @@ class Backbone(Protocol):
 
     grid: tuple[int, int]
     codebook_size: int
+    blended_neighbors: int  # neighbours whose features ``step`` takes; 0: it takes none
 
     def prefill(
-        self, prompt_ids: Int[Array, "R L"], prompt_mask: Bool[Array, "R L"]
+        self, prompt_ids: Int[Array, "R L"], prompt_mask: Bool[Array, "R L"], blended_rows: int
     ) -> tuple[Float[Array, "R D"], Cache]:
-        """Reads all prompt tokens but the last; returns the last one's embedding and the cache."""
+        """Reads all prompt tokens but the last; returns the last one's embedding and the cache.
+
+        ``blended_rows``: the first rows, to which ``step`` will be given features; 0 = it will not.
+        """
         ...
 
     def step(
@@ -64,6 +68,10 @@ class Backbone(Protocol):
         """Prompts from outside as ids and mask (None = all real), or a UserError."""
         ...
 
+    def retrieved_features(self, neighbors: Int[Array, "*dims K"]) -> Float[Array, "*dims K D"]:
+        """Features of retrieved codes, as ``step`` takes them; zeros where a code is -1."""
+        ...
+
     def embed_codes(self, codes: Int[Array, "*dims"]) -> Float[Array, "*dims D"]:
         """Embeddings of codes, as ``step`` takes them."""
         ...
@@ -74,6 +82,7 @@ class DecodePolicy(Protocol):
     """What retrieval does to the decode loop; a small frozen object of numbers."""
 
     uses_retrieval: bool
+    blends: bool  # does it give the backbone features?
 
     def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> Any:
         """What the backbone's step takes from the neighbours (None: nothing), before the step."""

@@ -64,7 +64,7 @@ def test_no_future_code_reaches_a_past_distribution(model):
         x = jnp.concatenate([model.language_model.embed_tokens(ids), model.embed_codes(codes[:, :-1])], axis=1)
         x = x.at[0, 4:].add(inputs[:-1])
         positions = jnp.arange(23)[None]
-        return model.gen_head(model.language_model.forward(x, positions, filled)[0, 3:]).sum(-1)
+        return model.gen_head(model.language_model.forward(x, positions, filled, model.grid)[0][0, 3:]).sum(-1)
 
     influence = np.abs(jax.jacobian(logits_of)(jnp.zeros((20, 16)))).sum(-1)  # [cell, code put in]
     assert mask.all()

@@ -29,15 +29,21 @@ def janus(seed: int = 0, config: JanusConfig = CONFIG, parts: tuple[str, ...] = 
 
     Filled by numpy: to compile the real initialisers takes longer than most tests.
     """
-    model, rng = nnx.eval_shape(lambda: Janus(config, nnx.Rngs(0), parts)), np.random.default_rng(seed)
-    for path, value in nnx.to_flat_state(nnx.state(model)):
-        shape, name = value.shape, path[-1]
-        scale = {"kernel": np.prod(shape[:-1]) ** -0.5, "bias": 0.1, "scale": 0.2}.get(name, 1.0)
-        scale *= 4.0 if path[:3] == ("gen_head", "layers", 1) else 1.0
-        value.set_value(jnp.asarray(scale * rng.normal(size=shape) + (name == "scale"), jnp.float32))
+    model = nnx.eval_shape(lambda: Janus(config, nnx.Rngs(0), parts))
+    fill(model, seed)
     if model.gen_vision_model is not None:
         model.gen_vision_model.usage.set_value(jnp.full((config.vision.codebook_size,), 0.1))
     return model
+
+
+def fill(model: nnx.Module, seed: int) -> None:
+    """Gives every variable of an abstract model random values of a sensible size."""
+    rng = np.random.default_rng(seed)
+    for path, value in nnx.to_flat_state(nnx.state(model)):
+        shape, name = value.shape, path[-1]
+        scale = {"kernel": np.prod(shape[:-1]) ** -0.5, "bias": 0.1, "scale": 0.2, "norm_scale": 0.2}.get(name, 1.0)
+        scale *= 4.0 if path[:3] == ("gen_head", "layers", 1) else 1.0
+        value.set_value(jnp.asarray(scale * rng.normal(size=shape) + name.endswith("scale"), jnp.float32))
 
 
 def prompts(lengths: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

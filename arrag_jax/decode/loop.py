@@ -91,7 +91,7 @@ def decode(
     height, width = model.grid
     cells, batch = height * width, len(cond[0])
     rows = cond if uncond is None else jax.tree.map(lambda *x: jnp.concatenate(x), cond, uncond)
-    hidden, cache = model.prefill(*rows)
+    hidden, cache = model.prefill(*rows, batch if policy.blends else 0)  # unconditional rows are never blended
     nothing = empty_neighbors(batch, 1)
 
     def one_cell(carry, this):
@@ -147,6 +147,14 @@ def picture_keys(seed: int | Int[np.ndarray, " seeds"], batch: int) -> Key[Array
     return jax.vmap(jax.random.key)(jnp.asarray(seed))
 
 
+def require_blenders(model: Backbone, retriever: Retriever) -> None:
+    """Raises UserError unless the model has blenders and the search gives them enough neighbours."""
+    if not model.blended_neighbors:
+        raise UserError("this checkpoint has no FAiD blenders; decode it with --method plain or daid")
+    if retriever.k < model.blended_neighbors:
+        raise UserError(f"FAiD blends {model.blended_neighbors} neighbours, the search gives k={retriever.k}; raise k")
+
+
 def sample(
     model: Backbone,
     prompt_ids: Int[np.ndarray, "B L"],
@@ -177,6 +185,8 @@ def sample(
     policy = Plain() if policy is None else policy
     if policy.uses_retrieval and retriever is None:
         raise UserError(f"{type(policy).__name__} needs a retriever: build a datastore, or draw with --method plain")
+    if policy.blends:
+        require_blenders(model, retriever)
     sampling = Sampling(cfg_scale, temperature, top_k, top_p, greedy)
     cond = model.check_prompt(prompt_ids, prompt_mask)
     uncond = None if cfg_scale is None else (model.unconditional(*cond), cond[1])

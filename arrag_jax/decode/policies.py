@@ -1,4 +1,4 @@
-"""What retrieval does to drawing: nothing (``Plain``), or mixing distributions (``Daid``)."""
+"""What retrieval does to drawing: nothing (``Plain``), a mixed distribution (``Daid``), blended features (``Faid``)."""
 
 import dataclasses
 from typing import Any
@@ -19,6 +19,7 @@ class Plain:
     """The model alone."""
 
     uses_retrieval = False
+    blends = False
 
     def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> None:
         """Nothing for the backbone."""
@@ -47,6 +48,7 @@ class Daid:
     temperature: Any
     copies: str = dataclasses.field(default="nearest", metadata={"static": True})
     uses_retrieval = True
+    blends = False
 
     @classmethod
     def checked(cls, weight: float, temperature: float, copies: str = "nearest") -> "Daid":
@@ -73,3 +75,29 @@ class Daid:
         log_q = neighbor_log_probs(neighbors, log_p.shape[1], self.temperature, self.copies)
         found = jnp.any(neighbors.code >= 0, axis=1)
         return mix(log_p, log_q, self.weight, found & has_context)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Faid:
+    """Feature-level blending: the backbone's blenders take the nearest neighbours' features.
+
+    Source: reference README "FAiD". The backbone must have been trained with them.
+
+    Attributes:
+      mixture: what becomes of the distribution afterwards: ``Plain()``, or a ``Daid`` for both at once.
+    """
+
+    mixture: Plain | Daid = Plain()
+    uses_retrieval = True
+    blends = True
+
+    def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> Float[Array, "B K D"]:
+        """Features of the nearest neighbours; zeros where a slot is empty."""
+        return model.retrieved_features(neighbors.code[:, : model.blended_neighbors])
+
+    def log_probs(
+        self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
+    ) -> Float[Array, "B V"]:
+        """The mixture's."""
+        return self.mixture.log_probs(log_p, neighbors, has_context)

@@ -17,6 +17,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.models.janus import PARTS, VISION, Janus
 from arrag_jax.models.presets import JanusConfig
 from arrag_jax.models.weights import DTYPES, parameters, read_weights, write_weights
+from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.transformer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
 
@@ -26,7 +27,7 @@ def load_model(directory: str | Path, dtype: str = "float32", parts: tuple[str, 
 
     Args:
       directory: holds config.json and model.safetensors (or shards with an index).
-      dtype: of the parameters: float32, bfloat16 or float16.
+      dtype: of the parameters: float32, bfloat16 or float16; the tokenizer stays in float32.
       parts: the parts to read, e.g. ``VISION`` for the tokenizer alone; the others are None.
 
     Raises:
@@ -118,12 +119,29 @@ def read_config(directory: Path) -> JanusConfig:
         head_width=head.get("image_token_embed", base.head_width),
         # Published configs name no pad; Janus-Pro's is 100002, and a smaller vocabulary keeps its last id for it.
         pad_id=text.get("pad_token_id", min(base.pad_id, text.get("vocab_size", language.vocab_size) - 1)),
+        faid=_read_faid(text),
+    )
+
+
+def _read_faid(text: dict) -> FaidConfig | None:
+    """FAiD's keys stand among the language model's; K is not published and is 10 (reference quirk 10)."""
+    if "num_SmoothPatchBlender" not in text:
+        return None
+    return FaidConfig(
+        stride=text["num_SmoothPatchBlender"],
+        hops=tuple(text.get("num_hop", FaidConfig.hops)),
+        neighbors=text.get("retrieved_key_num", FaidConfig.neighbors),
     )
 
 
 def config_to_json(config: JanusConfig) -> dict:
     """The published form of a config; ``read_config`` of it gives the same config back."""
-    language, vision = config.language, config.vision
+    language, vision, faid = config.language, config.vision, config.faid
+    blending = (
+        {}
+        if faid is None
+        else {"num_SmoothPatchBlender": faid.stride, "num_hop": list(faid.hops), "retrieved_key_num": faid.neighbors}
+    )
     return {
         "model_type": "multi_modality",
         "image_grid": list(config.grid),
@@ -138,6 +156,7 @@ def config_to_json(config: JanusConfig) -> dict:
             "rope_theta": language.rope_theta,
             "rms_norm_eps": language.norm_eps,
             "pad_token_id": config.pad_id,
+            **blending,
         },
         "gen_vision_config": {
             "cls": "VQ-16",

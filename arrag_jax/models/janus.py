@@ -43,7 +43,7 @@ class Janus(nnx.Module):
         language, vision = config.language, config.vision
         self.config = config
         makers = {
-            "language_model": lambda: Llama(language, rngs),
+            "language_model": lambda: Llama(language, rngs, config.faid),
             "gen_vision_model": lambda: VQTokenizer(vision, rngs),
             "gen_embed": lambda: nnx.Embed(vision.codebook_size, vision.code_dim, rngs=rngs),
             "gen_aligner": lambda: Projector((vision.code_dim, *[language.width] * config.aligner_depth), rngs),
@@ -63,6 +63,11 @@ class Janus(nnx.Module):
         return self.config.vision.codebook_size
 
     @property
+    def blended_neighbors(self) -> int:
+        """K of FAiD's blenders; 0: the model has none."""
+        return self.config.faid.neighbors if self.config.faid else 0
+
+    @property
     def codebook(self) -> Float[Array, "V C"]:
         """The tokenizer's l2-normalised codebook."""
         return self.gen_vision_model.codebook
@@ -71,41 +76,73 @@ class Janus(nnx.Module):
         """Embeddings of image codes as the language model takes them."""
         return self.gen_aligner(self.gen_embed(codes))
 
+    def retrieved_features(self, neighbors: Int[Array, "*dims K"]) -> Float[Array, "*dims K D"]:
+        """What FAiD's first blender takes: embeddings of retrieved codes, zeros for the absent (-1)."""
+        return jnp.where(neighbors[..., None] >= 0, self.embed_codes(jnp.maximum(neighbors, 0)), 0)
+
     def prefill(
-        self, prompt_ids: Int[Array, "R L"], prompt_mask: Bool[Array, "R L"]
+        self, prompt_ids: Int[Array, "R L"], prompt_mask: Bool[Array, "R L"], blended_rows: int = 0
     ) -> tuple[Float[Array, "R D"], Cache]:
         """Reads the prompt but for its last token, whose embedding is the input of cell 0."""
         ids, mask = left_pad(prompt_ids, prompt_mask)
         x = self.language_model.embed_tokens(ids)
         cells = self.grid[0] * self.grid[1]
-        return x[:, -1], self.language_model.prefill(x[:, :-1], mask[:, :-1], cells)
+        return x[:, -1], self.language_model.prefill(x[:, :-1], mask[:, :-1], cells, blended_rows)
 
     def step(
-        self, hidden: Float[Array, "R D"], cache: Cache, cell: Int[Array, ""], features: None = None
+        self,
+        hidden: Float[Array, "R D"],
+        cache: Cache,
+        cell: Int[Array, ""],
+        features: Float[Array, "B K D"] | None = None,
     ) -> tuple[Float[Array, "R V"], Cache]:
         """Logits of the code at ``cell``, given the embedding of what came just before it."""
-        if features is not None:
-            raise UserError("this checkpoint has no FAiD blenders; decode it with --method plain or daid")
-        cells = self.grid[0] * self.grid[1]
-        hidden, cache = self.language_model.step(hidden, cache, cell, cells)
+        hidden, cache = self.language_model.step(hidden, cache, cell, self.grid, features)
         return self.gen_head(hidden).astype(jnp.float32), cache
 
     def teacher_forced(
-        self, prompt_ids: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"], codes: Int[Array, "B T"]
+        self,
+        prompt_ids: Int[Array, "B L"],
+        prompt_mask: Bool[Array, "B L"],
+        codes: Int[Array, "B T"],
+        neighbors: Int[Array, "B T K"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits of all cells at once; row t predicts ``codes[:, t]``."""
+        """Logits of all cells at once; row t predicts ``codes[:, t]``.
+
+        Args:
+          neighbors: retrieved codes, -1 where absent; None = FAiD's blenders, if any, are passed over.
+        """
+        return self.forward(prompt_ids, prompt_mask, codes, neighbors)[0]
+
+    def forward(
+        self,
+        prompt_ids: Int[Array, "B L"],
+        prompt_mask: Bool[Array, "B L"],
+        codes: Int[Array, "B T"],
+        neighbors: Int[Array, "B T K"] | None = None,
+        conditional: Bool[Array, " B"] | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[Float[Array, "B T V"], Float[Array, " blenders"]]:
+        """``teacher_forced`` as training needs it: also each blender's mean gate.
+
+        Args:
+          conditional: rows that still have their caption; blenders are silent in the others.
+          rngs: for dropout; None = none.
+        """
         ids, mask = left_pad(prompt_ids, prompt_mask)
         x = jnp.concatenate([self.language_model.embed_tokens(ids), self.embed_codes(codes[:, :-1])], axis=1)
         filled = jnp.concatenate([mask, jnp.ones((mask.shape[0], codes.shape[1] - 1), bool)], axis=1)
         positions = jnp.maximum(jnp.cumsum(filled, axis=1) - 1, 0).astype(jnp.int32)
-        hidden = self.language_model.forward(x, positions, filled)[:, -codes.shape[1] :]
-        return self.gen_head(hidden).astype(jnp.float32)
+        features = None if neighbors is None else self.retrieved_features(neighbors)
+        hidden, gates = self.language_model.forward(x, positions, filled, self.grid, features, conditional, rngs)
+        return self.gen_head(hidden[:, -codes.shape[1] :]).astype(jnp.float32), gates
 
-    def score(self, prompt_ids, codes, prompt_mask=None) -> Float[Array, "B T V"]:
+    def score(self, prompt_ids, codes, prompt_mask=None, neighbors=None) -> Float[Array, "B T V"]:
         """Float32 logits [B, T, V] of given codes; row t predicts ``codes[:, t]``.
 
         Args:
           prompt_ids: int [B, L], BOS … image-start; codes: int [B, T]; prompt_mask: 0/1 [B, L] or None.
+          neighbors: int [B, T, K], retrieved codes for FAiD's blenders, -1 where absent; None = no blending.
 
         Raises:
           UserError: if a shape or an id does not fit the model.
@@ -115,7 +152,18 @@ class Janus(nnx.Module):
         if codes.ndim != 2 or len(codes) != len(prompt_ids):
             raise UserError(f"codes must be [B, T] with B = {len(prompt_ids)} as the prompts, got {codes.shape}")
         _check_ids("codes", codes, self.codebook_size)
-        return _teacher_forced(*nnx.split(self), prompt_ids, prompt_mask, jnp.asarray(codes, jnp.int32))
+        if neighbors is not None:
+            neighbors = self._check_neighbors(neighbors, codes.shape)
+        return _teacher_forced(*nnx.split(self), prompt_ids, prompt_mask, jnp.asarray(codes, jnp.int32), neighbors)
+
+    def _check_neighbors(self, neighbors, shape: tuple[int, int]) -> Int[Array, "B T K"]:
+        neighbors = np.asarray(neighbors)
+        if self.config.faid is None:
+            raise UserError("neighbors are given, but this checkpoint has no FAiD blenders")
+        if shape[1] != self.grid[0] * self.grid[1] or neighbors.ndim != 3 or neighbors.shape[:2] != shape:
+            raise UserError(f"neighbors must be [B, T, K] for codes {shape} of grid {self.grid}, got {neighbors.shape}")
+        _check_ids("neighbors", neighbors, self.codebook_size, lowest=-1)
+        return jnp.asarray(neighbors, jnp.int32)
 
     def encode_images(
         self, images: Float[Array | np.ndarray, "..."]
@@ -174,19 +222,19 @@ def left_pad(ids: Int[Array, "R L"], mask: Bool[Array, "R L"]) -> tuple[Int[Arra
     return jnp.take_along_axis(ids, order, 1), jnp.take_along_axis(mask, order, 1)
 
 
-def _check_ids(name: str, ids: np.ndarray, size: int) -> None:
+def _check_ids(name: str, ids: np.ndarray, size: int, lowest: int = 0) -> None:
     if not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"{name} must be integers, got {ids.dtype}")
-    if ids.size and (ids.min() < 0 or ids.max() >= size):
-        raise UserError(f"{name} must lie in [0, {size}), got {ids.min()} … {ids.max()}")
+    if ids.size and (ids.min() < lowest or ids.max() >= size):
+        raise UserError(f"{name} must lie in [{lowest}, {size}), got {ids.min()} … {ids.max()}")
 
 
 # Jitted once a shape; the model travels as (graphdef, state), its arrays as arguments.
 
 
 @jax.jit(static_argnums=0)
-def _teacher_forced(graph, state, prompt_ids, prompt_mask, codes):
-    return nnx.merge(graph, state).teacher_forced(prompt_ids, prompt_mask, codes)
+def _teacher_forced(graph, state, prompt_ids, prompt_mask, codes, neighbors):
+    return nnx.merge(graph, state).teacher_forced(prompt_ids, prompt_mask, codes, neighbors)
 
 
 @jax.jit(static_argnums=0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.transformer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
 
@@ -16,6 +17,7 @@ class JanusConfig:
     aligner_depth: int = 2
     head_width: int = 2048
     pad_id: int = 100002  # the token that fills the unconditional prompt
+    faid: FaidConfig | None = None  # None: no blenders
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -19,12 +19,17 @@ from arrag_jax.errors import UserError
 from arrag_jax.models.janus import PARTS, VISION
 from arrag_jax.nn.vq import CodeUsage
 
+_LAYER = r"language_model\.layers\.(\d+)\."
 # Our path → published key, first match wins. The leaf (kernel, scale, embedding) becomes "weight".
 _RENAMES: tuple[tuple[str, str], ...] = (
-    (r"language_model\.layers\.(\d+)\.attention\.([qkvo])\.", r"language_model.model.layers.\1.self_attn.\2_proj."),
-    (r"language_model\.layers\.(\d+)\.mlp\.(\w+)\.", r"language_model.model.layers.\1.mlp.\2_proj."),
-    (r"language_model\.layers\.(\d+)\.input_norm\.", r"language_model.model.layers.\1.input_layernorm."),
-    (r"language_model\.layers\.(\d+)\.mlp_norm\.", r"language_model.model.layers.\1.post_attention_layernorm."),
+    (rf"{_LAYER}attention\.([qkvo])\.", r"language_model.model.layers.\1.self_attn.\2_proj."),
+    (rf"{_LAYER}mlp\.(\w+)\.", r"language_model.model.layers.\1.mlp.\2_proj."),
+    (rf"{_LAYER}input_norm\.", r"language_model.model.layers.\1.input_layernorm."),
+    (rf"{_LAYER}mlp_norm\.", r"language_model.model.layers.\1.post_attention_layernorm."),
+    (rf"{_LAYER}blender\.norm_scale$", r"language_model.model.layers.\1.retrieval_layernorm.weight"),
+    (rf"{_LAYER}blender\.gate\.0\.", r"language_model.model.layers.\1.blender.mlp.0."),
+    (rf"{_LAYER}blender\.gate\.1\.", r"language_model.model.layers.\1.blender.mlp.2."),
+    (rf"{_LAYER}blender\.", r"language_model.model.layers.\1.blender."),
     (r"language_model\.(embed_tokens|norm)\.", r"language_model.model.\1."),
     (r"gen_aligner\.layers\.1\.", r"gen_aligner.layers.2."),  # the published list counts the GELU
     (r"gen_head\.layers\.0\.", r"gen_head.output_mlp_projector."),
@@ -101,7 +106,8 @@ def read_weights(model: nnx.Module, directory: Path, dtype: str) -> None:
 
     Args:
       model: built abstractly (``nnx.eval_shape``), with all its parts or some; receives its
-        parameters in ``dtype``. Keys of a published part that it was built without are passed over.
+        parameters in ``dtype``, those of the tokenizer in float32
+        (see ``write_weights``). Keys of a published part that it was built without are passed over.
 
     Raises:
       UserError: with every missing, unknown and mis-shaped key.
@@ -128,7 +134,7 @@ def read_weights(model: nnx.Module, directory: Path, dtype: str) -> None:
         with _open(file_path) as file:
             for key in sorted(set(wanted) & set(file.keys())):
                 path, value = wanted[key]
-                value.set_value(jnp.asarray(to_ours(file.get_tensor(key), path), DTYPES[dtype]))
+                value.set_value(jnp.asarray(to_ours(file.get_tensor(key), path), _kept(path, dtype)))
 
 
 def write_weights(model: nnx.Module, path: Path, dtype: str) -> None:
@@ -139,9 +145,13 @@ def write_weights(model: nnx.Module, path: Path, dtype: str) -> None:
     """
     tensors = {}
     for name, value in parameters(model).items():
-        kept = "float32" if name.startswith(VISION) else dtype
-        tensors[published_key(name)] = to_published(np.asarray(value[...].astype(DTYPES[kept])), name)
+        tensors[published_key(name)] = to_published(np.asarray(value[...].astype(_kept(name, dtype))), name)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _kept(path: str, dtype: str):
+    """The dtype in which a parameter is held."""
+    return DTYPES["float32" if path.startswith(VISION) else dtype]
 
 
 def _open(path: Path):

@@ -1,6 +1,8 @@
 """Llama decoder blocks (RMSNorm, rotary positions, SwiGLU, grouped-query attention) with a KV cache.
 
-The layers are unrolled, not scanned: on a CPU, slicing stacked weights copies them at every step.
+With a ``FaidConfig`` some layers hold a blender (``nn.faid``), which adds retrieved features to the hidden state
+between attention and MLP. The layers are unrolled, not scanned: on a CPU, slicing stacked weights copies them at
+every step.
 """
 
 import dataclasses
@@ -10,6 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
+
+from arrag_jax.nn.faid import Blender, Composed, FaidConfig, window_cells
+from arrag_jax.nn.lora import Lora, LoraConfig
+from arrag_jax.ops.grid import has_context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +32,18 @@ class LlamaConfig:
     norm_eps: float = 1e-6
 
 
+class BlendCache(NamedTuple):
+    """What a blender keeps while it decodes.
+
+    Attributes:
+      hidden: normed hidden states by slot; slot t + 1 is cell t's, slot 0 the prompt's last token's.
+      composed: its kernels.
+    """
+
+    hidden: Float[Array, "B slots D"]
+    composed: Composed
+
+
 class Cache(NamedTuple):
     """Keys and values of all layers, and which slots hold a token.
 
@@ -35,12 +53,14 @@ class Cache(NamedTuple):
       keys, values: one array a layer.
       filled: slots that may be attended.
       length: real tokens of each row's prompt; slot L - 1 + t stands at position length - 1 + t.
+      blends: one a blender; empty where no features will be given.
     """
 
     keys: tuple[Float[Array, "R P KH hd"], ...]
     values: tuple[Float[Array, "R P KH hd"], ...]
     filled: Bool[Array, "R P"]
     length: Int[Array, " R"]
+    blends: tuple[BlendCache, ...] = ()
 
 
 def rotate(x: Float[Array, "R S heads hd"], positions: Int[Array, "R S"], theta: float) -> Float[Array, "R S heads hd"]:
@@ -59,7 +79,7 @@ def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
 
 
 class Attention(nnx.Module):
-    """Causal self-attention; writes into the cache when it is given one."""
+    """Causal self-attention; writes into the cache when it is given one. Queries and values may have LoRA."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.config = config
@@ -68,19 +88,37 @@ class Attention(nnx.Module):
         self.k = _linear(config.width, config.kv_heads * self.head_dim, rngs)
         self.v = _linear(config.width, config.kv_heads * self.head_dim, rngs)
         self.o = _linear(config.heads * self.head_dim, config.width, rngs)
+        self.q_lora, self.v_lora = nnx.data(None), nnx.data(None)
 
-    def __call__(self, x, positions, mask, kv=None, slot=None):
+    def add_lora(self, config: LoraConfig, rngs: nnx.Rngs) -> None:
+        """Puts fresh LoRA beside the query and value projections."""
+        width, wide = self.config.width, self.head_dim
+        self.q_lora = nnx.data(Lora(width, self.config.heads * wide, config, rngs))
+        self.v_lora = nnx.data(Lora(width, self.config.kv_heads * wide, config, rngs))
+
+    def merge_lora(self) -> None:
+        """Adds the LoRA to the projections' kernels and drops it."""
+        for linear, lora in ((self.q, self.q_lora), (self.v, self.v_lora)):
+            if lora is not None:
+                linear.kernel[...] = (linear.kernel[...] + lora.merged()).astype(linear.kernel.dtype)
+        self.q_lora, self.v_lora = nnx.data(None), nnx.data(None)
+
+    def __call__(self, x, positions, mask, kv=None, slot=None, rngs=None):
         """Attends over x itself, or over ``kv`` after writing x at ``slot``; returns output and (keys, values).
 
         Args:
           x: [R, S, D]; positions: [R, S]; mask: [R, S, P], True = may be attended.
           kv: pair of [R, P, KH, hd], or None (then P = S).
+          rngs: for LoRA's dropout; None = no dropout.
         """
         rows, length, _ = x.shape
         shape = (rows, length, -1, self.head_dim)
-        q = rotate(self.q(x).reshape(shape), positions, self.config.rope_theta)
+        q, v = self.q(x), self.v(x)
+        if self.q_lora is not None:
+            q, v = q + self.q_lora(x, rngs), v + self.v_lora(x, rngs)
+        q = rotate(q.reshape(shape), positions, self.config.rope_theta)
         k = rotate(self.k(x).reshape(shape), positions, self.config.rope_theta)
-        v = self.v(x).reshape(shape)
+        v = v.reshape(shape)
         if kv is not None:
             k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, slot, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(kv[1], v, slot, axis=1)
@@ -100,63 +138,143 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Pre-norm attention and MLP."""
+    """Pre-norm attention, in some layers FAiD's blender, pre-norm MLP."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.input_norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, rngs=rngs)
         self.attention = Attention(config, rngs)
         self.mlp_norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, rngs=rngs)
         self.mlp = Mlp(config, rngs)
+        self.blender: Blender | None = nnx.data(None)
 
-    def __call__(self, x, positions, mask, kv=None, slot=None):
-        y, kv = self.attention(self.input_norm(x), positions, mask, kv, slot)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), kv
+    def attend(self, x, positions, mask, kv=None, slot=None, rngs=None):
+        """Returns the normed input, which the blender looks at, x after attention, and (keys, values)."""
+        normed = self.input_norm(x)
+        y, kv = self.attention(normed, positions, mask, kv, slot, rngs)
+        return normed, x + y, kv
+
+    def feed_forward(self, x: Float[Array, "R S D"]) -> Float[Array, "R S D"]:
+        """x after the MLP."""
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Llama(nnx.Module):
     """Embedding, layers, final norm. Text logits are never needed here, so there is no text head."""
 
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, faid: FaidConfig | None = None):
         self.config = config
         init = nnx.initializers.normal(config.width**-0.5)
         self.embed_tokens = nnx.Embed(config.vocab_size, config.width, embedding_init=init, rngs=rngs)
         self.layers = nnx.List([Layer(config, rngs) for _ in range(config.layers)])
         self.norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, rngs=rngs)
+        if faid is not None:
+            self.add_blenders(faid, rngs)
+
+    def add_blenders(self, faid: FaidConfig, rngs: nnx.Rngs, start_silent: bool = False) -> None:
+        """Puts a fresh blender into every layer that ``faid.stride`` names."""
+        for layer in self.layers[:: faid.stride]:
+            layer.blender = nnx.data(Blender(faid, self.config.width, self.config.norm_eps, rngs, start_silent))
 
     def forward(
-        self, x: Float[Array, "R S D"], positions: Int[Array, "R S"], filled: Bool[Array, "R S"]
-    ) -> Float[Array, "R S D"]:
-        """Whole sequences at once; a token attends to the filled ones not after it."""
-        for layer in self.layers:
-            x, _ = layer(x, positions, _causal(filled))
-        return self.norm(x)
+        self,
+        x: Float[Array, "R S D"],
+        positions: Int[Array, "R S"],
+        filled: Bool[Array, "R S"],
+        grid: tuple[int, int],
+        features: Float[Array, "R T K D"] | None = None,
+        conditional: Bool[Array, " R"] | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[Float[Array, "R S D"], Float[Array, " blenders"]]:
+        """Whole sequences at once; a token attends to the filled ones not after it.
 
-    def prefill(self, x: Float[Array, "R S D"], filled: Bool[Array, "R S"], cells: int) -> Cache:
-        """Runs a left-padded prompt (without its last token) and keeps room for ``cells`` more."""
+        Args:
+          grid: H and W; the last T tokens are those from which the T cells are predicted, one after another.
+          features: retrieved for every cell; None = blenders are passed over.
+          conditional: rows that blenders act on, for they are silent without a caption; None = all.
+          rngs: for dropout; None = none.
+
+        Returns:
+          Normed hidden states, and each blender's mean gate.
+        """
+        height, width = grid
+        mask, gates = _causal(filled), []
+        for layer in self.layers:
+            normed, x, _ = layer.attend(x, positions, mask, rngs=rngs)
+            if features is not None and layer.blender is not None:
+                # A cell's own token comes one place after the one that predicts it; the last cell has none.
+                hidden = jnp.pad(normed[:, x.shape[1] - height * width + 1 :], ((0, 0), (0, 1), (0, 0)))
+                blended = layer.blender.blend_map(hidden.reshape(-1, height, width, hidden.shape[-1]), features)
+                features, added = blended.features, blended.added
+                if conditional is not None:
+                    added = jnp.where(conditional[:, None, None], added, 0)
+                x = x.at[:, -height * width :].add(added)
+                gates.append(blended.gate)
+            x = layer.feed_forward(x)
+        return self.norm(x), jnp.stack(gates) if gates else jnp.zeros(0)
+
+    def prefill(self, x: Float[Array, "R S D"], filled: Bool[Array, "R S"], cells: int, blended_rows: int) -> Cache:
+        """Runs a left-padded prompt (without its last token) and keeps room for ``cells`` more.
+
+        Args:
+          blended_rows: the first rows, to which ``step`` will be given features; 0 = it will not.
+        """
         positions = jnp.maximum(jnp.cumsum(filled, axis=1) - 1, 0).astype(jnp.int32)
         room = ((0, 0), (0, cells), (0, 0), (0, 0))
-        keys, values = [], []
+        keys, values, blends = [], [], []
         for layer in self.layers:
-            x, (k, v) = layer(x, positions, _causal(filled))
+            _, x, (k, v) = layer.attend(x, positions, _causal(filled))
+            x = layer.feed_forward(x)
             keys.append(jnp.pad(k, room))
             values.append(jnp.pad(v, room))
+            if blended_rows and layer.blender is not None:
+                hidden = jnp.zeros((blended_rows, cells + 1, x.shape[-1]), x.dtype)
+                blends.append(BlendCache(hidden, layer.blender.compose()))
         length = filled.sum(axis=1, dtype=jnp.int32) + 1
-        return Cache(tuple(keys), tuple(values), jnp.pad(filled, ((0, 0), (0, cells))), length)
+        filled = jnp.pad(filled, ((0, 0), (0, cells)))
+        return Cache(tuple(keys), tuple(values), filled, length, tuple(blends))
 
     def step(
-        self, x: Float[Array, "R D"], cache: Cache, cell: Int[Array, ""], cells: int
+        self,
+        x: Float[Array, "R D"],
+        cache: Cache,
+        cell: Int[Array, ""],
+        grid: tuple[int, int],
+        features: Float[Array, "B K D"] | None = None,
     ) -> tuple[Float[Array, "R D"], Cache]:
-        """One token a row, at the slot of ``cell``; returns the normed hidden state."""
+        """One token a row, at the slot of ``cell``; returns the normed hidden state.
+
+        Args:
+          features: retrieved for the first B rows, those of ``prefill``'s ``blended_rows``.
+        """
+        cells = grid[0] * grid[1]
         slot = cache.filled.shape[1] - cells + cell
         filled = jax.lax.dynamic_update_slice_in_dim(cache.filled, jnp.ones((x.shape[0], 1), bool), slot, axis=1)
         positions = (cache.length - 1 + cell)[:, None]
-        x, keys, values = x[:, None], [], []
+        x, keys, values, blends = x[:, None], [], [], []
         for layer, k, v in zip(self.layers, cache.keys, cache.values, strict=True):
-            x, (k, v) = layer(x, positions, filled[:, None], (k, v), slot)
+            normed, x, (k, v) = layer.attend(x, positions, filled[:, None], (k, v), slot)
             keys.append(k)
             values.append(v)
-        return self.norm(x)[:, 0], Cache(tuple(keys), tuple(values), filled, cache.length)
+            if features is not None and layer.blender is not None:
+                added, features, blend = _blend_step(
+                    layer.blender, normed, cache.blends[len(blends)], cell, grid, features
+                )
+                x = x.at[: len(added), 0].add(added)
+                blends.append(blend)
+            x = layer.feed_forward(x)
+        cache = Cache(tuple(keys), tuple(values), filled, cache.length, tuple(blends))
+        return self.norm(x)[:, 0], cache
+
+
+def _blend_step(blender, normed, cache: BlendCache, cell, grid, features):
+    """Remembers what came just before ``cell`` and blends the cell: what is added, features, cache."""
+    rows = features.shape[0]
+    hidden = jax.lax.dynamic_update_slice_in_dim(cache.hidden, normed[:rows], cell, axis=1)
+    window = jnp.asarray(window_cells(blender.config.hops, *grid))[cell]
+    around = jnp.where(window[None, :, None] >= 0, hidden[:, window + 1], 0)
+    complete = jnp.asarray(has_context(*grid))[cell]
+    blended = blender.blend_cell(cache.composed, around, features, complete)
+    return blended.added, blended.features, BlendCache(hidden, cache.composed)
 
 
 def _causal(filled: Bool[Array, "R S"]) -> Bool[Array, "R S S"]:

@@ -4,13 +4,22 @@ from flax import nnx
 
 
 class Frozen(nnx.Variable):
-    """A parameter that this run does not train; it has no optimizer state."""
+    """A parameter that this run does not train; it has no optimizer state and is not saved."""
 
 
-def freeze(module: nnx.Module) -> None:
-    """Turns every ``nnx.Param`` of a module into ``Frozen``, in place."""
+class Adapter(nnx.Param):
+    """A parameter that fine-tuning trains."""
+
+
+def retype(module: nnx.Module, kind: type[nnx.Variable]) -> None:
+    """Turns every ``nnx.Param`` of a module, and of the modules in it, into a variable of another type, in place."""
     for _, node in list(nnx.iter_graph(module)):
         if isinstance(node, nnx.Module):
             for name, value in list(vars(node).items()):
                 if type(value) is nnx.Param:
-                    setattr(node, name, Frozen(value[...]))
+                    setattr(node, name, kind(value[...]))
+
+
+def freeze(module: nnx.Module) -> None:
+    """Keeps every ``nnx.Param`` of a module as it is from now on."""
+    retype(module, Frozen)

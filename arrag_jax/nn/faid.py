@@ -1,0 +1,173 @@
+"""FAiD's blender: retrieved features meet the hidden states around a cell, and a gate says how much is kept.
+
+Source: reference README "FAiD". The official parameters, evaluated in the cheap form of ``ops.blend``.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from arrag_jax.errors import UserError
+from arrag_jax.ops import blend
+from arrag_jax.ops.grid import has_context
+
+
+@dataclasses.dataclass(frozen=True)
+class FaidConfig:
+    """Where blenders sit and how far they look.
+
+    Attributes:
+      stride: a blender in every layer whose number it divides (the published configs call it
+        ``num_SmoothPatchBlender``).
+      hops: non-empty subset of {1, 2, 3}; hop h looks at a window of (2h+1) x (2h+1) cells.
+      neighbors: K, the neighbours a cell is given; empty slots count in the mean.
+    """
+
+    stride: int = 12
+    hops: tuple[int, ...] = (1, 2)
+    neighbors: int = 10
+
+    def __post_init__(self):
+        if not self.hops or sorted(set(self.hops)) != list(self.hops) or not set(self.hops) <= {1, 2, 3}:
+            raise UserError(f"hops={list(self.hops)} must be a non-empty rising subset of 1, 2, 3")
+        if self.stride < 1 or self.neighbors < 1:
+            raise UserError(f"stride={self.stride} and neighbors={self.neighbors} must be at least 1")
+
+
+class Blended(NamedTuple):
+    """What a blender gives.
+
+    Attributes:
+      added: mean over the K slots, for the residual stream.
+      features: of each slot, for the next blender.
+      gate: mean of the gate, to be watched in training.
+    """
+
+    added: Float[Array, "*cells D"]
+    features: Float[Array, "*cells K D"]
+    gate: Float[Array, ""]
+
+
+class Composed(NamedTuple):
+    """A blender's kernels multiplied out, once for a whole drawing."""
+
+    around: Float[Array, "n D D"]
+    centre: blend.Centre
+
+
+class HopConv(nnx.Module):
+    """One k x k convolution's parameters; it is never run as a convolution."""
+
+    def __init__(self, kernel: int, width: int, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(_kaiming(rngs, (kernel, kernel, width, width)))
+        self.bias = nnx.Param(jnp.zeros(width))
+
+
+class Blender(nnx.Module):
+    """Norm of the incoming features, convolutions of every hop, gate.
+
+    Initialised as the official code does: kaiming-normal, zero biases, equal hops. So it starts as a disturbance;
+    with ``start_silent`` the second convolutions start at zero instead, and the model starts as its base.
+    """
+
+    def __init__(self, config: FaidConfig, width: int, eps: float, rngs: nnx.Rngs, start_silent: bool = False):
+        self.config = config
+        self.norm = nnx.RMSNorm(width, epsilon=eps, use_scale=False, rngs=rngs)
+        self.norm_scale = nnx.Param(jnp.ones(width))
+        for hop in config.hops:
+            setattr(self, f"conv{hop}", HopConv(hop + 1, width, rngs))
+            setattr(self, f"conv{hop}2", HopConv(hop + 1, width, rngs))
+            if start_silent:
+                silent = getattr(self, f"conv{hop}2").kernel
+                silent[...] = jnp.zeros_like(silent[...])
+        # The official module has no weight for a single hop.
+        self.conv_weights = nnx.Param(jnp.ones(len(config.hops))) if len(config.hops) > 1 else None
+        dense = lambda out: nnx.Linear(width, out, kernel_init=_kaiming_dense, rngs=rngs)  # noqa: E731
+        self.gate = nnx.List([dense(width), dense(1)])
+
+    def kernels(self) -> tuple[list[blend.HopKernels], Float[Array, " hops"]]:
+        """The convolutions of every hop, and the hops' weights (softmax)."""
+        convs = [(getattr(self, f"conv{hop}"), getattr(self, f"conv{hop}2")) for hop in self.config.hops]
+        kernels = [blend.HopKernels(a.kernel[...], a.bias[...], b.kernel[...], b.bias[...]) for a, b in convs]
+        if self.conv_weights is None:
+            return kernels, jnp.ones(1)
+        return kernels, jax.nn.softmax(self.conv_weights[...].astype(jnp.float32))
+
+    def blend_map(self, hidden: Float[Array, "B H W D"], features: Float[Array, "B T K D"]) -> Blended:
+        """All cells of B maps at once.
+
+        Args:
+          hidden: input-normed hidden states of the cells themselves (a cell sees those before it).
+          features: incoming; those of cells without a context count as zeros.
+        """
+        batch, height, width, dim = hidden.shape
+        kernels, weights = self.kernels()
+        cells = batch * height * width // jax.device_count()  # a device's own: batches are spread over all of them
+        if blend.cheaper_composed(self.config.hops, cells, dim):
+            offsets = blend.live_offsets(max(self.config.hops))
+            around = blend.around_composed(blend.compose(kernels, weights), offsets, hidden)
+        else:
+            around = blend.around_staged(kernels, weights, hidden)
+        complete = jnp.asarray(has_context(height, width))[None, :, None, None]
+        incoming = jnp.where(complete, self.norm(features), 0.0)
+        return self._finish(around.reshape(batch, -1, dim), incoming, self._centre(kernels, weights))
+
+    def compose(self) -> Composed:
+        """The kernels that ``blend_cell`` takes."""
+        kernels, weights = self.kernels()
+        return Composed(blend.compose(kernels, weights), self._centre(kernels, weights))
+
+    def _centre(self, kernels: list[blend.HopKernels], weights: Float[Array, " hops"]) -> blend.Centre:
+        """With the norm's scale in its rows: where features have no gradient of their own, none is computed."""
+        matrix, bias = blend.centre(kernels, weights)
+        return blend.Centre(self.norm_scale[...][:, None] * matrix, bias)
+
+    def blend_cell(
+        self,
+        composed: Composed,
+        window: Float[Array, "B n D"],
+        features: Float[Array, "B K D"],
+        complete: Bool[Array, ""],
+    ) -> Blended:
+        """One cell of B maps.
+
+        Args:
+          composed: of ``compose``.
+          window: hidden states at ``live_offsets``, zeros outside the map.
+          features: incoming.
+          complete: has the cell a context?
+        """
+        around = jnp.einsum("bni,nio->bo", window, composed.around, preferred_element_type=jnp.float32)
+        return self._finish(around, jnp.where(complete, self.norm(features), 0.0), composed.centre)
+
+    def _finish(self, around: Array, incoming: Array, centre: blend.Centre) -> Blended:
+        value = jnp.einsum("...i,io->...o", incoming, centre.matrix, preferred_element_type=jnp.float32)
+        around = around + centre.bias.reshape((1,) * (around.ndim - 1) + (-1,))
+        value = (value + around[..., None, :]).astype(incoming.dtype)
+        enter, leave = self.gate
+        gate = jax.nn.sigmoid(leave(jax.nn.relu(enter(value))))
+        # As products, not broadcasts: the gate's gradient is then a product too, where a CPU is slow to reduce.
+        added = jnp.einsum("...kd,...k->...d", value, gate[..., 0]) / value.shape[-2]
+        return Blended(added, value * jnp.dot(gate, jnp.ones_like(value, shape=(1, value.shape[-1]))), jnp.mean(gate))
+
+
+def window_cells(hops: tuple[int, ...], height: int, width: int) -> Int[np.ndarray, "T n"]:
+    """Raster indices of every cell's live window, in the order of ``live_offsets``; -1 outside the map."""
+    rows, columns = np.divmod(np.arange(height * width)[:, None], width)
+    steps = np.array(blend.live_offsets(max(hops)))
+    row, column = rows + steps[None, :, 0], columns + steps[None, :, 1]
+    inside = (row >= 0) & (column >= 0) & (column < width)
+    return np.where(inside, row * width + column, -1).astype(np.int32)
+
+
+def _kaiming_dense(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    return jax.random.normal(key, shape, dtype) * (2 / np.prod(shape[:-1])) ** 0.5
+
+
+def _kaiming(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:
+    return _kaiming_dense(rngs.params(), shape)

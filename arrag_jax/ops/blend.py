@@ -1,0 +1,140 @@
+"""FAiD's multi-scale convolutions as one affine map: what the cells around give, plus what the centre gives.
+
+A hop h looks at the (2h+1) x (2h+1) window of hidden states around a cell, future cells left out, a retrieved
+feature in the centre, through two stacked VALID convolutions of kernel h+1 with nothing between them. So a hop is
+affine in its window, and K features a cell differ in the centre alone: the window is worked off once for all K,
+and the centre is one D x D matrix. Source: reference README "FAiD" and quirks 5, 15, 26.
+
+The cells' part has two forms of the same value. In *stages*, each tap of the first kernel is multiplied once over
+the map, its products are shifted and summed, and the second kernel is multiplied: 2(k² − 1) matrices a cell and
+hop. *Composed*, the two kernels are multiplied with each other first: one matrix a live tap (4 for hop 1, 12 for
+hop 2, 24 for hop 3, shared by the hops), paid for with D rows for every pair of kernel taps. ``cheaper_composed``
+says which costs less; decoding, which uses the same kernels for every cell, always composes.
+
+Matrices are [in, out]. Products are summed in float32 whatever the inputs are.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Offset = tuple[int, int]  # (row, column) from the cell
+
+
+class HopKernels(NamedTuple):
+    """The two convolutions of one hop, k = hop + 1."""
+
+    first: Float[Array, "k k D D"]
+    first_bias: Float[Array, " D"]
+    second: Float[Array, "k k D D"]
+    second_bias: Float[Array, " D"]
+
+    @property
+    def hop(self) -> int:
+        """h of the (2h+1) x (2h+1) window."""
+        return self.first.shape[0] - 1
+
+
+class Centre(NamedTuple):
+    """What a feature r in the centre gives: r @ matrix + bias, all hops together."""
+
+    matrix: Float[Array, "D D"]
+    bias: Float[Array, " D"]
+
+
+def live_offsets(hop: int) -> list[Offset]:
+    """Offsets of the cells in a hop's window that are drawn before the centre, in raster order."""
+    rows = [(row, column) for row in range(-hop, 0) for column in range(-hop, hop + 1)]
+    return rows + [(0, column) for column in range(-hop, 0)]
+
+
+def live_pairs(hop: int) -> list[tuple[Offset, Offset, Offset]]:
+    """(tap of the first kernel, tap of the second, offset that they reach together), live offsets alone."""
+    taps = [(row, column) for row in range(hop + 1) for column in range(hop + 1)]
+    reach = [(a, u, (a[0] + u[0] - hop, a[1] + u[1] - hop)) for u in taps for a in taps]
+    return [(a, u, offset) for a, u, offset in reach if offset < (0, 0)]
+
+
+def cheaper_composed(hops: Sequence[int], cells: int, width: int) -> bool:
+    """Do composed kernels cost fewer multiply-adds than stages, for so many cells (a device's, B·T) of this width?
+
+    In units of width²: a live pair of taps costs ``width`` to compose, and each form its matrices a cell.
+    """
+    pairs = sum(len(live_pairs(hop)) for hop in hops)
+    staged = sum(2 * ((hop + 1) ** 2 - 1) for hop in hops)
+    return pairs * width + len(live_offsets(max(hops))) * cells < staged * cells
+
+
+def centre(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Centre:
+    """The centre's matrix and the bias of all hops, each weighted.
+
+    Args:
+      kernels: one a hop.
+      weights: of the hops; they sum to 1.
+    """
+    matrix, bias = 0.0, 0.0
+    for weight, (first, first_bias, second, second_bias) in zip(weights, kernels, strict=True):
+        # The pairs that reach the centre are a tap and its mirror image. The first bias, which every tap of the second
+        # kernel meets, goes along as one more row.
+        row = jnp.broadcast_to(first_bias, (*first.shape[:2], 1, len(first_bias)))
+        product = _dot("uvio,uvop->ip", jnp.concatenate([first[::-1, ::-1], row], axis=2), second)
+        matrix += weight * product[:-1]
+        bias += weight * (product[-1] + second_bias)
+    return Centre(matrix.astype(first.dtype), bias)
+
+
+def around_staged(
+    kernels: Sequence[HopKernels], weights: Float[Array, " hops"], hidden: Float[Array, "B H W D"]
+) -> Float[Array, "B H W D"]:
+    """What the cells drawn before each cell give it, in stages; float32, without bias.
+
+    Args:
+      hidden: of the cells themselves; cells outside the map count as zeros.
+    """
+    _, height, width, _ = hidden.shape
+    total = 0.0
+    for weight, kernel in zip(weights, kernels, strict=True):
+        hop, pairs = kernel.hop, live_pairs(kernel.hop)
+        taps = sorted({a for a, _, _ in pairs})
+        products = _dot("bhwi,io->bhwo", hidden, jnp.concatenate([kernel.first[a] for a in taps], axis=1))
+        # Padded tap by tap: the gradient of a slice is as large as what it was cut from.
+        around = ((0, 0), (hop, 0), (hop, hop), (0, 0))
+        of_tap = {a: jnp.pad(x, around) for a, x in zip(taps, jnp.split(products, len(taps), axis=-1), strict=True)}
+        summed = {}
+        for a, u, (row, column) in pairs:
+            rows, columns = slice(hop + row, hop + row + height), slice(hop + column, hop + column + width)
+            summed[u] = summed.get(u, 0.0) + of_tap[a][:, rows, columns]
+        stacked = jnp.concatenate([kernel.second[u] for u in summed])
+        sums = jnp.concatenate(list(summed.values()), axis=-1).astype(hidden.dtype)
+        total += weight * _dot("bhwi,io->bhwo", sums, stacked)
+    return total
+
+
+def compose(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Float[Array, "n D D"]:
+    """One matrix a live offset of the largest hop, in the order of ``live_offsets``."""
+    matrices = {}
+    for weight, kernel in zip(weights, kernels, strict=True):
+        pairs = live_pairs(kernel.hop)
+        for offset in live_offsets(kernel.hop):
+            first = jnp.stack([kernel.first[a] for a, _, reached in pairs if reached == offset])
+            second = jnp.stack([kernel.second[u] for _, u, reached in pairs if reached == offset])
+            matrices[offset] = matrices.get(offset, 0.0) + weight * _dot("nio,nop->ip", first, second)
+    largest = max(kernel.hop for kernel in kernels)
+    return jnp.stack([matrices[offset] for offset in live_offsets(largest)]).astype(kernels[0].first.dtype)
+
+
+def around_composed(
+    matrices: Float[Array, "n D D"], offsets: Sequence[Offset], hidden: Float[Array, "B H W D"]
+) -> Float[Array, "B H W D"]:
+    """``around_staged`` from the matrices of ``compose`` and their offsets."""
+    _, height, width, _ = hidden.shape
+    hop = -min(row for row, _ in offsets)
+    padded = jnp.pad(hidden, ((0, 0), (hop, 0), (hop, hop), (0, 0)))
+    windows = [padded[:, hop + r : hop + r + height, hop + c : hop + c + width] for r, c in offsets]
+    return _dot("bhwi,io->bhwo", jnp.concatenate(windows, axis=-1), matrices.reshape(-1, matrices.shape[-1]))
+
+
+def _dot(subscripts: str, *operands: Array) -> Array:
+    return jnp.einsum(subscripts, *operands, preferred_element_type=jnp.float32)

@@ -1,0 +1,261 @@
+"""Laws of FAiD in the model and in the decode loop, and the reference's numbers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from flax import nnx
+from safetensors.numpy import load_file
+
+from arrag_jax.decode.loop import sample
+from arrag_jax.decode.policies import Daid, Faid, Plain
+from arrag_jax.errors import UserError
+from arrag_jax.models.checkpoint import load_model, read_config, save_model
+from arrag_jax.models.weights import parameters, published_key, to_ours
+from arrag_jax.nn.faid import FaidConfig
+from arrag_jax.nn.lora import LoraConfig
+from arrag_jax.nn.variables import Adapter, Frozen, freeze, retype
+from arrag_jax.ops import grid
+from arrag_jax.ops.sampling import guide, truncate
+from arrag_jax.retrieval.dense import DenseRetriever
+
+K = 3
+CONFIG = dataclasses.replace(tiny.CONFIG, faid=FaidConfig(stride=1, hops=(1, 2), neighbors=K))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.janus(config=CONFIG)
+
+
+@pytest.fixture(scope="module")
+def retriever(model):
+    """A search over random keys: no ties, which a batch and its pictures alone could break differently."""
+    rng, codebook = np.random.default_rng(0), np.asarray(model.codebook)
+    parts = rng.normal(size=(400, 4, codebook.shape[1]))
+    keys = (parts / np.linalg.norm(parts, axis=-1, keepdims=True)).reshape(400, -1).astype(np.float32)
+    return DenseRetriever.create(keys, rng.integers(0, 9, 400).astype(np.int32), codebook, 6)
+
+
+@pytest.fixture(scope="module")
+def golden_model(reference):
+    model = load_model(reference / "faid_layout")
+    model.config = dataclasses.replace(model.config, grid=(6, 6))
+    return model
+
+
+def retrieved(model, retriever, codes) -> tuple[np.ndarray, object]:
+    """Codes [B, T, K] that the search finds for every cell of whole grids, and all its neighbours."""
+    cells = grid.context_cells(*model.grid)
+    contexts = np.where(cells[None] >= 0, np.asarray(codes)[:, cells], -1)
+    found = retriever.search(jnp.asarray(contexts.reshape(-1, 4), jnp.int32))
+    return np.asarray(found.code).reshape(*codes.shape, -1)[..., : model.blended_neighbors], found
+
+
+@pytest.mark.parametrize("mixture", [Plain(), Daid(0.4, 0.3)], ids=["faid", "faid+daid"])
+def test_step_by_step_equals_teacher_forcing(model, retriever, mixture):
+    """Boundary cells included; unconditional rows are those of the model without blenders."""
+    ids, mask = tiny.prompts((3, 6, 4))
+    drawn = sample(model, ids, Faid(mixture), retriever, cfg_scale=2.0, prompt_mask=mask, seed=3)
+    neighbors, found = retrieved(model, retriever, drawn.codes)
+    cond = model.score(ids, drawn.codes, mask, neighbors)
+    uncond = model.score(model.unconditional(jnp.asarray(ids), jnp.asarray(mask)), drawn.codes, mask)
+    logits = guide(jnp.concatenate([cond, uncond]).reshape(-1, cond.shape[-1]), 2.0)
+    log_p = mixture.log_probs(truncate(logits, 1.0, None, None), found, jnp.asarray(True)).reshape(cond.shape)
+    expected = np.take_along_axis(np.asarray(log_p), np.asarray(drawn.codes)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(drawn.log_p, expected, atol=2e-5)
+    assert np.abs(cond - model.score(ids, drawn.codes, mask)).max() > 0.1  # the blenders do something
+
+
+def test_a_batch_equals_its_pictures_drawn_alone(model, retriever):
+    ids, mask = tiny.prompts((6, 3, 5))
+    seeds = np.array([7, 7, 1])
+    batch = sample(model, ids, Faid(), retriever, cfg_scale=3.0, prompt_mask=mask, seed=seeds)
+    for i in range(3):
+        alone = sample(
+            model, ids[i : i + 1, int((~mask[i]).sum()) :], Faid(), retriever, cfg_scale=3.0, seed=seeds[i : i + 1]
+        )
+        np.testing.assert_array_equal(batch.codes[i], alone.codes[0])
+        np.testing.assert_allclose(batch.log_p[i], alone.log_p[0], atol=1e-5)
+
+
+def test_no_future_code_reaches_a_past_distribution(model):
+    """Through attention, and through the blenders' windows, of which there are two in a row here."""
+    rng = np.random.default_rng(0)
+    llama, (height, width) = model.language_model, model.grid
+    cells, prompt = height * width, 4
+    x = jnp.asarray(rng.normal(size=(1, prompt + cells - 1, 16)), jnp.float32)
+    features = jnp.asarray(rng.normal(size=(1, cells, K, 16)), jnp.float32)
+    filled, positions = jnp.ones((1, x.shape[1]), bool), jnp.arange(x.shape[1])[None]
+
+    def logits_of(inputs):
+        """Logits of each cell when ``inputs`` [T, D] is added to the embeddings of the codes."""
+        moved = x.at[0, prompt:].add(inputs[:-1])
+        return model.gen_head(llama.forward(moved, positions, filled, model.grid, features)[0][0, prompt - 1 :]).sum(-1)
+
+    influence = np.abs(jax.jit(jax.jacobian(logits_of))(jnp.zeros((cells, 16)))).sum(-1)  # [cell, code put in]
+    assert np.all(influence[np.triu_indices(cells)] == 0.0)
+    assert np.all(influence[np.tril_indices(cells, -1)] > 0.0)
+
+
+def test_a_row_without_its_caption_is_not_blended(model):
+    ids, mask = (jnp.asarray(x) for x in tiny.prompts((4, 4)))
+    rng = np.random.default_rng(0)
+    codes, neighbors = (jnp.asarray(rng.integers(0, 9, (2, 20, *more)), jnp.int32) for more in ((), (K,)))
+    logits, gates = model.forward(ids, mask, codes, neighbors, conditional=jnp.array([True, False]))
+    np.testing.assert_allclose(logits[0], model.teacher_forced(ids, mask, codes, neighbors)[0], atol=1e-5)
+    np.testing.assert_allclose(logits[1], model.teacher_forced(ids, mask, codes)[1], atol=1e-5)
+    assert gates.shape == (2,) and np.all((gates > 0) & (gates < 1))
+
+
+def test_saved_and_loaded_is_the_same_to_the_bit(tmp_path, model):
+    save_model(model, tmp_path)
+    assert read_config(tmp_path) == model.config
+    loaded = parameters(load_model(tmp_path))
+    for path, value in parameters(model).items():
+        np.testing.assert_array_equal(value[...], loaded[path][...], err_msg=path)
+
+
+def test_what_does_not_fit_is_named(model, retriever):
+    ids, _ = tiny.prompts((4,))
+    codes = np.zeros((1, 20), np.int32)
+    with pytest.raises(UserError, match="no FAiD blenders; decode it with --method plain or daid"):
+        sample(tiny.janus(), ids, Faid(), retriever)
+    with pytest.raises(UserError, match="blends 3 neighbours, the search gives k=2"):
+        sample(model, ids, Faid(), tiny.store(model, k=2))
+    with pytest.raises(UserError, match=r"neighbors must be \[B, T, K\]"):
+        model.score(ids, codes, neighbors=np.zeros((1, 19, K), np.int32))
+    with pytest.raises(UserError, match=r"neighbors must lie in \[-1, 9\)"):
+        model.score(ids, codes, neighbors=np.full((1, 20, K), 9))
+    with pytest.raises(UserError, match="no FAiD blenders"):
+        tiny.janus().score(ids, codes, neighbors=np.zeros((1, 20, K), np.int32))
+
+
+def test_merged_lora_is_lora_beside(model):
+    """And a fresh one changes nothing."""
+    ids, mask = (jnp.asarray(x) for x in tiny.prompts((4, 3)))
+    codes = jnp.asarray(np.random.default_rng(0).integers(0, 9, (2, 20)), jnp.int32)
+    tuned = tiny.janus(config=CONFIG)
+    before = tuned.teacher_forced(ids, mask, codes)
+    for layer in tuned.language_model.layers:
+        layer.attention.add_lora(LoraConfig(rank=2, alpha=4.0, dropout=0.5), nnx.Rngs(0))
+    np.testing.assert_array_equal(tuned.teacher_forced(ids, mask, codes), before)
+    for layer in tuned.language_model.layers:
+        tiny.fill(layer.attention.q_lora.b, 1)
+        tiny.fill(layer.attention.v_lora.b, 2)
+    beside = tuned.teacher_forced(ids, mask, codes)
+    dropped = tuned.forward(ids, mask, codes, rngs=nnx.Rngs(0))[0]
+    for layer in tuned.language_model.layers:
+        layer.attention.merge_lora()
+    assert np.abs(beside - before).max() > 0.1
+    assert np.abs(beside - dropped).max() > 0.1
+    np.testing.assert_allclose(tuned.teacher_forced(ids, mask, codes), beside, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_reference_logits_and_loss(golden_model, reference, side):
+    """Padding never changes a result: right-padded prompts must give what the reference gives for left-padded ones."""
+    golden = np.load(reference / "faid.npz")
+    ids, mask, codes = golden[f"text_ids_{side}"], golden[f"text_mask_{side}"], golden["gt_tokens"]
+    logits = golden_model.score(ids, codes, mask, golden["retrieved_codes"])
+    np.testing.assert_allclose(logits, golden["tf_logits_left"][:, -37:-1], atol=1e-4)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(codes)).mean()
+    np.testing.assert_allclose(loss, golden["tf_loss_left"], rtol=1e-5)
+
+
+def test_reference_logits_with_nothing_retrieved(golden_model, reference):
+    golden = np.load(reference / "faid.npz")
+    nothing = np.full_like(golden["retrieved_codes"], -1)
+    logits = golden_model.score(golden["text_ids_left"], golden["gt_tokens"], golden["text_mask_left"], nothing)
+    np.testing.assert_allclose(logits, golden["tf_logits_left_all_minus1"][:, -37:-1], atol=1e-4)
+
+
+def reference_gradients(model, golden) -> dict[str, np.ndarray]:
+    """Loss gradients of the ``Adapter`` variables under their published keys."""
+    model = nnx.clone(model)
+    retype(model.gen_head, Adapter)
+    for layer in model.language_model.layers:
+        for part in (layer.blender, layer.attention.q_lora, layer.attention.v_lora):
+            if part is not None:
+                retype(part, Adapter)
+    freeze(model)
+    graph, adapters, rest = nnx.split(model, Adapter, ...)
+    assert all(
+        isinstance(value, Frozen) for _, value in nnx.to_flat_state(rest) if "usage" not in str(type(value)).lower()
+    )
+    ids, mask, codes, neighbors = (
+        jnp.asarray(golden[name], jnp.int32)
+        for name in ("text_ids_left", "text_mask_left", "gt_tokens", "retrieved_codes")
+    )
+
+    @jax.jit
+    @jax.grad
+    def gradients(adapters):
+        logits = nnx.merge(graph, adapters, rest).teacher_forced(ids, mask.astype(bool), codes, neighbors)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
+
+    flat = nnx.to_flat_state(gradients(adapters))
+    return {".".join(map(str, path)): np.asarray(value[...]) for path, value in flat}
+
+
+def assert_gradients(gradients: dict[str, np.ndarray], expected: dict[str, np.ndarray]):
+    """1e-4 of each tensor's largest number."""
+    assert len(gradients) == len(expected)
+    for path, value in gradients.items():
+        golden = to_ours(expected[path], path) if path in expected else to_ours(expected[published_key(path)], path)
+        np.testing.assert_allclose(value, golden, rtol=0, atol=1e-4 * np.abs(golden).max(), err_msg=path)
+
+
+def test_reference_gradients(golden_model, reference):
+    expected = load_file(reference / "faid_grads.safetensors")
+    assert_gradients(reference_gradients(golden_model, np.load(reference / "faid.npz")), expected)
+
+
+def test_reference_lora(golden_model, reference):
+    """Logits, gradients of A and B, and the merged kernels."""
+    golden, tensors = np.load(reference / "lora.npz"), load_file(reference / "lora.safetensors")
+    inputs, model = np.load(reference / "faid.npz"), nnx.clone(golden_model)
+    config = LoraConfig(int(golden["r"]), float(golden["alpha"]))
+    name = "language_model.base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.default.weight"
+    official = {}
+    for i, layer in enumerate(model.language_model.layers):
+        layer.attention.add_lora(config, nnx.Rngs(0))
+        for projection in "qv":
+            lora = getattr(layer.attention, f"{projection}_lora")
+            for side in "ab":
+                key = name.format(i, projection, side.upper())
+                getattr(lora, side).kernel[...] = jnp.asarray(tensors[key].T)
+                path = f"language_model.layers.{i}.attention.{projection}_lora.{side}.kernel"
+                official[path] = tensors[f"grad::{key}"]
+    arguments = (inputs["text_ids_left"], inputs["gt_tokens"], inputs["text_mask_left"], inputs["retrieved_codes"])
+    np.testing.assert_allclose(model.score(*arguments), golden["tf_logits_left"][:, -37:-1], atol=1e-4)
+    gradients = {path: value for path, value in reference_gradients(model, inputs).items() if "_lora" in path}
+    assert_gradients(gradients, official)
+    for layer in model.language_model.layers:
+        layer.attention.merge_lora()
+    merged = {published_key(path): value for path, value in parameters(model).items()}
+    for key, value in tensors.items():
+        if key.startswith("merged::"):
+            ours = merged[key.removeprefix("merged::").replace("base_model.model.", "").replace("base_layer.", "")]
+            np.testing.assert_allclose(ours[...].T, value, atol=1e-6)
+
+
+def test_the_reference_draws_the_same(golden_model, reference):
+    """The official loop with its one mend, that boundary cells follow training's rule (reference README, "FAiD")."""
+    store, golden = np.load(reference / "retrieval.npz"), np.load(reference / "faid.npz")
+    cells = grid.context_cells(6, 6)[grid.cells_with_context(6, 6)]
+    keys = store["grid_latents"].reshape(-1, 36, 8)[:, cells].reshape(-1, 32)
+    values = grid.next_codes_of_grids(store["grid_codes"]).reshape(-1)
+    retriever = DenseRetriever.create(keys, values, store["codebook_normalised"], 10)
+    base = np.load(reference / "base.npz")
+    ids, mask = base["text_ids_left"], base["text_mask_left"]
+    drawn = sample(golden_model, ids, Faid(), retriever, cfg_scale=5.0, greedy=True, prompt_mask=mask)
+    for i in (0, 1):
+        tokens, logits = (golden[f"dec_boundaryfix_p{i}_{name}"] for name in ("tokens", "cfg_logits"))
+        np.testing.assert_array_equal(drawn.codes[i], tokens)
+        log_p = jax.nn.log_softmax(logits)[np.arange(36), tokens]
+        np.testing.assert_allclose(drawn.log_p_model[i], log_p, atol=1e-4)
