@@ -26,7 +26,7 @@ FLOORS = {
     **dict.fromkeys(("interfaces", "nn"), 1),
     **dict.fromkeys(("models", "retrieval", "decode"), 2),
     **dict.fromkeys(("data", "training", "evaluation"), 3),
-    **dict.fromkeys(("train", "generate", "build_datastore", "eval", "convert"), 4),
+    **dict.fromkeys(("train", "generate", "build_datastore", "build_neighbors", "eval", "convert"), 4),
 }
 # The imports allowed between two names of one floor (importer, imported). Floor 2 has none: models, retrieval
 # and decode meet in `interfaces` alone.

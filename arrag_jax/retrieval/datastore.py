@@ -15,8 +15,7 @@ rows of the codebook (kind "codebook") or the encoder's l2-normalised output bef
 
 import dataclasses
 import functools
-import json
-from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
@@ -24,17 +23,15 @@ from jaxtyping import Float, Int, UInt16
 
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
-from arrag_jax.retrieval.files import sha256_of
+from arrag_jax.retrieval.shards import ShardFolder, ShardSettings
 
-FORMAT_VERSION = 1
 KEY_KINDS = ("codebook", "latent")
-MANIFEST = "manifest.json"
-REBUILD = "build it with: python -m arrag_jax.build_datastore --config=… --workdir=…"
+CODEBOOK = "codebook.npz"
 BLOCK_IMAGES = 4096  # images whose keys are computed at once
 
 
 @dataclasses.dataclass(frozen=True)
-class StoreSettings:
+class StoreSettings(ShardSettings):
     """What decides a store's content; ``manifest.json`` holds these fields and its files.
 
     Attributes:
@@ -59,112 +56,49 @@ class StoreSettings:
     source: str
     split: str
     command: str = dataclasses.field(default="", compare=False)
+    other_files: ClassVar[tuple[str, ...]] = (CODEBOOK,)
 
     def __post_init__(self):
+        super().__post_init__()
         unknown = sorted(set(self.keys) - set(KEY_KINDS))
         if unknown or not self.keys:
             raise UserError(f"keys={list(self.keys)}: choose from {', '.join(KEY_KINDS)}")
         if self.codebook_size > 2**16:
             raise UserError(f"a codebook of {self.codebook_size} codes does not fit uint16; at most 65536")
-        if self.num_images < 1 or self.shard_size < 1:
-            raise UserError(f"num_images={self.num_images} and shard_size={self.shard_size} must be at least 1")
         grid_ops.cells_with_context(*self.grid)
-
-    @property
-    def num_shards(self) -> int:
-        return -(-self.num_images // self.shard_size)
 
     @property
     def patches_per_image(self) -> int:
         return (self.grid[0] - 1) * (self.grid[1] - 2)
 
-    def shard_images(self, shard: int) -> range:
-        """Numbers of the images in a shard."""
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
-
     def shard_files(self, shard: int) -> dict[str, str]:
         """File name of each part ("codes", "sources", "latents" if held) of a shard."""
-        place = f"{shard:05d}-of-{self.num_shards:05d}"
+        place = self.place(shard)
         files = {"codes": f"codes-{place}.arrayrecord", "sources": f"sources-{place}.txt"}
         if "latent" in self.keys:
             files["latents"] = f"latents-{place}.arrayrecord"
         return files
 
 
-def settings_from_json(fields: dict) -> StoreSettings:
-    """Reads the ``settings`` of a manifest."""
-    return StoreSettings(**{**fields, "grid": tuple(fields["grid"]), "keys": tuple(fields["keys"])})
-
-
 @dataclasses.dataclass(frozen=True)
-class Datastore:
+class Datastore(ShardFolder):
     """A whole store, opened. Arrays are read on first use and kept; treat them as read-only.
 
-    Attributes:
-      directory: where it lies.
-      settings: what it holds.
-      files: name → {"sha256", "bytes", "images"} of every file but the manifest.
-      num_images: how many images count, the first ones; fewer than stored in a ``subset``.
+    ``num_images`` is how many images count, the first ones; fewer than stored in a ``subset``.
     """
 
-    directory: Path
     settings: StoreSettings
-    files: dict[str, dict]
-    num_images: int
 
-    @classmethod
-    def open(cls, directory: str | Path) -> "Datastore":
-        """Opens a store after checking its manifest and the size of every file.
-
-        Raises:
-          UserError: no store here, an unfinished one, another format, or a missing or truncated file.
-        """
-        directory = Path(directory)
-        path = directory / MANIFEST
-        if not path.is_file():
-            raise UserError(f"no finished datastore in {directory} ({MANIFEST} is missing); {REBUILD}")
-        try:
-            manifest = json.loads(path.read_text())
-            version = manifest["format_version"]
-            if version != FORMAT_VERSION:
-                raise UserError(f"{path} has format {version}, this code reads {FORMAT_VERSION}; {REBUILD}")
-            settings, files = settings_from_json(manifest["settings"]), dict(manifest["files"])
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not the manifest of a datastore ({error!r}); {REBUILD}") from error
-        for name, facts in files.items():
-            size = (directory / name).stat().st_size if (directory / name).is_file() else "no"
-            if size != facts["bytes"]:
-                raise UserError(f"{directory / name} has {size} bytes, not {facts['bytes']}; {REBUILD}")
-        return cls(directory, settings, files, settings.num_images)
-
-    def verify(self) -> None:
-        """Checks every file's SHA-256 (reads them all).
-
-        Raises:
-          UserError: naming the first file whose content is not what was written.
-        """
-        for name, facts in self.files.items():
-            if sha256_of(self.directory / name) != facts["sha256"]:
-                raise UserError(f"{self.directory / name} is damaged: its SHA-256 is not the manifest's; {REBUILD}")
-
-    def require_tokenizer(self, fingerprint: str) -> None:
-        """Raises UserError unless the tokenizer with this fingerprint made the store."""
-        if fingerprint != self.settings.fingerprint:
-            raise UserError(
-                f"datastore {self.directory} was made by tokenizer {self.settings.fingerprint}, "
-                f"the model has {fingerprint}; use that tokenizer's model, or {REBUILD}"
-            )
+    noun: ClassVar[str] = "datastore"
+    format_version: ClassVar[int] = 1
+    settings_class: ClassVar[type[ShardSettings]] = StoreSettings
+    rebuild: ClassVar[str] = "build it with: python -m arrag_jax.build_datastore --config=… --workdir=…"
 
     def subset(self, num_images: int) -> "Datastore":
         """The store of the first ``num_images`` images; their row numbers stay the same."""
         if not 1 <= num_images <= self.num_images:
             raise UserError(f"num_images={num_images}: datastore {self.directory} has 1 to {self.num_images}")
         return dataclasses.replace(self, num_images=num_images)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the manifest: two stores share it only if they hold the same bytes."""
-        return sha256_of(self.directory / MANIFEST)
 
     @property
     def num_patches(self) -> int:
@@ -174,7 +108,7 @@ class Datastore:
     @functools.cached_property
     def codebook(self) -> Float[np.ndarray, "V C"]:
         """Rows of unit norm, float32."""
-        with np.load(self.directory / "codebook.npz", allow_pickle=False) as file:
+        with np.load(self.directory / CODEBOOK, allow_pickle=False) as file:
             return file["codebook"]
 
     @functools.cached_property
@@ -220,7 +154,7 @@ class Datastore:
     def _require_kind(self, kind: str) -> None:
         if kind not in self.settings.keys:
             held = ", ".join(self.settings.keys)
-            raise UserError(f"datastore {self.directory} holds keys of kind {held}, not {kind!r}; {REBUILD}")
+            raise UserError(f"datastore {self.directory} holds keys of kind {held}, not {kind!r}; {self.rebuild}")
 
     def _shards(self) -> range:
         return range(-(-self.num_images // self.settings.shard_size))
@@ -235,7 +169,7 @@ class Datastore:
             reader.close()
             expected = len(self.settings.shard_images(shard))
             if len(found) != expected:
-                raise UserError(f"{path} holds {len(found)} images, not {expected}; {REBUILD}")
+                raise UserError(f"{path} holds {len(found)} images, not {expected}; {self.rebuild}")
             records += found
         return np.frombuffer(b"".join(records[: self.num_images]), dtype)
 

@@ -60,6 +60,11 @@ class DenseRetriever:
         arrays = (jnp.asarray(keys, jnp.float32), jnp.asarray(codes, jnp.int32), jnp.asarray(codebook, jnp.float32))
         return cls(*arrays, k, score_bytes)
 
+    def with_k(self, k: int) -> "DenseRetriever":
+        """The same search for another number of neighbours; errors as ``create``."""
+        require_k(k, len(self.codes))
+        return dataclasses.replace(self, k=k)
+
     def search(self, context: Int[Array, "B 4"]) -> Neighbors:
         """Neighbours of B contexts given as code ids; see ``interfaces.Retriever``."""
         batch, rows = len(context), len(self.codes)

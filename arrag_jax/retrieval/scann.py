@@ -107,6 +107,10 @@ class HostSearch:
         self.searchers, self.bounds, self.k, self.options = searchers, bounds, k, options
         self.codes, self.codebook = np.asarray(codes, np.int32), np.asarray(codebook, np.float32)
 
+    def with_k(self, k: int) -> "HostSearch":
+        """The same searchers for another number of neighbours; errors as the constructor."""
+        return HostSearch(self.searchers, self.bounds, self.codes, self.codebook, k, self.options)
+
     def search(
         self, context: Int[Array | np.ndarray, "*batch 4"], shard: Int[Array | np.ndarray | np.int32, "*one"]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -194,6 +198,10 @@ class ScannRetriever:
     def of(cls, host: HostSearch) -> "ScannRetriever":
         """The retriever of a host search with one shard."""
         return cls(jnp.int32(0), host, host.k)
+
+    def with_k(self, k: int) -> "ScannRetriever":
+        """The same search for another number of neighbours; errors as ``create``."""
+        return dataclasses.replace(self, host=self.host.with_k(k), k=k)
 
     def search(self, context: Int[Array, "B 4"]) -> Neighbors:
         """Neighbours of B contexts given as code ids; see ``interfaces.Retriever``."""

@@ -1,0 +1,116 @@
+"""Nearest patches of other images: a search that leaves out what the store holds of the query's own image."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int, Integer, UInt64
+
+from arrag_jax.ops import grid as grid_ops
+from arrag_jax.ops.neighbors import Neighbors
+from arrag_jax.retrieval.datastore import Datastore
+from arrag_jax.retrieval.dense import DenseRetriever
+from arrag_jax.retrieval.scann import ScannRetriever
+
+ANSWERS = 2**15  # neighbours asked for in one call of the search: 2048 contexts at k = 16
+WIDER = 4  # how many times more neighbours are asked for where too few are left
+
+
+class OtherImages:
+    """Searches a store on behalf of whole images, none of which is given patches of itself.
+
+    An image is left out with its exact duplicates: the stored images of the same code grid. A context that
+    many cells of the images have is asked for once. Where too few neighbours are left, it is asked for
+    again with ``WIDER`` times the k, until K others remain or the search finds no more.
+    """
+
+    def __init__(self, store: Datastore, retriever: DenseRetriever | ScannRetriever):
+        """
+        Args:
+          store: of at most 2**16 codes.
+          retriever: over that store; its k is K.
+        """
+        self.codes, self.k, self.rows = store.codes, retriever.k, store.num_patches
+        self.patches = store.settings.patches_per_image
+        self.retrievers = {retriever.k: retriever}
+        self.weights = np.random.default_rng(0).integers(2**64, size=store.codes[0].size, dtype=np.uint64)
+        self.sums = self._sums(store.codes)
+
+    def search(
+        self, codes: Integer[np.ndarray, "B H W"], count: Callable[[int], Any] = lambda images: None
+    ) -> Neighbors:
+        """Neighbours of every cell that has a context, [B·M, K], nearest first, as numpy arrays.
+
+        Args:
+          codes: the images' grids.
+          count: told of images as they are done; its numbers sum to B.
+        """
+        context, sums = grid_ops.contexts_of_grids(codes.astype(np.int32)).reshape(-1, 4), self._sums(codes)
+        packed = np.ascontiguousarray(context, "<u2").view("<u8")[:, 0]
+        best = _empty(len(context), self.k)
+        left, k, untold = np.arange(len(context)), self.k, len(codes)
+        while len(left):
+            _, first, which = np.unique(packed[left], return_index=True, return_inverse=True)
+            found, untold = self._ask(context[left[first]], k, untold, count), 0
+            short = []
+            for start in range(0, len(left), max(1, ANSWERS // k)):
+                part = slice(start, start + max(1, ANSWERS // k))
+                queries, answer = left[part], Neighbors(*(x[which[part]] for x in found))
+                own = self._own(answer.id, codes, sums, queries // self.patches)
+                others = _nearest_others(answer, own, self.k)
+                for all_, new in zip(best, others, strict=True):
+                    all_[queries] = new
+                # an answer with an empty slot is all that this search will ever find
+                short.append(queries[(others.id[:, -1] < 0) & (answer.id[:, -1] >= 0)])
+            left = np.concatenate(short) if k < self.rows else left[:0]
+            k = min(WIDER * k, self.rows)
+        return best
+
+    def _ask(self, context: Int[np.ndarray, "n 4"], k: int, images: int, count: Callable[[int], Any]) -> Neighbors:
+        """The store's answers, always ``ANSWERS`` slots a call; tells ``count`` of ``images`` in all, evenly."""
+        if k not in self.retrievers:
+            self.retrievers[k] = self.retrievers[self.k].with_k(k)
+        found, number, size = [], len(context), max(1, ANSWERS // k)
+        for start in range(0, number, size):
+            part = context[start : start + size]
+            padded = np.pad(part, ((0, size - len(part)), (0, 0)), constant_values=-1)
+            answer = _search(self.retrievers[k], padded)
+            found.append([np.asarray(x)[: len(part)] for x in answer])
+            count(images * (start + len(part)) // number - images * start // number)
+        return Neighbors(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+    def _own(
+        self,
+        id_: Int[np.ndarray, "n k"],
+        codes: Integer[np.ndarray, "B H W"],
+        sums: UInt64[np.ndarray, " B"],
+        image: Int[np.ndarray, " n"],
+    ) -> Bool[np.ndarray, "n k"]:
+        """Which stored rows stand in an image equal to the query's, ``codes[image]``."""
+        stored = id_ // self.patches
+        own = (id_ >= 0) & (self.sums[stored] == sums[image][:, None])
+        query, slot = np.nonzero(own)  # so few that they can be compared in full
+        own[query, slot] = (self.codes[stored[query, slot]] == codes[image[query]]).all((1, 2))
+        return own
+
+    def _sums(self, grids: Integer[np.ndarray, "n H W"]) -> UInt64[np.ndarray, " n"]:
+        """A number a grid that equal grids share and others hardly ever."""
+        return np.array([grid.reshape(-1).astype(np.uint64) @ self.weights for grid in grids])
+
+
+@jax.jit
+def _search(retriever: DenseRetriever | ScannRetriever, context: Int[jax.Array, "n 4"]) -> Neighbors:
+    return retriever.search(context)
+
+
+def _nearest_others(found: Neighbors, own: Bool[np.ndarray, "n k"], k: int) -> Neighbors:
+    """The first k slots that are not ``own``; empty ones last."""
+    order = np.argsort(own, axis=1, kind="stable")[:, :k]
+    own, code, distance, id_ = (np.take_along_axis(x, order, 1) for x in (own, *found))
+    return Neighbors(np.where(own, -1, code), np.where(own, np.inf, distance), np.where(own, -1, id_))
+
+
+def _empty(queries: int, k: int) -> Neighbors:
+    none = np.full((queries, k), -1, np.int32)
+    return Neighbors(none, np.full((queries, k), np.inf, np.float32), none.copy())
