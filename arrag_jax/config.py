@@ -71,7 +71,6 @@ class TrainConfig:
     task: str
     steps: int
     batch_size: int
-    preset: str  # a key of models.presets.PRESETS
     options: Any  # dict; parsed by the task into its own dataclass
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -81,10 +80,14 @@ class TrainConfig:
     eval_every: int = 500
     checkpoint_every: int = 500
     ema_decay: float = 0.0  # 0 = off; else the exported weights are the moving average
+    accumulate: int = 1  # microbatches a step; memory falls with it, the update stays that of the whole batch
+    compute_dtype: str = "float32"  # of the trained parameters in the loss: "float32" | "bfloat16"
+    init_from: str = ""  # workdir of another run, whose best checkpoint gives the parameters to start from
 
     def __post_init__(self):
-        _one_of("task", self.task, ("tokenizer", "prior"))
-        for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
+        _one_of("task", self.task, ("tokenizer", "prior", "faid"))
+        _one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+        for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "accumulate"):
             _in_range(name, getattr(self, name), 1)
         _in_range("ema_decay", self.ema_decay, 0.0, 1.0)
 
@@ -148,6 +151,24 @@ class RetrievalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class NeighborsConfig:
+    """Neighbours of a training and a validation split, looked up ahead."""
+
+    model: str  # checkpoint folder that holds the tokenizer
+    retrieval: RetrievalConfig
+    train_split: str  # TFDS slices such as "store[60000:84000]" work
+    valid_split: str
+    source: str = "emoji_scenes/full"  # TFDS name, with its config
+    data_dir: str = "data"  # where TFDS keeps it; built there when absent
+    batch_size: int = 64  # images encoded together
+    shard_size: int = 4096  # images a file; they are searched for together
+
+    def __post_init__(self):
+        for name in ("batch_size", "shard_size"):
+            _in_range(name, getattr(self, name), 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class DaidConfig:
     """Distribution-level mixing; see ``decode.policies.Daid``."""
 
@@ -171,8 +192,10 @@ class SamplingConfig:
 class DrawConfig:
     """What ``generate`` and ``eval`` draw with."""
 
-    model: str  # checkpoint folder
+    model: str  # checkpoint folder; draws "plain" and "daid"
     retrieval: RetrievalConfig
+    faid_model: str = ""  # folder of a model tuned from it with blenders; draws "faid" and "faid+daid". "" = model
+    lora_model: str = ""  # folder of one tuned without blenders; draws "lora"
     daid: DaidConfig = DaidConfig()
     sampling: SamplingConfig = SamplingConfig()
     data: DataConfig = DataConfig()

@@ -1,4 +1,4 @@
-"""Measures a checkpoint with and without retrieval.
+"""Measures checkpoints with and without retrieval.
 
 python -m arrag_jax.eval --config configs/emoji_daid.py --benchmark emoji_scenes --workdir runs/eval
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import DrawConfig
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation.drawing import METHODS, open_studio
+from arrag_jax.evaluation.drawing import open_studio
 from arrag_jax.evaluation.emoji_benchmark import measure, report, scaling, sweep
 
 BENCHMARKS = ("emoji_scenes",)
@@ -26,7 +26,7 @@ def run(
         raise UserError(f"--benchmark={benchmark!r} is unknown; choose one of {', '.join(BENCHMARKS)}")
     if split not in ("test", "valid"):
         raise UserError(f"--split={split!r} is unknown; choose test or valid")
-    studio = open_studio(config, list(METHODS))
+    studio = open_studio(config, ("plain", "daid") if modes["sweep"] or modes["scaling"] else ())
     out = Path(workdir)
     out.mkdir(parents=True, exist_ok=True)
     if modes["sweep"]:

@@ -3,8 +3,8 @@
 python -m arrag_jax.generate --config configs/emoji_daid.py --prompt "a cat" --prompt "two dogs" --workdir demo
 
 Leaves in --workdir: a picture a prompt and method, ``grid.png`` (prompt, one column a method, same seeds),
-``provenance_N.png`` (for each cell, whether its code was retrieved and from which stored image) and
-``provenance.json``.
+``provenance_N.png`` (for each cell of the first method that retrieves, whether its code was retrieved and from which
+stored image) and ``provenance.json``.
 """
 
 import json
@@ -31,21 +31,21 @@ def run(config: DrawConfig, workdir: str, prompt: list[str], test_prompts: int, 
     prompt = [*prompt, *(scene.caption for scene in scenes.test_prompts(test_prompts))]
     if not prompt:
         raise UserError('nothing to draw; give at least one --prompt "…" or --test_prompts=N')
-    methods = [method] if method else list(METHODS)
-    studio = open_studio(config, methods)
+    studio = open_studio(config, [method] if method else [])
     studio.text(prompt)  # so that a bad prompt is said before anything is drawn
     out = Path(workdir)
     out.mkdir(parents=True, exist_ok=True)
     seeds = config.seed + np.arange(len(prompt))
-    drawn = {name: studio.draw(prompt, name, seeds) for name in methods}
+    drawn = {name: studio.draw(prompt, name, seeds) for name in studio.methods}
     for name, (images, _) in drawn.items():
         for i, image in enumerate(images):
             save(out / f"{i:02d}_{name}.png", pictures.upscale(image, scale))
-    rows = [(text, [drawn[name][0][i] for name in methods]) for i, text in enumerate(prompt)]
-    save(out / "grid.png", pictures.labelled_grid(rows, methods, scale))
-    if "daid" in drawn:
-        write_provenance(out, studio, prompt, *drawn["daid"])
-    print(f"drew {len(prompt)} prompts x {', '.join(methods)}: {out / 'grid.png'}")
+    rows = [(text, [drawn[name][0][i] for name in studio.methods]) for i, text in enumerate(prompt)]
+    save(out / "grid.png", pictures.labelled_grid(rows, studio.methods, scale))
+    retrieving = [name for name in studio.methods if studio.policy(name).uses_retrieval]
+    if retrieving:
+        write_provenance(out, studio, prompt, *drawn[retrieving[0]])
+    print(f"drew {len(prompt)} prompts x {', '.join(studio.methods)}: {out / 'grid.png'}")
 
 
 def write_provenance(out: Path, studio: Studio, prompts: list[str], images: np.ndarray, drawn: Drawn) -> None:
@@ -93,6 +93,6 @@ if __name__ == "__main__":
         workdir=Flag("folder for the pictures; made when absent", "pictures"),
         prompt=Flag("what to draw; give it once or several times", ()),
         test_prompts=Flag("draw the first N captions of the test split of emoji_scenes as well", 0),
-        method=Flag(f"one of {', '.join(METHODS)}; default: all of them, side by side", ""),
+        method=Flag(f"one of {', '.join(METHODS)}; default: all that the models can do, side by side", ""),
         scale=Flag("how many times a picture is enlarged", 3),
     )

@@ -72,10 +72,11 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(tuple(shape.values()), tuple(shape), (AxisType.Auto,) * 2, devices=devices[:size])
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError unless the global batch splits evenly over the mesh's devices."""
-    if batch_size % mesh.size:
-        raise UserError(f"batch_size={batch_size} must be a multiple of the mesh's {mesh.size} devices")
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raises UserError unless each of the global batch's microbatches splits evenly over the mesh's devices."""
+    if batch_size % (mesh.size * accumulate):
+        times = f" times accumulate={accumulate}" if accumulate > 1 else ""
+        raise UserError(f"batch_size={batch_size} must be a multiple of the mesh's {mesh.size} devices{times}")
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -116,10 +117,20 @@ def put_state(state: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(put, state, state_shardings(state, mesh))
 
 
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Assembles the global batch, split over all devices, from each process's own share of its rows."""
-    sharding = NamedSharding(mesh, BATCH)
-    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(rows)) for name, rows in batch.items()}
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, accumulate: int = 1) -> dict[str, jax.Array]:
+    """Assembles the global batch from each process's own share of its rows.
+
+    Returns:
+      Arrays [accumulate, B / accumulate, ...]: the microbatches, every one split over all devices, so that
+      a device works off rows which are its own from the start.
+    """
+    sharding = NamedSharding(mesh, P(None, *BATCH))
+
+    def place(rows: np.ndarray) -> jax.Array:
+        parts = rows.reshape(accumulate, len(rows) // accumulate, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, parts)
+
+    return {name: place(np.asarray(rows)) for name, rows in batch.items()}
 
 
 def put_whole_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -11,12 +11,11 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "task": "prior",
-            "preset": "janus-emoji",
-            "steps": 3400,
+            "steps": 12000,
             "batch_size": 16,
             "data": {"name": "emoji_scenes/full"},
             "optimizer": {"learning_rate": 2e-3, "warmup_steps": 200, "decay_fraction": 0.35},
-            "options": {"tokenizer": "runs/tokenizer/export"},
+            "options": {"preset": "janus-emoji", "tokenizer": "runs/tokenizer/export"},
             "ema_decay": 0.998,
             "eval_every": 500,
             "checkpoint_every": 500,

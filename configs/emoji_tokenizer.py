@@ -11,12 +11,11 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "task": "tokenizer",
-            "preset": "janus-emoji",
             "steps": 1200,
             "batch_size": 16,
             "data": {"name": "emoji_scenes/full"},
             "optimizer": {"learning_rate": 1.5e-3, "warmup_steps": 50, "decay_fraction": 0.4},
-            "options": {"commitment": 0.25},
+            "options": {"preset": "janus-emoji", "commitment": 0.25},
             "eval_every": 200,
             "checkpoint_every": 200,
         }

@@ -10,7 +10,7 @@ from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import MeshConfig, OptimizerConfig, TrainConfig, parse
 from arrag_jax.errors import UserError
 
-GOOD = {"task": "prior", "steps": 3, "batch_size": 4, "preset": "tiny", "options": {}}
+GOOD = {"task": "prior", "steps": 3, "batch_size": 4, "options": {}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,9 @@ def test_the_only_conversions_are_int_to_float_and_list_to_tuple():
         ({"steps": "3"}, r"config\.steps must be int, got '3'"),
         ({"steps": True}, r"config\.steps must be int, got True"),
         ({"steps": 0}, r"steps=0 is outside"),
-        ({"task": "priors"}, r"task='priors' is unknown; choose one of tokenizer, prior"),
+        ({"task": "priors"}, r"task='priors' is unknown; choose one of tokenizer, prior, faid"),
+        ({"compute_dtype": "float16"}, r"compute_dtype='float16' is unknown; choose one of float32, bfloat16"),
+        ({"accumulate": 0}, r"accumulate=0 is outside"),
         ({"optimizer": {"name": "sgd"}}, r"optimizer\.name='sgd' is unknown"),
         ({"optimizer": 3}, r"config\.optimizer must hold keys, not 3"),
         ({"ema_decay": 1.5}, r"ema_decay=1\.5 is outside \[0, 1\]"),
@@ -57,13 +59,13 @@ def test_a_bad_key_is_named(changes, message):
 def test_every_error_is_told_at_once():
     with pytest.raises(UserError) as error:
         parse(TrainConfig, {"task": "prior", "stps": 3, "batch_size": "4", "optimizer": {"b3": 1.0}})
-    for part in ("config.stps", "config.batch_size must be int", "config.optimizer.b3", "missing key config.preset"):
+    for part in ("config.stps", "config.batch_size must be int", "config.optimizer.b3", "missing key config.options"):
         assert part in str(error.value)
 
 
 def command(monkeypatch, tmp_path, *arguments: str) -> tuple[int, list]:
     """Exit code of a command run with these arguments, and what its main function was called with."""
-    (tmp_path / "good.py").write_text(f"def get_config(preset='tiny'):\n    return {GOOD} | dict(preset=preset)\n")
+    (tmp_path / "good.py").write_text(f"def get_config(base='tiny'):\n    return {GOOD} | dict(init_from=base)\n")
     (tmp_path / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
     called = []
 
@@ -83,7 +85,7 @@ def test_a_command_gets_its_config_and_flags(monkeypatch, tmp_path):
     arguments = ["--config", "good.py:large", "--workdir=w", "--config.steps=9", "--config.optimizer.b1=0.5"]
     code, [(config, workdir, count)] = command(monkeypatch, tmp_path, *arguments, "--config.seed=5")
     assert (code, workdir, count) == (7, "w", 2)
-    assert (config.preset, config.steps, config.optimizer.b1, config.seed) == ("large", 9, 0.5, 5)
+    assert (config.init_from, config.steps, config.optimizer.b1, config.seed) == ("large", 9, 0.5, 5)
 
 
 @pytest.mark.parametrize(

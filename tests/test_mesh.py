@@ -52,6 +52,9 @@ def test_batches_must_split_evenly():
     check_batch_size(16, mesh)
     with pytest.raises(UserError, match="batch_size=12 must be a multiple of the mesh's 8 devices"):
         check_batch_size(12, mesh)
+    check_batch_size(32, mesh, accumulate=4)
+    with pytest.raises(UserError, match="batch_size=16 must be a multiple of the mesh's 8 devices times accumulate=4"):
+        check_batch_size(16, mesh, accumulate=4)
 
 
 def test_every_spec_divides_its_leaf_and_shards_what_is_large():
@@ -91,11 +94,12 @@ def test_optimizer_state_lives_where_its_parameter_does():
 def test_put_batch_splits_rows_over_all_devices_and_loses_none():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     batch = {"x": np.arange(48, dtype=np.float32).reshape(16, 3)}
-    placed = put_batch(batch, mesh)
-    assert [shard.data.shape for shard in placed["x"].addressable_shards] == [(2, 3)] * 8
-    np.testing.assert_array_equal(placed["x"], batch["x"])
+    for parts in (1, 2):
+        placed = put_batch(batch, mesh, parts)
+        assert [shard.data.shape for shard in placed["x"].addressable_shards] == [(parts, 2 // parts, 3)] * 8
+        np.testing.assert_array_equal(placed["x"].reshape(16, 3), batch["x"])
     whole = put_everywhere(placed, mesh)
-    assert all(np.array_equal(shard.data, batch["x"]) for shard in whole["x"].addressable_shards)
+    assert all(np.array_equal(shard.data, placed["x"]) for shard in whole["x"].addressable_shards)
 
 
 def test_one_process_needs_no_start_and_half_a_description_is_refused(monkeypatch):

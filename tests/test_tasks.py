@@ -18,7 +18,9 @@ from arrag_jax.models.presets import PRESETS
 from arrag_jax.models.weights import parameters
 from arrag_jax.nn.variables import Frozen
 from arrag_jax.training.loop import train
-from arrag_jax.training.tasks import PriorTask, TokenizerTask, make_task
+from arrag_jax.training.prior import PriorTask
+from arrag_jax.training.tasks import make_task
+from arrag_jax.training.tokenizer import TokenizerTask
 
 PRESET = dataclasses.replace(
     tiny.CONFIG, grid=(12, 12), vision=dataclasses.replace(tiny.CONFIG.vision, multipliers=(1, 1, 1), codebook_size=16)
@@ -33,10 +35,11 @@ def workshop(tmp_path_factory):
     save_model(tiny.janus(config=PRESET, parts=VISION), folder)
 
     def config(task: str, **options) -> TrainConfig:
+        options = {"preset": "tiny", **options}
         if task == "prior":
             options = {"tokenizer": str(folder), **options}
         return TrainConfig(
-            task=task, steps=2, batch_size=8, preset="tiny", options=options,
+            task=task, steps=2, batch_size=8, options=options,
             data=DataConfig("emoji_scenes/tiny", str(data), eval_examples=16),
             optimizer=OptimizerConfig(warmup_steps=1), eval_every=2, checkpoint_every=2,
         )  # fmt: skip
@@ -64,7 +67,7 @@ def test_dead_codes_move_to_latents_of_the_batch_and_live_ones_stay(workshop):
     share = np.bincount(np.asarray(codes).reshape(-1), minlength=16) / codes.size
     np.testing.assert_allclose(vq.usage[...], 0.98 * usage + 0.02 * share, atol=1e-6)
     dead = np.asarray(vq.usage[...]) < 0.02 / 16
-    task.after_update(model, batch, jax.random.key(1))
+    task.after_update(model, jax.random.key(1))
     after, flat = np.asarray(vq.codes[...]), np.asarray(latents).reshape(-1, latents.shape[-1])
     np.testing.assert_array_equal(after[~dead], before[~dead])
     for code in after[dead]:
@@ -130,5 +133,6 @@ def test_unknown_presets_and_options_are_named(workshop):
     config = workshop[1]("tokenizer", comitment=0.1)
     with pytest.raises(UserError, match=r"config\.options\.comitment \(did you mean 'commitment'\?\)"):
         make_task(config)
-    with pytest.raises(UserError, match=r"config\.preset='huge' is unknown"):
-        make_task(dataclasses.replace(config, preset="huge"))
+    for task in ("tokenizer", "prior"):
+        with pytest.raises(UserError, match=r"config\.options: preset='huge' is unknown; choose one of .*janus-emoji"):
+            make_task(workshop[1](task, preset="huge"))

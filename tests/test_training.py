@@ -36,13 +36,13 @@ from arrag_jax.training.optimizer import make_optimizer
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_training_touches_the_trainable_alone(tmp_path, name):
     config = toy_config(optimizer=OptimizerConfig(name=name, warmup_steps=0), ema_decay=0.5)
-    _, start = init_state(ToyTask(), make_optimizer(config.optimizer, config.steps), config, make_mesh(ONE_DEVICE))
+    _, _, start = init_state(ToyTask(), make_optimizer(config.optimizer, config.steps), config, make_mesh(ONE_DEVICE))
     start = by_path(start)
     train(config, ToyTask(), tmp_path)
     end = final_state(tmp_path, config)
-    frozen = [path for path in start if path.startswith("rest/") and "dropout" not in path and "examples" not in path]
-    assert len(frozen) == 4
-    assert_same_bits({path: start[path] for path in frozen}, {path: end[path] for path in frozen})
+    initial, exported = ToyTask().init_model(nnx.Rngs(config.seed)), np.load(tmp_path / "export" / "weights.npz")
+    for layer in ("enter", "leave"):
+        np.testing.assert_array_equal(exported[layer], getattr(initial, layer).kernel[...])
     for path in ("params/middle", "params/bias"):
         assert not np.array_equal(start[path], end[path])
     with_shape = [path for path in end if path.startswith("optimizer/") and end[path].ndim and "ns_coeffs" not in path]
@@ -64,12 +64,12 @@ def test_moving_average_is_the_recurrence_and_is_what_is_exported(tmp_path):
     config = toy_config(ema_decay=0.9, steps=5)
     task, mesh = ToyTask(), make_mesh(ONE_DEVICE)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    graph, state = init_state(task, optimizer, config, mesh)
+    graph, frozen, state = init_state(task, optimizer, config, mesh)
     data = make_loader(task.train_source(), config.batch_size, config.seed)
     expected = np.asarray(state.params["middle"])
     step = make_train_step(task, graph, optimizer, config)
     for _ in range(config.steps):
-        state, _ = step(state, put_batch(next(data), mesh))
+        state, _ = step(state, frozen, put_batch(next(data), mesh))
         expected = 0.9 * expected + 0.1 * np.asarray(state.params["middle"])
     train(config, task, tmp_path)
     exported = np.load(tmp_path / "export" / "weights.npz")["middle"]
@@ -78,11 +78,11 @@ def test_moving_average_is_the_recurrence_and_is_what_is_exported(tmp_path):
 
 def test_evaluation_is_the_mean_over_all_examples():
     config, task, mesh = toy_config(), ToyTask(), make_mesh(MeshConfig(data=2, fsdp=4))
-    graph, state = init_state(task, make_optimizer(config.optimizer, config.steps), config, mesh)
-    metrics, _ = make_evaluation(task, graph, config, mesh)(state)
+    graph, frozen, state = init_state(task, make_optimizer(config.optimizer, config.steps), config, mesh)
+    metrics, _ = make_evaluation(task, graph, frozen, config, mesh)(state)
     batches = list(task.eval_batches(config.batch_size))
     everything = {name: np.concatenate([batch[name] for batch in batches]) for name in ("x", "y")}
-    expected = task.eval_metrics(nnx.merge(graph, state.params, state.rest), everything)["error"]
+    expected = task.eval_metrics(nnx.merge(graph, state.params, frozen, state.rest), everything)["error"]
     np.testing.assert_allclose(metrics["eval/error"], expected, rtol=1e-5)
 
 
@@ -163,7 +163,10 @@ class DivergingTask(ToyTask):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
-    with pytest.raises(UserError, match="loss is nan at step 6"):
+    data = make_loader(ToyTask().train_source(), 16, seed=0)
+    batches = [next(data)["example"] for _ in range(6)]
+    named = ", ".join(map(str, batches[5][:8]))
+    with pytest.raises(UserError, match=rf"loss is nan at step 6 \(examples {named}, …\)"):
         train(toy_config(checkpoint_every=3), DivergingTask(), tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3"]
 

@@ -25,6 +25,12 @@ def test_loader_resumes_to_the_example_and_each_epoch_is_one_pass():
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
+def test_every_example_carries_its_number_in_the_source_in_every_epoch():
+    loader = make_loader([{"id": np.int32(i)} for i in range(12)], 8, seed=3)
+    for batch in (next(loader) for _ in range(6)):
+        np.testing.assert_array_equal(batch["example"], batch["id"])
+
+
 def test_processes_share_a_global_batch(monkeypatch):
     source = grain.MapDataset.source([{"id": np.int32(i)} for i in range(12)])
     whole = make_loader(source, 6, seed=3)

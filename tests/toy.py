@@ -13,6 +13,7 @@ from flax import nnx
 from arrag_jax.config import MeshConfig, OptimizerConfig, TrainConfig
 from arrag_jax.data.pipeline import make_loader
 from arrag_jax.mesh import make_mesh
+from arrag_jax.nn.variables import Adapter, freeze
 from arrag_jax.training.checkpoint import Checkpoints
 from arrag_jax.training.loop import init_state, train
 from arrag_jax.training.optimizer import make_optimizer
@@ -21,22 +22,20 @@ WIDTH = 256  # so that the middle matrix is large enough to be sharded
 ONE_DEVICE = MeshConfig(data=1, fsdp=1)
 
 
-class Adapter(nnx.Param):
-    """What the toy trains."""
-
-
 class Counter(nnx.Variable):
     """What the toy's loss writes."""
 
 
 class ToyModel(nnx.Module):
-    """A frozen input layer, a trained middle with dropout, a frozen output layer."""
+    """Frozen first and last layers, a trained middle with dropout."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.enter = nnx.Linear(4, WIDTH, rngs=rngs)
         self.middle = Adapter(0.01 * jax.random.normal(rngs.params(), (WIDTH, WIDTH)))
         self.bias = Adapter(jnp.zeros(WIDTH))
         self.leave = nnx.Linear(WIDTH, 2, rngs=rngs)
+        freeze(self.enter)
+        freeze(self.leave)
         self.dropout = nnx.Dropout(0.1, rngs=rngs)
         self.examples = Counter(jnp.zeros((), jnp.int32))
 
@@ -65,12 +64,17 @@ class ToyTask:
     """Regression with noise on the input; every part of the protocol does something."""
 
     trainable = Adapter
+    selects = ("error", "min")
+    tokens = 5
 
-    def __init__(self, pause: float = 0.0, noise: bool = True):
-        self._pause, self._noise = pause, noise
+    def __init__(self, pause: float = 0.0, noise: bool = True, base: str = "toy"):
+        self._pause, self._noise, self._base = pause, noise, base
 
     def init_model(self, rngs):
         return ToyModel(rngs)
+
+    def base(self):
+        return {"model": self._base}
 
     def train_source(self):
         return SlowRows(self._pause)
@@ -87,8 +91,8 @@ class ToyTask:
         loss = jnp.mean((model(batch["x"] + noise, dropout=self._noise) - batch["y"]) ** 2)
         return loss, {"noise": jnp.mean(noise)}
 
-    def after_update(self, model, batch, key):
-        model.bias[...] = model.bias[...] + 1e-4 * jax.random.normal(key, model.bias.shape)
+    def after_update(self, model, key):
+        model.bias[...] = model.bias[...] + 1e-4 * self._noise * jax.random.normal(key, model.bias.shape)
 
     def eval_metrics(self, model, batch):
         return {"error": jnp.mean(jnp.abs(model(batch["x"], dropout=False) - batch["y"]))}
@@ -98,12 +102,13 @@ class ToyTask:
         return {"middle": np.asarray(255 * shades[:8, :8, None].repeat(3, -1), np.uint8)}
 
     def export(self, model, directory, run):
-        np.savez(directory / "weights.npz", middle=model.middle[...])
+        kernels = {"enter": model.enter.kernel[...], "leave": model.leave.kernel[...]}
+        np.savez(directory / "weights.npz", middle=model.middle[...], **kernels)
 
 
 def toy_config(**changes) -> TrainConfig:
     base = dict(
-        task="prior", steps=12, batch_size=16, preset="toy", options={}, mesh=ONE_DEVICE, log_every=1, eval_every=6,
+        task="prior", steps=12, batch_size=16, options={}, mesh=ONE_DEVICE, log_every=1, eval_every=6,
         checkpoint_every=4, optimizer=OptimizerConfig(warmup_steps=3, learning_rate=1e-2),
     )  # fmt: skip
     return TrainConfig(**base | changes)
@@ -112,8 +117,8 @@ def toy_config(**changes) -> TrainConfig:
 def final_state(workdir: Path, config: TrainConfig) -> dict[str, np.ndarray]:
     """Every leaf of the newest checkpoint by its path, optimizer state and random keys included."""
     task, mesh = ToyTask(), make_mesh(config.mesh)
-    _, state = init_state(task, make_optimizer(config.optimizer, config.steps), config, mesh)
-    with Checkpoints(workdir) as checkpoints:
+    _, _, state = init_state(task, make_optimizer(config.optimizer, config.steps), config, mesh)
+    with Checkpoints(workdir, task.selects) as checkpoints:
         state = checkpoints.restore(state, make_loader(task.train_source(), config.batch_size, config.seed))
     return by_path(state)
 

@@ -14,6 +14,7 @@ Batch = dict[str, np.ndarray]  # each [rows of this process, ...]
 def make_loader(source: Any, batch_size: int, seed: int, threads: int = 2) -> grain.DatasetIterator[Batch]:
     """An endless iterator of batches, with ``get_state`` and ``set_state``.
 
+    To the source's own arrays a batch adds "example": int [B], each example's number in the source.
     Every epoch is one pass in its own order. All processes walk the same order, process p of n taking
     every n-th example, so that a global batch holds the same examples for any number of processes.
 
@@ -28,8 +29,11 @@ def make_loader(source: Any, batch_size: int, seed: int, threads: int = 2) -> gr
     if batch_size % processes:
         raise UserError(f"batch_size={batch_size} must be a multiple of the {processes} processes")
     dataset = source if isinstance(source, grain.MapDataset) else grain.MapDataset.source(source)
-    if len(dataset) == 0:
+    examples = len(dataset)
+    if examples == 0:
         raise UserError("the training data are empty; check config.data")
+    # Past the first epoch grain's index goes on counting, so that random maps differ from epoch to epoch.
+    dataset = dataset.map_with_index(lambda index, example: {**example, "example": np.int32(index % examples)})
     dataset = dataset.seed(seed).shuffle().repeat()
     dataset = dataset[jax.process_index() :: processes].batch(batch_size // processes)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)

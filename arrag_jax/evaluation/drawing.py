@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,18 +11,18 @@ from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
 from arrag_jax.config import DrawConfig
-from arrag_jax.decode.loop import Drawn, sample
-from arrag_jax.decode.policies import Daid, Plain
+from arrag_jax.decode.loop import Drawn, require_blenders, sample
+from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import DecodePolicy, Retriever
-from arrag_jax.models.checkpoint import fingerprint, load_model
+from arrag_jax.models.checkpoint import fingerprint, load_model, read_config
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.nn.vq import from_uint8, to_uint8
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.load import load_retriever
 
-METHODS = ("plain", "daid")
+METHODS = ("plain", "daid", "lora", "faid", "faid+daid")
 
 
 class CellBar:
@@ -38,14 +39,19 @@ class CellBar:
 
 @dataclasses.dataclass(frozen=True)
 class Studio:
-    """A model, its prompt tokenizer and, where a method needs it, a store with its search.
+    """A model, its tuned relatives, their prompt tokenizer and, where a method needs it, a store with its search.
 
     Attributes:
+      methods: what was asked for, in the order of ``METHODS``.
+      model: draws "plain" and "daid", and is the tokenizer of all.
+      tuned: the models of the other methods, by method.
       store, retriever: None if no method asked for retrieves.
     """
 
     config: DrawConfig
+    methods: tuple[str, ...]
     model: Janus
+    tuned: dict[str, Janus]
     text: PromptTokenizer
     store: Datastore | None
     retriever: Retriever | None
@@ -53,7 +59,12 @@ class Studio:
 
     def policy(self, method: str) -> DecodePolicy:
         """The policy that a method's name stands for."""
-        return Plain() if method == "plain" else Daid.checked(**dataclasses.asdict(self.config.daid))
+        daid = Daid.checked(**dataclasses.asdict(self.config.daid))
+        return {"daid": daid, "faid": Faid(), "faid+daid": Faid(daid)}.get(method, Plain())
+
+    def model_of(self, method: str) -> Janus:
+        """The model that a method draws with."""
+        return self.tuned.get(method, self.model)
 
     def draw(
         self, prompts: Sequence[str], method: str, seeds: Int[np.ndarray, " N"]
@@ -70,7 +81,7 @@ class Studio:
             # The last batch is filled up with its own first row, so that one shape is compiled.
             rows = np.resize(np.arange(start, min(start + size, len(prompts))), size)
             result = sample(
-                self.model, ids[rows], self.policy(method), self.retriever, seed=seeds[rows],
+                self.model_of(method), ids[rows], self.policy(method), self.retriever, seed=seeds[rows],
                 prompt_mask=mask[rows], on_cell=self.bar, **dataclasses.asdict(self.config.sampling),
             )  # fmt: skip
             pixels = to_uint8(self.model.decode_codes(result.codes, *self.model.grid))
@@ -82,22 +93,38 @@ class Studio:
         return np.concatenate(images), jax.tree.map(lambda *x: np.concatenate(x), *drawn)
 
 
-def open_studio(config: DrawConfig, methods: Sequence[str]) -> Studio:
+def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
     """Loads what the methods need, and checks that it belongs together.
 
+    Args:
+      methods: of ``METHODS``; none = all that the config's models can do.
+
     Raises:
-      UserError: an unknown method, a checkpoint that can't be read, a store of another tokenizer, …
+      UserError: a method that they can't do, a checkpoint that can't be read, a store of another tokenizer, …
     """
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        raise UserError(f"--method={unknown[0]!r} is unknown; this checkpoint can do: {', '.join(METHODS)}")
     Daid.checked(**dataclasses.asdict(config.daid))
+    folders = {"lora": config.lora_model, "faid": config.faid_model}
+    if not config.faid_model and read_config(Path(config.model)).faid is not None:
+        folders["faid"] = config.model
+    able = [method for method in METHODS if folders.get(method.removesuffix("+daid"), config.model)]
+    unable = [method for method in methods if method not in able]
+    if unable:
+        mend = "" if unable[0] not in METHODS else f"; give config.{unable[0].removesuffix('+daid')}_model"
+        raise UserError(f"--method={unable[0]!r} is not what these models can do: {', '.join(able)}{mend}")
+    chosen = tuple(method for method in METHODS if method in (methods or able))
     model = load_model(config.model)
-    text = PromptTokenizer.load(config.model)
+    text, loaded = PromptTokenizer.load(config.model), {config.model: model}
+    for folder in {folders[name.removesuffix("+daid")] for name in chosen if name not in ("plain", "daid")}:
+        loaded.setdefault(folder, load_model(folder))
+        if fingerprint(loaded[folder]) != fingerprint(model):
+            raise UserError(f"{folder} has another image tokenizer than {config.model}; tune it from that model")
+    tuned = {name: loaded[folders[name.removesuffix("+daid")]] for name in chosen if name not in ("plain", "daid")}
     store = retriever = None
-    if methods != ["plain"]:
+    if set(chosen) - {"plain", "lora"}:
         store, retriever = load_retriever(config.retrieval, fingerprint(model))
-    return Studio(config, model, text, store, retriever)
+        for name in set(chosen) & {"faid", "faid+daid"}:
+            require_blenders(tuned[name], retriever)
+    return Studio(config, chosen, model, tuned, text, store, retriever)
 
 
 def reconstruct(model: Janus, images: UInt8[np.ndarray, "N h w 3"]) -> UInt8[np.ndarray, "N h w 3"]:

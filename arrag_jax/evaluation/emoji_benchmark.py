@@ -1,4 +1,4 @@
-"""The benchmark ``emoji_scenes``: bits a code and object score, plain and with retrieval, over three seeds."""
+"""The benchmark ``emoji_scenes``: bits a code and object score of every method, over three seeds."""
 
 import dataclasses
 import itertools
@@ -14,8 +14,8 @@ from arrag_jax.data.emoji_scenes import load_source
 from arrag_jax.data.scenes import FAMILIES, Scene, render, scene
 from arrag_jax.decode.policies import Daid, Plain
 from arrag_jax.evaluation import pictures
-from arrag_jax.evaluation.drawing import METHODS, Studio, reconstruct
-from arrag_jax.evaluation.likelihood import bits_per_code, score_scenes
+from arrag_jax.evaluation.drawing import Studio, reconstruct
+from arrag_jax.evaluation.likelihood import bits_per_code, look_up, score_scenes
 from arrag_jax.evaluation.object_score import object_score
 from arrag_jax.retrieval.load import load_retriever
 
@@ -44,18 +44,28 @@ def measure(studio: Studio, split: str, num_prompts: int, num_scenes: int) -> di
     }
 
 
-def likelihoods(studio: Studio, split: str, num_scenes: int) -> dict[str, dict[str, float]]:
-    """Bits a code of each method; each seed has scenes of its own. "gain" is plain − DAiD, seed by seed."""
+def likelihoods(studio: Studio, split: str, num_scenes: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Bits a code of each method, and how much lower than plain; each seed has scenes of its own."""
     source = load_source(studio.config.data.name, f"{split}[:{num_scenes}]", studio.config.data.data_dir)
-    bits = {method: [] for method in METHODS}
+    bits = {method: [] for method in studio.methods}
     for seed in range(SEEDS):
         # Thirds of consecutive scenes: families take turns, so every SEEDS-th scene would be two families alone.
         third = range(seed * len(source) // SEEDS, (seed + 1) * len(source) // SEEDS)
-        scored = score_scenes(studio, [source[i] for i in third], studio.retriever)
-        for method in METHODS:
-            bits[method].append(bits_per_code(scored, studio.policy(method)))
-    bits["gain"] = [plain - daid for plain, daid in zip(bits["plain"], bits["daid"], strict=True)]
-    return {method: _mean_and_std(values) for method, values in bits.items()}
+        found = look_up(studio.model, studio.text, [source[i] for i in third], studio.retriever)
+        scored = {}  # the policies of one model share its distributions
+        for method in studio.methods:
+            model, policy = studio.model_of(method), studio.policy(method)
+            key = id(model), policy.blends
+            if key not in scored:
+                scored[key] = score_scenes(model, found, policy.blends)
+            bits[method].append(bits_per_code(scored[key], policy))
+    return {
+        method: {
+            "bits": _mean_and_std(values),
+            "gain": _mean_and_std([plain - value for plain, value in zip(bits["plain"], values, strict=True)]),
+        }
+        for method, values in bits.items()
+    }
 
 
 def object_scores(studio: Studio, split: str, num_prompts: int) -> dict[str, dict[str, Any]]:
@@ -63,7 +73,7 @@ def object_scores(studio: Studio, split: str, num_prompts: int) -> dict[str, dic
     scenes = [scene(split, i) for i in range(num_prompts)]
     truth = np.stack([render(s) for s in scenes])
     scores = {"true": _summary([truth], scenes), "reconstruction": _summary([reconstruct(studio.model, truth)], scenes)}
-    for method in METHODS:
+    for method in studio.methods:
         drawn = []
         for seed in range(SEEDS):
             # Far apart, so that no picture of one seed is drawn with a key of another.
@@ -94,7 +104,9 @@ def report(results: dict[str, Any]) -> str:
     """The tables that ``eval`` prints, in Markdown."""
     bits, objects = results["bits_per_code"], results["object_score"]
     first = pictures.table(
-        ["bits a code", "mean", "spread"], [[name, row["mean"], row["std"]] for name, row in bits.items()], digits=4
+        ["bits a code", "mean", "spread", "below plain", "spread"],
+        [[name, *row["bits"].values(), *row["gain"].values()] for name, row in bits.items()],
+        digits=4,
     )
     columns = ["object score", "mean", "spread", *FAMILIES, "seen pairs", "held-out pairs"]
     rows = [
@@ -114,7 +126,8 @@ def sweep(studio: Studio, num_scenes: int, out: Path) -> str:
     config = dataclasses.replace(studio.config.retrieval, k=max(NEIGHBORS))
     _, retriever = load_retriever(config, studio.store.settings.fingerprint)
     source = load_source(studio.config.data.name, f"valid[:{num_scenes}]", studio.config.data.data_dir)
-    scored = score_scenes(studio, [source[i] for i in range(len(source))], retriever)
+    found = look_up(studio.model, studio.text, [source[i] for i in range(len(source))], retriever)
+    scored = score_scenes(studio.model, found)
     plain = bits_per_code(scored, Plain())
     records, rows = [], []
     for copies, k in tqdm(list(itertools.product(("nearest", "sum"), NEIGHBORS)), desc="sweep", unit="map"):
@@ -146,7 +159,7 @@ def scaling(studio: Studio, num_scenes: int) -> str:
     for size in sorted({total // 4**i for i in range(5)} - {0}):
         part = dataclasses.replace(config, num_images=size)
         store, retriever = load_retriever(part, studio.store.settings.fingerprint)
-        scored = score_scenes(studio, examples, retriever)
+        scored = score_scenes(studio.model, look_up(studio.model, studio.text, examples, retriever))
         plain, daid = bits_per_code(scored, Plain()), bits_per_code(scored, studio.policy("daid"))
         rows.append([size, store.num_patches, plain, daid, plain - daid])
     return pictures.table(["stored images", "patches", "plain", "DAiD", "gain in bits a code"], rows, digits=4)

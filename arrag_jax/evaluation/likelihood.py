@@ -7,14 +7,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
-from arrag_jax.evaluation.drawing import Studio
 from arrag_jax.interfaces import DecodePolicy, Retriever
+from arrag_jax.models.janus import Janus
+from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.ops.grid import context_cells
 from arrag_jax.ops.neighbors import Neighbors, empty_neighbors
+
+
+class Found(NamedTuple):
+    """B held-out scenes as codes, with their neighbours: looked up once for every model and policy.
+
+    Attributes:
+      prompt_ids, prompt_mask, codes: of the scenes.
+      neighbors: of every cell, B·T rows; empty where a cell has no context.
+    """
+
+    prompt_ids: Int[Array, "B L"]
+    prompt_mask: Bool[Array, "B L"]
+    codes: Int[Array, "B T"]
+    neighbors: Neighbors
 
 
 class Scored(NamedTuple):
@@ -25,35 +40,57 @@ class Scored(NamedTuple):
     neighbors: Neighbors
 
 
-def score_scenes(
-    studio: Studio, examples: Sequence[dict[str, Any]], retriever: Retriever | None, batch_size: int = 50
-) -> list[Scored]:
-    """Teacher-forced distributions and neighbours of held-out scenes, in batches, with a progress bar.
+def look_up(
+    model: Janus,
+    text: PromptTokenizer,
+    examples: Sequence[dict[str, Any]],
+    retriever: Retriever | None,
+    batch_size: int = 50,
+) -> list[Found]:
+    """Codes and neighbours of held-out scenes, in batches, with a progress bar.
 
     Args:
       examples: scenes with "image" uint8 [h, w, 3] and "caption" bytes.
       retriever: None leaves every neighbour list empty.
     """
-    graph, state = nnx.split(studio.model)
-    ids, mask = studio.text([example["caption"].decode() for example in examples])
+    graph, state = nnx.split(model.gen_vision_model)
+    ids, mask = text([example["caption"].decode() for example in examples])
     images = np.stack([example["image"] for example in examples])
-    scored = []
-    for start in tqdm(range(0, len(examples), batch_size), desc="scoring", unit="batch", dynamic_ncols=True):
+    found = []
+    for start in tqdm(range(0, len(examples), batch_size), desc="searching", unit="batch", dynamic_ncols=True):
         rows = slice(start, start + batch_size)
-        pixels = from_uint8(images[rows])
-        scored.append(_score(graph, state, pixels, jnp.asarray(ids[rows]), jnp.asarray(mask[rows]), retriever))
-    return scored
+        codes, neighbors = _look_up(graph, state, from_uint8(images[rows]), retriever)
+        found.append(Found(jnp.asarray(ids[rows]), jnp.asarray(mask[rows]), codes, neighbors))
+    return found
 
 
 @jax.jit(static_argnums=0)
-def _score(graph, state, pixels, ids, mask, retriever) -> Scored:
-    model = nnx.merge(graph, state)
-    codes = model.gen_vision_model.encode(pixels)[0].reshape(len(ids), -1)
-    log_p = jax.nn.log_softmax(model.teacher_forced(ids, mask, codes))
-    cells = jnp.asarray(context_cells(*model.grid))
+def _look_up(graph, state, pixels, retriever):
+    codes = nnx.merge(graph, state).encode(pixels)[0]
+    cells = jnp.asarray(context_cells(*codes.shape[1:]))
+    codes = codes.reshape(len(codes), -1)
     contexts = jnp.where(cells[None] >= 0, codes[:, jnp.maximum(cells, 0)], -1).reshape(-1, 4)
-    neighbors = retriever.search(contexts) if retriever else empty_neighbors(len(contexts), 1)
-    return Scored(codes.reshape(-1), log_p.reshape(-1, log_p.shape[-1]), neighbors)
+    return codes, retriever.search(contexts) if retriever else empty_neighbors(len(contexts), 1)
+
+
+def score_scenes(model: Janus, found: Sequence[Found], blend: bool = False) -> list[Scored]:
+    """Teacher-forced distributions of scenes that were looked up, with a progress bar.
+
+    Args:
+      blend: give the neighbours to FAiD's blenders, too.
+    """
+    graph, state = nnx.split(model)
+    bar = tqdm(found, desc="scoring", unit="batch", dynamic_ncols=True)
+    return [Scored(part.codes.reshape(-1), _score(graph, state, part, blend), part.neighbors) for part in bar]
+
+
+@jax.jit(static_argnums=(0, 3))
+def _score(graph, state, found, blend):
+    model, blended = nnx.merge(graph, state), None
+    if blend:
+        blended = found.neighbors.code[:, : model.blended_neighbors].reshape(*found.codes.shape, -1)
+    log_p = jax.nn.log_softmax(model.teacher_forced(found.prompt_ids, found.prompt_mask, found.codes, blended))
+    return log_p.reshape(-1, log_p.shape[-1])
 
 
 def bits_per_code(scored: Sequence[Scored], policy: DecodePolicy, k: int | None = None) -> float:

@@ -1,12 +1,15 @@
 """Checkpoints of a run: state and data position together in one step directory, written in the background.
 
 Orbax writes a step under a temporary name and renames it when whole, so a kill at any moment leaves
-either the whole step or none of it.
+either the whole step or none of it. Frozen weights are no part of a checkpoint: ``base.json`` names them.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,31 +17,55 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from jaxtyping import PyTree
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from arrag_jax.config import TrainConfig
 from arrag_jax.errors import UserError
 
 State = TypeVar("State")
-KEEP = 2  # the newest, and the one before it in case the newest is damaged
+KEEP = 2  # the newest, and the one before it in case the newest is damaged; the best one is kept besides
+TOLD = 8  # differences that a message names
 
 # Keys that may differ between a run and its continuation: they change when, where or how long, not what.
-FREE_KEYS = ("steps", "log_every", "eval_every", "checkpoint_every", "mesh", "data.data_dir", "data.eval_examples")
+# A run that has a checkpoint of its own no longer reads init_from.
+FREE_KEYS = (
+    "steps", "log_every", "eval_every", "checkpoint_every", "mesh", "init_from", "data.data_dir", "data.eval_examples",
+)  # fmt: skip
 
 
 class Checkpoints:
-    """The checkpoints under one run's workdir."""
+    """The checkpoints under one run's workdir: the newest ones, and the best of all that were judged."""
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: Path, selects: tuple[str, str]):
+        """``selects``: the held-out metric that says which is best, and whether "min" or "max" of it."""
         logging.set_verbosity(logging.ERROR)  # orbax logs a page a save
         self._directory = (workdir / "checkpoints").resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, cleanup_tmp_directories=True)
+        best = _best(selects)
+        by_metric = BestN(
+            get_metric_fn=best["best_fn"],
+            reverse=best["best_mode"] == "min",
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        policy = AnyPreservationPolicy([LatestN(KEEP), by_metric])
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True, **best)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
-    def save(self, step: int, state: Any, data: grain.DatasetIterator) -> None:
-        """Starts to save; the arrays are copied before this returns, the files are written after. Once a step."""
+    def save(
+        self, step: int, state: Any, data: grain.DatasetIterator, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Starts to save; the arrays are copied before this returns, the files are written after. Once a step.
+
+        ``metrics``: the held-out metrics of this state; None where it was not judged.
+        """
         if step not in self._manager.all_steps():
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data))
-            self._manager.save(step, args=args)
+            self._manager.save(step, args=args, metrics=metrics)
+
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint of those with metrics; None where there is none."""
+        return self._manager.best_step()
 
     def restore(self, state: State, data: grain.DatasetIterator) -> State | None:
         """The newest saved state, laid out as ``state`` is; moves ``data`` to its place. None: no checkpoint.
@@ -53,15 +80,8 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=grain.checkpoint.CheckpointRestore(data)
         )
-        try:
+        with _reading(self._directory / str(step), "delete that folder to continue from the one before it"):
             return self._manager.restore(step, args=args)["state"]
-        except Exception as error:  # orbax, tensorstore and json raise many kinds for one cause
-            reason = str(error).strip().splitlines()
-            raise UserError(
-                f"checkpoint {self._directory / str(step)} is damaged or belongs to another model "
-                f"({type(error).__name__}: {reason[0] if reason else ''}); "
-                "delete that folder to continue from the one before it"
-            ) from error
 
     def wait(self) -> None:
         """Returns when every save is whole on disk."""
@@ -74,29 +94,129 @@ class Checkpoints:
         self._manager.close()  # waits for the saves under way
 
 
-def claim_workdir(workdir: Path, config: TrainConfig) -> None:
-    """Writes ``config.json``, or checks that the run which is there has the same config.
+def read_params(workdir: Path, params: PyTree, selects: tuple[str, str]) -> tuple[int, PyTree]:
+    """Trained parameters of another run, which may still go on: those of its best checkpoint, else of its last.
+
+    Args:
+      workdir: of that run.
+      params: arrays of the shapes expected; the result is laid out as they are.
+      selects: as for ``Checkpoints``.
+
+    Returns:
+      The checkpoint's step, and the moving average of its parameters where it has one, else the parameters.
 
     Raises:
-      UserError: naming the keys that differ, where they change what is trained.
+      UserError: no run there, a damaged checkpoint, or parameters of other names or shapes.
     """
-    path = workdir / "config.json"
+    directory = (workdir / "checkpoints").resolve()
+    step = None
+    if directory.is_dir():
+        options = ocp.CheckpointManagerOptions(read_only=True, **_best(selects))
+        with contextlib.closing(ocp.CheckpointManager(directory, options=options)) as manager:
+            step = manager.latest_step() if manager.best_step() is None else manager.best_step()
+    if step is None:
+        raise UserError(f"init_from={workdir} holds no checkpoint; give the workdir of a run that has saved one")
+    path, reader = directory / str(step), ocp.PyTreeCheckpointer()
+    with _reading(path, "choose another init_from"):
+        saved = reader.metadata(path / "state").item_metadata.tree
+        name = "params" if saved["ema"] is None else "ema"
+        there, here = _shapes(saved[name]), _shapes(params)
+        if there != here:
+            changes = _differences(there, here)
+            raise UserError(f"init_from={workdir} holds parameters of another model: {changes}; choose another run")
+        item = {name: jax.tree.map(ocp.utils.to_shape_dtype_struct, params)}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+        return step, reader.restore(path / "state", args=args)[name]
+
+
+def claim_workdir(workdir: Path, config: TrainConfig, base: dict[str, str]) -> None:
+    """Writes ``config.json`` and ``base.json``, or checks that the run which is there has the same.
+
+    Args:
+      base: identity of what frozen weights come from, by name.
+
+    Raises:
+      UserError: naming what differs, where it changes what is trained; or a file that is damaged.
+    """
     new = json.loads(json.dumps(dataclasses.asdict(config), default=lambda value: value.to_dict()))
-    if path.exists():
-        old = _flat(json.loads(path.read_text()))
-        fresh = _flat(new)
-        differ = [key for key in sorted(old.keys() | fresh.keys()) if old.get(key) != fresh.get(key) and not _free(key)]
-        if differ:
-            changes = ", ".join(f"{key} ({old.get(key)!r} there, {fresh.get(key)!r} now)" for key in differ)
-            raise UserError(f"{workdir} holds a run of another config: {changes}; choose another --workdir")
+    old = _flat(_read_json(workdir / "config.json", new))
+    differ = _differences(
+        {key: value for key, value in old.items() if not _free(key)},
+        {key: value for key, value in _flat(new).items() if not _free(key)},
+    )
+    if differ:
+        raise UserError(f"{workdir} holds a run of another config: {differ}; choose another --workdir")
+    differ = _differences(_read_json(workdir / "base.json", base), base)
+    if differ:
+        raise UserError(
+            f"{workdir} holds a run on another base: {differ}; give back the one it began with "
+            "or choose another --workdir"
+        )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            json.dump(new, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _write_json(workdir / "base.json", base)
+        _write_json(workdir / "config.json", new)
+
+
+def _best(selects: tuple[str, str]) -> dict[str, Any]:
+    """Orbax's options for it. A checkpoint that lacks the metric, or has NaN there, is the worst of all."""
+    name, mode = selects
+    worst = math.inf if mode == "min" else -math.inf
+
+    def value_of(metrics: Mapping[str, float]) -> float:
+        value = metrics.get(f"eval/{name}", math.nan)
+        return worst if math.isnan(value) else value
+
+    return {"best_fn": value_of, "best_mode": mode}
+
+
+@contextlib.contextmanager
+def _reading(path: Path, mend: str) -> Iterator[None]:
+    """Whatever goes wrong while the checkpoint at ``path`` is read becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # orbax, tensorstore and json raise many kinds for one cause
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"checkpoint {path} is damaged or belongs to another model "
+            f"({type(error).__name__}: {reason[0] if reason else ''}); {mend}"
+        ) from error
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """Shape of each leaf by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """ "key (1 there, 2 now), …": the first keys whose values differ; "" where none does."""
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    told = [f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in keys[:TOLD]]
+    return ", ".join(told if len(keys) <= TOLD else [*told, "…"])
+
+
+def _read_json(path: Path, absent: dict[str, Any]) -> dict[str, Any]:
+    """The object in a file, or ``absent`` where there is no such file."""
+    try:
+        value = json.loads(path.read_text()) if path.exists() else absent
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it if this run is the one you mean") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (it holds no JSON object); delete it if this run is the one you mean")
+    return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def _free(key: str) -> bool:

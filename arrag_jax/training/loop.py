@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,8 @@ from arrag_jax.config import TrainConfig
 from arrag_jax.data.pipeline import make_loader
 from arrag_jax.errors import UserError
 from arrag_jax.mesh import check_batch_size, make_mesh, put_batch, put_everywhere, put_state, put_whole_batch
-from arrag_jax.training.checkpoint import Checkpoints, claim_workdir
+from arrag_jax.nn.variables import Frozen
+from arrag_jax.training.checkpoint import Checkpoints, claim_workdir, read_params
 from arrag_jax.training.metrics import Journal, training_minutes
 from arrag_jax.training.optimizer import make_optimizer, make_schedule
 
@@ -40,10 +42,22 @@ Scalars = dict[str, Float[Array, ""]]
 class Task(Protocol):
     """What is trained, on what, and how it is judged."""
 
-    trainable: type  # the nnx.Variable subclass that gets gradients and optimizer state; all else is frozen
+    trainable: type  # the nnx.Variable subclass that gets gradients and optimizer state
+    selects: tuple[str, str]  # the held-out metric by which the best checkpoint is kept, and its "min" or "max"
+    tokens: int  # that one training example costs, for the pace
 
     def init_model(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The model at step 0, from scratch or from a checkpoint; the same on every process."""
+        """The model at step 0, from scratch or from a checkpoint; the same on every process.
+
+        Its ``Frozen`` variables are kept out of the run's checkpoints: a resumed run takes them from here.
+        """
+        ...
+
+    def base(self) -> dict[str, str]:
+        """Identity (a hash) of what each set of frozen weights comes from, by name; {} where nothing is frozen.
+
+        A run whose base has changed is not continued.
+        """
         ...
 
     def train_source(self) -> Any:
@@ -58,7 +72,7 @@ class Task(Protocol):
         """Loss and metrics. May write non-trainable variables of the model: the step carries them on."""
         ...
 
-    def after_update(self, model: nnx.Module, batch: Batch, key: Array) -> None:
+    def after_update(self, model: nnx.Module, key: Array) -> None:
         """Edits the model after the optimizer, inside the jitted step (dead-code revival); may do nothing."""
         ...
 
@@ -79,11 +93,11 @@ class Task(Protocol):
 
 
 class TrainState(NamedTuple):
-    """All that a step changes; pure dicts of arrays, keyed by the path in the model."""
+    """All that a step may change; pure dicts of arrays, keyed by the path in the model."""
 
     step: Int[Array, ""]  # steps done
-    params: PyTree  # the trainable variables
-    rest: PyTree  # every other variable
+    params: PyTree  # the trainable variables, float32
+    rest: PyTree  # every other variable that is not Frozen
     optimizer: PyTree
     ema: PyTree  # moving average of params; None where ema_decay is 0
 
@@ -91,51 +105,53 @@ class TrainState(NamedTuple):
 def train(config: TrainConfig, task: Task, workdir: Path) -> None:
     """Trains the task to ``config.steps``, from the newest checkpoint in ``workdir`` where there is one.
 
-    Leaves in ``workdir``: config.json, checkpoints/, metrics.jsonl, tensorboard/, pictures/ and, at the
+    Leaves in ``workdir``: config.json, base.json, checkpoints/, metrics.jsonl, tensorboard/, pictures/ and, at the
     end, export/. SIGTERM finishes the step, saves and exits with code 0; SIGINT does the same and raises
     KeyboardInterrupt. Either sent twice acts at once.
 
     Raises:
-      UserError: for a workdir of another run, a damaged checkpoint, a mesh that does not fit, or a loss
-        that is no longer finite.
+      UserError: for a workdir of another run, a damaged checkpoint, a mesh that does not fit, an
+        ``init_from`` of another model, or a loss that is no longer finite.
     """
     mesh = make_mesh(config.mesh)
-    check_batch_size(config.batch_size, mesh)
-    claim_workdir(workdir, config)
-    with Checkpoints(workdir) as checkpoints, StopSignal() as stop:
+    check_batch_size(config.batch_size, mesh, config.accumulate)
+    claim_workdir(workdir, config, task.base())
+    with Checkpoints(workdir, task.selects) as checkpoints, StopSignal() as stop:
         optimizer = make_optimizer(config.optimizer, config.steps)
-        graph, state = init_state(task, optimizer, config, mesh)
+        graph, frozen, state = init_state(task, optimizer, config, mesh)
         data = make_loader(task.train_source(), config.batch_size, config.seed)
-        state = checkpoints.restore(state, data) or state
+        state = resume_or_start(state, data, checkpoints, task, config)
         done = int(state.step)
         if done > config.steps:
             raise UserError(f"{workdir} is at step {done} already, past steps={config.steps}: choose another --workdir")
         train_step = make_train_step(task, graph, optimizer, config)
-        evaluate = make_evaluation(task, graph, config, mesh)
+        evaluate = make_evaluation(task, graph, frozen, config, mesh)
 
-        with Journal(config, workdir, done) as journal:
+        with Journal(config, task.tokens, workdir, done) as journal:
             for step in range(done + 1, config.steps + 1):
-                state, metrics = train_step(state, put_batch(next(data), mesh))
-                journal.step_done(step, metrics)
-                stopping, last = stop.requested(step), step == config.steps
+                batch = next(data)
+                state, metrics = train_step(state, frozen, put_batch(batch, mesh, config.accumulate))
+                journal.step_done(step, metrics, batch["example"])
+                stopping, last, held_out = stop.requested(step), step == config.steps, None
                 if step % config.eval_every == 0 or last:
                     journal.flush()
-                    journal.evaluated(step, *evaluate(state))
-                if step % config.checkpoint_every == 0 or last or stopping:
+                    held_out, pictures = evaluate(state)
+                    journal.evaluated(step, held_out, pictures)
+                if step % config.checkpoint_every == 0 or held_out is not None or stopping:
                     journal.flush()  # so that a state whose loss is not finite is never saved
-                    checkpoints.save(step, state, data)
+                    checkpoints.save(step, state, data, held_out)
                 if stopping and not last:
                     checkpoints.wait()
                     stop.leave(step)
-    export(task, whole_model(graph, state, mesh), workdir, config)
+    export(task, whole_model(graph, best_params(state), frozen, state.rest, mesh), workdir, config)
 
 
 def init_state(
     task: Task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
-) -> tuple[nnx.GraphDef, TrainState]:
-    """The model's static graph and the state at step 0, laid out over the mesh."""
-    model = task.init_model(nnx.Rngs(config.seed))
-    graph, params, rest = _split(model, task.trainable)
+) -> tuple[nnx.GraphDef, PyTree, TrainState]:
+    """The model's static graph, its frozen variables and the state at step 0, laid out over the mesh."""
+    graph, params, frozen, rest = _split(task.init_model(nnx.Rngs(config.seed)), task.trainable)
+    params = _cast(params, "float32")
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -143,58 +159,98 @@ def init_state(
         optimizer=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None,
     )
-    return graph, put_state(state, mesh)
+    return graph, put_state(frozen, mesh), put_state(state, mesh)
+
+
+def resume_or_start(
+    state: TrainState, data: grain.DatasetIterator, checkpoints: Checkpoints, task: Task, config: TrainConfig
+) -> TrainState:
+    """The run's own newest checkpoint, else a start from ``init_from``, else from scratch; says which on stderr."""
+    resumed = checkpoints.restore(state, data)
+    if resumed is not None:
+        state, origin = resumed, f"continuing at step {int(resumed.step)}"
+    elif config.init_from:
+        step, params = read_params(Path(config.init_from), state.params, task.selects)
+        ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
+        state, origin = state._replace(params=params, ema=ema), f"starting from step {step} of {config.init_from}"
+    else:
+        origin = "starting from scratch"
+    if jax.process_index() == 0:
+        print(origin, file=sys.stderr)
+    return state
 
 
 def make_train_step(
     task: Task, graph: nnx.GraphDef, optimizer: optax.GradientTransformation, config: TrainConfig
-) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
-    """The jitted step. Its input state is donated."""
+) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, Scalars]]:
+    """The jitted step of a state, the frozen variables and a batch of microbatches. The state is donated."""
     schedule = make_schedule(config.optimizer, config.steps)
 
-    def loss_of(params: PyTree, rest: PyTree, batch: Batch, key: Array):
-        model = nnx.merge(graph, params, rest)
+    def loss_of(params: PyTree, frozen: PyTree, rest: PyTree, batch: Batch, key: Array):
+        model = nnx.merge(graph, _cast(params, config.compute_dtype), frozen, rest)
         loss, metrics = task.loss(model, batch, key)
-        return loss, (metrics, _split(model, task.trainable)[2])
+        return loss, ({"loss": loss, **metrics}, _split(model, task.trainable)[3])
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
+    def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Scalars]:
         loss_key, update_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
-        gradient = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (metrics, rest)), grads = gradient(state.params, state.rest, batch, loss_key)
+        grads, metrics, rest = mean_gradient(loss_of, state.params, frozen, state.rest, batch, loss_key)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        model = nnx.merge(graph, optax.apply_updates(state.params, updates), rest)
-        task.after_update(model, batch, update_key)
-        _, params, rest = _split(model, task.trainable)
+        model = nnx.merge(graph, optax.apply_updates(state.params, updates), frozen, rest)
+        task.after_update(model, update_key)
+        _, params, _, rest = _split(model, task.trainable)
         ema = optax.incremental_update(params, state.ema, 1 - config.ema_decay) if config.ema_decay else None
-        metrics = {
-            "loss": loss,
-            **metrics,
-            "learning_rate": schedule(state.step),
-            "grad_norm": optax.global_norm(grads),
-        }
+        metrics |= {"learning_rate": schedule(state.step), "grad_norm": optax.global_norm(grads)}
         return TrainState(state.step + 1, params, rest, optimizer_state, ema), metrics
 
     return train_step
 
 
+def mean_gradient(
+    loss_of: Callable, params: PyTree, frozen: PyTree, rest: PyTree, batch: Batch, key: Array
+) -> tuple[PyTree, Scalars, PyTree]:
+    """Gradient and metrics, each the mean over microbatches, and ``rest`` as the last of them leaves it.
+
+    Args:
+      loss_of: of (params, frozen, rest, microbatch, key), giving loss and (metrics, rest).
+      batch: arrays whose first axis counts the microbatches, which are worked off one after the other.
+    """
+    gradient = jax.grad(loss_of, has_aux=True)
+    parts = len(next(iter(batch.values())))
+    if parts == 1:
+        grads, (metrics, rest) = gradient(params, frozen, rest, jax.tree.map(lambda rows: rows[0], batch), key)
+        return grads, metrics, rest
+
+    def work_off(carry: tuple[PyTree, PyTree], part: tuple[Batch, Array]):
+        rest, total = carry
+        grads, (metrics, rest) = gradient(params, frozen, rest, *part)
+        return (rest, jax.tree.map(jnp.add, total, grads)), metrics
+
+    start = rest, jax.tree.map(jnp.zeros_like, params)
+    (rest, total), metrics = jax.lax.scan(work_off, start, (batch, jax.random.split(key, parts)))
+    return jax.tree.map(lambda grad: grad / parts, total), jax.tree.map(jnp.mean, metrics), rest
+
+
 def make_evaluation(
-    task: Task, graph: nnx.GraphDef, config: TrainConfig, mesh: Mesh
+    task: Task, graph: nnx.GraphDef, frozen: PyTree, config: TrainConfig, mesh: Mesh
 ) -> Callable[[TrainState], tuple[dict[str, float], dict[str, np.ndarray]]]:
     """A function from a state to its held-out metrics ("eval/name") and its pictures."""
     batches = list(task.eval_batches(config.batch_size))
-    metrics_of = jax.jit(lambda params, rest, batch: task.eval_metrics(nnx.merge(graph, params, rest), batch))
+
+    @jax.jit
+    def metrics_of(params: PyTree, frozen: PyTree, rest: PyTree, batch: Batch) -> Scalars:
+        return task.eval_metrics(nnx.merge(graph, params, frozen, rest), batch)
 
     def evaluate(state: TrainState) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        params = best_params(state)
+        params = _cast(best_params(state), config.compute_dtype)
         totals, examples = {}, 0
         for batch in batches:
             rows = len(next(iter(batch.values())))
-            metrics = metrics_of(params, state.rest, put_whole_batch(batch, mesh))
+            metrics = metrics_of(params, frozen, state.rest, put_whole_batch(batch, mesh))
             totals = {name: totals.get(name, 0.0) + rows * float(value) for name, value in metrics.items()}
             examples += rows
         means = {f"eval/{name}": total / examples for name, total in totals.items()}
-        return means, task.pictures(whole_model(graph, state, mesh))
+        return means, task.pictures(whole_model(graph, params, frozen, state.rest, mesh))
 
     return evaluate
 
@@ -222,15 +278,21 @@ def best_params(state: TrainState) -> PyTree:
     return state.params if state.ema is None else state.ema
 
 
-def whole_model(graph: nnx.GraphDef, state: TrainState, mesh: Mesh) -> nnx.Module:
-    """The model with its best parameters, whole on one device of each process: any code may use it there."""
-    everywhere = put_everywhere((best_params(state), state.rest), mesh)
+def whole_model(graph: nnx.GraphDef, params: PyTree, frozen: PyTree, rest: PyTree, mesh: Mesh) -> nnx.Module:
+    """The model whole on one device of each process: any code may use it there."""
+    everywhere = put_everywhere((params, frozen, rest), mesh)
     return nnx.merge(graph, *jax.tree.map(lambda leaf: leaf.addressable_data(0), everywhere))
 
 
-def _split(model: nnx.Module, trainable: type) -> tuple[nnx.GraphDef, PyTree, PyTree]:
-    graph, params, rest = nnx.split(model, trainable, ...)
-    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+def _split(model: nnx.Module, trainable: type) -> tuple[nnx.GraphDef, PyTree, PyTree, PyTree]:
+    """Graph, trainable, frozen and all other variables; the latter as pure dicts."""
+    graph, *states = nnx.split(model, trainable, Frozen, ...)
+    return graph, *map(nnx.to_pure_dict, states)
+
+
+def _cast(params: PyTree, dtype: str) -> PyTree:
+    """Floating arrays in another precision."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
 
 
 class StopSignal:

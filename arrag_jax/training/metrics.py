@@ -3,18 +3,23 @@
 import json
 import math
 import os
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import Int
 from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from arrag_jax.config import TrainConfig
 from arrag_jax.errors import UserError
+
+SHOWN_EXAMPLES = 8  # of a batch whose loss is not finite
 
 
 class Journal:
@@ -24,10 +29,11 @@ class Journal:
     process 0 writes and shows anything; every process stops at a loss that is not finite.
     """
 
-    def __init__(self, config: TrainConfig, workdir: Path, done: int):
-        """Opens the journal of a run that has ``done`` steps behind it."""
+    def __init__(self, config: TrainConfig, tokens: int, workdir: Path, done: int):
+        """Opens the journal of a run that has ``done`` steps behind it; an example is ``tokens`` tokens."""
         self._log_every, self._steps = config.log_every, config.steps
-        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._step_tokens = tokens * config.batch_size
+        self._pending: tuple[int, Mapping[str, jax.Array], Int[np.ndarray, " B"]] | None = None
         self._window: list[dict[str, float]] = []
         self._seconds, self._mark = 0.0, time.monotonic()  # the window's time so far, up to when
         leads = jax.process_index() == 0
@@ -42,10 +48,13 @@ class Journal:
         if self._writer:
             self._writer.close()
 
-    def step_done(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes note of a step just dispatched, and writes down the one before it."""
+    def step_done(self, step: int, metrics: Mapping[str, jax.Array], examples: Int[np.ndarray, " B"]) -> None:
+        """Takes note of a step just dispatched, and writes down the one before it.
+
+        ``examples`` are the numbers of this process's examples in the source.
+        """
         self.flush()
-        self._pending = step, metrics
+        self._pending = step, metrics, examples
 
     def flush(self) -> None:
         """Waits for the last step and writes it down.
@@ -55,15 +64,15 @@ class Journal:
         """
         if self._pending is None:
             return
-        step, metrics = self._pending
+        step, metrics, examples = self._pending
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         self._pending = None
         now = time.monotonic()
         self._seconds, self._mark = self._seconds + now - self._mark, now
         if not math.isfinite(values["loss"]):
             raise UserError(
-                f"the loss is {values['loss']} at step {step}; the last checkpoint is from before it: "
-                "lower optimizer.learning_rate or optimizer.clip_norm"
+                f"the loss is {values['loss']} at step {step} ({_named(examples)}); the last checkpoint is from "
+                "before it: lower optimizer.learning_rate or optimizer.clip_norm"
             )
         self._window.append(values)
         self._bar.update(1)
@@ -80,8 +89,14 @@ class Journal:
 
     def _write_window(self, step: int) -> None:
         means = {name: float(np.mean([values[name] for values in self._window])) for name in self._window[-1]}
+        pace = len(self._window) / self._seconds
+        means |= {
+            "steps_per_second": pace,
+            "tokens_per_second": pace * self._step_tokens,
+            "memory_gib": peak_memory_gib(),
+        }
         if self._writer:
-            self._writer.scalars(step, {**means, "steps_per_second": len(self._window) / self._seconds})
+            self._writer.scalars(step, means)
         self._window, self._seconds = [], 0.0
 
 
@@ -115,6 +130,16 @@ class MetricWriter:
         self._tensorboard.close()
 
 
+def peak_memory_gib() -> float:
+    """Most memory in use at once so far: of the fullest local device where jax tells, else of this process."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [of_device["peak_bytes_in_use"] for of_device in stats if "peak_bytes_in_use" in of_device]
+    if peaks:
+        return max(peaks) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # getrusage counts bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 def training_minutes(workdir: Path) -> float:
     """Time spent in training steps, restarts included and evaluations left out, by the lines of ``metrics.jsonl``."""
     seconds, before = 0.0, 0
@@ -124,6 +149,12 @@ def training_minutes(workdir: Path) -> float:
             seconds += (values["step"] - before) / values["steps_per_second"]
             before = values["step"]
     return seconds / 60
+
+
+def _named(examples: Int[np.ndarray, " B"]) -> str:
+    """ "examples 3, 77, …": the first of them by number."""
+    shown = ", ".join(str(number) for number in examples[:SHOWN_EXAMPLES])
+    return f"examples {shown}{', …' if len(examples) > SHOWN_EXAMPLES else ''}"
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

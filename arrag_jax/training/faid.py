@@ -1,0 +1,204 @@
+"""FAiD's fine-tuning: adapters learn, on images with their neighbours looked up ahead, beside a frozen base.
+
+With ``blend`` off the same LoRA and head are trained without retrieval: the control that says what blending is worth.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from arrag_jax.config import DaidConfig, RetrievalConfig, SamplingConfig, TrainConfig
+from arrag_jax.decode.loop import sample
+from arrag_jax.decode.policies import Daid, Faid, Plain
+from arrag_jax.errors import UserError
+from arrag_jax.evaluation import pictures
+from arrag_jax.interfaces import DecodePolicy, Retriever
+from arrag_jax.models.checkpoint import fingerprint, load_model, read_config, save_model
+from arrag_jax.models.janus import Janus
+from arrag_jax.models.text import PromptTokenizer
+from arrag_jax.models.weights import tensor_files
+from arrag_jax.nn.faid import FaidConfig
+from arrag_jax.nn.lora import LoraConfig
+from arrag_jax.nn.variables import Adapter, freeze, retype
+from arrag_jax.nn.vq import to_uint8
+from arrag_jax.retrieval.files import sha256_of
+from arrag_jax.retrieval.load import load_retriever
+from arrag_jax.retrieval.neighbor_set import NeighborSet
+from arrag_jax.training.loop import Batch, Scalars
+from arrag_jax.training.shared import BITS, write_manifest
+
+PICTURES = 8  # prompts of a sample grid
+
+
+@dataclasses.dataclass(frozen=True)
+class FaidOptions:
+    """Settings of the fine-tuning.
+
+    Attributes:
+      base: checkpoint folder of the model whose weights are frozen.
+      neighbors: folder that ``build_neighbors`` made, with its sets "train" and "valid".
+      retrieval: the search that sample grids are drawn with.
+      blend: False trains LoRA and head alone, without retrieval.
+      faid: where blenders sit; K must not exceed that of the neighbour sets.
+      start_silent: blenders start by adding nothing, where the official ones start as a disturbance.
+      caption_dropout: share of prompts replaced by the unconditional one, for guidance; blenders are silent there.
+      prompt_length: tokens; a longer caption is an error.
+      daid, sampling: of sample grids.
+    """
+
+    base: str
+    neighbors: str
+    retrieval: RetrievalConfig
+    blend: bool = True
+    faid: FaidConfig = FaidConfig()
+    lora: LoraConfig = LoraConfig()
+    start_silent: bool = False
+    caption_dropout: float = 0.1
+    prompt_length: int = 64
+    daid: DaidConfig = DaidConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    def __post_init__(self):
+        if not 0 <= self.caption_dropout < 1:
+            raise UserError(f"caption_dropout={self.caption_dropout} is outside [0, 1)")
+
+
+class FaidTask:
+    """Next-code prediction by LoRA (q, v), blenders with their norms, and the head; all else is frozen."""
+
+    trainable = Adapter
+    selects = ("bits_per_code", "min")
+
+    def __init__(self, config: TrainConfig, options: FaidOptions):
+        self.config, self.options = config, options
+        self.tokens = math.prod(read_config(Path(options.base)).grid)
+        self.text = PromptTokenizer.load(options.base)
+        self.sets = {name: NeighborSet.open(Path(options.neighbors) / name) for name in ("train", "valid")}
+        self.daid = Daid.checked(**dataclasses.asdict(options.daid))
+        if options.blend:
+            for neighbors in self.sets.values():
+                if neighbors.k < options.faid.neighbors:
+                    raise UserError(
+                        f"config.options.faid.neighbors={options.faid.neighbors}, but {neighbors.directory} holds "
+                        f"{neighbors.k} a cell; build it with a larger k"
+                    )
+        self._retriever: Retriever | None = None
+        self._unchanging: list[np.ndarray] = []  # the columns of a sample grid that training does not touch
+
+    def init_model(self, rngs: nnx.Rngs) -> Janus:
+        """The base, frozen but for its head, with fresh blenders and LoRA."""
+        options, faid = self.options, self.options.faid
+        model = load_model(options.base, self.config.compute_dtype)
+        for neighbors in self.sets.values():
+            neighbors.require_tokenizer(fingerprint(model))
+        language = model.language_model
+        if options.blend and model.config.faid is None:
+            model.config = dataclasses.replace(model.config, faid=faid)
+            language.add_blenders(faid, rngs, options.start_silent)
+        elif options.blend and model.config.faid != faid:
+            raise UserError(f"{options.base} has blenders already, {model.config.faid}, which are not config's {faid}")
+        retype(model.gen_head, Adapter)
+        for layer in language.layers:
+            layer.attention.add_lora(options.lora, rngs)
+            parts = [layer.attention.q_lora, layer.attention.v_lora, layer.blender if options.blend else None]
+            for part in filter(None, parts):
+                retype(part, Adapter)
+        freeze(model)
+        return model
+
+    def base(self) -> dict[str, str]:
+        """The base's weights and both neighbour sets."""
+        files = sorted(set(tensor_files(Path(self.options.base)).values()))
+        weights = {f"base/{path.name}": sha256_of(path) for path in files}
+        return weights | {f"neighbors/{name}": found.fingerprint for name, found in self.sets.items()}
+
+    def _example(self, example: dict[str, Any], order: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        ids, mask = self.text([example["caption"]], self.options.prompt_length)
+        neighbors = example["neighbors"] if order is None else example["neighbors"][:, order]
+        neighbors = neighbors[:, : self.options.faid.neighbors]
+        return {"prompt_ids": ids[0], "prompt_mask": mask[0], "codes": example["codes"], "neighbors": neighbors}
+
+    def train_source(self) -> grain.MapDataset:
+        """Codes with prompts and neighbours; K of those stored, others in another order every epoch."""
+        stored = self.sets["train"]
+        source = grain.MapDataset.source(stored).seed(self.config.seed)
+        return source.random_map(lambda example, rng: self._example(example, rng.permutation(stored.k)))
+
+    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+        """The first ``data.eval_examples`` of the validation set, each with its nearest neighbours."""
+        stored = self.sets["valid"]
+        count = min(len(stored), self.config.data.eval_examples)
+        for start in range(0, count, batch_size):
+            rows = [self._example(stored[i]) for i in range(start, min(start + batch_size, count))]
+            yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def loss(self, model: Janus, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
+        """Mean cross-entropy of the codes, in nats; some prompts are dropped for guidance."""
+        caption_key, dropout_key = jax.random.split(key)
+        ids, mask = batch["prompt_ids"], batch["prompt_mask"]
+        kept = ~jax.random.bernoulli(caption_key, self.options.caption_dropout, (len(ids),))
+        ids = jnp.where(kept[:, None], ids, model.unconditional(ids, mask))
+        loss, gates = self._cross_entropy(model, batch | {"prompt_ids": ids}, kept, nnx.Rngs(dropout_key))
+        metrics = {"bits_per_code": loss * BITS}
+        return loss, metrics | {f"gate_{i}": gate for i, gate in enumerate(gates)}
+
+    def _cross_entropy(
+        self, model: Janus, batch: Batch, kept: Bool[Array, " B"] | None = None, rngs: nnx.Rngs | None = None
+    ) -> tuple[Float[Array, ""], Float[Array, " blenders"]]:
+        neighbors = batch["neighbors"] if self.options.blend else None
+        logits, gates = model.forward(batch["prompt_ids"], batch["prompt_mask"], batch["codes"], neighbors, kept, rngs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["codes"]).mean(), gates
+
+    def after_update(self, model: Janus, key: Array) -> None:
+        """Nothing to mend."""
+
+    def eval_metrics(self, model: Janus, batch: Batch) -> Scalars:
+        """Held-out bits a code, prompts given."""
+        return {"bits_per_code": self._cross_entropy(model, batch)[0] * BITS}
+
+    def pictures(self, model: Janus) -> dict[str, np.ndarray]:
+        """The same prompts and seeds every time: the base plain and with DAiD, the tuned model before and now."""
+        policy, name = (Faid(), "FAiD") if self.options.blend else (Plain(), "LoRA")
+        if not self._unchanging:
+            start = self.init_model(
+                nnx.Rngs(self.config.seed)
+            )  # LoRA starts as nothing: without blending it is the base
+            self._retriever = load_retriever(self.options.retrieval, fingerprint(start))[1]
+            self._unchanging = [self._draw(start, policy) for policy in (Plain(), self.daid, policy)]
+        columns = [*self._unchanging, self._draw(model, policy)]
+        titles = ["plain", "DAiD", f"{name} before", f"{name} now"]
+        rows = [(self.sets["valid"][i]["caption"], [column[i] for column in columns]) for i in range(len(columns[0]))]
+        return {"samples": pictures.labelled_grid(rows, titles)}
+
+    def _draw(self, model: Janus, policy: DecodePolicy) -> np.ndarray:
+        stored = self.sets["valid"]
+        captions = [stored[i]["caption"] for i in range(min(PICTURES, len(stored)))]
+        ids, mask = self.text(captions, self.options.prompt_length)
+        drawn = sample(
+            model, ids, policy, self._retriever, seed=self.config.seed, prompt_mask=mask,
+            **dataclasses.asdict(self.options.sampling),
+        )  # fmt: skip
+        return np.asarray(to_uint8(model.decode_codes(drawn.codes, *model.grid)))
+
+    def export(self, model: Janus, directory: Path, run: dict[str, Any]) -> None:
+        """The tuned model in the published layout, LoRA merged, bfloat16, with the held-out figure of just that."""
+        for layer in model.language_model.layers:
+            layer.attention.merge_lora()
+        save_model(model, directory, "bfloat16")
+        self.text.save(directory)
+        model, bits, rows = load_model(directory), 0.0, 0
+        for batch in self.eval_batches(self.config.batch_size):
+            batch = jax.tree.map(jnp.asarray, batch)
+            bits += float(self.eval_metrics(model, batch)["bits_per_code"]) * len(batch["codes"])
+            rows += len(batch["codes"])
+        write_manifest(directory, model, run, valid_bits_per_code=bits / rows)

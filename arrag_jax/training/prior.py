@@ -1,0 +1,129 @@
+"""Training the prior: the language model over the tokenizer's codes."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from arrag_jax.config import TrainConfig
+from arrag_jax.data.emoji_scenes import load_source
+from arrag_jax.data.scenes import words
+from arrag_jax.decode.loop import sample
+from arrag_jax.errors import UserError
+from arrag_jax.evaluation import pictures
+from arrag_jax.models.checkpoint import fingerprint, load_model, save_model
+from arrag_jax.models.janus import VISION, Janus
+from arrag_jax.models.presets import PRESETS
+from arrag_jax.models.text import PromptTokenizer
+from arrag_jax.nn.variables import freeze
+from arrag_jax.nn.vq import from_uint8, to_uint8
+from arrag_jax.training.loop import Batch, Scalars
+from arrag_jax.training.shared import BITS, check_preset, held_out, tokenizer_figures, write_manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorOptions:
+    """Settings of the prior."""
+
+    preset: str  # a key of models.presets.PRESETS
+    tokenizer: str  # export folder of a tokenizer run
+    caption_dropout: float = 0.1  # share of prompts replaced by the unconditional one, for guidance
+    prompt_length: int = 16  # tokens; a longer caption is an error
+    cfg_scale: float = 2.0  # of the pictures drawn while training
+
+    def __post_init__(self):
+        check_preset(self.preset)
+
+
+class PriorTask:
+    """Next-code prediction. Images are encoded inside the step, by the frozen tokenizer."""
+
+    trainable = nnx.Param
+    selects = ("bits_per_code", "min")
+
+    def __init__(self, config: TrainConfig, options: PriorOptions):
+        self.config, self.options = config, options
+        self.tokens = math.prod(PRESETS[options.preset].grid)
+        self.text = PromptTokenizer.of_words(words())
+
+    def init_model(self, rngs: nnx.Rngs) -> Janus:
+        """A fresh language model around the given tokenizer, whose codebook its code embedding starts from."""
+        preset = PRESETS[self.options.preset]
+        tokenizer = load_model(self.options.tokenizer, parts=VISION)
+        if tokenizer.config.vision != preset.vision:
+            raise UserError(
+                f"config.options.tokenizer={self.options.tokenizer} is of another shape than preset "
+                f"{self.options.preset}: {tokenizer.config.vision} against {preset.vision}"
+            )
+        language = dataclasses.replace(preset.language, vocab_size=self.text.vocab_size)
+        model = Janus(dataclasses.replace(preset, language=language, pad_id=self.text.pad_id), rngs)
+        model.gen_vision_model = tokenizer.gen_vision_model
+        freeze(model.gen_vision_model)
+        model.gen_embed.embedding[...] = tokenizer.codebook
+        return model
+
+    def base(self) -> dict[str, str]:
+        """The frozen tokenizer."""
+        return {"tokenizer": fingerprint(load_model(self.options.tokenizer, parts=VISION))}
+
+    def _example(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
+        ids, mask = self.text([example["caption"].decode()], self.options.prompt_length)
+        return {"image": example["image"], "prompt_ids": ids[0], "prompt_mask": mask[0]}
+
+    def train_source(self) -> grain.MapDataset:
+        """Images with their prompts."""
+        data = self.config.data
+        return grain.MapDataset.source(load_source(data.name, data.train_split, data.data_dir)).map(self._example)
+
+    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+        """The first ``eval_examples`` of the held-out split."""
+        return held_out(self.config, batch_size, self._example)
+
+    def loss(self, model: Janus, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
+        """Mean cross-entropy of the codes, in nats; some prompts are dropped for guidance."""
+        ids = batch["prompt_ids"]
+        dropped = jax.random.bernoulli(key, self.options.caption_dropout, (len(ids),))
+        empty = model.unconditional(ids, batch["prompt_mask"])
+        loss = self._cross_entropy(model, batch, jnp.where(dropped[:, None], empty, ids))
+        return loss, {"bits_per_code": loss * BITS}
+
+    def _cross_entropy(self, model: Janus, batch: Batch, ids: Array) -> Float[Array, ""]:
+        codes = model.gen_vision_model.encode(from_uint8(batch["image"]))[0].reshape(len(ids), -1)
+        logits = model.teacher_forced(ids, batch["prompt_mask"], jax.lax.stop_gradient(codes))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
+
+    def after_update(self, model: Janus, key: Array) -> None:
+        """Nothing to mend."""
+
+    def eval_metrics(self, model: Janus, batch: Batch) -> Scalars:
+        """Held-out bits a code, prompts given."""
+        return {"bits_per_code": self._cross_entropy(model, batch, batch["prompt_ids"]) * BITS}
+
+    def pictures(self, model: Janus) -> dict[str, np.ndarray]:
+        """Twelve held-out prompts, drawn with the same seeds every time."""
+        batch = next(self.eval_batches(12))
+        drawn = sample(
+            model, batch["prompt_ids"], prompt_mask=batch["prompt_mask"],
+            cfg_scale=self.options.cfg_scale, seed=self.config.seed,
+        )  # fmt: skip
+        images = to_uint8(model.decode_codes(drawn.codes, *model.grid))
+        return {"samples": pictures.grid(np.concatenate([batch["image"], images]), columns=12, scale=2)}
+
+    def export(self, model: Janus, directory: Path, run: dict[str, Any]) -> None:
+        """The whole Janus as a model folder, language model in bfloat16, with the held-out figures of just that."""
+        save_model(model, directory, "bfloat16")
+        model = load_model(directory)
+        self.text.save(directory)
+        batches = [jax.tree.map(jnp.asarray, b) for b in self.eval_batches(self.config.batch_size)]
+        bits = [(float(self.eval_metrics(model, b)["bits_per_code"]), len(b["image"])) for b in batches]
+        mean = sum(value * rows for value, rows in bits) / sum(rows for _, rows in bits)
+        write_manifest(directory, model, run, valid_bits_per_code=mean, **tokenizer_figures(model, batches))

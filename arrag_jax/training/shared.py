@@ -1,0 +1,68 @@
+"""What the tasks have in common: presets, held-out batches, figures of a tokenizer, the manifest of an export."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from arrag_jax.config import TrainConfig
+from arrag_jax.data.emoji_scenes import load_source
+from arrag_jax.errors import UserError
+from arrag_jax.models.checkpoint import fingerprint
+from arrag_jax.models.janus import Janus
+from arrag_jax.models.presets import PRESETS
+from arrag_jax.nn.vq import from_uint8
+from arrag_jax.training.loop import Batch
+
+BITS = 1 / math.log(2)  # in a nat
+
+
+def check_preset(name: str) -> None:
+    """Raises UserError unless a model's shape goes by this name."""
+    if name not in PRESETS:
+        raise UserError(f"preset={name!r} is unknown; choose one of {', '.join(PRESETS)}")
+
+
+def held_out(config: TrainConfig, batch_size: int, example) -> Iterator[Batch]:
+    """Batches of the first ``eval_examples`` examples of the held-out split."""
+    data = config.data
+    source = load_source(data.name, f"{data.eval_split}[:{data.eval_examples}]", data.data_dir)
+    for start in range(0, len(source), batch_size):
+        rows = [example(source[i]) for i in range(start, min(start + batch_size, len(source)))]
+        yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def psnr(model: Janus, images: Float[Array, "B h w 3"], codes: Int[Array, "B H W"]) -> Float[Array, ""]:
+    """Mean peak signal-to-noise ratio, in dB, of pictures decoded from codes."""
+    decoded = jnp.clip(model.gen_vision_model.decode_codes(codes), -1, 1)
+    error = jnp.mean((decoded - images) ** 2, axis=(1, 2, 3))
+    return jnp.mean(10 * jnp.log10(4.0 / jnp.maximum(error, 1e-10)))
+
+
+def tokenizer_figures(model: Janus, batches: Iterable[Batch]) -> dict[str, float]:
+    """PSNR in dB, and the share of codes that occur, over batches of held-out images."""
+    used, total, count = np.zeros(model.codebook_size, bool), 0.0, 0
+    for batch in batches:
+        images = from_uint8(batch["image"])
+        codes, latents = model.encode_images(images)
+        used[np.unique(codes)] = True
+        total += float(psnr(model, images, codes.reshape(latents.shape[:3]))) * len(images)
+        count += len(images)
+    return {"psnr_db": total / count, "codes_used": float(used.mean())}
+
+
+def write_manifest(directory: Path, model: Janus, run: dict[str, Any], **figures: float) -> None:
+    """``manifest.json``: what a checkpoint reached, where it comes from, and the sum of its weights' bytes."""
+    manifest = {
+        "figures": {name: round(value, 4) for name, value in figures.items()},
+        "tokenizer_fingerprint": fingerprint(model),
+        "sha256": hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest(),
+        **run,
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")

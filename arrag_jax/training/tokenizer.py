@@ -1,0 +1,119 @@
+"""Training the VQ tokenizer."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from arrag_jax.config import TrainConfig
+from arrag_jax.data.emoji_scenes import load_source
+from arrag_jax.evaluation import pictures
+from arrag_jax.evaluation.drawing import reconstruct
+from arrag_jax.models.checkpoint import save_model
+from arrag_jax.models.janus import VISION, Janus
+from arrag_jax.models.presets import PRESETS
+from arrag_jax.nn.vq import from_uint8
+from arrag_jax.training.loop import Batch, Scalars
+from arrag_jax.training.shared import check_preset, held_out, psnr, tokenizer_figures, write_manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerOptions:
+    """Shape and loss weights of the tokenizer, and when a code counts as dead."""
+
+    preset: str  # a key of models.presets.PRESETS
+    commitment: float = 0.25  # pulls latents to their codes
+    codebook: float = 1.0  # pulls codes to their latents
+    usage_decay: float = 0.98  # of the running share of cells a code takes
+    dead_below: float = 0.02  # a code that takes less than this share of 1/V moves to a spare latent
+
+    def __post_init__(self):
+        check_preset(self.preset)
+
+
+class TokenizerTask:
+    """VQ autoencoder: squared error of pixels, commitment, and revival of dead codes.
+
+    No perceptual loss: the packaged LPIPS weights come as a pickle, which this project does not read.
+    """
+
+    trainable = nnx.Param
+    selects = ("psnr", "max")
+
+    def __init__(self, config: TrainConfig, options: TokenizerOptions):
+        self.config, self.options = config, options
+        self.tokens = math.prod(PRESETS[options.preset].grid)
+
+    def init_model(self, rngs: nnx.Rngs) -> Janus:
+        """A Janus that holds its tokenizer alone."""
+        return Janus(PRESETS[self.options.preset], rngs, VISION)
+
+    def base(self) -> dict[str, str]:
+        """Nothing is frozen."""
+        return {}
+
+    def train_source(self) -> grain.MapDataset:
+        """Images of the training split."""
+        data = self.config.data
+        source = grain.MapDataset.source(load_source(data.name, data.train_split, data.data_dir))
+        return source.map(lambda example: {"image": example["image"]})
+
+    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+        """The first ``eval_examples`` of the held-out split."""
+        return held_out(self.config, batch_size, lambda example: {"image": example["image"]})
+
+    def loss(self, model: Janus, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
+        """Reconstruction + codebook + commitment loss; notes which codes are used."""
+        vq, images = model.gen_vision_model, from_uint8(batch["image"])
+        codes, latents = vq.encode(images)
+        quantised = vq.codebook[codes]
+        # The decoder sees the code; the encoder gets the decoder's gradient as if nothing had been rounded.
+        decoded = vq.decode(latents + jax.lax.stop_gradient(quantised - latents))
+        reconstruction = jnp.mean((decoded - images) ** 2)
+        to_latents = jnp.mean((quantised - jax.lax.stop_gradient(latents)) ** 2)
+        to_codes = jnp.mean((jax.lax.stop_gradient(quantised) - latents) ** 2)
+        self._note_usage(vq, codes, latents, key)
+        loss = reconstruction + self.options.codebook * to_latents + self.options.commitment * to_codes
+        used = jnp.mean(vq.usage[...] > 0.1 / vq.config.codebook_size)
+        return loss, {"reconstruction": reconstruction, "quantisation": to_latents, "codes_in_use": used}
+
+    def _note_usage(self, vq, codes, latents, key) -> None:
+        size, decay = vq.config.codebook_size, self.options.usage_decay
+        share = jnp.bincount(codes.reshape(-1), length=size) / codes.size
+        vq.usage[...] = jax.lax.stop_gradient(decay * vq.usage[...] + (1 - decay) * share)
+        flat = latents.reshape(-1, latents.shape[-1])
+        picks = jax.random.randint(key, (size,), 0, len(flat))
+        vq.spare[...] = jax.lax.stop_gradient(flat[picks])
+
+    def after_update(self, model: Janus, key: Array) -> None:
+        """Moves dead codes to latents of this batch, which the loss has noted."""
+        vq = model.gen_vision_model
+        dead = vq.usage[...] < self.options.dead_below / vq.config.codebook_size
+        vq.codes[...] = jnp.where(dead[:, None], vq.spare[...], vq.codes[...])
+        vq.usage[...] = jnp.where(dead, 1.0 / vq.config.codebook_size, vq.usage[...])
+
+    def eval_metrics(self, model: Janus, batch: Batch) -> Scalars:
+        """Mean PSNR in dB of the pictures as they would be saved (clipped to [-1, 1])."""
+        images = from_uint8(batch["image"])
+        codes, _ = model.gen_vision_model.encode(images)
+        return {"psnr": psnr(model, images, codes)}
+
+    def pictures(self, model: Janus) -> dict[str, np.ndarray]:
+        """Held-out images above their reconstructions."""
+        images = next(self.eval_batches(12))["image"]
+        decoded = reconstruct(model, images)
+        return {"reconstructions": pictures.grid(np.concatenate([images, decoded]), columns=12, scale=2)}
+
+    def export(self, model: Janus, directory: Path, run: dict[str, Any]) -> None:
+        """The tokenizer as a model folder, with its held-out figures."""
+        save_model(model, directory)
+        figures = tokenizer_figures(model, self.eval_batches(self.config.batch_size))
+        write_manifest(directory, model, run, **figures)

@@ -1,0 +1,34 @@
+"""FAiD on the embedded checkpoint: LoRA, two blenders and the head learn from scenes new to the prior.
+
+python -m arrag_jax.build_datastore --config configs/emoji_datastore.py --workdir runs/store
+python -m arrag_jax.build_neighbors --config configs/emoji_neighbors.py --workdir runs/neighbors
+python -m arrag_jax.train --config configs/emoji_faid.py --workdir runs/faid
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Settings of the small FAiD."""
+    return ConfigDict(
+        {
+            "task": "faid",
+            "steps": 1500,
+            "batch_size": 16,
+            "data": {"eval_examples": 256},
+            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 100, "decay_fraction": 0.5},
+            "options": {
+                "base": "arrag_jax/assets/emoji_janus",
+                "neighbors": "runs/neighbors",
+                "retrieval": {"store": "runs/store", "k": 128},
+                "faid": {"stride": 3, "hops": (1, 2), "neighbors": 16},
+                "lora": {"rank": 16, "alpha": 32.0},
+                "start_silent": True,
+                "prompt_length": 16,
+                "daid": {"weight": 0.05, "temperature": 0.001, "copies": "sum"},
+                "sampling": {"cfg_scale": 3.0, "temperature": 0.8},
+            },
+            "eval_every": 250,
+            "checkpoint_every": 250,
+        }
+    )

@@ -1,0 +1,137 @@
+"""Laws of FAiD's fine-tuning: what is trained, what it starts from, what neighbours it sees, what it exports."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import workshop
+from flax import nnx
+
+from arrag_jax.config import MeshConfig
+from arrag_jax.data.pipeline import make_loader
+from arrag_jax.errors import UserError
+from arrag_jax.models.checkpoint import load_model
+from arrag_jax.models.weights import parameters
+from arrag_jax.nn.variables import Adapter, Frozen
+from arrag_jax.training.loop import train
+from arrag_jax.training.tasks import make_task
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The tiny base with its store and neighbour sets."""
+    path = tmp_path_factory.mktemp("workshop")
+    workshop.build(path)
+    return path
+
+
+def first_batch(task) -> dict[str, jax.Array]:
+    return jax.tree.map(jnp.asarray, next(iter(task.eval_batches(8))))
+
+
+def bits(task, model, batch) -> float:
+    return float(jax.jit(task.eval_metrics)(model, batch)["bits_per_code"])
+
+
+@pytest.mark.parametrize("blend", [True, False], ids=["faid", "lora only"])
+def test_trainable_are_lora_blenders_and_head_alone(folder, blend):
+    model = make_task(workshop.config(folder, {"blend": blend})).init_model(nnx.Rngs(0))
+    kinds = {path: type(value) for path, value in parameters(model).items()}
+    expected = ("attention.q_lora.", "attention.v_lora.", "gen_head.") + ((".blender.",) if blend else ())
+    for path, kind in kinds.items():
+        assert kind is (Adapter if any(part in path for part in expected) else Frozen), path
+    for part in expected:
+        assert any(part in path for path in kinds)
+
+
+def test_training_changes_every_adapter_and_nothing_else(folder, tmp_path):
+    """The export is the trained model with its LoRA merged; what was frozen, projections apart, is as it was."""
+    config = workshop.config(folder)
+    train(config, make_task(config), tmp_path)
+    before = parameters(make_task(config).init_model(nnx.Rngs(config.seed)))
+    after = parameters(load_model(tmp_path / "export"))
+    for path, value in after.items():
+        rounded = before[path][...]
+        if not path.startswith("gen_vision_model"):
+            rounded = rounded.astype(jnp.bfloat16).astype(jnp.float32)
+        same = np.array_equal(value[...], rounded)
+        trained = type(before[path]) is Adapter or path.endswith(("attention.q.kernel", "attention.v.kernel"))
+        assert same != trained, path
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    measured = [line["eval/bits_per_code"] for line in lines if "eval/bits_per_code" in line]
+    manifest = json.loads((tmp_path / "export" / "manifest.json").read_text())
+    assert manifest["figures"]["valid_bits_per_code"] == pytest.approx(measured[-1], abs=0.02)  # bfloat16's rounding
+    assert {"gate_0", "gate_1", "grad_norm", "tokens_per_second", "memory_gib"} <= lines[0].keys()
+    assert (tmp_path / "pictures" / "step_000004_samples.png").is_file()
+
+
+def test_a_silent_start_and_lora_alone_start_from_the_base(folder):
+    silent, control = (make_task(workshop.config(folder, o)) for o in ({"start_silent": True}, {"blend": False}))
+    batch, base = first_batch(silent), load_model(silent.options.base)
+    expected = bits(control, base, batch)
+    assert bits(silent, silent.init_model(nnx.Rngs(0)), batch) == pytest.approx(expected, rel=1e-6)
+    assert bits(control, control.init_model(nnx.Rngs(0)), batch) == pytest.approx(expected, rel=1e-6)
+    official = make_task(workshop.config(folder))
+    assert abs(bits(official, official.init_model(nnx.Rngs(0)), batch) - expected) > 0.01
+
+
+def test_neighbours_are_others_of_those_stored_every_epoch(folder):
+    task = make_task(workshop.config(folder))
+    stored = task.sets["train"]
+    loader = make_loader(task.train_source(), len(stored), seed=0)
+    epochs = [next(loader) for _ in range(2)]
+    seen = [{int(number): batch["neighbors"][row] for row, number in enumerate(batch["example"])} for batch in epochs]
+    changed = 0
+    for number in range(len(stored)):
+        everything = stored[number]["neighbors"]
+        for epoch in seen:
+            drawn = epoch[number]
+            for cell in range(len(drawn)):
+                left = list(everything[cell])
+                for code in drawn[cell]:
+                    left.remove(code)  # raises where a code is drawn more often than it is stored
+        changed += not np.array_equal(seen[0][number], seen[1][number])
+    assert changed > len(stored) // 2
+    held_out = next(iter(task.eval_batches(4)))["neighbors"]
+    for row, neighbors in enumerate(held_out):
+        np.testing.assert_array_equal(neighbors, task.sets["valid"][row]["neighbors"][:, : workshop.K])
+
+
+def test_dropped_captions_silence_the_blenders(folder):
+    """With every caption dropped, the loss is that of the unconditional prompt without blending."""
+    task = make_task(workshop.config(folder, {"caption_dropout": 0.999999, "lora": {"rank": 2, "dropout": 0.0}}))
+    model, batch = task.init_model(nnx.Rngs(0)), first_batch(task)
+    loss = task.loss(model, batch, jax.random.key(0))[1]["bits_per_code"]
+    control = make_task(workshop.config(folder, {"blend": False}))
+    empty = batch | {"prompt_ids": model.unconditional(batch["prompt_ids"], batch["prompt_mask"])}
+    assert float(loss) == pytest.approx(bits(control, load_model(task.options.base), empty), rel=1e-5)
+
+
+def test_a_mesh_trains_as_one_device(folder, tmp_path):
+    """Losses differ by less than 1e-5 of themselves; batches and frozen weights are spread over eight devices."""
+    losses = {}
+    for name, mesh in (("one", MeshConfig(1, 1)), ("mesh", MeshConfig(2, 4))):
+        config = workshop.config(folder, mesh=mesh)
+        train(config, make_task(config), tmp_path / name)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["loss"] for line in lines if "loss" in line]
+    np.testing.assert_allclose(losses["mesh"], losses["one"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"faid": {"neighbors": 7}}, r"holds 6 a cell; build it with a larger k"),
+        ({"neighbors": "nowhere"}, "no finished neighbor set"),
+        ({"base": "nowhere"}, "no checkpoint folder"),
+        ({"faid": {"hops": (3, 1)}}, "rising subset"),
+        ({"lora": {"rank": 0}}, "rank=0"),
+        ({"caption_dropout": 1.0}, "caption_dropout"),
+        ({"daid": {"weight": 2.0}}, "λ"),
+    ],
+)
+def test_options_that_cannot_be_are_named_before_training(folder, options, message):
+    with pytest.raises(UserError, match=message):
+        make_task(workshop.config(folder, options))
