@@ -101,7 +101,7 @@ class ScannOptions:
 
     exhaustive_below: int = 20_000  # with fewer patches there is no tree: every key is scored, results are exact
     leaves: int = 0  # of the tree; by the rule 2·sqrt(patches)
-    leaves_to_search: int = 0  # leaves whose members are scored; by the rule one in 40, at least 50
+    leaves_to_search: int = 0  # leaves whose members are scored; by the rule one in 100, at least 25
 
     def __post_init__(self):
         for name in ("exhaustive_below", "leaves", "leaves_to_search"):

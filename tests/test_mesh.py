@@ -141,9 +141,9 @@ def test_two_processes_train_as_one_does(tmp_path):
 
 
 def train_toy(workdir: Path) -> None:
-    """The toy without noise (which goes by place in the batch), on four devices of one process or of two."""
+    """The toy, noise included, on four devices of one process or of two."""
     config = toy_config(mesh=MeshConfig(data=2, fsdp=2), steps=4)
-    train(config, ToyTask(noise=False), workdir)
+    train(config, ToyTask(), workdir)
 
 
 if __name__ == "__main__":

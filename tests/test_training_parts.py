@@ -42,7 +42,7 @@ def test_processes_share_a_global_batch(monkeypatch):
     for _ in range(5):
         shares = [next(part)["id"] for part in parts]
         assert [len(share) for share in shares] == [3, 3]
-        assert sorted(np.concatenate(shares)) == sorted(next(whole)["id"])
+        np.testing.assert_array_equal(np.concatenate(shares), next(whole)["id"])
 
 
 def test_schedule_is_warmup_hold_decay():

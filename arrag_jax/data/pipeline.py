@@ -15,8 +15,8 @@ def make_loader(source: Any, batch_size: int, seed: int, threads: int = 2) -> gr
     """An endless iterator of batches, with ``get_state`` and ``set_state``.
 
     To the source's own arrays a batch adds "example": int [B], each example's number in the source.
-    Every epoch is one pass in its own order. All processes walk the same order, process p of n taking
-    every n-th example, so that a global batch holds the same examples for any number of processes.
+    Every epoch is one pass in its own order. All processes walk the same order, process p of n taking the p-th
+    share of every batch, so that a global batch is the same for any number of processes.
 
     Args:
       source: a ``grain.MapDataset`` (seeded by its maker where it holds random maps) or any random-access
@@ -35,6 +35,7 @@ def make_loader(source: Any, batch_size: int, seed: int, threads: int = 2) -> gr
     # Past the first epoch grain's index goes on counting, so that random maps differ from epoch to epoch.
     dataset = dataset.map_with_index(lambda index, example: {**example, "example": np.int32(index % examples)})
     dataset = dataset.seed(seed).shuffle().repeat()
-    dataset = dataset[jax.process_index() :: processes].batch(batch_size // processes)
+    # Whole shares in turn, so that the global batch holds the same examples in the same places.
+    dataset = dataset.batch(batch_size // processes)[jax.process_index() :: processes]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)
     return iter(dataset.to_iter_dataset(options))

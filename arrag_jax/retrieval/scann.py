@@ -46,7 +46,7 @@ def num_leaves(rows: int, options: ScannOptions) -> int:
 def num_leaves_to_search(rows: int, options: ScannOptions) -> int:
     """How many of them a search looks into; at least 1."""
     leaves = num_leaves(rows, options)
-    return max(1, min(options.leaves_to_search or max(50, leaves // 40), leaves))
+    return max(1, min(options.leaves_to_search or max(25, leaves // 100), leaves))
 
 
 def import_scann() -> ModuleType:
@@ -116,20 +116,27 @@ class HostSearch:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The callback: codes, distances and ids [*batch, K]; ids count from the shard's first row."""
         context, which = np.asarray(context), int(np.asarray(shard).reshape(-1)[0])
-        first, end = self.bounds[which]
-        rows = context.reshape(-1, 4)
+        # Contexts repeat (plain grounds), so each is asked for once. No answer is kept for the next call: distances
+        # depend on the batch in their last bits, and equal calls shall give equal answers.
+        rows, place = np.unique(context.reshape(-1, 4), axis=0, return_inverse=True)
+        shape = (*context.shape[:-1], self.k)
+        code, distance, id_ = (part[place.reshape(-1)].reshape(shape) for part in self._answer(which, rows))
+        return code, distance, id_
+
+    def _answer(self, shard: int, rows: Int[np.ndarray, "n 4"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Codes, distances and ids [n, K] of contexts, from the searcher."""
+        first, end = self.bounds[shard]
         code = np.full((len(rows), self.k), -1, np.int32)
         distance, id_ = np.full(code.shape, np.inf, np.float32), code.copy()
         asked = np.flatnonzero((rows >= 0).all(1))
         if len(asked):
-            found, away = self._search(which, self.codebook[rows[asked]].reshape(len(asked), -1))
+            found, away = self._search(shard, self.codebook[rows[asked]].reshape(len(asked), -1))
             hit = ~np.isnan(away)
             columns = found.shape[1]
             id_[asked, :columns] = np.where(hit, found, -1)
             distance[asked, :columns] = np.where(hit, away, np.inf)
             code[asked, :columns] = np.where(hit, self.codes[first:end][np.where(hit, found, 0)], -1)
-        shape = (*context.shape[:-1], self.k)
-        return code.reshape(shape), distance.reshape(shape), id_.reshape(shape)
+        return code, distance, id_
 
     def _search(self, shard: int, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids (int32) and squared distances [B, ≤ K], nearest first, equal distances by lower id, misses last."""
