@@ -13,8 +13,8 @@ def get_config() -> ConfigDict:
         {
             "model": "arrag_jax/assets/emoji_janus",
             "retrieval": {"store": "runs/store", "k": 128},
-            "daid": {"weight": 0.05, "temperature": 0.001, "copies": "sum"},
-            "sampling": {"cfg_scale": 3.0, "temperature": 0.8},
+            "daid": {"weight": 0.02, "temperature": 0.001, "copies": "sum"},
+            "sampling": {"cfg_scale": 1.5, "temperature": 0.85},
             "data": {"name": "emoji_scenes/full"},
         }
     )

@@ -13,10 +13,10 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "task": "faid",
-            "steps": 1500,
+            "steps": 400,
             "batch_size": 16,
             "data": {"eval_examples": 256},
-            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 100, "decay_fraction": 0.5},
+            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 40, "decay_fraction": 0.5},
             "options": {
                 "base": "arrag_jax/assets/emoji_janus",
                 "neighbors": "runs/neighbors",
@@ -25,10 +25,10 @@ def get_config() -> ConfigDict:
                 "lora": {"rank": 16, "alpha": 32.0},
                 "start_silent": True,
                 "prompt_length": 16,
-                "daid": {"weight": 0.05, "temperature": 0.001, "copies": "sum"},
-                "sampling": {"cfg_scale": 3.0, "temperature": 0.8},
+                "daid": {"weight": 0.02, "temperature": 0.001, "copies": "sum"},
+                "sampling": {"cfg_scale": 1.5, "temperature": 0.85},
             },
-            "eval_every": 250,
-            "checkpoint_every": 250,
+            "eval_every": 200,
+            "checkpoint_every": 100,
         }
     )
