@@ -9,10 +9,13 @@ import pytest
 import workshop
 from flax import nnx
 
-from arrag_jax.config import MeshConfig
+from arrag_jax import generate
+from arrag_jax.config import DataConfig, DrawConfig, MeshConfig, RetrievalConfig
 from arrag_jax.data.pipeline import make_loader
 from arrag_jax.errors import UserError
-from arrag_jax.models.checkpoint import load_model
+from arrag_jax.evaluation.drawing import open_studio
+from arrag_jax.evaluation.emoji_benchmark import likelihoods
+from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.weights import parameters
 from arrag_jax.nn.variables import Adapter, Frozen
 from arrag_jax.training.loop import train
@@ -118,6 +121,33 @@ def test_a_mesh_trains_as_one_device(folder, tmp_path):
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses[name] = [line["loss"] for line in lines if "loss" in line]
     np.testing.assert_allclose(losses["mesh"], losses["one"], rtol=1e-5)
+
+
+def test_eval_measures_what_training_measures_and_generate_draws_it(folder, tmp_path):
+    """Neighbours looked up ahead and live are the same; a model of another tokenizer, or without blenders, is told."""
+    task = make_task(workshop.config(folder, {"start_silent": False}))
+    model = task.init_model(nnx.Rngs(0))
+    for layer in model.language_model.layers:
+        layer.attention.merge_lora()
+    tuned, plain = str(tmp_path / "tuned"), task.options.base
+    save_model(model, tuned)
+    retrieval = RetrievalConfig(str(folder / "store"), workshop.STORED, search="dense")
+    data = DataConfig(workshop.SOURCE, str(folder / "data"))
+    config = DrawConfig(plain, retrieval, tuned, data=data)
+    studio = open_studio(config)
+    assert studio.methods == ("plain", "daid", "faid", "faid+daid")
+    figures = likelihoods(studio, "valid", 12)
+    for method, blend in (("plain", False), ("faid", True)):
+        reference = make_task(workshop.config(folder, {"blend": blend}))
+        batch = jax.tree.map(jnp.asarray, next(iter(reference.eval_batches(12))))
+        expected = bits(reference, load_model(tuned if blend else plain), batch)
+        assert figures[method]["bits"]["mean"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(UserError, match=r"'lora' is not what these models can do: .* give config\.lora_model"):
+        open_studio(config, ["lora"])
+    with pytest.raises(UserError, match="no FAiD blenders"):
+        open_studio(DrawConfig(plain, retrieval, plain), ["faid"])
+    generate.run(config, str(tmp_path / "out"), ["a cat"], 0, "faid+daid", 1)
+    assert (tmp_path / "out" / "00_faid+daid.png").is_file() and (tmp_path / "out" / "provenance.json").is_file()
 
 
 @pytest.mark.parametrize(
