@@ -99,11 +99,11 @@ def test_likelihood_equals_the_codes_scored_one_scene_at_a_time(config):
 
 
 def test_a_store_of_the_scenes_themselves_lowers_their_likelihood_cost(config):
-    """Retrieval adds knowledge: with the held-out scenes in the store, mixing must help a great deal."""
+    """Retrieval adds knowledge. The weight is small, for a sure prior pays for it in every cell."""
     studio = open_studio(config, ["plain", "daid"])
     examples = [{"image": render(s), "caption": s.caption.encode()} for s in (scene("store", i) for i in range(12))]
     scored = score_scenes(studio.model, look_up(studio.model, studio.text, examples, studio.retriever))
-    assert bits_per_code(scored, Daid(0.5, 0.05, "sum")) < bits_per_code(scored, Plain())
+    assert bits_per_code(scored, Daid(0.1, 0.001, "sum")) < bits_per_code(scored, Plain()) - 0.01
 
 
 @pytest.mark.slow
