@@ -31,6 +31,7 @@ from arrag_jax.nn.faid import Blended, Blender, FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.transformer import LlamaConfig
 from arrag_jax.nn.variables import Adapter, freeze, retype
+from arrag_jax.ops.grid import has_context
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import naive_blend
@@ -52,11 +53,16 @@ PROMPT = 32
 
 def naive_map(self: Blender, hidden, features) -> Blended:
     """``Blender.blend_map``, window by window."""
+    complete = jnp.asarray(has_context(*hidden.shape[1:3]))[None, :, None, None]
     kernels, weights = self.kernels()
     enter, leave = self.gate
     gate = lambda x: jax.nn.sigmoid(leave(jax.nn.relu(enter(x))))  # noqa: E731
     value = naive_blend.blend(
-        kernels, weights, gate, hidden, self.norm(features) * self.norm_scale[...][None, None, None]
+        kernels,
+        weights,
+        gate,
+        hidden,
+        jnp.where(complete, self.norm(features), 0) * self.norm_scale[...][None, None, None],
     )
     return Blended(value.mean(-2), value, jnp.zeros(()))
 
