@@ -35,7 +35,7 @@ from arrag_jax.retrieval.files import sha256_of
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.retrieval.neighbor_set import NeighborSet
 from arrag_jax.training.loop import Batch, Scalars
-from arrag_jax.training.shared import BITS, write_manifest
+from arrag_jax.training.shared import BITS, in_batches, mean_bits, write_manifest
 
 PICTURES = 8  # prompts of a sample grid
 
@@ -99,8 +99,9 @@ class FaidTask:
         """The base, frozen but for its head, with fresh blenders and LoRA."""
         options, faid = self.options, self.options.faid
         model = load_model(options.base, self.config.compute_dtype)
+        tokenizer = fingerprint(model)
         for neighbors in self.sets.values():
-            neighbors.require_tokenizer(fingerprint(model))
+            neighbors.require_tokenizer(tokenizer)
         language = model.language_model
         if options.blend and model.config.faid is None:
             model.config = dataclasses.replace(model.config, faid=faid)
@@ -138,9 +139,7 @@ class FaidTask:
         """The first ``data.eval_examples`` of the validation set, each with its nearest neighbours."""
         stored = self.sets["valid"]
         count = min(len(stored), self.config.data.eval_examples)
-        for start in range(0, count, batch_size):
-            rows = [self._example(stored[i]) for i in range(start, min(start + batch_size, count))]
-            yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return in_batches(stored, count, batch_size, self._example)
 
     def loss(self, model: Janus, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
         """Mean cross-entropy of the codes, in nats; some prompts are dropped for guidance."""
@@ -170,9 +169,8 @@ class FaidTask:
         """The same prompts and seeds every time: the base plain and with DAiD, the tuned model before and now."""
         policy, name = (Faid(), "FAiD") if self.options.blend else (Plain(), "LoRA")
         if not self._unchanging:
-            start = self.init_model(
-                nnx.Rngs(self.config.seed)
-            )  # LoRA starts as nothing: without blending it is the base
+            # Fresh LoRA adds nothing, so that without blending this is the base.
+            start = self.init_model(nnx.Rngs(self.config.seed))
             self._retriever = load_retriever(self.options.retrieval, fingerprint(start))[1]
             self._unchanging = [self._draw(start, policy) for policy in (Plain(), self.daid, policy)]
         columns = [*self._unchanging, self._draw(model, policy)]
@@ -196,9 +194,6 @@ class FaidTask:
             layer.attention.merge_lora()
         save_model(model, directory, "bfloat16")
         self.text.save(directory)
-        model, bits, rows = load_model(directory), 0.0, 0
-        for batch in self.eval_batches(self.config.batch_size):
-            batch = jax.tree.map(jnp.asarray, batch)
-            bits += float(self.eval_metrics(model, batch)["bits_per_code"]) * len(batch["codes"])
-            rows += len(batch["codes"])
-        write_manifest(directory, model, run, valid_bits_per_code=bits / rows)
+        model = load_model(directory)
+        batches = (jax.tree.map(jnp.asarray, batch) for batch in self.eval_batches(self.config.batch_size))
+        write_manifest(directory, model, run, valid_bits_per_code=mean_bits(self, model, batches))

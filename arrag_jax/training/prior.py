@@ -27,7 +27,7 @@ from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.nn.variables import freeze
 from arrag_jax.nn.vq import from_uint8, to_uint8
 from arrag_jax.training.loop import Batch, Scalars
-from arrag_jax.training.shared import BITS, check_preset, held_out, tokenizer_figures, write_manifest
+from arrag_jax.training.shared import BITS, check_preset, held_out, mean_bits, tokenizer_figures, write_manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +124,5 @@ class PriorTask:
         model = load_model(directory)
         self.text.save(directory)
         batches = [jax.tree.map(jnp.asarray, b) for b in self.eval_batches(self.config.batch_size)]
-        bits = [(float(self.eval_metrics(model, b)["bits_per_code"]), len(b["image"])) for b in batches]
-        mean = sum(value * rows for value, rows in bits) / sum(rows for _, rows in bits)
+        mean = mean_bits(self, model, batches)
         write_manifest(directory, model, run, valid_bits_per_code=mean, **tokenizer_figures(model, batches))

@@ -1,9 +1,8 @@
 """What the tasks have in common: presets, held-out batches, figures of a tokenizer, the manifest of an export."""
 
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from arrag_jax.models.checkpoint import fingerprint
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.presets import PRESETS
 from arrag_jax.nn.vq import from_uint8
-from arrag_jax.training.loop import Batch
+from arrag_jax.retrieval.files import sha256_of
+from arrag_jax.training.loop import Batch, Task
 
 BITS = 1 / math.log(2)  # in a nat
 
@@ -29,13 +29,28 @@ def check_preset(name: str) -> None:
         raise UserError(f"preset={name!r} is unknown; choose one of {', '.join(PRESETS)}")
 
 
-def held_out(config: TrainConfig, batch_size: int, example) -> Iterator[Batch]:
+def held_out(config: TrainConfig, batch_size: int, example: Callable[[Any], Batch]) -> Iterator[Batch]:
     """Batches of the first ``eval_examples`` examples of the held-out split."""
     data = config.data
     source = load_source(data.name, f"{data.eval_split}[:{data.eval_examples}]", data.data_dir)
-    for start in range(0, len(source), batch_size):
-        rows = [example(source[i]) for i in range(start, min(start + batch_size, len(source)))]
+    return in_batches(source, len(source), batch_size, example)
+
+
+def in_batches(source: Any, count: int, batch_size: int, example: Callable[[Any], Batch]) -> Iterator[Batch]:
+    """Batches of what ``example`` makes of the first ``count`` of a source; the last may be smaller."""
+    for start in range(0, count, batch_size):
+        rows = [example(source[i]) for i in range(start, min(start + batch_size, count))]
         yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def mean_bits(task: Task, model: Janus, batches: Iterable[Batch]) -> float:
+    """A task's held-out bits a code, over all examples."""
+    total, count = 0.0, 0
+    for batch in batches:
+        rows = len(batch["prompt_ids"])
+        total += float(task.eval_metrics(model, batch)["bits_per_code"]) * rows
+        count += rows
+    return total / count
 
 
 def psnr(model: Janus, images: Float[Array, "B h w 3"], codes: Int[Array, "B H W"]) -> Float[Array, ""]:
@@ -62,7 +77,7 @@ def write_manifest(directory: Path, model: Janus, run: dict[str, Any], **figures
     manifest = {
         "figures": {name: round(value, 4) for name, value in figures.items()},
         "tokenizer_fingerprint": fingerprint(model),
-        "sha256": hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest(),
+        "sha256": sha256_of(directory / "model.safetensors"),
         **run,
     }
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
