@@ -64,6 +64,7 @@ stopped="" step=""
 trap 'stopped=yes; trap "" TERM; [[ -z $step ]] || kill -TERM "$step"' TERM
 "${launch[@]}" &
 step=$!
+[[ -z $stopped ]] || kill -TERM "$step" || true # it came before there was a step to hand it to
 # A trapped signal ends `wait` early, so wait again: the second one returns the command's own exit code.
 code=0
 wait "$step" || code=$?

@@ -16,8 +16,14 @@ POD = ["launch/tpu_pod.sh", "--name", "pod", "--zone=us-east5-b", "--type", "v6e
 SLURM = ["launch/gpu_slurm.sh"]
 COMMAND = ["python", "-m", "arrag_jax.generate", '--prompt=a cat\'s "red" $HOME `id` \\ hat', "--x=", "two  spaces"]
 
-# Stands in for training: saves when it is told to stop.
-STOPPABLE = 'trap "echo saved; exit 0" TERM\necho started\nfor _ in $(seq 300); do sleep 0.1; done\nexit 9\n'
+# Stands in for training: saves when it is told to stop. In Python, since a shell may lose a trap that fires
+# while it parses.
+STOPPABLE = """exec python3 -c '
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+print("started", flush=True)
+print("saved" if signal.sigtimedwait({signal.SIGTERM}, 60) else "never told", flush=True)'
+"""
 
 
 @pytest.fixture
