@@ -40,6 +40,8 @@ def main_with_config(main: Callable[..., int | None], config_class: type | None,
 
     def run(argv: list[str]) -> int | None:
         values = _parse(argv, main.__doc__ or "", config_class, flags)
+        if "://" in (values.get("workdir") or ""):
+            raise UserError(f"--workdir={values['workdir']} is an address; mount it, and give the folder")
         arguments = [] if config_class is None else [config_lib.parse(config_class, values.pop("config"))]
         enable_compilation_cache()
         return main(*arguments, **values)

@@ -49,11 +49,14 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.99
     clip_norm: float = 1.0
+    rate_scales: dict[str, float] = dataclasses.field(default_factory=dict)  # part of a parameter's path → its factor
 
     def __post_init__(self):
         _one_of("optimizer.name", self.name, ("adamw", "muon"))
         _in_range("optimizer.learning_rate", self.learning_rate, 0.0)
         _in_range("optimizer.decay_fraction", self.decay_fraction, 0.0, 1.0)
+        for part, factor in self.rate_scales.items():
+            _in_range(f"optimizer.rate_scales.{part}", factor, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +213,7 @@ def parse(cls: type[T], config: Any, where: str = "config") -> T:
     """Reads a ConfigDict (or dict) into the frozen dataclass ``cls``.
 
     Args:
-      cls: a dataclass; its fields may be numbers, strings, bools, tuples, Optionals and dataclasses.
+      cls: a dataclass; its fields may be numbers, strings, bools, tuples, dicts, Optionals and dataclasses.
       config: a mapping with exactly that class's fields.
       where: how error messages call this mapping ("config", "config.optimizer").
 
@@ -264,6 +267,8 @@ def _check(hint: Any, value: Any, where: str, errors: list[str]) -> Any:
             return float(value)
         if base is tuple and isinstance(value, list | tuple):
             return tuple(value)
+        if base is dict and hasattr(value, "items"):
+            return {key: _check(typing.get_args(option)[1], v, f"{where}.{key}", errors) for key, v in value.items()}
         if isinstance(value, base) and not (base is int and isinstance(value, bool)):
             return value
     errors.append(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")

@@ -30,8 +30,9 @@ from arrag_jax.models.presets import PRESETS
 from arrag_jax.nn.faid import Blended, Blender, FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.transformer import LlamaConfig
-from arrag_jax.nn.variables import Adapter, freeze, retype
+from arrag_jax.nn.variables import Adapter
 from arrag_jax.ops.grid import has_context
+from arrag_jax.training.faid import mark_adapters
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import naive_blend
@@ -84,11 +85,7 @@ def make_model(case: str) -> Janus:
         )
         numbers = rng.standard_normal(value.shape, np.float32) * scale
         value.set_value(jnp.asarray(numbers + np.float32(path[-1].endswith("scale"))))
-    retype(model.gen_head, Adapter)
-    for layer in model.language_model.layers:
-        for part in filter(None, (layer.attention.q_lora, layer.attention.v_lora, layer.blender)):
-            retype(part, Adapter)
-    freeze(model)
+    mark_adapters(model)
     return model
 
 

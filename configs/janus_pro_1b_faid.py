@@ -1,6 +1,6 @@
 """FAiD on Janus-Pro-1B with the paper's settings: 50,000 pairs, one epoch of batches of 256, bfloat16.
 
-python -m arrag_jax.train --config configs/janus_pro_1b_faid.py --workdir gs://…/faid
+python -m arrag_jax.train --config configs/janus_pro_1b_faid.py --workdir /shared/faid
 
 Needs a checkpoint folder of Janus-Pro-1B and neighbour sets of its 24 x 24 codes with K = 10; for a pod see
 launch/tpu_pod.sh. Source: reference README "FAiD" (LoRA, learning rate, clipping: the official script; AdamW, warm-up,

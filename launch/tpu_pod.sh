@@ -2,13 +2,13 @@
 # Runs one command on every worker of a Cloud TPU slice.
 #
 #   launch/tpu_pod.sh --name pod --zone us-east5-b --type v6e-16 -- \
-#     python -m arrag_jax.train --config=configs/emoji_prior.py --workdir=gs://bucket/run
+#     python -m arrag_jax.train --config=configs/emoji_prior.py --workdir=/shared/run
 #
 # It makes the slice if it is absent or was preempted, copies the code of HEAD to all workers, installs the
 # pinned packages, starts the same command everywhere and follows the log of worker 0 until it ends; the exit
 # code is that command's on worker 0. Run the same line again after a preemption: the slice is reused or made
 # anew, and training goes on from --workdir. That folder must outlive the slice and be seen by all workers:
-# gs://… or a shared disk. Leaving the log (Ctrl-C) leaves the command running.
+# a shared disk, or a bucket that is mounted as a folder. Leaving the log (Ctrl-C) leaves the command running.
 #
 #   --name NAME --zone ZONE --type TYPE   which slice (needed; TYPE as in v4-32, v5litepod-16, v6e-16)
 #   --version VERSION                     TPU software that fits TYPE (default v2-alpha-tpuv6e)

@@ -48,6 +48,9 @@ def test_the_only_conversions_are_int_to_float_and_list_to_tuple():
         ({"accumulate": 0}, r"accumulate=0 is outside"),
         ({"optimizer": {"name": "sgd"}}, r"optimizer\.name='sgd' is unknown"),
         ({"optimizer": 3}, r"config\.optimizer must hold keys, not 3"),
+        ({"optimizer": {"rate_scales": {"gate": "x"}}}, r"optimizer\.rate_scales\.gate must be float, got 'x'"),
+        ({"optimizer": {"rate_scales": {"gate": -1}}}, r"optimizer\.rate_scales\.gate=-1\.0 is outside"),
+        ({"optimizer": {"rate_scales": 0.5}}, r"optimizer\.rate_scales must be dict"),
         ({"ema_decay": 1.5}, r"ema_decay=1\.5 is outside \[0, 1\]"),
     ],
 )
@@ -97,6 +100,7 @@ def test_a_command_gets_its_config_and_flags(monkeypatch, tmp_path):
         (["--config=broken.py", "--workdir=w"], "config file broken.py failed: ZeroDivisionError"),
         (["--config=good.py", "--workdir=w", "--wrkdir=x"], "unknown argument '--wrkdir=x'"),
         (["--config=good.py", "--workdir=w", "more"], "unknown argument 'more'"),
+        (["--config=good.py", "--workdir=gs://b/w"], "--workdir=gs://b/w is an address"),
         (["--config=good.py", "--workdir=w", "--count=x"], "--count=x"),
         (["--config=good.py", "--workdir=w", "--config.stepz=3"], "unknown key config.stepz (did you mean 'steps'?)"),
         (["--config=good.py", "--workdir=w", "--config.steps=x"], "--config.steps=x"),

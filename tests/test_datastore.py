@@ -206,7 +206,7 @@ def test_full_disk_is_one_line_and_resumable(whole, tmp_path, monkeypatch, failu
         whole_sync(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr("arrag_jax.retrieval.files.sync", full)
+        patch.setattr("arrag_jax.files.sync", full)
         with pytest.raises(UserError, match="disk is full") as caught:
             build(tmp_path)
     assert "\n" not in str(caught.value)

@@ -18,10 +18,11 @@ from arrag_jax.models.checkpoint import load_model, read_config, save_model
 from arrag_jax.models.weights import parameters, published_key, to_ours
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
-from arrag_jax.nn.variables import Adapter, Frozen, freeze, retype
+from arrag_jax.nn.variables import Adapter, Frozen
 from arrag_jax.ops import grid
 from arrag_jax.ops.sampling import guide, truncate
 from arrag_jax.retrieval.dense import DenseRetriever
+from arrag_jax.training.faid import mark_adapters
 
 K = 3
 CONFIG = dataclasses.replace(tiny.CONFIG, faid=FaidConfig(stride=1, hops=(1, 2), neighbors=K))
@@ -177,12 +178,7 @@ def test_reference_logits_with_nothing_retrieved(golden_model, reference):
 def reference_gradients(model, golden) -> dict[str, np.ndarray]:
     """Loss gradients of the ``Adapter`` variables under their published keys."""
     model = nnx.clone(model)
-    retype(model.gen_head, Adapter)
-    for layer in model.language_model.layers:
-        for part in (layer.blender, layer.attention.q_lora, layer.attention.v_lora):
-            if part is not None:
-                retype(part, Adapter)
-    freeze(model)
+    mark_adapters(model)
     graph, adapters, rest = nnx.split(model, Adapter, ...)
     assert all(
         isinstance(value, Frozen) for _, value in nnx.to_flat_state(rest) if "usage" not in str(type(value)).lower()

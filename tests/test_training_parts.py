@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from arrag_jax.config import OptimizerConfig
 from arrag_jax.data.pipeline import make_loader
+from arrag_jax.errors import UserError
 from arrag_jax.training.optimizer import make_optimizer, make_schedule
 
 
@@ -73,6 +75,22 @@ def test_muon_orthogonalises_the_body_and_leaves_the_rest_to_adamw():
         for key in path:
             by_muon, by_adamw = by_muon[key], by_adamw[key]
         np.testing.assert_allclose(by_muon, by_adamw, rtol=1e-4)
+
+
+def test_rate_scales_scale_the_steps_of_the_parts_they_name():
+    params = {"blender": {"kernel": jnp.ones(3), "gate": jnp.ones(2)}, "head": jnp.ones(4)}
+    grads = jax.tree.map(lambda leaf: jnp.linspace(0.1, 0.2, leaf.size), params)
+
+    def step(**scales: float):
+        optimizer = make_optimizer(OptimizerConfig(rate_scales=scales, warmup_steps=0), 10)
+        return optimizer.update(grads, optimizer.init(params), params)[0]
+
+    plain, scaled = step(), step(gate=0.5, blender=0.25)
+    np.testing.assert_array_equal(scaled["blender"]["gate"], 0.5 * plain["blender"]["gate"])
+    np.testing.assert_array_equal(scaled["blender"]["kernel"], 0.25 * plain["blender"]["kernel"])
+    np.testing.assert_array_equal(scaled["head"], plain["head"])
+    with pytest.raises(UserError, match=r"rate_scales\.gates"):
+        step(gates=0.5)
 
 
 def test_clipping_bounds_what_the_optimizer_sees():

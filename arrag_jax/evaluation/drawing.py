@@ -103,22 +103,21 @@ def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
       UserError: a method that they can't do, a checkpoint that can't be read, a store of another tokenizer, …
     """
     Daid.checked(**dataclasses.asdict(config.daid))
-    folders = {"lora": config.lora_model, "faid": config.faid_model}
-    if not config.faid_model and read_config(Path(config.model)).faid is not None:
-        folders["faid"] = config.model
-    able = [method for method in METHODS if folders.get(method.removesuffix("+daid"), config.model)]
+    blended = config.faid_model or (config.model if read_config(Path(config.model)).faid is not None else "")
+    folders = {"lora": config.lora_model, "faid": blended, "faid+daid": blended}
+    able = [method for method in METHODS if folders.get(method, config.model)]
     unable = [method for method in methods if method not in able]
     if unable:
-        mend = "" if unable[0] not in METHODS else f"; give config.{unable[0].removesuffix('+daid')}_model"
+        mend = f"; give config.{unable[0].removesuffix('+daid')}_model" if unable[0] in METHODS else ""
         raise UserError(f"--method={unable[0]!r} is not what these models can do: {', '.join(able)}{mend}")
     chosen = tuple(method for method in METHODS if method in (methods or able))
     model = load_model(config.model)
     text, loaded = PromptTokenizer.load(config.model), {config.model: model}
-    for folder in {folders[name.removesuffix("+daid")] for name in chosen if name not in ("plain", "daid")}:
-        loaded.setdefault(folder, load_model(folder))
+    for folder in {folders[name] for name in chosen if name in folders} - {config.model}:
+        loaded[folder] = load_model(folder)
         if fingerprint(loaded[folder]) != fingerprint(model):
             raise UserError(f"{folder} has another image tokenizer than {config.model}; tune it from that model")
-    tuned = {name: loaded[folders[name.removesuffix("+daid")]] for name in chosen if name not in ("plain", "daid")}
+    tuned = {name: loaded[folders[name]] for name in chosen if name in folders}
     store = retriever = None
     if set(chosen) - {"plain", "lora"}:
         store, retriever = load_retriever(config.retrieval, fingerprint(model))

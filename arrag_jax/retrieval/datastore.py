@@ -34,27 +34,14 @@ BLOCK_IMAGES = 4096  # images whose keys are computed at once
 class StoreSettings(ShardSettings):
     """What decides a store's content; ``manifest.json`` holds these fields and its files.
 
-    Attributes:
-      fingerprint: of the tokenizer that made the codes.
-      grid: [H, W].
-      codebook_size: V.
+    Attributes, beside those of every folder of shards:
       code_dim: C.
       keys: kinds of key that can be had, of ``KEY_KINDS``.
-      num_images: images, all shards together.
-      shard_size: images a shard; the last may hold fewer.
-      source, split: the dataset the images came from.
       command: the command that began the build; a record, never compared.
     """
 
-    fingerprint: str
-    grid: tuple[int, int]
-    codebook_size: int
     code_dim: int
     keys: tuple[str, ...]
-    num_images: int
-    shard_size: int
-    source: str
-    split: str
     command: str = dataclasses.field(default="", compare=False)
     other_files: ClassVar[tuple[str, ...]] = (CODEBOOK,)
 

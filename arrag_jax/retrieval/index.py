@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
+from arrag_jax.files import explained, sha256_of, sync, write_json
 from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.files import explained, sha256_of, sync, write_json
 from arrag_jax.retrieval.scann import HostSearch, build_searcher, import_scann, num_leaves, shard_bounds
 
 INDEX_VERSION = 1

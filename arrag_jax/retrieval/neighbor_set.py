@@ -28,33 +28,20 @@ MOST_CODES = 2**16 - 1  # code + 1 must fit uint16
 class NeighborSettings(ShardSettings):
     """What decides a set's content; ``manifest.json`` holds these fields and its files.
 
-    Attributes:
-      fingerprint: of the tokenizer that made the codes.
-      grid: [H, W].
-      codebook_size: V.
+    Attributes, beside those of every folder of shards:
       k: neighbours a cell.
       keys, search, scann: how they were searched; see ``config.RetrievalConfig``.
       datastore: fingerprint of the store that was searched.
       store_images: how many of its images, the first ones.
-      source, split: the dataset the images came from.
-      num_images: images, all shards together.
-      shard_size: images a shard; the last may hold fewer.
       store, command: folder of the store and the command that began the build; records, never compared.
     """
 
-    fingerprint: str
-    grid: tuple[int, int]
-    codebook_size: int
     k: int
     keys: str
     search: str
     scann: ScannOptions
     datastore: str
     store_images: int
-    source: str
-    split: str
-    num_images: int
-    shard_size: int
     store: str = dataclasses.field(default="", compare=False)
     command: str = dataclasses.field(default="", compare=False)
 

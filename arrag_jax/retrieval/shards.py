@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from arrag_jax import config as config_lib
 from arrag_jax.errors import UserError
-from arrag_jax.retrieval.files import explained, only_writer, sha256_of, whole_file, write_json
+from arrag_jax.files import explained, only_writer, sha256_of, whole_file, write_json
 
 MANIFEST = "manifest.json"
 BUILDING = "building.json"
@@ -25,6 +25,7 @@ BUILDING = "building.json"
 Folder = TypeVar("Folder")
 
 
+@dataclasses.dataclass(frozen=True)
 class ShardSettings:
     """Base of the frozen dataclasses that say what a folder holds; all their fields stand in its manifest.
 

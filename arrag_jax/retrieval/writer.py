@@ -8,10 +8,10 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from arrag_jax.errors import UserError
+from arrag_jax.files import whole_file
 from arrag_jax.retrieval import shards
 from arrag_jax.retrieval.datastore import CODEBOOK, Datastore, StoreSettings, unit_norm
 from arrag_jax.retrieval.encoding import Encode, Examples, encoded, require_images
-from arrag_jax.retrieval.files import whole_file
 
 # Records are small and grouped: with them one by one ArrayRecord adds 20 % to a 12 x 12 grid, so 2 %.
 # It also adds 128 KiB a file, 3 % of 16,384 such grids.

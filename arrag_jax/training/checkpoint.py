@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from arrag_jax.config import TrainConfig
 from arrag_jax.errors import UserError
+from arrag_jax.files import write_json
 
 State = TypeVar("State")
 KEEP = 2  # the newest, and the one before it in case the newest is damaged; the best one is kept besides
@@ -155,8 +155,8 @@ def claim_workdir(workdir: Path, config: TrainConfig, base: dict[str, str]) -> N
         )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        _write_json(workdir / "base.json", base)
-        _write_json(workdir / "config.json", new)
+        write_json(workdir / "base.json", base)
+        write_json(workdir / "config.json", new)
 
 
 def _best(selects: tuple[str, str]) -> dict[str, Any]:
@@ -208,15 +208,6 @@ def _read_json(path: Path, absent: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged (it holds no JSON object); delete it if this run is the one you mean")
     return value
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _free(key: str) -> bool:

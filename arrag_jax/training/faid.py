@@ -22,6 +22,7 @@ from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import pictures
+from arrag_jax.files import sha256_of
 from arrag_jax.interfaces import DecodePolicy, Retriever
 from arrag_jax.models.checkpoint import fingerprint, load_model, read_config, save_model
 from arrag_jax.models.janus import Janus
@@ -31,7 +32,6 @@ from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.variables import Adapter, freeze, retype
 from arrag_jax.nn.vq import to_uint8
-from arrag_jax.retrieval.files import sha256_of
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.retrieval.neighbor_set import NeighborSet
 from arrag_jax.training.loop import Batch, Scalars
@@ -73,6 +73,16 @@ class FaidOptions:
             raise UserError(f"caption_dropout={self.caption_dropout} is outside [0, 1)")
 
 
+def mark_adapters(model: Janus, blenders: bool = True) -> None:
+    """Makes LoRA, head and (unless told otherwise) blenders ``Adapter``, all else ``Frozen``, in place."""
+    retype(model.gen_head, Adapter)
+    for layer in model.language_model.layers:
+        for part in (layer.attention.q_lora, layer.attention.v_lora, layer.blender if blenders else None):
+            if part is not None:
+                retype(part, Adapter)
+    freeze(model)
+
+
 class FaidTask:
     """Next-code prediction by LoRA (q, v), blenders with their norms, and the head; all else is frozen."""
 
@@ -108,13 +118,9 @@ class FaidTask:
             language.add_blenders(faid, rngs, options.start_silent)
         elif options.blend and model.config.faid != faid:
             raise UserError(f"{options.base} has blenders already, {model.config.faid}, which are not config's {faid}")
-        retype(model.gen_head, Adapter)
         for layer in language.layers:
             layer.attention.add_lora(options.lora, rngs)
-            parts = [layer.attention.q_lora, layer.attention.v_lora, layer.blender if options.blend else None]
-            for part in filter(None, parts):
-                retype(part, Adapter)
-        freeze(model)
+        mark_adapters(model, options.blend)
         return model
 
     def base(self) -> dict[str, str]:

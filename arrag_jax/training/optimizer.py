@@ -1,12 +1,14 @@
 """From OptimizerConfig to an optax chain: clip by global norm → AdamW or Muon on one schedule."""
 
 import re
+from collections.abc import Mapping
 
 import jax
 import optax
 from jaxtyping import PyTree
 
 from arrag_jax.config import OptimizerConfig
+from arrag_jax.errors import UserError
 
 # Matrices whose rows are looked up or compared one by one: orthogonalising them has no meaning.
 NOT_FOR_MUON = re.compile(r"embed|head|codebook")
@@ -34,7 +36,33 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     if config.name == "muon":
         muon = optax.contrib.muon(schedule, weight_decay=config.weight_decay, consistent_rms=MUON_RMS)
         update = optax.partition({"muon": muon, "adamw": update}, muon_labels)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    parts = [optax.clip_by_global_norm(config.clip_norm), update]
+    return optax.chain(*parts, *([scale_rates(config.rate_scales)] if config.rate_scales else []))
+
+
+def scale_rates(scales: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of parameters whose path holds a key of ``scales``; the first such key counts.
+
+    Raises:
+      UserError: on ``init``, for a key that no parameter's path holds.
+    """
+
+    def key_of(path) -> str | None:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return next((key for key in scales if key in name), None)
+
+    def init(params: PyTree) -> optax.EmptyState:
+        found = {key_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+        for key in scales:
+            if key not in found:
+                raise UserError(f"optimizer.rate_scales.{key}: no trained parameter is called so")
+        return optax.EmptyState()
+
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
+        scaled = jax.tree_util.tree_map_with_path(lambda path, leaf: scales.get(key_of(path), 1.0) * leaf, updates)
+        return scaled, state
+
+    return optax.GradientTransformation(init, update)
 
 
 def muon_labels(params: PyTree) -> PyTree:

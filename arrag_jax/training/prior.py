@@ -54,11 +54,11 @@ class PriorTask:
         self.config, self.options = config, options
         self.tokens = math.prod(PRESETS[options.preset].grid)
         self.text = PromptTokenizer.of_words(words())
+        self.tokenizer = load_model(options.tokenizer, parts=VISION)
 
     def init_model(self, rngs: nnx.Rngs) -> Janus:
         """A fresh language model around the given tokenizer, whose codebook its code embedding starts from."""
-        preset = PRESETS[self.options.preset]
-        tokenizer = load_model(self.options.tokenizer, parts=VISION)
+        preset, tokenizer = PRESETS[self.options.preset], self.tokenizer
         if tokenizer.config.vision != preset.vision:
             raise UserError(
                 f"config.options.tokenizer={self.options.tokenizer} is of another shape than preset "
@@ -73,7 +73,7 @@ class PriorTask:
 
     def base(self) -> dict[str, str]:
         """The frozen tokenizer."""
-        return {"tokenizer": fingerprint(load_model(self.options.tokenizer, parts=VISION))}
+        return {"tokenizer": fingerprint(self.tokenizer)}
 
     def _example(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
         ids, mask = self.text([example["caption"].decode()], self.options.prompt_length)

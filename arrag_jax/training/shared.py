@@ -1,6 +1,5 @@
 """What the tasks have in common: presets, held-out batches, figures of a tokenizer, the manifest of an export."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,11 +12,11 @@ from jaxtyping import Array, Float, Int
 from arrag_jax.config import TrainConfig
 from arrag_jax.data.emoji_scenes import load_source
 from arrag_jax.errors import UserError
+from arrag_jax.files import sha256_of, write_json
 from arrag_jax.models.checkpoint import fingerprint
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.presets import PRESETS
 from arrag_jax.nn.vq import from_uint8
-from arrag_jax.retrieval.files import sha256_of
 from arrag_jax.training.loop import Batch, Task
 
 BITS = 1 / math.log(2)  # in a nat
@@ -80,4 +79,4 @@ def write_manifest(directory: Path, model: Janus, run: dict[str, Any], **figures
         "sha256": sha256_of(directory / "model.safetensors"),
         **run,
     }
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(directory / "manifest.json", manifest)
