@@ -1,4 +1,4 @@
-"""Datastore of 60,000 emoji scenes that no model was trained on (the prior saw 40,000 others): 6.6 million patches.
+"""Datastore of 107,712 emoji scenes that no model was trained on (the prior saw 100,000 others): 11.8 million patches.
 
 python -m arrag_jax.build_datastore --config configs/emoji_datastore.py --workdir runs/store
 """
@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
             "model": "arrag_jax/assets/emoji_janus",
             "source": "emoji_scenes/full",
             "split": "store",
-            "num_images": 60_000,
+            "num_images": 107_712,
             "keys": ("codebook",),
             "indexes": ("codebook",),
         }

@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "task": "prior",
-            "steps": 17000,
+            "steps": 20400,
             "batch_size": 16,
             "data": {"name": "emoji_scenes/full"},
             "optimizer": {"learning_rate": 2e-3, "warmup_steps": 200, "decay_fraction": 0.35},

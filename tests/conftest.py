@@ -1,11 +1,19 @@
 """Every test runs with shape checking on and with implicit rank promotion forbidden."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Eight virtual devices, so that the tests of meshes run anywhere; set before jax wakes.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the suite's time is XLA's: what one test or command has compiled, the next ones of this run read.
+CACHE = tempfile.mkdtemp(prefix="arrag_jax_xla_")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from jaxtyping import install_import_hook
 

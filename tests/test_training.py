@@ -148,8 +148,6 @@ def start_process(workdir: Path) -> subprocess.Popen:
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "XLA_FLAGS": "",
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen([sys.executable, str(script), str(workdir)], env=env, stderr=subprocess.DEVNULL)
 

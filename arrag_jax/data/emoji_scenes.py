@@ -42,10 +42,13 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder):
     # Nothing is downloaded. TFDS would look for a file of checksums beside this one, and to find this one it imports
     # importlib_resources, which it does not declare.
     url_infos = None
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012 - TFDS reads it as a class attribute
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {  # noqa: RUF012 - TFDS reads it as a class attribute
+        "1.0.0": "First release.",
+        "1.1.0": "full has 100,000 scenes to train on, the first 40,000 of them as before.",
+    }
     BUILDER_CONFIGS = [  # noqa: RUF012
-        _config("full", train=40_000, store=120_000, valid=2_000, test=2_000),
+        _config("full", train=100_000, store=120_000, valid=2_000, test=2_000),
         _config("small", train=600, store=12_000, valid=512, test=600),
         _config("tiny", train=64, store=64, valid=64, test=64),
     ]
