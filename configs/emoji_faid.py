@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
                 "start_silent": True,
                 "prompt_length": 16,
                 "daid": {"weight": 0.02, "temperature": 0.001, "copies": "sum"},
-                "sampling": {"cfg_scale": 1.5, "temperature": 0.85},
+                "sampling": {"cfg_scale": 1.5, "top_p": 0.9},
             },
             "eval_every": 200,
             "checkpoint_every": 100,
