@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
         {
             "model": "arrag_jax/assets/emoji_janus",
             "retrieval": {"store": "runs/store", "k": 128},
-            "daid": {"weight": 0.02, "temperature": 0.001, "copies": "sum"},
+            "daid": {"weight": 0.01, "temperature": 0.003, "copies": "sum"},
             "sampling": {"cfg_scale": 1.5, "top_p": 0.9},
             "data": {"name": "emoji_scenes/full"},
         }

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
             "steps": 400,
             "batch_size": 16,
             "data": {"eval_examples": 256},
-            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 40, "decay_fraction": 0.5},
+            "optimizer": {"learning_rate": 2e-4, "warmup_steps": 40, "decay_fraction": 0.5},
             "options": {
                 "base": "arrag_jax/assets/emoji_janus",
                 "neighbors": "runs/neighbors",
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
                 "lora": {"rank": 16, "alpha": 32.0},
                 "start_silent": True,
                 "prompt_length": 16,
-                "daid": {"weight": 0.02, "temperature": 0.001, "copies": "sum"},
+                "daid": {"weight": 0.01, "temperature": 0.003, "copies": "sum"},
                 "sampling": {"cfg_scale": 1.5, "top_p": 0.9},
             },
             "eval_every": 200,

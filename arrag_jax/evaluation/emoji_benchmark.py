@@ -20,7 +20,7 @@ from arrag_jax.evaluation.object_score import object_score
 from arrag_jax.retrieval.load import load_retriever
 
 SEEDS = 3
-WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # λ of the sweep
+WEIGHTS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # λ of the sweep
 TEMPERATURES = (0.001, 0.003, 0.01, 0.03, 0.1)  # τ of the sweep
 NEIGHBORS = (16, 128, 1024)  # K of the sweep
 
