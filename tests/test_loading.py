@@ -107,7 +107,8 @@ class TestConfigs:
 
     def test_a_training_run_names_its_export(self, tmp_path):
         (tmp_path / "checkpoints").mkdir()
-        (tmp_path / "config.json").write_text("{}")
+        for name in ("config.json", "base.json"):
+            (tmp_path / name).write_text("{}")
         with pytest.raises(UserError, match=r"is a training run.*it has no export folder yet"):
             load_model(tmp_path)
         (tmp_path / "export").mkdir()

@@ -37,7 +37,7 @@ def read_config(directory: Path) -> JanusConfig:
 def read_json(directory: Path) -> dict[str, Any]:
     """A folder's config as it stands there."""
     path = directory / "config.json"
-    if (directory / "checkpoints").is_dir():
+    if (directory / "checkpoints").is_dir() and (directory / "base.json").is_file():
         export = directory / "export"
         mend = f"load its {export}" if export.is_dir() else "it has no export folder yet: let it finish"
         raise UserError(f"{directory} is a training run, whose checkpoints hold only what it trains; {mend}")
@@ -165,10 +165,10 @@ def read_lora(directory: Path) -> LoraConfig | None:
         return None
     config = _object(path)
     other = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]
-    if other or not {"r", "lora_alpha"} <= config.keys():
-        raise UserError(
-            f"{path} is not of plain LoRA: {other[0] if other else 'r or lora_alpha'} is what stands against"
-        )
+    if other:
+        raise UserError(f"{path} asks for {other[0]}, which is not known here: merge the adapter where it was made")
+    if not {"r", "lora_alpha"} <= config.keys():
+        raise UserError(f"{path} does not give r and lora_alpha; copy the checkpoint again")
     return LoraConfig(config["r"], float(config["lora_alpha"]), config.get("lora_dropout", 0.0))
 
 
