@@ -63,7 +63,8 @@ class Layout:
     Attributes:
       rules: from the published key to this layout's.
       parts: prefix of each part of the model, by our name of it.
-      unused: keys that drawing never needs: text head, a training counter, the image-understanding tower.
+      unused: keys that drawing never needs: text head, a training counter, the image-understanding tower, and the
+        rotary frequencies that older libraries stored beside the base they follow from.
     """
 
     rules: tuple[Rule, ...]
@@ -86,6 +87,7 @@ PUBLISHED = Layout(
     parts={name: f"{name}." for name in ("language_model", "gen_vision_model", "gen_embed", "gen_aligner", "gen_head")},
     unused=re.compile(
         r"language_model\.lm_head\.weight|gen_vision_model\.quantize\.codebook_used|(vision_model|aligner)\..*"
+        r"|language_model\.model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
     ),
 )
 TRANSFORMERS = Layout(

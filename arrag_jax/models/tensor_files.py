@@ -19,7 +19,7 @@ from arrag_jax.models.layouts import plain_key
 
 ADAPTER = "adapter_model"  # the PEFT library's name
 # Pages of an open file count as this process's memory, so files are closed after so many bytes.
-OPEN_BYTES = 64 * 2**20
+OPEN_BYTES = 32 * 2**20
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
