@@ -18,7 +18,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.models.layouts import plain_key
 
 ADAPTER = "adapter_model"  # the PEFT library's name
-# Pages of an open file count as this process's memory, so files are closed after so many bytes.
+# What has been read of a mapped file counts as this process's memory, so files are closed after so many bytes.
 OPEN_BYTES = 32 * 2**20
 
 _DTYPES = {
@@ -50,27 +50,35 @@ class Stored:
 
 
 class _Safetensors:
-    """An open safetensors file."""
+    """A safetensors file. The library checks that it is whole; the bytes are read plainly, for what its map has
+    touched stays in memory with every array that looks into it."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._file = safe_open(path, "numpy")
-            self._names = list(self._file.keys())
+            safe_open(path, "numpy")
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                self._entries = json.loads(file.read(size))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}); copy the checkpoint again") from error
+        self._entries.pop("__metadata__", None)
+        self._start = 8 + size
 
     def tensors(self) -> list[Stored]:
-        found = []
-        for name in self._names:
-            part = self._file.get_slice(name)
-            if part.get_dtype() not in _DTYPES:
-                raise UserError(f"{name} in {self.path} has dtype {part.get_dtype()}, which is not supported")
-            found.append(Stored(self.path, name, tuple(part.get_shape()), _DTYPES[part.get_dtype()]))
-        return found
+        for name, entry in self._entries.items():
+            if entry["dtype"] not in _DTYPES:
+                raise UserError(f"{name} in {self.path} has dtype {entry['dtype']}, which is not supported")
+        return [
+            Stored(self.path, name, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+            for name, entry in self._entries.items()
+        ]
 
     def read(self, name: str) -> np.ndarray:
-        return self._file.get_tensor(name)
+        entry = self._entries[name]
+        dtype, shape = jnp.dtype(_DTYPES[entry["dtype"]]), entry["shape"]
+        offset = self._start + entry["data_offsets"][0]
+        return np.fromfile(self.path, dtype, math.prod(shape), offset=offset).reshape(shape)
 
 
 class _TorchFile:
