@@ -1,6 +1,7 @@
 """AR-RAG in JAX: retrieval inside autoregressive image generation (arXiv 2506.06962).
 
-The API in two names: ``load_model(directory)`` and ``sample(model, prompt_ids, …)``.
+The API in two names: ``load_model(directory)`` gives a model with ``score``, ``encode_images`` and ``decode_codes``;
+``sample(model, prompt_ids, …)`` draws with it.
 """
 
 import importlib

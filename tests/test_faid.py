@@ -14,8 +14,10 @@ from safetensors.numpy import load_file
 from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
-from arrag_jax.models.checkpoint import load_model, read_config, save_model
-from arrag_jax.models.weights import parameters, published_key, to_ours
+from arrag_jax.models.checkpoint import load_model, save_model
+from arrag_jax.models.config_json import read_config
+from arrag_jax.models.layouts import published_key, to_ours
+from arrag_jax.models.weights import parameters
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.variables import Adapter, Frozen
@@ -63,13 +65,13 @@ def test_step_by_step_equals_teacher_forcing(model, retriever, mixture):
     ids, mask = tiny.prompts((3, 6, 4))
     drawn = sample(model, ids, Faid(mixture), retriever, cfg_scale=2.0, prompt_mask=mask, seed=3)
     neighbors, found = retrieved(model, retriever, drawn.codes)
-    cond = model.score(ids, drawn.codes, mask, neighbors)
-    uncond = model.score(model.unconditional(jnp.asarray(ids), jnp.asarray(mask)), drawn.codes, mask)
+    cond = model.score(ids, drawn.codes, neighbors, mask)
+    uncond = model.score(model.unconditional(jnp.asarray(ids), jnp.asarray(mask)), drawn.codes, prompt_mask=mask)
     logits = guide(jnp.concatenate([cond, uncond]).reshape(-1, cond.shape[-1]), 2.0)
     log_p = mixture.log_probs(truncate(logits, 1.0, None, None), found, jnp.asarray(True)).reshape(cond.shape)
     expected = np.take_along_axis(np.asarray(log_p), np.asarray(drawn.codes)[..., None], -1)[..., 0]
     np.testing.assert_allclose(drawn.log_p, expected, atol=2e-5)
-    assert np.abs(cond - model.score(ids, drawn.codes, mask)).max() > 0.1  # the blenders do something
+    assert np.abs(cond - model.score(ids, drawn.codes, prompt_mask=mask)).max() > 0.1  # the blenders do something
 
 
 def test_a_batch_equals_its_pictures_drawn_alone(model, retriever):
@@ -128,12 +130,12 @@ def test_what_does_not_fit_is_named(model, retriever):
         sample(tiny.janus(), ids, Faid(), retriever)
     with pytest.raises(UserError, match="blends 3 neighbours, the search gives k=2"):
         sample(model, ids, Faid(), tiny.store(model, k=2))
-    with pytest.raises(UserError, match=r"neighbors must be \[B, T, K\]"):
-        model.score(ids, codes, neighbors=np.zeros((1, 19, K), np.int32))
-    with pytest.raises(UserError, match=r"neighbors must lie in \[-1, 9\)"):
-        model.score(ids, codes, neighbors=np.full((1, 20, K), 9))
+    with pytest.raises(UserError, match=r"neighbor_codes must be \[B, T, K\]"):
+        model.score(ids, codes, neighbor_codes=np.zeros((1, 19, K), np.int32))
+    with pytest.raises(UserError, match=r"neighbor_codes must lie in \[-1, 9\)"):
+        model.score(ids, codes, neighbor_codes=np.full((1, 20, K), 9))
     with pytest.raises(UserError, match="no FAiD blenders"):
-        tiny.janus().score(ids, codes, neighbors=np.zeros((1, 20, K), np.int32))
+        tiny.janus().score(ids, codes, neighbor_codes=np.zeros((1, 20, K), np.int32))
 
 
 def test_merged_lora_is_lora_beside(model):
@@ -162,7 +164,7 @@ def test_reference_logits_and_loss(golden_model, reference, side):
     """Padding never changes a result: right-padded prompts must give what the reference gives for left-padded ones."""
     golden = np.load(reference / "faid.npz")
     ids, mask, codes = golden[f"text_ids_{side}"], golden[f"text_mask_{side}"], golden["gt_tokens"]
-    logits = golden_model.score(ids, codes, mask, golden["retrieved_codes"])
+    logits = golden_model.score(ids, codes, golden["retrieved_codes"], mask)
     np.testing.assert_allclose(logits, golden["tf_logits_left"][:, -37:-1], atol=1e-4)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(codes)).mean()
     np.testing.assert_allclose(loss, golden["tf_loss_left"], rtol=1e-5)
@@ -171,7 +173,7 @@ def test_reference_logits_and_loss(golden_model, reference, side):
 def test_reference_logits_with_nothing_retrieved(golden_model, reference):
     golden = np.load(reference / "faid.npz")
     nothing = np.full_like(golden["retrieved_codes"], -1)
-    logits = golden_model.score(golden["text_ids_left"], golden["gt_tokens"], golden["text_mask_left"], nothing)
+    logits = golden_model.score(golden["text_ids_left"], golden["gt_tokens"], nothing, golden["text_mask_left"])
     np.testing.assert_allclose(logits, golden["tf_logits_left_all_minus1"][:, -37:-1], atol=1e-4)
 
 
@@ -227,7 +229,7 @@ def test_reference_lora(golden_model, reference):
                 getattr(lora, side).kernel[...] = jnp.asarray(tensors[key].T)
                 path = f"language_model.layers.{i}.attention.{projection}_lora.{side}.kernel"
                 official[path] = tensors[f"grad::{key}"]
-    arguments = (inputs["text_ids_left"], inputs["gt_tokens"], inputs["text_mask_left"], inputs["retrieved_codes"])
+    arguments = (inputs["text_ids_left"], inputs["gt_tokens"], inputs["retrieved_codes"], inputs["text_mask_left"])
     np.testing.assert_allclose(model.score(*arguments), golden["tf_logits_left"][:, -37:-1], atol=1e-4)
     gradients = {path: value for path, value in reference_gradients(model, inputs).items() if "_lora" in path}
     assert_gradients(gradients, official)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, processors
 
 from arrag_jax.errors import UserError
-from arrag_jax.models.checkpoint import config_to_json, fingerprint, load_model, read_config, save_model
+from arrag_jax.models.checkpoint import fingerprint, load_model, save_model
+from arrag_jax.models.config_json import config_to_json, read_config
 from arrag_jax.models.janus import PARTS, VISION
 from arrag_jax.models.presets import PRESETS
 from arrag_jax.models.text import PromptTokenizer
@@ -36,7 +38,7 @@ def test_teacher_forced_logits(golden_model, reference, side):
             np.testing.assert_allclose(logits[0], golden[f"tf_logits_nopad_{i}"][0, -37:-1], atol=1e-4)
     else:
         ids, mask = golden[f"text_ids_{side}"], golden[f"text_mask_{side}"]
-        np.testing.assert_allclose(golden_model.score(ids, golden["image_ids"], mask), expected, atol=1e-4)
+        np.testing.assert_allclose(golden_model.score(ids, golden["image_ids"], prompt_mask=mask), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", ["sq", "nonsq"])
@@ -161,7 +163,8 @@ def test_grouped_query_attention_equals_repeated_heads():
         value.set_value(given)
     ids, mask = tiny.prompts((4, 3))
     codes = np.random.default_rng(0).integers(0, 9, (2, 20))
-    np.testing.assert_allclose(grouped.score(ids, codes, mask), full.score(ids, codes, mask), atol=1e-5)
+    ours, theirs = (model.score(ids, codes, prompt_mask=mask) for model in (grouped, full))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 class TestPrompts:
@@ -176,6 +179,24 @@ class TestPrompts:
             "<｜begin▁of▁sentence｜>", "<|User|>", ":", "a", "cat", "<|Assistant|>", ":", "<begin_of_image>",
         ]  # fmt: skip
         assert mask.sum(1).tolist() == [8, 10] and not mask[0, :2].any()
+
+    def test_the_first_token_stands_there_once_whoever_puts_it(self):
+        """A published tokenizer.json may leave it to the code around it."""
+        bare = Tokenizer.from_str(self.text.tokenizer.to_str())
+        bare.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+        for given, expected in zip(PromptTokenizer(bare)(["a cat"]), self.text(["a cat"]), strict=True):
+            np.testing.assert_array_equal(given, expected)
+
+    def test_a_batch_of_lengths_is_each_alone(self):
+        """Through the model, pads and all."""
+        model, texts = tiny.janus(), ["a cat", "two dogs a cat", "cat"]
+        codes = np.random.default_rng(0).integers(0, 9, (3, 20))
+        ids, mask = self.text(texts)
+        assert self.text.vocab_size <= tiny.CONFIG.language.vocab_size
+        together = model.score(ids, codes, prompt_mask=mask)
+        for i, text in enumerate(texts):
+            alone = model.score(self.text([text])[0], codes[i : i + 1])
+            np.testing.assert_allclose(together[i], alone[0], atol=1e-5)
 
     def test_saved_and_loaded_reads_alike(self, tmp_path):
         self.text.save(tmp_path)

@@ -162,11 +162,11 @@ def sample(
     retriever: Retriever | None = None,
     cfg_scale: float | None = 5.0,
     temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     greedy: bool = False,
     seed: int | Int[np.ndarray, " seeds"] = 0,
     prompt_mask: np.ndarray | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     on_cell: Callable[[Any], None] | None = None,
 ) -> Drawn:
     """Draws one picture a prompt.

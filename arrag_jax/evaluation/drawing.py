@@ -15,7 +15,8 @@ from arrag_jax.decode.loop import Drawn, require_blenders, sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import DecodePolicy, Retriever
-from arrag_jax.models.checkpoint import fingerprint, load_model, read_config
+from arrag_jax.models.checkpoint import fingerprint, load_model
+from arrag_jax.models.config_json import read_config
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.nn.vq import from_uint8, to_uint8

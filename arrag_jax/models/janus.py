@@ -137,12 +137,14 @@ class Janus(nnx.Module):
         hidden, gates = self.language_model.forward(x, positions, filled, self.grid, features, conditional, rngs)
         return self.gen_head(hidden[:, -codes.shape[1] :]).astype(jnp.float32), gates
 
-    def score(self, prompt_ids, codes, prompt_mask=None, neighbors=None) -> Float[Array, "B T V"]:
+    def score(self, prompt_ids, codes, neighbor_codes=None, prompt_mask=None) -> Float[Array, "B T V"]:
         """Float32 logits [B, T, V] of given codes; row t predicts ``codes[:, t]``.
 
         Args:
-          prompt_ids: int [B, L], BOS … image-start; codes: int [B, T]; prompt_mask: 0/1 [B, L] or None.
-          neighbors: int [B, T, K], retrieved codes for FAiD's blenders, -1 where absent; None = no blending.
+          prompt_ids: int [B, L], BOS … image-start; codes: int [B, T].
+          neighbor_codes: int [B, T, K], retrieved codes for FAiD's blenders, -1 = empty slot; None = a FAiD model
+            scores as its base does.
+          prompt_mask: 0/1 [B, L], 1 = a real token, pads on either side; None = no pads.
 
         Raises:
           UserError: if a shape or an id does not fit the model.
@@ -152,18 +154,21 @@ class Janus(nnx.Module):
         if codes.ndim != 2 or len(codes) != len(prompt_ids):
             raise UserError(f"codes must be [B, T] with B = {len(prompt_ids)} as the prompts, got {codes.shape}")
         _check_ids("codes", codes, self.codebook_size)
-        if neighbors is not None:
-            neighbors = self._check_neighbors(neighbors, codes.shape)
-        return _teacher_forced(*nnx.split(self), prompt_ids, prompt_mask, jnp.asarray(codes, jnp.int32), neighbors)
+        if neighbor_codes is not None:
+            neighbor_codes = self._check_neighbors(neighbor_codes, codes.shape)
+        codes = jnp.asarray(codes, jnp.int32)
+        return _teacher_forced(*nnx.split(self), prompt_ids, prompt_mask, codes, neighbor_codes)
 
-    def _check_neighbors(self, neighbors, shape: tuple[int, int]) -> Int[Array, "B T K"]:
-        neighbors = np.asarray(neighbors)
+    def _check_neighbors(self, given, shape: tuple[int, int]) -> Int[Array, "B T K"]:
+        given = np.asarray(given)
         if self.config.faid is None:
-            raise UserError("neighbors are given, but this checkpoint has no FAiD blenders")
-        if shape[1] != self.grid[0] * self.grid[1] or neighbors.ndim != 3 or neighbors.shape[:2] != shape:
-            raise UserError(f"neighbors must be [B, T, K] for codes {shape} of grid {self.grid}, got {neighbors.shape}")
-        _check_ids("neighbors", neighbors, self.codebook_size, lowest=-1)
-        return jnp.asarray(neighbors, jnp.int32)
+            raise UserError("neighbor_codes are given, but this checkpoint has no FAiD blenders")
+        if shape[1] != self.grid[0] * self.grid[1] or given.ndim != 3 or given.shape[:2] != shape:
+            raise UserError(
+                f"neighbor_codes must be [B, T, K] for codes {shape} of grid {self.grid}, got {given.shape}"
+            )
+        _check_ids("neighbor_codes", given, self.codebook_size, lowest=-1)
+        return jnp.asarray(given, jnp.int32)
 
     def encode_images(
         self, images: Float[Array | np.ndarray, "..."]

@@ -38,7 +38,7 @@ class PromptTokenizer:
         missing = [t for t in (BOS, PAD, IMAGE_START) if tokenizer.token_to_id(t) is None]
         if missing:
             raise UserError(f"this tokenizer has no {missing[0]} token: it is not a Janus tokenizer")
-        self.pad_id = tokenizer.token_to_id(PAD)
+        self.pad_id, self._bos = tokenizer.token_to_id(PAD), tokenizer.token_to_id(BOS)
 
     @classmethod
     def load(cls, directory: str | Path, max_length: int = 512) -> "PromptTokenizer":
@@ -92,11 +92,13 @@ class PromptTokenizer:
         if not prompt.strip():
             raise UserError("a prompt is empty; say what to draw")
         encoding = self.tokenizer.encode(chat_form(prompt.strip()))
+        # Published tokenizers leave the first token to the code around them, ours puts it there itself.
+        ids = encoding.ids if encoding.ids[0] == self._bos else [self._bos, *encoding.ids]
         unknown = self.tokenizer.token_to_id(UNKNOWN)
-        if unknown is not None and unknown in encoding.ids:
+        if unknown is not None and unknown in ids:
             words = [prompt_word for prompt_word in prompt.split() if not self._knows(prompt_word)]
             raise UserError(f"the model does not know {', '.join(map(repr, words))}; it knows: {self.known_words()}")
-        return encoding.ids
+        return ids
 
     def _knows(self, word: str) -> bool:
         return self.tokenizer.token_to_id(UNKNOWN) not in self.tokenizer.encode(word, add_special_tokens=False).ids

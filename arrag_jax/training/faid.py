@@ -24,10 +24,11 @@ from arrag_jax.errors import UserError
 from arrag_jax.evaluation import pictures
 from arrag_jax.files import sha256_of
 from arrag_jax.interfaces import DecodePolicy, Retriever
-from arrag_jax.models.checkpoint import fingerprint, load_model, read_config, save_model
+from arrag_jax.models.checkpoint import fingerprint, load_model, save_model
+from arrag_jax.models.config_json import read_config
 from arrag_jax.models.janus import Janus
+from arrag_jax.models.tensor_files import stored_tensors
 from arrag_jax.models.text import PromptTokenizer
-from arrag_jax.models.weights import tensor_files
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.variables import Adapter, freeze, retype
@@ -125,7 +126,7 @@ class FaidTask:
 
     def base(self) -> dict[str, str]:
         """The base's weights and both neighbour sets."""
-        files = sorted(set(tensor_files(Path(self.options.base)).values()))
+        files = sorted({tensor.file for tensor in stored_tensors(Path(self.options.base)).values()})
         weights = {f"base/{path.name}": sha256_of(path) for path in files}
         return weights | {f"neighbors/{name}": found.fingerprint for name, found in self.sets.items()}
 

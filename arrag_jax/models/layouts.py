@@ -1,0 +1,132 @@
+"""Names of tensors: from the path of each of our parameters to its key in the layouts that Janus comes in.
+
+One table gives the key under which Janus-Pro and FAiD are published, which is also what our own checkpoints use;
+a second one turns that key into the one of the ``transformers`` library. Both were read off checkpoints.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+Rule = tuple[str, str | Callable[[re.Match], str]]
+
+LM_HEAD = "language_model.lm_head.weight"
+
+_LAYER = r"language_model\.layers\.(\d+)\."
+# Our path → published key, first match wins. The leaf (kernel, scale, embedding) becomes "weight".
+_PUBLISHED: tuple[Rule, ...] = (
+    (
+        rf"{_LAYER}attention\.([qv])_lora\.([ab])\.",  # as the PEFT library calls them, see ``plain_key``
+        lambda m: f"language_model.model.layers.{m[1]}.self_attn.{m[2]}_proj.lora_{m[3].upper()}.",
+    ),
+    (rf"{_LAYER}attention\.([qkvo])\.", r"language_model.model.layers.\1.self_attn.\2_proj."),
+    (rf"{_LAYER}mlp\.(\w+)\.", r"language_model.model.layers.\1.mlp.\2_proj."),
+    (rf"{_LAYER}input_norm\.", r"language_model.model.layers.\1.input_layernorm."),
+    (rf"{_LAYER}mlp_norm\.", r"language_model.model.layers.\1.post_attention_layernorm."),
+    (rf"{_LAYER}blender\.norm_scale$", r"language_model.model.layers.\1.retrieval_layernorm.weight"),
+    (rf"{_LAYER}blender\.gate\.0\.", r"language_model.model.layers.\1.blender.mlp.0."),
+    (rf"{_LAYER}blender\.gate\.1\.", r"language_model.model.layers.\1.blender.mlp.2."),
+    (rf"{_LAYER}blender\.", r"language_model.model.layers.\1.blender."),
+    (r"language_model\.(embed_tokens|norm)\.", r"language_model.model.\1."),
+    (r"gen_aligner\.layers\.(\d+)\.", lambda m: f"gen_aligner.layers.{2 * int(m[1])}."),  # the GELUs count
+    (r"gen_head\.layers\.0\.", r"gen_head.output_mlp_projector."),
+    (r"gen_head\.layers\.1\.", r"gen_head.vision_head."),
+    (r"(gen_vision_model\..*\.(?:up|down)sample)\.", r"\1.conv."),
+    (r"gen_vision_model\.codes$", r"gen_vision_model.quantize.embedding.weight"),
+)
+
+# Published key → key of the transformers library; every rule that matches is applied, in this order.
+_TRANSFORMERS: tuple[Rule, ...] = (
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^gen_embed\.", "model.generation_embeddings."),
+    (r"^gen_aligner\.layers\.0\.", "model.generation_aligner.fc1."),
+    (r"^gen_aligner\.layers\.(\d+)\.", lambda m: f"model.generation_aligner.hidden_layers.{int(m[1]) // 2 - 1}."),
+    (r"^gen_head\.output_mlp_projector\.", "model.generation_head.proj_out."),
+    (r"^gen_head\.", "model.generation_head."),
+    (r"^gen_vision_model\.", "model.vqmodel."),
+    (r"^(model\.vqmodel\.encoder)\.conv_blocks\.", r"\1.down."),
+    (r"^(model\.vqmodel\.decoder)\.conv_blocks\.", r"\1.up."),
+    (r"^(model\.vqmodel\..*)\.res\.", r"\1.block."),
+    (r"^(model\.vqmodel\..*)\.mid\.0\.", r"\1.mid.block_1."),
+    (r"^(model\.vqmodel\..*)\.mid\.1\.", r"\1.mid.attn_1."),
+    (r"^(model\.vqmodel\..*)\.mid\.2\.", r"\1.mid.block_2."),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one family of checkpoints names its tensors.
+
+    Attributes:
+      rules: from the published key to this layout's.
+      parts: prefix of each part of the model, by our name of it.
+      unused: keys that drawing never needs: text head, a training counter, the image-understanding tower, and the
+        rotary frequencies that older libraries stored beside the base they follow from.
+    """
+
+    rules: tuple[Rule, ...]
+    parts: dict[str, str]
+    unused: re.Pattern
+
+    def from_published(self, key: str) -> str:
+        """This layout's name of a published key."""
+        for pattern, replacement in self.rules:
+            key = re.sub(pattern, replacement, key)
+        return key
+
+    def key(self, path: str) -> str:
+        """This layout's name of one of our parameters."""
+        return self.from_published(published_key(path))
+
+
+PUBLISHED = Layout(
+    rules=(),
+    parts={name: f"{name}." for name in ("language_model", "gen_vision_model", "gen_embed", "gen_aligner", "gen_head")},
+    unused=re.compile(
+        r"language_model\.lm_head\.weight|gen_vision_model\.quantize\.codebook_used|(vision_model|aligner)\..*"
+        r"|language_model\.model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+    ),
+)
+TRANSFORMERS = Layout(
+    rules=_TRANSFORMERS,
+    parts={
+        "language_model": "model.language_model.",
+        "gen_vision_model": "model.vqmodel.",
+        "gen_embed": "model.generation_embeddings.",
+        "gen_aligner": "model.generation_aligner.",
+        "gen_head": "model.generation_head.",
+    },
+    unused=re.compile(r"lm_head\.weight|model\.(vision_model|aligner)\..*"),
+)
+
+
+def published_key(path: str) -> str:
+    """The published key of one of our parameters."""
+    key = re.sub(r"\.(kernel|scale|embedding)$", ".weight", path)
+    for pattern, replacement in _PUBLISHED:
+        key, count = re.subn("^" + pattern, replacement, key)
+        if count:
+            break
+    return key
+
+
+def plain_key(name: str) -> str:
+    """A tensor's name without what the PEFT library puts around it (reference README, "lora.safetensors")."""
+    return re.sub(r"base_model\.model\.|\.base_layer(?=\.)|(?<=lora_[AB])\.default(?=\.)", "", name)
+
+
+def to_ours(value: np.ndarray, path: str) -> np.ndarray:
+    """A published tensor in our axis order: [out, in] → [in, out], OIHW → HWIO."""
+    if not path.endswith(".kernel"):
+        return value
+    return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
+
+
+def to_published(value: np.ndarray, path: str) -> np.ndarray:
+    """The inverse of ``to_ours``."""
+    if not path.endswith(".kernel"):
+        return np.ascontiguousarray(value)
+    return np.ascontiguousarray(value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1))
