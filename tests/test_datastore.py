@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from arrag_jax import files
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
-from arrag_jax.retrieval import files, index, shards, writer
+from arrag_jax.retrieval import index, shards, writer
 from arrag_jax.retrieval.datastore import Datastore, StoreSettings, unit_norm
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever
 
