@@ -6,7 +6,6 @@ Prints tables and writes ``results.json`` into --workdir. With --sweep it looks 
 split instead (heat maps and ``sweep.json``); with --scaling it prints how the gain grows with the store.
 """
 
-import json
 from pathlib import Path
 
 from arrag_jax.command import Flag, main_with_config
@@ -14,6 +13,7 @@ from arrag_jax.config import DrawConfig
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.drawing import open_studio
 from arrag_jax.evaluation.emoji_benchmark import measure, report, scaling, sweep
+from arrag_jax.files import write_json
 
 BENCHMARKS = ("emoji_scenes",)
 
@@ -35,7 +35,7 @@ def run(
         print(scaling(studio, num_scenes))
     else:
         results = measure(studio, split, num_prompts, num_scenes)
-        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_json(out / "results.json", results)
         print(report(results))
 
 

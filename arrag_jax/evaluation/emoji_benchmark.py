@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from arrag_jax.evaluation import pictures
 from arrag_jax.evaluation.drawing import Studio, reconstruct
 from arrag_jax.evaluation.likelihood import bits_per_code, look_up, score_scenes
 from arrag_jax.evaluation.object_score import object_score
+from arrag_jax.files import write_json
 from arrag_jax.retrieval.load import load_retriever
 
 SEEDS = 3
@@ -147,7 +147,7 @@ def sweep(studio: Studio, num_scenes: int, out: Path) -> str:
         rows.append([copies, k, WEIGHTS[best[0]], TEMPERATURES[best[1]], float(gain.max())])
         records.append({"copies": copies, "k": k, "gain": gain.tolist()})
     settings = {"plain": plain, "weights": WEIGHTS, "temperatures": TEMPERATURES, "maps": records}
-    (out / "sweep.json").write_text(json.dumps(settings, indent=1) + "\n")
+    write_json(out / "sweep.json", settings)
     return pictures.table(["copies", "K", "best weight", "best temperature", "gain in bits a code"], rows, digits=4)
 
 

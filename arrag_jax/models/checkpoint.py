@@ -5,7 +5,6 @@ the former (see ``config_json`` for the keys of our own, ``layouts`` for the nam
 """
 
 import hashlib
-import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from arrag_jax.errors import UserError
+from arrag_jax.files import whole_file, write_json
 from arrag_jax.models.config_json import config_to_json, layout_of, parse_config, read_json, read_lora
 from arrag_jax.models.janus import PARTS, VISION, Janus
 from arrag_jax.models.layouts import Layout
@@ -69,11 +69,9 @@ def save_model(model: Janus, directory: str | Path, dtype: str = "float32") -> N
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").unlink(missing_ok=True)
-    write_weights(model, directory / "model.safetensors.part", dtype)
-    (directory / "model.safetensors.part").replace(directory / "model.safetensors")
-    text = json.dumps(config_to_json(model.config), indent=2)
-    (directory / "config.json.part").write_text(text + "\n")
-    (directory / "config.json.part").replace(directory / "config.json")
+    with whole_file(directory / "model.safetensors") as temporary:
+        write_weights(model, temporary, dtype)
+    write_json(directory / "config.json", config_to_json(model.config))
 
 
 def fingerprint(model: Janus) -> str:
