@@ -1,4 +1,4 @@
-"""Approximate search on the host: ScaNN behind ``jax.pure_callback``.
+"""Approximate search on the host: ScaNN behind ``ops.host.host_call``.
 
 What ScaNN does differently is put right here, and nowhere else knows of it: it gives ids as uint32, pads
 misses with id 0 and distance NaN, returns fewer columns than asked, and orders equal distances anyhow.
@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
+from arrag_jax.ops.host import host_call
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.dense import require_k
 
@@ -216,4 +217,4 @@ class ScannRetriever:
         result = tuple(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.int32))
         # a callback has no derivative, and none is wanted
         context, shard = jax.lax.stop_gradient((context, self.shard))
-        return Neighbors(*jax.pure_callback(self.host.search, result, context, shard, vmap_method="expand_dims"))
+        return Neighbors(*host_call(self.host.search, result, context, shard))

@@ -1,0 +1,59 @@
+"""Calls from a compiled program to numpy code on the host, as cheap as XLA makes them.
+
+``jax.pure_callback`` puts the arguments on a device again before it calls, and so waits for the threads that run the
+program around it: nine tenths of its cost in a decode loop (docs/LOG.md, 2026-11-24). A program on one device can do
+without: its arguments arrive as numpy arrays. A program on several keeps ``pure_callback``, which knows how calls
+are placed there.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+Kinds = tuple[jax.ShapeDtypeStruct, ...]
+
+_host_call = Primitive("host_call")
+_host_call.multiple_results = True
+
+
+@functools.partial(jax.jit, static_argnames=("function", "kinds"), inline=True)
+def host_call(function: Callable[..., tuple[np.ndarray, ...]], kinds: Kinds, *arguments: Any) -> tuple[jax.Array, ...]:
+    """Calls ``function`` on the host with the arguments as arrays; no derivatives.
+
+    Args:
+      function: pure, and hashable. Uses numpy alone: JAX inside a host callback hangs on CPU. Its arguments are views,
+        good until it returns. Under ``vmap`` each has one more leading axis, of size 1 where it was not mapped.
+      kinds: shape and dtype of each result, without the axes that ``vmap`` adds.
+    """
+    return tuple(_host_call.bind(*arguments, function=function, kinds=kinds))
+
+
+@_host_call.def_abstract_eval
+def _abstract(*arguments: Any, function: Callable, kinds: Kinds) -> list[Any]:
+    return [jax.core.ShapedArray(kind.shape, kind.dtype) for kind in kinds]
+
+
+def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, function: Callable, kinds: Kinds) -> Any:
+    if getattr(ctx.module_context.axis_context, "num_devices", None) == 1:
+        call = functools.partial(mlir.emit_python_callback, has_side_effect=False, returns_token=False)
+        return call(ctx, function, None, list(operands), ctx.avals_in, ctx.avals_out)[0]
+    return mlir.lower_fun(lambda *arguments: jax.pure_callback(function, kinds, *arguments))(ctx, *operands)
+
+
+def _batch(arguments: Any, axes: Any, *, function: Callable, kinds: Kinds) -> tuple[list[jax.Array], list[int]]:
+    """As ``pure_callback``'s vmap_method="expand_dims"."""
+    pairs = list(zip(arguments, axes, strict=True))
+    (size,) = {x.shape[axis] for x, axis in pairs if axis is not None}
+    arguments = [x[None] if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in pairs]
+    kinds = tuple(jax.ShapeDtypeStruct((size, *kind.shape), kind.dtype) for kind in kinds)
+    return _host_call.bind(*arguments, function=function, kinds=kinds), [0] * len(kinds)
+
+
+mlir.register_lowering(_host_call, _lower, cacheable=False)
+batching.primitive_batchers[_host_call] = _batch
