@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.errors import UserError
-from arrag_jax.ops import blend
+from arrag_jax.ops import blend, products
 from arrag_jax.ops.grid import has_context
 
 
@@ -87,7 +87,7 @@ class Blender(nnx.Module):
                 silent[...] = jnp.zeros_like(silent[...])
         # The official module has no weight for a single hop.
         self.conv_weights = nnx.Param(jnp.ones(len(config.hops))) if len(config.hops) > 1 else None
-        dense = lambda out: nnx.Linear(width, out, kernel_init=_kaiming_dense, rngs=rngs)  # noqa: E731
+        dense = lambda out: nnx.Linear(width, out, kernel_init=_kaiming_dense, dot_general=products.linear, rngs=rngs)  # noqa: E731
         self.gate = nnx.List([dense(width), dense(1)])
 
     def kernels(self) -> tuple[list[blend.HopKernels], Float[Array, " hops"]]:
@@ -142,11 +142,11 @@ class Blender(nnx.Module):
           features: incoming.
           complete: has the cell a context?
         """
-        around = jnp.einsum("bni,nio->bo", window, composed.around, preferred_element_type=jnp.float32)
+        around = products.einsum("bni,nio->bo", window, composed.around)
         return self._finish(around, jnp.where(complete, self.norm(features), 0.0), composed.centre)
 
     def _finish(self, around: Array, incoming: Array, centre: blend.Centre) -> Blended:
-        value = jnp.einsum("...i,io->...o", incoming, centre.matrix, preferred_element_type=jnp.float32)
+        value = products.einsum("...i,io->...o", incoming, centre.matrix)
         around = around + centre.bias.reshape((1,) * (around.ndim - 1) + (-1,))
         value = (value + around[..., None, :]).astype(incoming.dtype)
         enter, leave = self.gate

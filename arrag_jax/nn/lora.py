@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from arrag_jax.errors import UserError
+from arrag_jax.ops import products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +29,13 @@ class Lora(nnx.Module):
     def __init__(self, inputs: int, outputs: int, config: LoraConfig, rngs: nnx.Rngs):
         self.config = config
         uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # the official code's, through PEFT
-        self.a = nnx.Linear(inputs, config.rank, use_bias=False, kernel_init=uniform, rngs=rngs)
-        self.b = nnx.Linear(config.rank, outputs, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        self.a = nnx.Linear(
+            inputs, config.rank, use_bias=False, kernel_init=uniform, dot_general=products.linear, rngs=rngs
+        )
+        zeros = nnx.initializers.zeros
+        self.b = nnx.Linear(
+            config.rank, outputs, use_bias=False, kernel_init=zeros, dot_general=products.linear, rngs=rngs
+        )
         self.dropout = nnx.Dropout(config.dropout)
 
     def __call__(self, x: Float[Array, "R S I"], rngs: nnx.Rngs | None = None) -> Float[Array, "R S O"]:

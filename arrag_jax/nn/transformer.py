@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.nn.faid import Blender, Composed, FaidConfig, window_cells
 from arrag_jax.nn.lora import Lora, LoraConfig
+from arrag_jax.ops import products
 from arrag_jax.ops.grid import has_context
 
 
@@ -75,7 +76,7 @@ def rotate(x: Float[Array, "R S heads hd"], positions: Int[Array, "R S"], theta:
 
 def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
     init = nnx.initializers.normal(inputs**-0.5)
-    return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=init, rngs=rngs)
+    return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=init, dot_general=products.linear, rngs=rngs)
 
 
 class Attention(nnx.Module):

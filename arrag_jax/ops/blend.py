@@ -20,6 +20,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from arrag_jax.ops import products
+
 Offset = tuple[int, int]  # (row, column) from the cell
 
 
@@ -79,7 +81,7 @@ def centre(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Cen
         # The pairs that reach the centre are a tap and its mirror image. The first bias, which every tap of the second
         # kernel meets, goes along as one more row.
         row = jnp.broadcast_to(first_bias, (*first.shape[:2], 1, len(first_bias)))
-        product = _dot("uvio,uvop->ip", jnp.concatenate([first[::-1, ::-1], row], axis=2), second)
+        product = products.einsum("uvio,uvop->ip", jnp.concatenate([first[::-1, ::-1], row], axis=2), second)
         matrix += weight * product[:-1]
         bias += weight * (product[-1] + second_bias)
     return Centre(matrix.astype(first.dtype), bias)
@@ -98,17 +100,17 @@ def around_staged(
     for weight, kernel in zip(weights, kernels, strict=True):
         hop, pairs = kernel.hop, live_pairs(kernel.hop)
         taps = sorted({a for a, _, _ in pairs})
-        products = _dot("bhwi,io->bhwo", hidden, jnp.concatenate([kernel.first[a] for a in taps], axis=1))
+        of_cells = products.einsum("bhwi,io->bhwo", hidden, jnp.concatenate([kernel.first[a] for a in taps], axis=1))
         # Padded tap by tap: the gradient of a slice is as large as what it was cut from.
         around = ((0, 0), (hop, 0), (hop, hop), (0, 0))
-        of_tap = {a: jnp.pad(x, around) for a, x in zip(taps, jnp.split(products, len(taps), axis=-1), strict=True)}
+        of_tap = {a: jnp.pad(x, around) for a, x in zip(taps, jnp.split(of_cells, len(taps), axis=-1), strict=True)}
         summed = {}
         for a, u, (row, column) in pairs:
             rows, columns = slice(hop + row, hop + row + height), slice(hop + column, hop + column + width)
             summed[u] = summed.get(u, 0.0) + of_tap[a][:, rows, columns]
         stacked = jnp.concatenate([kernel.second[u] for u in summed])
         sums = jnp.concatenate(list(summed.values()), axis=-1).astype(hidden.dtype)
-        total += weight * _dot("bhwi,io->bhwo", sums, stacked)
+        total += weight * products.einsum("bhwi,io->bhwo", sums, stacked)
     return total
 
 
@@ -120,7 +122,7 @@ def compose(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Fl
         for offset in live_offsets(kernel.hop):
             first = jnp.stack([kernel.first[a] for a, _, reached in pairs if reached == offset])
             second = jnp.stack([kernel.second[u] for _, u, reached in pairs if reached == offset])
-            matrices[offset] = matrices.get(offset, 0.0) + weight * _dot("nio,nop->ip", first, second)
+            matrices[offset] = matrices.get(offset, 0.0) + weight * products.einsum("nio,nop->ip", first, second)
     largest = max(kernel.hop for kernel in kernels)
     return jnp.stack([matrices[offset] for offset in live_offsets(largest)]).astype(kernels[0].first.dtype)
 
@@ -133,8 +135,4 @@ def around_composed(
     hop = -min(row for row, _ in offsets)
     padded = jnp.pad(hidden, ((0, 0), (hop, 0), (hop, hop), (0, 0)))
     windows = [padded[:, hop + r : hop + r + height, hop + c : hop + c + width] for r, c in offsets]
-    return _dot("bhwi,io->bhwo", jnp.concatenate(windows, axis=-1), matrices.reshape(-1, matrices.shape[-1]))
-
-
-def _dot(subscripts: str, *operands: Array) -> Array:
-    return jnp.einsum(subscripts, *operands, preferred_element_type=jnp.float32)
+    return products.einsum("bhwi,io->bhwo", jnp.concatenate(windows, axis=-1), matrices.reshape(-1, matrices.shape[-1]))

@@ -1,0 +1,217 @@
+"""Time of a decode step at Janus-Pro-1B's shape: plain, DAiD and FAiD, beside the ``transformers`` library's Janus.
+
+python benchmarks/decode.py [--dtypes=float32,bfloat16] [--batches=1,4] [--rounds=3] [--sides=arrag_jax]
+
+Random weights, guidance on (2 x batch rows), the first ``--cells`` cells of a 24 x 24 drawing, with a cache that has
+room for all of it on both sides. DAiD searches 1,000,000 random patches with ScaNN, K = 2048; FAiD has two blenders
+(layers 0 and 12) and takes the nearest 10 of the same search. Each side has a process of its own; they take turns,
+round after round, so that a drift of the machine meets both. A step's time is a drawing's over its cells, the prompt
+of 32 tokens included. "of bandwidth" is the bytes of weights that a step has to read over its time, as a share of what
+a sum over 2 GiB reads in the same time on this machine. ``transformers`` comes with requirements-dev.txt.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+PROMPT, PATCHES, DAID_K, GUIDANCE = 32, 1_000_000, 2048, 5.0
+METHODS = {"arrag_jax": ("plain", "daid", "faid"), "transformers": ("plain",)}
+Draw = Callable[[str, int], None]  # a method and a batch; returns when the codes are there
+
+
+def prompts(batch: int) -> np.ndarray:
+    """The same random prompts for both sides."""
+    return np.random.default_rng(1).integers(0, 1000, (batch, PROMPT))
+
+
+def ours(dtype: str, cells: int) -> tuple[Draw, dict[str, float]]:
+    """This package's drawing, and the GB of weights that a step of each method reads."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from arrag_jax.decode.loop import sample
+    from arrag_jax.decode.policies import Daid, Faid, Plain
+    from arrag_jax.models.janus import Janus
+    from arrag_jax.models.presets import PRESETS
+    from arrag_jax.nn.faid import FaidConfig
+    from arrag_jax.ops.blend import live_offsets
+    from arrag_jax.retrieval.scann import ScannRetriever
+
+    class FirstCells(Janus):
+        """Draws the first cells alone; cache and windows are those of the whole grid."""
+
+        @property
+        def grid(self) -> tuple[int, int]:
+            return cells // self.config.grid[1], self.config.grid[1]
+
+        def prefill(self, prompt_ids, prompt_mask, blended_rows=0):
+            x, room = self.language_model.embed_tokens(prompt_ids), int(np.prod(self.config.grid))
+            return x[:, -1], self.language_model.prefill(x[:, :-1], prompt_mask[:, :-1], room, blended_rows)
+
+        def step(self, hidden, cache, cell, features=None):
+            hidden, cache = self.language_model.step(hidden, cache, cell, self.config.grid, features)
+            return self.gen_head(hidden).astype(jnp.float32), cache
+
+    config, rng = dataclasses.replace(PRESETS["janus-pro-1b"], faid=FaidConfig()), np.random.default_rng(0)
+    parts = ("language_model", "gen_embed", "gen_aligner", "gen_head")
+    model, read = nnx.eval_shape(lambda: FirstCells(config, nnx.Rngs(0), parts)), 0
+    for path, value in nnx.to_flat_state(nnx.state(model)):
+        numbers = rng.standard_normal(value.shape, np.float32) * np.float32(0.02) + np.float32("scale" in path[-1])
+        value.set_value(jnp.asarray(numbers, dtype))
+        if "blender" not in path and path[-1] != "embedding":
+            read += value[...].nbytes
+    blender = (len(live_offsets(max(config.faid.hops))) + 1) * config.language.width**2 * jnp.dtype(dtype).itemsize
+    blenders = sum(layer.blender is not None for layer in model.language_model.layers) * blender
+
+    codebook = rng.standard_normal((config.vision.codebook_size, config.vision.code_dim), np.float32)
+    codebook /= np.linalg.norm(codebook, axis=1, keepdims=True)
+    stored = rng.integers(0, len(codebook), (PATCHES, 5)).astype(np.int32)
+    search = ScannRetriever.create(codebook[stored[:, :4]].reshape(PATCHES, -1), stored[:, 4], codebook, DAID_K)
+    policies = {"plain": Plain(), "daid": Daid(0.1, 0.05), "faid": Faid()}
+
+    def draw(method: str, batch: int) -> None:
+        retriever = None if method == "plain" else search
+        jax.block_until_ready(sample(model, prompts(batch), policies[method], retriever, cfg_scale=GUIDANCE).codes)
+
+    return draw, {"plain": read / 1e9, "daid": read / 1e9, "faid": (read + blenders) / 1e9}
+
+
+def theirs(dtype: str, cells: int) -> tuple[Draw, dict[str, float]]:
+    """The same of ``JanusForConditionalGeneration.generate``."""
+    import torch
+    from transformers import GenerationConfig, JanusConfig, JanusForConditionalGeneration
+
+    torch.set_default_dtype(getattr(torch, dtype))
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 102400, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "intermediate_size": 5632, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    vision = {"num_hidden_layers": 1, "num_image_tokens": cells}  # the tower that reads images takes no part
+    model = JanusForConditionalGeneration(JanusConfig(text_config=text, vision_config=vision)).eval()
+    model.generation_config = GenerationConfig(
+        bos_token_id=0, pad_token_id=1, eos_token_id=3, generation_kwargs={"boi_token_id": 2}
+    )
+    weights = [
+        p for name, p in model.model.named_parameters() if name.startswith(("language_model.layers", "generation_"))
+    ]
+    read = sum(p.numel() * p.element_size() for p in weights if p.ndim) / 1e9
+
+    def draw(method: str, batch: int) -> None:
+        ids = torch.from_numpy(prompts(batch))
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=True,
+            guidance_scale=GUIDANCE, max_length=PROMPT + 576,
+        )  # fmt: skip
+
+    return draw, {"plain": read}
+
+
+def serve(side: str, dtype: str, cells: int) -> None:
+    """The child: for each "method batch" on stdin, one drawing, and a line of JSON."""
+    draw, read = {"arrag_jax": ours, "transformers": theirs}[side](dtype, cells)
+    for line in sys.stdin:
+        method, batch = line.split()
+        start = time.perf_counter()
+        draw(method, int(batch))
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps({"seconds": seconds, "gib": peak, "read": read[method]}), flush=True)
+
+
+def bandwidth() -> float:
+    """GB a second that all cores together read in a sum of 2 GiB: the best of five."""
+    parts, best = [np.ones(2**29 // os.cpu_count(), np.float32) for _ in range(os.cpu_count())], 0.0
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for _ in range(5):
+            start = time.perf_counter()
+            list(pool.map(np.sum, parts))
+            best = max(best, sum(part.nbytes for part in parts) / 1e9 / (time.perf_counter() - start))
+    return best
+
+
+def measure(dtype: str, batches: list[int], rounds: int, cells: int, sides: list[str]) -> list[dict]:
+    """Rows of the table for one dtype."""
+    children = {
+        side: subprocess.Popen(
+            [sys.executable, __file__, f"--serve={side}", f"--dtypes={dtype}", f"--cells={cells}"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for side in sides
+    }  # fmt: skip
+    jobs = [(batch, side, method) for batch in batches for side in sides for method in METHODS[side]]
+    answers: dict[tuple, list[dict]] = {job: [] for job in jobs}
+    for batch in batches:
+        for _ in range(rounds + 1):  # the first one compiles
+            for job in jobs:
+                if job[0] == batch:
+                    child = children[job[1]]
+                    child.stdin.write(f"{job[2]} {batch}\n")
+                    child.stdin.flush()
+                    answers[job].append(json.loads(child.stdout.readline()))
+    for child in children.values():
+        child.stdin.close()
+        child.wait()
+    rows = []
+    for (batch, side, method), (first, *rest) in answers.items():
+        step = statistics.median(answer["seconds"] for answer in rest) / cells
+        rows.append(
+            {
+                "dtype": dtype, "batch": batch, "side": side, "method": method, "ms": step * 1e3,
+                "compile": first["seconds"] - step * cells, "gib": rest[-1]["gib"], "rate": rest[-1]["read"] / step,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--batches", default="1,4", help="images drawn at once")
+    parser.add_argument("--rounds", type=int, default=3, help="timings of each; the median is printed")
+    parser.add_argument("--cells", type=int, default=72, help="cells drawn, in whole rows of 24, at least two")
+    parser.add_argument("--sides", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--serve", choices=METHODS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve, args.dtypes, args.cells)
+        return
+    top = bandwidth()
+    print(f"{args.cells} cells, median of {args.rounds}; a sum reads {top:.1f} GB/s\n")
+    columns = [
+        "dtype",
+        "images",
+        "",
+        "ms a step",
+        "of plain",
+        "of transformers",
+        "first call s",
+        "peak GiB",
+        "of bandwidth",
+    ]
+    print("| " + " | ".join(columns) + " |\n| --- | ---: | --- |" + " ---: |" * (len(columns) - 3))
+    for dtype in args.dtypes.split(","):
+        rows = measure(dtype, list(map(int, args.batches.split(","))), args.rounds, args.cells, args.sides.split(","))
+        found = {(row["batch"], row["side"], row["method"]): row["ms"] for row in rows}
+        for row in rows:
+            plain = found[row["batch"], row["side"], "plain"]
+            other = found.get((row["batch"], "transformers", "plain"), float("nan"))
+            figures = [row["ms"], row["ms"] / plain, row["ms"] / other, row["compile"], row["gib"], row["rate"] / top]
+            cells = " | ".join(f"{value:.3g}" for value in figures)
+            print(f"| {dtype} | {row['batch']} | {row['side']} {row['method']} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
