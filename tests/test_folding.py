@@ -17,6 +17,11 @@ from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever, build_host
 
 V, K = 12, 40
 CODEBOOK = unit_norm(np.random.default_rng(0).normal(size=(V, 8)))
+# Distances of these codes are whole numbers: exact in float32, and many contexts tie.
+HALVES = np.array(
+    [np.roll([0.5, s, 0, t, 0.5, 0, 0, 0], i) for s in (0.5, -0.5) for t in (0.5, -0.5) for i in (0, 1, 2)]
+)
+HALVES = HALVES.astype(np.float32)
 # Codes are drawn unevenly, so that some contexts have hundreds of patches and others one.
 GRIDS = np.random.default_rng(1).choice(V, (400, 5, 6), p=np.arange(1, V + 1) ** 3 / 6084)
 CONTEXTS = grid_ops.contexts_of_grids(GRIDS).reshape(-1, 4)
@@ -30,31 +35,32 @@ def queries() -> np.ndarray:
     return np.concatenate([drawn, CONTEXTS[:20], [[0, 0, 0, 0], [3, -1, 2, 1]]]).astype(np.int32)
 
 
-def folded(rows: tuple[int, int] = (0, len(CODES))) -> Patches:
-    return Patches.fold(CONTEXTS[slice(*rows)], CODES[slice(*rows)], CODEBOOK)
+def folded(rows: tuple[int, int] = (0, len(CODES)), codebook: np.ndarray = CODEBOOK) -> Patches:
+    return Patches.fold(CONTEXTS[slice(*rows)], CODES[slice(*rows)], codebook)
 
 
-def naive(context: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def naive(context: np.ndarray, k: int, codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows and distances of the k nearest patches; at equal distance by context, then by row."""
     rows, away = [], []
     for query in context:
-        distance = ((CODEBOOK[query][None] - CODEBOOK[CONTEXTS]) ** 2).sum((1, 2), dtype=np.float64).round(5)
+        distance = ((codebook[query][None] - codebook[CONTEXTS]) ** 2).sum((1, 2), dtype=np.float64)
         order = np.lexsort((np.arange(len(CODES)), packed(CONTEXTS), distance))[:k]
         rows.append(order)
         away.append(distance[order])
     return np.array(rows), np.array(away)
 
 
-def check(found, context: np.ndarray, k: int, *, ids: bool = True) -> None:
+def check(found, context: np.ndarray, k: int, codebook: np.ndarray = CODEBOOK, ids: bool = False) -> None:
+    """The naive search's distances, at patches that have them; ``ids``: its very patches."""
     code, distance, id_ = (np.asarray(x) for x in found)
     whole = (context >= 0).all(1)
     assert (code[~whole] == -1).all() and (id_[~whole] == -1).all() and np.isposinf(distance[~whole]).all()
-    rows, away = naive(context[whole], k)
+    rows, away = naive(context[whole], k, codebook)
     code, distance, id_ = code[whole], distance[whole], id_[whole]
     np.testing.assert_allclose(distance, away, atol=2e-5)
     np.testing.assert_array_equal(code, CODES[id_])
     assert all(len(set(row)) == k for row in id_)
-    mine = ((CODEBOOK[context[whole]][:, None] - CODEBOOK[CONTEXTS[id_]]) ** 2).sum((2, 3))
+    mine = ((codebook[context[whole]][:, None] - codebook[CONTEXTS[id_]]) ** 2).sum((2, 3))
     np.testing.assert_allclose(distance, mine, atol=2e-5)
     if ids:
         np.testing.assert_array_equal(id_, rows)
@@ -75,34 +81,29 @@ def test_every_patch_is_in_the_entry_of_its_context():
     np.testing.assert_array_equal(patches.keys[:], CODEBOOK[patches.contexts].reshape(-1, 32))
 
 
-@pytest.mark.parametrize("k", [1, K, 700, len(CODES)])
+@pytest.mark.parametrize("k", [1, K, len(CODES)])
 @pytest.mark.parametrize("options", [EXHAUSTIVE, INT8], ids=["float32", "int8"])
-def test_scann_over_entries_is_the_naive_search(options, k):
-    """With int8 too, to the id: its rounding is bounded, so that nothing nearer is left out."""
-    whole = folded()
-    context = queries() if k < 700 else queries()[::8]
-    check(search(ScannRetriever.of(build_host(lambda _: whole, len(CODES), CODEBOOK, k, options)), context), context, k)
+@pytest.mark.parametrize("codebook", [CODEBOOK, HALVES], ids=["normal", "halves"])
+def test_scann_over_entries_is_the_naive_search(codebook, options, k):
+    """With int8 too: its rounding is bounded, so that nothing nearer is left out. Where ties are exact, to the id."""
+    context = queries() if k <= K else queries()[::8]
+    host = build_host(lambda rows: folded(rows, codebook), len(CODES), codebook, k, options)
+    check(search(ScannRetriever.of(host), context), context, k, codebook, ids=codebook is HALVES)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("k", [1, K, 700])
-def test_dense_over_entries_is_the_naive_search(storage, k):
-    """``score_bytes`` makes several blocks. Sums of rounded products do not order what is equally far."""
+@pytest.mark.parametrize("k, score_bytes", [(1, 2**20), (K, 2**20), (K, 4 * 82 * 900), (700, 2**20)])
+def test_dense_over_entries_is_the_naive_search(storage, k, score_bytes):
+    """In one block and in several."""
     context = queries()
-    for score_bytes in (2**20, 4 * len(context) * 900):
-        retriever = DenseRetriever.of(folded(), CODEBOOK, k, storage, score_bytes)
-        check(search(retriever, context), context, k, ids=False)
+    check(search(DenseRetriever.of(folded(), CODEBOOK, k, storage, score_bytes), context), context, k)
 
 
-def test_dense_takes_the_first_rows_of_a_context():
-    """Within one context ids are exact, whatever the storage."""
-    patches = folded()
-    fullest = np.argsort(np.diff(patches.starts))[-5:]
-    context = patches.contexts[fullest].astype(np.int32)
-    for storage in STORAGES:
-        found = search(DenseRetriever.of(patches, CODEBOOK, K, storage), context)
-        expected = [patches.rows[patches.starts[entry] :][:K] for entry in fullest]
-        np.testing.assert_array_equal(found.id, expected)
+@pytest.mark.parametrize("storage", ["codes", "float32"])
+def test_dense_orders_ties_by_context_and_row(storage):
+    context = queries()
+    retriever = DenseRetriever.of(folded(codebook=HALVES), HALVES, K, storage, 4 * len(context) * 900)
+    check(search(retriever, context), context, K, HALVES, ids=True)
 
 
 @pytest.mark.parametrize("storage", ["scann", *STORAGES])
@@ -116,7 +117,7 @@ def test_sharded_over_entries_is_the_naive_search(storage):
         )
     else:
         retriever = sharded.shard_dense(folded, len(CODES), CODEBOOK, K, mesh, "store", "data", storage)
-    check(search(retriever, context), context, K, ids=False)
+    check(search(retriever, context), context, K)
 
 
 def test_a_process_holds_its_own_shards_alone():
@@ -129,14 +130,9 @@ def test_a_process_holds_its_own_shards_alone():
     host = build_host(patches, len(CODES), CODEBOOK, K, EXHAUSTIVE, shards=4, local=[2])
     assert list(host.shards) == [2] and asked == [host.bounds[2]]
     whole = queries()[:-1]
-    for ours, alone in zip(
-        host.search(whole, np.int32(2)),
-        build_host(lambda _: folded(host.bounds[2]), len(CODES) // 4, CODEBOOK, K, EXHAUSTIVE).search(
-            whole, np.int32(0)
-        ),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(ours, alone)
+    alone = build_host(lambda _: folded(host.bounds[2]), len(CODES) // 4, CODEBOOK, K, EXHAUSTIVE)
+    for ours, theirs in zip(host.search(whole, np.int32(2)), alone.search(whole, np.int32(0)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_an_answer_does_not_depend_on_its_batch():
