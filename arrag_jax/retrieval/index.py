@@ -125,11 +125,6 @@ def saved_shards(store: Datastore, kind: str) -> int:
     return max(1, len(list(index_directory(store, kind).glob("shard-*"))))
 
 
-def index_bytes(store: Datastore, kind: str) -> int:
-    """Bytes of a saved index's files: what ScaNN holds in memory of it, but for its lists of leaves."""
-    return sum(path.stat().st_size for path in index_directory(store, kind).rglob("shard-*/*"))
-
-
 def _identity(store: Datastore, kind: str, options: ScannOptions, entries: list[int]) -> dict:
     """What an index must agree in with the store and options it is used with."""
     bounds = shard_bounds(store.num_patches, len(entries))

@@ -16,7 +16,7 @@ from arrag_jax.config import ScannOptions
 from arrag_jax.files import write_json
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.index import index_bytes, load_index, saved_shards
+from arrag_jax.retrieval.index import load_index, saved_shards
 from arrag_jax.retrieval.patches import Patches
 from arrag_jax.retrieval.scann import BY_RULE, HostSearch
 
@@ -34,7 +34,7 @@ def report(store: Datastore, options: ScannOptions = BY_RULE) -> dict[str, float
     Returns:
       recall_at_10, recall_at_2048: share of the K nearest patches found; K is N where that is smaller.
       queries_per_second: in calls of 64 queries, at K = 10.
-      bytes_per_patch: of memory: the index's files, contexts, lists of patches and codes.
+      bytes_per_patch: of memory, by what the search holds: keys, leaves, contexts, lists of patches, codes.
       num_patches, num_images, num_bad: what the store holds, and the images left out as unreadable.
 
     Raises:
@@ -48,12 +48,11 @@ def report(store: Datastore, options: ScannOptions = BY_RULE) -> dict[str, float
     patches = [host.shards[shard].patches for shard in range(shards)]
     farthest = kth_distances(patches, host.codebook[context].reshape(len(context), -1), ks)
     recall = [recall_of(host.with_k(k), context, kth) for k, kth in zip(ks, farthest, strict=True)]
-    held = index_bytes(store, kind) + sum(part.nbytes for part in patches)
     figures = {
         "recall_at_10": recall[0],
         "recall_at_2048": recall[1],
         "queries_per_second": queries_per_second(host, context),
-        "bytes_per_patch": held / store.num_patches,
+        "bytes_per_patch": sum(part.nbytes for part in host.shards.values()) / store.num_patches,
         "num_patches": store.num_patches,
         "num_images": store.num_images,
         "num_bad": getattr(store, "num_bad", 0),

@@ -109,6 +109,14 @@ class ShardSearch:
         self.searcher, self.patches, self.options = searcher, patches, options
         self.bytes_a_number = bytes_a_number(len(patches.keys), len(patches.codes), options)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: keys with norms and leaves in both directions, centroids, contexts, rows and codes."""
+        entries, numbers = len(self.patches.keys), self.patches.keys[:1].shape[1]
+        leaves = num_leaves(entries, self.options)
+        an_entry = numbers * self.bytes_a_number + (4 if self.bytes_a_number == 1 else 0) + (8 if leaves else 0)
+        return entries * an_entry + 4 * leaves * numbers + self.patches.nbytes
+
     def search(
         self, context: Int[np.ndarray, "n 4"], query: Float[np.ndarray, "n E"], k: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
