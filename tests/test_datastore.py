@@ -336,18 +336,6 @@ def test_wrong_index_is_refused(store, tmp_path):
     index.load_index(Datastore.open(tmp_path), "latent", 5, tree)
 
 
-def test_a_process_reads_its_own_shards_of_an_index_alone(store):
-    """Damage elsewhere is another process' to tell."""
-    directory = index.build_index(store, "latent", EXHAUSTIVE, shards=3)
-    damaged = next((directory / "shard-00002").glob("*.npy"))
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-    assert list(index.load_index(store, "latent", 5, EXHAUSTIVE, shards=3, local=[0, 1]).shards) == [0, 1]
-    with pytest.raises(UserError, match=r"shard-00002.* is damaged"):
-        index.load_index(store, "latent", 5, EXHAUSTIVE, shards=3, local=[2])
-    with pytest.raises(UserError, match="has 3 shards, not 1"):
-        index.load_index(store, "latent", 5, EXHAUSTIVE)
-
-
 def test_interrupted_index_is_not_there(store, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(UserError, match="disk is full"):

@@ -1,4 +1,4 @@
-"""The report's figures against the naive search."""
+"""The report's figures against the naive search; which process reads what of an index."""
 
 import json
 
@@ -94,3 +94,15 @@ def test_without_a_store_or_its_index_nothing_is_written(store, tmp_path):
     with pytest.raises(UserError, match="missing --config"):
         build_datastore.run(None, str(tmp_path))
     assert not (tmp_path / "report.json").exists()
+
+
+def test_a_process_reads_its_own_shards_of_an_index_alone(store):
+    """Damage elsewhere is another process' to tell."""
+    directory = index.build_index(store, "codebook", ScannOptions(), shards=3)
+    damaged = next((directory / "shard-00002").glob("*.npy"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    assert list(index.load_index(store, "codebook", 5, ScannOptions(), shards=3, local=[0, 1]).shards) == [0, 1]
+    with pytest.raises(UserError, match=r"shard-00002.* is damaged"):
+        index.load_index(store, "codebook", 5, ScannOptions(), shards=3, local=[2])
+    with pytest.raises(UserError, match="has 3 shards, not 1"):
+        index.load_index(store, "codebook", 5, ScannOptions())

@@ -5,10 +5,10 @@ misses with id 0 and distance NaN, returns fewer columns than asked, and orders 
 
 An index is a k-means tree over entries (``retrieval.patches``); the members of the leaves nearest to a query are
 scored, in squared L2. Keys have 32 numbers, so few that asymmetric hashing loses on both sides: lower recall in the
-same time, longer builds. Trees for the dot product find less on keys of equal norm. Where nearly every patch
-is an entry of its own, keys are held as int8: ScaNN is then asked for more than is wanted, and
-distances are computed anew in float32; a bound on the error of int8 tells when nothing has been missed. So in both
-forms only neighbours in other leaves are missed, distances are exact, and they do not depend on the batch.
+same time, longer builds. Trees for the dot product find less on keys of equal norm. Where contexts hardly repeat,
+keys are held as int8. Distances of what ScaNN gives are computed anew in float32, and a bound on its errors tells
+when it has to be asked for more. So in both forms distances are exact, equal in every batch, and only neighbours in
+leaves that are not searched are missed. A context that has k patches of its own needs no search at all.
 
 The callback's body is numpy and ScaNN alone: jax.numpy inside a host callback hangs on CPU.
 """
@@ -39,6 +39,7 @@ MORE = 4  # how many times more are asked for where these were too few
 WORTH = 8  # leaves searched hold at least so many times the entries asked for
 FLOAT32_SHARE = 0.25  # up to this share of entries among patches an index holds float32, beyond it int8
 ROUNDING = 2e-5  # most by which ScaNN's float32 distances are off
+BLOCK = 2**16  # keys made at once
 EXACT_NUMBERS = 2**18  # numbers whose distances are computed at once: they stay in a core's cache
 
 BY_RULE = ScannOptions()
@@ -82,7 +83,9 @@ def import_scann() -> ModuleType:
 def build_searcher(patches: Patches, options: ScannOptions) -> Any:
     """A ScaNN searcher over the entries. Builds with a tree are not deterministic (a random start of k-means)."""
     entries, rows = len(patches.keys), len(patches.codes)
-    keys = np.ascontiguousarray(patches.keys[:], np.float32)
+    keys = np.empty((entries, patches.keys[:1].shape[1]), np.float32)
+    for first in range(0, entries, BLOCK):
+        keys[first : first + BLOCK] = patches.keys[first : first + BLOCK]
     leaves = num_leaves(entries, options)
     # num_neighbors is only a default, which every search overrides
     builder = import_scann().builder(keys, 10, "squared_l2")
