@@ -2,6 +2,8 @@
 
 python -m arrag_jax.build_datastore --config configs/emoji_datastore.py --workdir runs/store
 
+    … --report      measures the index: recall against exact search, queries a second, bytes a patch
+
 Run again with the same flags, it goes on where it stopped, and says so when nothing is left to do.
 """
 
@@ -14,15 +16,25 @@ import numpy as np
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import DatastoreConfig
 from arrag_jax.data.images import encoder, load_images
+from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.retrieval import index, writer
-from arrag_jax.retrieval.datastore import StoreSettings
+from arrag_jax.retrieval import report as measure
+from arrag_jax.retrieval.datastore import Datastore, StoreSettings
+from arrag_jax.retrieval.scann import BY_RULE
 
 
-def run(config: DatastoreConfig, workdir: str) -> None:
+def run(config: DatastoreConfig | None, workdir: str, report: bool = False) -> None:
     """Builds the datastore that the config describes, in --workdir; run again to continue."""
     start, directory = time.perf_counter(), Path(workdir)
+    if report:
+        options = BY_RULE if config is None else config.scann
+        for name, figure in measure.report(Datastore.open(directory), options).items():
+            print(f"{name:20}{figure:>16,.4f}" if isinstance(figure, float) else f"{name:20}{figure:>16,}")
+        return
+    if config is None:
+        raise UserError("missing --config (see --help)")
     tokenizer = load_model(config.model, parts=VISION)
     examples = load_images(config.source, config.split, config.data_dir, tokenizer)
     settings = StoreSettings(
@@ -52,4 +64,10 @@ def run(config: DatastoreConfig, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    main_with_config(run, DatastoreConfig, workdir=Flag("folder of the datastore; made when absent"))
+    main_with_config(
+        run,
+        DatastoreConfig,
+        config=Flag("config file, path.py or path.py:argument; --config.key=value overrides a key", ""),
+        workdir=Flag("folder of the datastore; made when absent"),
+        report=Flag("measure the index in --workdir, print the figures and write them to report.json", False),
+    )

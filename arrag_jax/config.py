@@ -97,18 +97,22 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScannOptions:
-    """How a ScaNN index is built and searched; 0 = by the rule, measured on 1e5 and 1e6 patches.
+    """How a ScaNN index is built and searched; 0 = by the rule, measured on 1e5 to 1e7 patches.
 
+    The rules go by entries: stored patches, those of equal context counted once (``retrieval.patches``).
     Only ``leaves_to_search`` can be changed without building the index again.
     """
 
-    exhaustive_below: int = 20_000  # with fewer patches there is no tree: every key is scored, results are exact
-    leaves: int = 0  # of the tree; by the rule 2·sqrt(patches)
-    leaves_to_search: int = 0  # leaves whose members are scored; by the rule one in 100, at least 25
+    exhaustive_below: int = 20_000  # with fewer entries there is no tree: every key is scored, results are exact
+    leaves: int = 0  # of the tree; by the rule 2·sqrt(entries)
+    leaves_to_search: int = 0  # leaves whose members are scored; see ``retrieval.scann.num_leaves_to_search``
+    bytes_a_number: int = 0  # 4 (float32) | 1 (int8; a tree alone); by the rule 4 where entries are few
 
     def __post_init__(self):
         for name in ("exhaustive_below", "leaves", "leaves_to_search"):
             _in_range(name, getattr(self, name), 0)
+        if self.bytes_a_number not in (0, 1, 4):
+            raise UserError(f"bytes_a_number={self.bytes_a_number}: choose 4 (float32), 1 (int8) or 0 (by the rule)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +147,14 @@ class RetrievalConfig:
     k: int = 16  # neighbours a cell
     keys: str = "codebook"  # "codebook" | "latent"
     search: str = "scann"  # "scann" (host) | "dense" (device, exact)
+    storage: str = "float32"  # what "dense" holds of a key: "codes" | "float32" | "bfloat16" | "int8"
     num_images: int = 0  # only the first ones; 0 = all. A ScaNN index over fewer is built in memory
     scann: ScannOptions = ScannOptions()
 
     def __post_init__(self):
         _one_of("keys", self.keys, ("codebook", "latent"))
         _one_of("search", self.search, ("scann", "dense"))
+        _one_of("storage", self.storage, ("codes", "float32", "bfloat16", "int8"))
         for name, low in (("k", 1), ("num_images", 0)):
             _in_range(name, getattr(self, name), low)
 

@@ -4,7 +4,8 @@ Letters, used in every annotation:
 
   B batch · T cells of the grid in raster order (T = H·W) · H W grid height and width · L prompt length
   V codes in the codebook · C code dimension · E = 4C key dimension · K neighbours · N stored patches
-  S shards · D model width · R rows of a guided batch (2B with classifier-free guidance, else B)
+  U entries, the different contexts among them · S shards · D model width
+  R rows of a guided batch (2B with classifier-free guidance, else B)
 
 A *cell* is one place of the code grid; its *context* is the L-shape of four cells drawn before it
 (up-left, up, up-right, left). Codes are int32; an absent code, neighbour or context cell is -1.

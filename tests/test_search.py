@@ -16,6 +16,7 @@ from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval import dense, sharded
 from arrag_jax.retrieval.datastore import keys_of_maps, unit_norm
 from arrag_jax.retrieval.dense import DenseRetriever
+from arrag_jax.retrieval.patches import unfolded
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever, build_host, num_leaves
 
 K = 16
@@ -124,7 +125,7 @@ def test_scann_that_searches_every_leaf_is_the_naive_search(kind):
 def test_scann_recall_with_default_options():
     case = make_case("latent", images=2000)  # 32,000 patches: a tree
     retriever = ScannRetriever.create(case.keys, case.codes, case.codebook, 10)
-    assert num_leaves(len(case.codes), retriever.host.options) > 0
+    assert num_leaves(len(case.codes), ScannOptions()) > 0
     found = search(retriever, case.context)
     has_context = (case.context >= 0).all(1)
     true = distances(case)[has_context]
@@ -171,8 +172,14 @@ def test_scann_under_vmap_and_grad():
 def test_sharded_searches_are_the_naive_search(kind, images):
     case = make_case(kind, images=images)
     grid = mesh((8,), ("store",))
-    check(case, search(sharded.shard_dense(case.keys, case.codes, case.codebook, K, grid, "store"), case.context))
-    host = build_host(case.keys, case.codes, case.codebook, K, EXHAUSTIVE, shards=8)
+    check(
+        case,
+        search(
+            sharded.shard_dense(unfolded(case.keys, case.codes), len(case.codes), case.codebook, K, grid, "store"),
+            case.context,
+        ),
+    )
+    host = build_host(unfolded(case.keys, case.codes), len(case.codes), case.codebook, K, EXHAUSTIVE, shards=8)
     check(case, search(sharded.shard_scann(host, grid, "store"), case.context))
 
 
@@ -181,7 +188,10 @@ def test_sharded_dense_is_dense():
     case = make_case("latent")
     one = search(DenseRetriever.create(case.keys, case.codes, case.codebook, K), case.context)
     grid = mesh((8,), ("store",))
-    many = search(sharded.shard_dense(case.keys, case.codes, case.codebook, K, grid, "store"), case.context)
+    many = search(
+        sharded.shard_dense(unfolded(case.keys, case.codes), len(case.codes), case.codebook, K, grid, "store"),
+        case.context,
+    )
     np.testing.assert_array_equal(one.id, many.id)
     np.testing.assert_array_equal(one.code, many.code)
 
@@ -190,9 +200,11 @@ def test_store_and_batch_sharded_together():
     case = make_case("codebook")
     case = dataclasses.replace(case, context=np.concatenate([case.context, case.context[:1]]))
     grid = mesh((2, 4), ("data", "store"))
-    found = sharded.shard_dense(case.keys, case.codes, case.codebook, K, grid, "store", "data")
+    found = sharded.shard_dense(
+        unfolded(case.keys, case.codes), len(case.codes), case.codebook, K, grid, "store", "data"
+    )
     check(case, search(found, case.context))
-    host = build_host(case.keys, case.codes, case.codebook, K, EXHAUSTIVE, shards=4)
+    host = build_host(unfolded(case.keys, case.codes), len(case.codes), case.codebook, K, EXHAUSTIVE, shards=4)
     check(case, search(sharded.shard_scann(host, grid, "store", "data"), case.context))
 
 
@@ -202,7 +214,7 @@ def test_wrong_sizes_are_user_errors():
     for make in (DenseRetriever.create, ScannRetriever.create):
         with pytest.raises(UserError, match=f"k={rows + 1}"):
             make(case.keys, case.codes, case.codebook, rows + 1)
-    host = build_host(case.keys, case.codes, case.codebook, 2, EXHAUSTIVE, shards=2)
+    host = build_host(unfolded(case.keys, case.codes), len(case.codes), case.codebook, 2, EXHAUSTIVE, shards=2)
     with pytest.raises(UserError, match="2 shards"):
         sharded.shard_scann(host, mesh((8,), ("store",)), "store")
     with pytest.raises(UserError, match="leaves=-1"):

@@ -7,7 +7,7 @@ have a context, so that a row's number alone tells its image and its cell.
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Integer
 
 # (row, column) steps to the context cells, in the order in which a key is laid out.
 CONTEXT_OFFSETS: tuple[tuple[int, int], ...] = ((-1, -1), (-1, 0), (-1, 1), (0, -1))
@@ -39,14 +39,14 @@ def context_cells(height: int, width: int) -> Int[np.ndarray, "T 4"]:
     return np.where(has_context(height, width)[:, None], cells[:, None] + offsets, -1).astype(np.int32)
 
 
-def contexts_of_grids(codes: Int[np.ndarray, "B H W"]) -> Int[np.ndarray, "B M 4"]:
+def contexts_of_grids(codes: Integer[np.ndarray, "B H W"]) -> Integer[np.ndarray, "B M 4"]:
     """Context codes of every cell that has one; M = (H-1)·(W-2), stored-row order."""
     return np.stack(
         [codes[:, 1 + dr : codes.shape[1] + dr, 1 + dc : codes.shape[2] - 1 + dc] for dr, dc in CONTEXT_OFFSETS], -1
     ).reshape(codes.shape[0], -1, 4)
 
 
-def next_codes_of_grids(codes: Int[np.ndarray, "B H W"]) -> Int[np.ndarray, "B M"]:
+def next_codes_of_grids(codes: Integer[np.ndarray, "B H W"]) -> Integer[np.ndarray, "B M"]:
     """The code of every cell that has a context: what a stored patch offers."""
     return codes[:, 1:, 1:-1].reshape(codes.shape[0], -1)
 

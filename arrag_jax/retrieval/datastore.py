@@ -106,7 +106,7 @@ class Datastore(ShardFolder):
     @functools.cached_property
     def latents(self) -> Float[np.ndarray, "n H W C"]:
         """Unit-norm encoder outputs before quantisation, float16."""
-        self._require_kind("latent")
+        self.require_kind("latent")
         return self._read("latents", "<f2").reshape(self.num_images, *self.settings.grid, self.settings.code_dim)
 
     @functools.cached_property
@@ -124,7 +124,7 @@ class Datastore(ShardFolder):
         Args:
           kind: "codebook" or "latent"; the store must hold it.
         """
-        self._require_kind(kind)
+        self.require_kind(kind)
         keys = np.empty((self.num_patches, 4 * self.settings.code_dim), np.float32)
         step = self.settings.patches_per_image
         for first in range(0, self.num_images, BLOCK_IMAGES):
@@ -138,7 +138,8 @@ class Datastore(ShardFolder):
         """The code that each stored patch offers, int32."""
         return grid_ops.next_codes_of_grids(self.codes.astype(np.int32)).reshape(-1)
 
-    def _require_kind(self, kind: str) -> None:
+    def require_kind(self, kind: str) -> None:
+        """Raises UserError unless the store holds keys of this kind."""
         if kind not in self.settings.keys:
             held = ", ".join(self.settings.keys)
             raise UserError(f"datastore {self.directory} holds keys of kind {held}, not {kind!r}; {self.rebuild}")

@@ -1,37 +1,51 @@
-"""Exact search on the device: one matrix product a block of keys, and a running top-k.
+"""Search on the device that looks at every entry: blocks of scores, and a running top-k.
 
-Queries and keys are four parts of unit norm each, so ‖q − k‖² = 8 − 2 q·k and no norm table is needed.
+Queries and keys are four parts of unit norm each, so ‖q − k‖² = 8 − 2 q·k and no norm table is needed. What is
+held of an entry (``retrieval.patches``) is its ``storage``:
+
+  codes     4 code ids, 8 bytes: the score is a sum of four looked-up numbers. Kind "codebook" alone; exact.
+  float32   the key, 128 bytes; exact.
+  bfloat16  the key, 64 bytes; approximate scores. More than k are kept, and their distances computed anew: exactly
+  int8      for kind "codebook"; 32 bytes   where code ids are held too, from the rounded key where not.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.errors import UserError
-from arrag_jax.ops.neighbors import Neighbors, empty_neighbors, merge_neighbors
+from arrag_jax.ops.neighbors import Neighbors
+from arrag_jax.retrieval.patches import Patches
 
 SCORE_BYTES = 64 * 2**20  # most bytes that one block's [B, n] scores may take
 CHUNK = 32  # neighbouring scores whose best stands for them in the first stage of the top-k
 TPU_RECALL = 0.99  # expected recall of a block's approx_max_k
+STORAGES = ("codes", "float32", "bfloat16", "int8")
+STEPS = 127  # int8 holds a number x of a unit vector as round(127 x)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class DenseRetriever:
-    """Exact ``interfaces.Retriever``; make one with ``create``.
+    """``interfaces.Retriever`` without an index; make one with ``create`` or ``of``.
 
-    Equal distances are ordered by lower id. Keys of kind "codebook" repeat: where more than k stored
-    patches share the k-th distance, those of lowest id are returned.
-    On TPUs a block's top-k is ``approx_max_k`` (recall ``TPU_RECALL``); elsewhere everything is exact.
+    Equal distances are ordered by entry, and inside an entry by lower row: where more than k stored patches
+    share the k-th distance, those first in that order are returned.
+    On TPUs a block's top-k is ``approx_max_k`` (recall ``TPU_RECALL``); elsewhere it is exact.
 
     Attributes:
-      keys: float32 [N, E]; rows whose code is -1 are empty and never found.
-      codes: int32 [N], the code each stored patch offers.
+      keys: [U, E] in the storage's type; None where code ids alone are held.
+      codes: int [N], the code each stored patch offers, entry by entry; -1 at an empty row, never found.
       codebook: float32 [V, C], rows of unit norm; embeds the queries.
+      contexts: uint16 [U, 4], code ids of every entry; None when unfolded.
+      starts: int32 [U + 1], where in ``codes`` each entry begins; None when unfolded. An entry without patches is
+        never found.
+      rows: int32 [N], stored row of each patch; None when unfolded.
       k: neighbours a query.
       score_bytes: most bytes that the scores of one block may take.
     """
@@ -41,6 +55,9 @@ class DenseRetriever:
     codebook: Any
     k: int = dataclasses.field(metadata={"static": True})
     score_bytes: int = dataclasses.field(default=SCORE_BYTES, metadata={"static": True})
+    contexts: Any = None
+    starts: Any = None
+    rows: Any = None
 
     @classmethod
     def create(
@@ -51,14 +68,33 @@ class DenseRetriever:
         k: int,
         score_bytes: int = SCORE_BYTES,
     ) -> "DenseRetriever":
-        """Puts the arrays on the default device.
+        """Keys as they are, unfolded, in float32; puts the arrays on the default device.
 
         Raises:
           UserError: k is not in 1..N.
         """
-        require_k(k, len(codes))
-        arrays = (jnp.asarray(keys, jnp.float32), jnp.asarray(codes, jnp.int32), jnp.asarray(codebook, jnp.float32))
-        return cls(*arrays, k, score_bytes)
+        return cls.of(Patches(np.asarray(keys), np.asarray(codes)), codebook, k, "float32", score_bytes)
+
+    @classmethod
+    def of(
+        cls,
+        patches: Patches,
+        codebook: Float[np.ndarray | Array, "V C"],
+        k: int,
+        storage: str = "float32",
+        score_bytes: int = SCORE_BYTES,
+    ) -> "DenseRetriever":
+        """A search over patches; puts the arrays on the default device.
+
+        Args:
+          storage: one of ``STORAGES``.
+
+        Raises:
+          UserError: k is not in 1..N, or the storage is unknown or not to be had of these patches.
+        """
+        require_k(k, len(patches.codes))
+        leaves = jax.tree.map(jnp.asarray, leaves_of(patches, storage))
+        return cls(codebook=jnp.asarray(codebook, jnp.float32), k=k, score_bytes=score_bytes, **leaves)
 
     def with_k(self, k: int) -> "DenseRetriever":
         """The same search for another number of neighbours; errors as ``create``."""
@@ -67,41 +103,116 @@ class DenseRetriever:
 
     def search(self, context: Int[Array, "B 4"]) -> Neighbors:
         """Neighbours of B contexts given as code ids; see ``interfaces.Retriever``."""
-        batch, rows = len(context), len(self.codes)
-        query = jnp.take(self.codebook, jnp.maximum(context, 0), axis=0).reshape(batch, -1)
-        block = min(rows, max(self.k, self.score_bytes // (4 * batch)))
+        batch, entries = len(context), len(self.contexts if self.keys is None else self.keys)
+        query = jnp.take(self.codebook, jnp.maximum(context, 0), axis=0)
+        exact = self.keys is None or self.keys.dtype == jnp.float32
+        kept = min(entries, self.k if exact else self.k + max(64, self.k // 4))
+        block = min(entries, max(kept, self.score_bytes // (4 * batch)))
+        scores_of = self._scores(query)
 
-        def search_block(i: Array, best: Neighbors) -> Neighbors:
-            start = jnp.minimum(i * block, rows - block)  # the last block may overlap the one before it
+        def search_block(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+            start = jnp.minimum(i * block, entries - block)  # the last block may overlap the one before it
+            new = (start + jnp.arange(block) >= i * block) & self._held(start, block)
+            score, place = _top_k(jnp.where(new[None], scores_of(start, block), -jnp.inf), kept)
+            # earlier blocks come first, so that equal distances stay ordered by entry
+            score, entry = (jnp.concatenate(x, 1) for x in zip(best, (score, place + start), strict=True))
+            score, order = jax.lax.top_k(score, kept)
+            return score, jnp.take_along_axis(entry, order, 1)
+
+        none = jnp.full((batch, kept), -jnp.inf), jnp.zeros((batch, kept), jnp.int32)
+        score, entry = jax.lax.fori_loop(0, -(-entries // block), search_block, none)
+        score, order = jax.lax.top_k(self._exact(query, score, entry), min(self.k, kept))
+        empty = jnp.isneginf(score) | (context < 0).any(1, keepdims=True)
+        return self._lay_out(jnp.where(empty, -1, jnp.take_along_axis(entry, order, 1)), -score)
+
+    def _scores(self, query: Float[Array, "B 4 C"]) -> Callable[[Array, int], Float[Array, "B n"]]:
+        """From the first entry and the size of a block to its scores: the nearer, the larger."""
+        flat = query.reshape(len(query), -1)
+
+        def looked_up(start: Array, block: int) -> Array:
+            contexts = jax.lax.dynamic_slice_in_dim(self.contexts, start, block).astype(jnp.int32)
+            # One query after the other: fused into the top-k, looking up is a hundred times slower on a CPU.
+            return jax.lax.map(
+                lambda parts: -sum(jnp.take(parts[i], contexts[:, i], mode="clip") for i in range(4)), table
+            )
+
+        def multiplied(start: Array, block: int) -> Array:
             keys = jax.lax.dynamic_slice_in_dim(self.keys, start, block)
-            codes = jax.lax.dynamic_slice_in_dim(self.codes, start, block)
-            ids = start + jnp.arange(block)
-            # full precision: at a GPU's or TPU's default, distances would be wrong in the third digit
-            scores = jnp.einsum("be,ne->bn", query, keys, precision=jax.lax.Precision.HIGHEST)
-            scores = jnp.where(((codes >= 0) & (ids >= i * block))[None], scores, -jnp.inf)
-            score, place = _top_k(scores, self.k)
-            code, id_ = jnp.take(codes, place), jnp.take(ids, place)
-            found = _neighbors(code, score, id_)
-            # earlier blocks come first, so that equal distances stay ordered by id
-            return merge_neighbors(jax.tree.map(lambda *x: jnp.stack(x), best, found), self.k)
+            # full precision: at a GPU's or TPU's default, float32 scores would be wrong in the third digit
+            kinds = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": sums}
+            return jnp.einsum("be,ne->bn", asked, keys, **kinds).astype(jnp.float32)
 
-        none = empty_neighbors(batch, self.k)
-        found = jax.lax.fori_loop(0, -(-rows // block), search_block, none)
-        has_context = (context >= 0).all(1, keepdims=True)
-        return jax.tree.map(lambda x, empty: jnp.where(has_context, x, empty), found, none)
+        if self.keys is None:
+            away = query[:, :, None] - self.codebook[None, None]
+            table = (away * away).sum(-1)
+            return looked_up
+        asked, sums = _stored(flat, self.keys.dtype), jnp.int32 if self.keys.dtype == jnp.int8 else jnp.float32
+        return multiplied
+
+    def _held(self, start: Array, block: int) -> Bool[Array, " n"]:
+        """Which entries of a block are not empty."""
+        if self.starts is None:
+            return jax.lax.dynamic_slice_in_dim(self.codes, start, block) >= 0
+        return jnp.diff(jax.lax.dynamic_slice_in_dim(self.starts, start, block + 1)) > 0
+
+    def _exact(
+        self, query: Float[Array, "B 4 C"], score: Float[Array, "B n"], entry: Int[Array, "B n"]
+    ) -> Float[Array, "B n"]:
+        """Minus squared distances of found entries, as exactly as what is held of them allows."""
+        if self.keys is None:
+            return score
+        if self.contexts is None:
+            key = jnp.take(self.keys, entry, axis=0).astype(jnp.float32)
+            key = (key / STEPS if self.keys.dtype == jnp.int8 else key).reshape(*entry.shape, *query.shape[1:])
+        else:
+            key = jnp.take(self.codebook, jnp.take(self.contexts, entry, axis=0), axis=0)
+        return jnp.where(jnp.isneginf(score), score, -((query[:, None] - key) ** 2).sum((2, 3)))
+
+    def _lay_out(self, entry: Int[Array, "B n"], distance: Float[Array, "B n"]) -> Neighbors:
+        """The first k patches of entries, nearest first; -1 in empty slots, which come last."""
+        first, count = entry, (entry >= 0).astype(jnp.int32)
+        if self.starts is not None:
+            first, end = (jnp.take(self.starts, jnp.maximum(entry, 0) + i) for i in (0, 1))
+            count = jnp.where(entry >= 0, end - first, 0)
+        ends = jnp.cumsum(jnp.minimum(count, self.k), 1)
+        slot = jnp.arange(self.k)
+        which = jax.vmap(lambda ends: jnp.searchsorted(ends, slot, side="right"))(ends)
+        full = which < entry.shape[1]
+        which = jnp.minimum(which, entry.shape[1] - 1)
+        offset = slot[None] - jnp.take_along_axis(ends - jnp.minimum(count, self.k), which, 1)
+        place = jnp.where(full, jnp.take_along_axis(first, which, 1) + offset, 0)
+        row = place if self.rows is None else jnp.take(self.rows, place)
+        return Neighbors(
+            jnp.where(full, jnp.take(self.codes, place).astype(jnp.int32), -1),
+            jnp.where(full, jnp.take_along_axis(distance, which, 1), jnp.inf),
+            jnp.where(full, row, -1),
+        )
+
+
+def leaves_of(patches: Patches, storage: str) -> dict[str, Any]:
+    """The arrays of ``DenseRetriever`` that depend on the patches, on the host; None where it holds none.
+
+    Raises:
+      UserError: as ``DenseRetriever.of``.
+    """
+    folded = patches.contexts is not None
+    if storage not in STORAGES or (storage == "codes" and not folded):
+        raise UserError(f"storage={storage!r}: choose one of {', '.join(STORAGES)} (codes for kind 'codebook' alone)")
+    keys = None if storage == "codes" else _stored(np.asarray(patches.keys[:], np.float32), jnp.dtype(storage))
+    codes = patches.codes if folded else np.asarray(patches.codes, np.int32)
+    contexts, starts, rows = patches.contexts, patches.starts, patches.rows
+    return {"keys": keys, "codes": codes, "contexts": contexts, "starts": starts, "rows": rows}
+
+
+def _stored(vectors: Any, dtype: jnp.dtype) -> Any:
+    """Numbers of unit vectors in a storage's type."""
+    return (vectors * STEPS).round().astype(dtype) if dtype == jnp.int8 else vectors.astype(dtype)
 
 
 def require_k(k: int, rows: int) -> None:
     """Raises UserError unless k neighbours can be had of this many stored patches."""
     if not 1 <= k <= rows:
         raise UserError(f"k={k} neighbours asked of {rows} stored patches; choose k between 1 and {rows}")
-
-
-def _neighbors(code: Array, score: Array, id_: Array) -> Neighbors:
-    """Scores q·k as distances; a score of -inf is an empty slot."""
-    empty = jnp.isneginf(score)
-    distance = jnp.where(empty, jnp.inf, jnp.maximum(8.0 - 2.0 * score, 0.0))
-    return Neighbors(jnp.where(empty, -1, code), distance, jnp.where(empty, -1, id_))
 
 
 def _top_k(scores: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:

@@ -6,18 +6,27 @@ was built, and the size and SHA-256 of every file. A whole index appears by one 
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.files import explained, sha256_of, sync, write_json
 from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.scann import HostSearch, build_searcher, import_scann, num_leaves, shard_bounds
+from arrag_jax.retrieval.patches import stored_patches
+from arrag_jax.retrieval.scann import (
+    HostSearch,
+    ShardSearch,
+    build_searcher,
+    bytes_a_number,
+    import_scann,
+    num_leaves,
+    shard_bounds,
+)
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 
 def index_directory(store: Datastore, kind: str) -> Path:
@@ -31,7 +40,7 @@ def build_index(store: Datastore, kind: str, options: ScannOptions, shards: int 
     Args:
       store: whole, not a subset.
       kind: "codebook" or "latent".
-      options: ``leaves`` and ``exhaustive_below`` are built in; the others can be chosen again at loading.
+      options: all but ``leaves_to_search`` are built in; that can be chosen again at loading.
       shards: searchers; a sharded search needs one a device along its mesh axis.
 
     Raises:
@@ -55,17 +64,20 @@ def build_index(store: Datastore, kind: str, options: ScannOptions, shards: int 
 
 
 def _write_index(directory: Path, store: Datastore, kind: str, options: ScannOptions, shards: int) -> None:
-    keys, bounds = store.keys(kind), shard_bounds(store.num_patches, shards)
+    bounds, entries = shard_bounds(store.num_patches, shards), []
+    # one shard's float32 keys at a time: what bounds the memory of a build
     for shard, rows in enumerate(tqdm(bounds, unit="shard", desc=f"indexing {kind} keys", dynamic_ncols=True)):
-        place = directory / _shard_name(shard)
+        place, patches = directory / _shard_name(shard), stored_patches(store, kind, rows)
         place.mkdir(parents=True)
         # without relative paths a moved index does not load
-        build_searcher(keys[slice(*rows)], options).serialize(str(place), relative_path=True)
+        build_searcher(patches, options).serialize(str(place), relative_path=True)
+        entries.append(len(patches.keys))
     files = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         sync(path)
         files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    write_json(directory / "index.json", {**_identity(store, kind, options, shards), "files": files})
+    record = {**_identity(store, kind, options, entries), "entries": entries, "files": files}
+    write_json(directory / "index.json", record)
 
 
 def _shard_name(shard: int) -> str:
@@ -81,43 +93,70 @@ def is_current(store: Datastore, kind: str, options: ScannOptions, shards: int =
     return True
 
 
-def load_index(store: Datastore, kind: str, k: int, options: ScannOptions, shards: int = 1) -> HostSearch:
+def load_index(
+    store: Datastore,
+    kind: str,
+    k: int,
+    options: ScannOptions,
+    shards: int = 1,
+    local: Iterable[int] | None = None,
+) -> HostSearch:
     """Loads the searchers of a saved index.
+
+    Args:
+      local: the shards that this process searches; None = all. No other one is read.
 
     Raises:
       UserError: no index here, or one of another store, of other options, or damaged; k out of range.
     """
-    _checked_files(store, kind, options, shards)
+    local = list(range(shards) if local is None else local)
+    _checked_files(store, kind, options, shards, local)
     scann = import_scann()
-    directory = index_directory(store, kind)
-    searchers = {s: scann.load_searcher(str(directory / _shard_name(s))) for s in range(shards)}
-    bounds = shard_bounds(store.num_patches, shards)
-    return HostSearch(searchers, bounds, np.asarray(store.values), store.codebook, k, options)
+    directory, bounds = index_directory(store, kind), shard_bounds(store.num_patches, shards)
+    searches = {}
+    for shard in local:
+        searcher = scann.load_searcher(str(directory / _shard_name(shard)))
+        searches[shard] = ShardSearch(searcher, stored_patches(store, kind, bounds[shard]), options)
+    return HostSearch(searches, bounds, store.codebook, k)
 
 
-def _identity(store: Datastore, kind: str, options: ScannOptions, shards: int) -> dict:
+def saved_shards(store: Datastore, kind: str) -> int:
+    """Shards of the index that is there; 1 where there is none."""
+    return max(1, len(list(index_directory(store, kind).glob("shard-*"))))
+
+
+def _identity(store: Datastore, kind: str, options: ScannOptions, entries: list[int]) -> dict:
     """What an index must agree in with the store and options it is used with."""
+    bounds = shard_bounds(store.num_patches, len(entries))
     return {
         "index_version": INDEX_VERSION,
         "datastore": store.fingerprint,
         "kind": kind,
         "rows": store.num_patches,
-        "leaves": [num_leaves(end - first, options) for first, end in shard_bounds(store.num_patches, shards)],
+        "leaves": [num_leaves(number, options) for number in entries],
+        "bytes_a_number": [
+            bytes_a_number(number, end - first, options) for number, (first, end) in zip(entries, bounds, strict=True)
+        ],
     }
 
 
-def _checked_files(store: Datastore, kind: str, options: ScannOptions, shards: int) -> None:
-    """Raises UserError, with the mend, unless the saved index is the wanted one and undamaged."""
+def _checked_files(
+    store: Datastore, kind: str, options: ScannOptions, shards: int, local: Iterable[int] | None = None
+) -> None:
+    """Raises UserError, with the mend, unless the saved index is the wanted one and (in ``local`` shards) undamaged."""
     directory = index_directory(store, kind)
     mend = f"run: python -m arrag_jax.build_datastore --config=… --workdir={store.directory}"
     try:
         saved = json.loads((directory / "index.json").read_text())
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in saved.pop("files").items()}
+        entries = [int(number) for number in saved.pop("entries")]
     except FileNotFoundError:
         raise UserError(f"no index over {kind} keys in {store.directory}; {mend}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{directory / 'index.json'} is not an index's record ({error!r}); {mend}") from error
-    wanted = _identity(store, kind, options, shards)
+    if len(entries) != shards:
+        raise UserError(f"index {directory} has {len(entries)} shards, not {shards}; {mend}")
+    wanted = _identity(store, kind, options, entries)
     differ = [f"{key} {saved.get(key)!r}, not {wanted[key]!r}" for key in wanted if saved.get(key) != wanted[key]]
     if differ:
         raise UserError(f"index {directory} does not fit: it has {'; '.join(differ)}; {mend}")
@@ -125,7 +164,10 @@ def _checked_files(store: Datastore, kind: str, options: ScannOptions, shards: i
     # ScaNN would unpickle a file of document ids; ours never have one
     if found != set(files) or any(name.endswith(".pkl") for name in found):
         raise UserError(f"index {directory} has missing or foreign files: {sorted(found ^ set(files))}; {mend}")
+    needed = None if local is None else tuple(_shard_name(shard) for shard in local)
     for name, facts in files.items():
         path = directory / name
+        if needed is not None and not name.startswith(needed):
+            continue
         if (path.stat().st_size, sha256_of(path)) != facts:
             raise UserError(f"index file {path} is damaged; {mend}")

@@ -7,8 +7,9 @@ from arrag_jax.interfaces import Retriever
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.index import load_index
+from arrag_jax.retrieval.patches import Patches, stored_patches
 from arrag_jax.retrieval.scann import ScannRetriever, build_host
-from arrag_jax.retrieval.sharded import shard_dense, shard_scann
+from arrag_jax.retrieval.sharded import local_shards, shard_dense, shard_scann
 
 
 def load_retriever(
@@ -34,12 +35,19 @@ def load_retriever(
     whole = config.num_images in (0, store.num_images)
     if not whole:
         store = store.subset(config.num_images)
-    shards = 1 if mesh is None else mesh.shape[axis]
+
+    def patches(rows: tuple[int, int]) -> Patches:
+        return stored_patches(store, config.keys, rows)
+
     if config.search == "dense":
-        arrays = (store.keys(config.keys), store.values, store.codebook, config.k)
-        return store, DenseRetriever.create(*arrays) if mesh is None else shard_dense(*arrays, mesh, axis, batch_axis)
+        if mesh is None:
+            whole_store = patches((0, store.num_patches))
+            return store, DenseRetriever.of(whole_store, store.codebook, config.k, config.storage)
+        spread = (mesh, axis, batch_axis, config.storage)
+        return store, shard_dense(patches, store.num_patches, store.codebook, config.k, *spread)
+    shards, local = (1, [0]) if mesh is None else (mesh.shape[axis], local_shards(mesh, axis))
     if whole:
-        host = load_index(store, config.keys, config.k, config.scann, shards)
+        host = load_index(store, config.keys, config.k, config.scann, shards, local)
     else:  # a saved index covers the whole store
-        host = build_host(store.keys(config.keys), store.values, store.codebook, config.k, config.scann, shards)
+        host = build_host(patches, store.num_patches, store.codebook, config.k, config.scann, shards, local)
     return store, ScannRetriever.of(host) if mesh is None else shard_scann(host, mesh, axis, batch_axis)

@@ -3,10 +3,12 @@
 What ScaNN does differently is put right here, and nowhere else knows of it: it gives ids as uint32, pads
 misses with id 0 and distance NaN, returns fewer columns than asked, and orders equal distances anyhow.
 
-An index is a k-means tree; the members of the leaves nearest to a query are scored in float32, and in squared
-L2, so that distances are exact and only neighbours in other leaves are missed. Keys have 32 numbers, so few
-that asymmetric hashing (with reordering) loses on both sides: lower recall in the same time, longer builds.
-Trees for the dot product find less on keys of equal norm.
+An index is a k-means tree over entries (``retrieval.patches``); the members of the leaves nearest to a query are
+scored, in squared L2. Keys have 32 numbers, so few that asymmetric hashing loses on both sides: lower recall in the
+same time, longer builds. Trees for the dot product find less on keys of equal norm. Where contexts hardly repeat,
+keys are held as int8. Distances of what ScaNN gives are computed anew in float32, and a bound on its errors tells
+when it has to be asked for more. So in both forms distances are exact, equal in every batch, and only neighbours in
+leaves that are not searched are missed. A context that has k patches of its own needs no search at all.
 
 The callback's body is numpy and ScaNN alone: jax.numpy inside a host callback hangs on CPU.
 """
@@ -15,6 +17,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -28,26 +31,41 @@ from arrag_jax.errors import UserError
 from arrag_jax.ops.host import host_call
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.dense import require_k
+from arrag_jax.retrieval.patches import Patches, unfolded
 
 TRAINING_KEYS = 200_000  # most keys that k-means sees
 QUERIES_A_THREAD = 8  # smaller shares cost more in hand-over than they win
-
+SPARE = {4: 16, 1: 64}  # entries asked for beyond those expected to be needed, by bytes a number
+MORE = 4  # how many times more are asked for where these were too few
+WORTH = 8  # leaves searched hold at least so many times the entries asked for
+FLOAT32_SHARE = 0.25  # up to this share of entries among patches an index holds float32, beyond it int8
+ROUNDING = 2e-5  # most by which ScaNN's float32 distances are off
+BLOCK = 2**16  # keys made at once
+EXACT_NUMBERS = 2**18  # numbers whose distances are computed at once: they stay in a core's cache
 
 BY_RULE = ScannOptions()
 EXHAUSTIVE = ScannOptions(exhaustive_below=2**62)  # exact results, whatever N is
 
 
-def num_leaves(rows: int, options: ScannOptions) -> int:
-    """Leaves of the tree over so many rows; 0 = no tree, every key is scored."""
-    if rows < options.exhaustive_below:
+def num_leaves(entries: int, options: ScannOptions) -> int:
+    """Leaves of the tree over so many entries; 0 = no tree, every key is scored."""
+    if entries < options.exhaustive_below:
         return 0
-    return min(options.leaves or round(2 * math.sqrt(rows)), rows)
+    return min(options.leaves or round(2 * math.sqrt(entries)), entries)
 
 
-def num_leaves_to_search(rows: int, options: ScannOptions) -> int:
-    """How many of them a search looks into; at least 1."""
-    leaves = num_leaves(rows, options)
-    return max(1, min(options.leaves_to_search or max(25, leaves // 100), leaves))
+def num_leaves_to_search(entries: int, asked: int, options: ScannOptions) -> int:
+    """How many of them a search for so many entries looks into; at least 1."""
+    leaves = num_leaves(entries, options)
+    enough = -(-WORTH * asked * leaves // entries)
+    return max(1, min(options.leaves_to_search or max(25, leaves // 100, enough), leaves))
+
+
+def bytes_a_number(entries: int, patches: int, options: ScannOptions) -> int:
+    """4 (float32) or 1 (int8): what the index holds of every number of a key."""
+    if not num_leaves(entries, options):
+        return 4  # ScaNN 1.4.2 crashes on int8 without a tree
+    return options.bytes_a_number or (4 if entries <= FLOAT32_SHARE * patches else 1)
 
 
 def import_scann() -> ModuleType:
@@ -63,16 +81,19 @@ def import_scann() -> ModuleType:
     return scann_ops_pybind
 
 
-def build_searcher(keys: Float[np.ndarray, "N E"], options: ScannOptions) -> Any:
-    """A ScaNN searcher over the keys. Builds with a tree are not deterministic (a random start of k-means)."""
-    leaves = num_leaves(len(keys), options)
+def build_searcher(patches: Patches, options: ScannOptions) -> Any:
+    """A ScaNN searcher over the entries. Builds with a tree are not deterministic (a random start of k-means)."""
+    entries, rows = len(patches.keys), len(patches.codes)
+    keys = np.empty((entries, patches.keys[:1].shape[1]), np.float32)
+    for first in range(0, entries, BLOCK):
+        keys[first : first + BLOCK] = patches.keys[first : first + BLOCK]
+    leaves = num_leaves(entries, options)
     # num_neighbors is only a default, which every search overrides
-    builder = import_scann().builder(np.ascontiguousarray(keys, np.float32), 10, "squared_l2")
+    builder = import_scann().builder(keys, 10, "squared_l2")
     if leaves:
-        sample = min(len(keys), TRAINING_KEYS)
-        searched = num_leaves_to_search(len(keys), options)
+        sample, searched = min(entries, TRAINING_KEYS), num_leaves_to_search(entries, 10, options)
         builder = builder.tree(leaves, searched, training_sample_size=sample, quantize_centroids=True)
-    return builder.score_brute_force().build()
+    return builder.score_brute_force(quantize=bytes_a_number(entries, rows, options) == 1).build()
 
 
 def shard_bounds(rows: int, shards: int) -> list[tuple[int, int]]:
@@ -80,96 +101,158 @@ def shard_bounds(rows: int, shards: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(rows * shard // shards for shard in range(shards + 1)))
 
 
+class ShardSearch:
+    """One shard's searcher with its patches."""
+
+    def __init__(self, searcher: Any, patches: Patches, options: ScannOptions):
+        """
+        Args:
+          searcher: of ``build_searcher(patches, options)``.
+          options: ``leaves_to_search`` may differ from those built with.
+        """
+        self.searcher, self.patches, self.options = searcher, patches, options
+        self.bytes_a_number = bytes_a_number(len(patches.keys), len(patches.codes), options)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: keys with norms and leaves in both directions, centroids, contexts, rows and codes."""
+        entries, numbers = len(self.patches.keys), self.patches.keys[:1].shape[1]
+        leaves = num_leaves(entries, self.options)
+        an_entry = numbers * self.bytes_a_number + (4 if self.bytes_a_number == 1 else 0) + (8 if leaves else 0)
+        return entries * an_entry + 4 * leaves * numbers + self.patches.nbytes
+
+    def search(
+        self, context: Int[np.ndarray, "n 4"], query: Float[np.ndarray, "n E"], k: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Codes, squared distances and stored rows [n, k] of contexts and their vectors.
+
+        Nearest first; equal distances by entry, and inside an entry by lower row.
+        """
+        entries, rows = len(self.patches.keys), len(self.patches.codes)
+        own, count = self.patches.own(context)
+        answer = self.patches.lay_out(np.where(count >= k, own, -1)[:, None], np.zeros((len(own), 1), np.float32), k)
+        left = np.flatnonzero(count < k)
+        asked = min(k, 2 * k * entries // rows) + SPARE[self.bytes_a_number]
+        while len(left):
+            asked = min(asked, entries)
+            entry, distance, bound = self._nearest(query[left], asked)
+            found = self.patches.lay_out(entry, distance, k)
+            for whole, part in zip(answer, found, strict=True):
+                whole[left] = part
+            left = left[np.isfinite(bound) & (found[1][:, -1] >= bound)]
+            asked *= MORE
+        return answer
+
+    def _nearest(self, query: np.ndarray, asked: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Entries and exact distances [n, asked], and bounds [n]: no other entry of these leaves is nearer."""
+        found, near = self.searcher.search_batched_parallel(
+            query,
+            final_num_neighbors=asked,
+            leaves_to_search=num_leaves_to_search(len(self.patches.keys), asked, self.options),
+            batch_size=QUERIES_A_THREAD,
+        )
+        hit = ~np.isnan(near)
+        entry = np.where(hit, found, 0).astype(np.int64)
+        distance = np.where(hit, self._exact(query, entry), np.inf).astype(np.float32)
+        # distances are not negative, so that their bits order as they do; one sort then orders by distance and entry
+        order = np.sort(distance.view(np.int32).astype(np.int64) << 32 | entry, 1)
+        distance = (order >> 32).astype(np.int32).view(np.float32)
+        entry = np.where(np.isfinite(distance), order & 0xFFFFFFFF, -1)
+        # int8 holds parts of unit norm in steps of at most 1/127
+        error = ROUNDING if self.bytes_a_number == 4 else np.abs(query).sum(1) / 127 + ROUNDING
+        exhausted = (hit.sum(1) < asked) | (asked == len(self.patches.keys))
+        return entry, distance, np.where(exhausted, np.inf, np.where(hit, near, 0).max(1) - error)
+
+    def _exact(self, query: np.ndarray, entry: np.ndarray) -> np.ndarray:
+        """Float32 squared distances [n, m] of queries and entries; the same in every batch."""
+        distance = np.empty(entry.shape, np.float32)
+        step = max(1, EXACT_NUMBERS // max(1, query.shape[1] * entry.shape[1]))
+        for first in range(0, len(entry), step):
+            part = slice(first, first + step)
+            away = self.patches.keys[entry[part]] - query[part, None]
+            distance[part] = np.einsum("nme,nme->nm", away, away)
+        return distance
+
+
 class HostSearch:
-    """The searchers of one or more shards and what turns their answers into ``Neighbors``.
+    """The searches of one or more shards as one callback.
 
     Compared by identity, so that it can be a static part of a jit argument.
     """
 
     def __init__(
         self,
-        searchers: dict[int, Any],
+        shards: dict[int, ShardSearch],
         bounds: list[tuple[int, int]],
-        codes: Int[np.ndarray, " N"],
         codebook: Float[np.ndarray, "V C"],
         k: int,
-        options: ScannOptions,
     ):
         """
         Args:
-          searchers: shard → its searcher; a process needs only the shards of its own devices.
+          shards: shard → its search; a process needs only the shards of its own devices.
           bounds: first row and end of every shard.
-          codes: the code each stored patch offers, all shards.
           codebook: float32, rows of unit norm; embeds the queries.
           k: neighbours a query.
-          options: how to search.
+
+        Raises:
+          UserError: k is not in 1..N.
         """
-        require_k(k, len(codes))
-        self.searchers, self.bounds, self.k, self.options = searchers, bounds, k, options
-        self.codes, self.codebook = np.asarray(codes, np.int32), np.asarray(codebook, np.float32)
+        require_k(k, bounds[-1][1])
+        self.shards, self.bounds, self.k = shards, bounds, k
+        self.codebook = np.asarray(codebook, np.float32)
 
     def with_k(self, k: int) -> "HostSearch":
         """The same searchers for another number of neighbours; errors as the constructor."""
-        return HostSearch(self.searchers, self.bounds, self.codes, self.codebook, k, self.options)
+        return HostSearch(self.shards, self.bounds, self.codebook, k)
 
     def search(
         self, context: Int[Array | np.ndarray, "*batch 4"], shard: Int[Array | np.ndarray | np.int32, "*one"]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The callback: codes, distances and ids [*batch, K]; ids count from the shard's first row."""
         context, which = np.asarray(context), int(np.asarray(shard).reshape(-1)[0])
-        # Contexts repeat (plain grounds), so each is asked for once. No answer is kept for the next call: distances
-        # depend on the batch in their last bits, and equal calls shall give equal answers.
+        # contexts repeat (plain grounds), so each is asked for once
         rows, place = np.unique(context.reshape(-1, 4), axis=0, return_inverse=True)
         shape = (*context.shape[:-1], self.k)
         code, distance, id_ = (part[place.reshape(-1)].reshape(shape) for part in self._answer(which, rows))
         return code, distance, id_
 
     def _answer(self, shard: int, rows: Int[np.ndarray, "n 4"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Codes, distances and ids [n, K] of contexts, from the searcher."""
-        first, end = self.bounds[shard]
+        """Codes, distances and ids [n, K] of contexts."""
         code = np.full((len(rows), self.k), -1, np.int32)
-        distance, id_ = np.full(code.shape, np.inf, np.float32), code.copy()
-        asked = np.flatnonzero((rows >= 0).all(1))
-        if len(asked):
-            found, away = self._search(shard, self.codebook[rows[asked]].reshape(len(asked), -1))
-            hit = ~np.isnan(away)
-            columns = found.shape[1]
-            id_[asked, :columns] = np.where(hit, found, -1)
-            distance[asked, :columns] = np.where(hit, away, np.inf)
-            code[asked, :columns] = np.where(hit, self.codes[first:end][np.where(hit, found, 0)], -1)
-        return code, distance, id_
-
-    def _search(self, shard: int, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (int32) and squared distances [B, ≤ K], nearest first, equal distances by lower id, misses last."""
-        first, end = self.bounds[shard]
-        found, away = self.searchers[shard].search_batched_parallel(
-            query,
-            final_num_neighbors=min(self.k, end - first),
-            leaves_to_search=num_leaves_to_search(end - first, self.options),
-            batch_size=QUERIES_A_THREAD,
-        )
-        found, away = np.asarray(found, np.int32), np.maximum(np.asarray(away, np.float32), 0)
-        order = np.lexsort((found, away))  # NaN sorts last
-        return np.take_along_axis(found, order, 1), np.take_along_axis(away, order, 1)
+        answer = code, np.full(code.shape, np.inf, np.float32), code.copy()
+        asked = (rows >= 0).all(1)
+        if asked.any():
+            query = self.codebook[rows[asked]].reshape(asked.sum(), -1)
+            for whole, part in zip(answer, self.shards[shard].search(rows[asked], query, self.k), strict=True):
+                whole[asked] = part
+        return answer
 
 
 def build_host(
-    keys: Float[np.ndarray, "N E"],
-    codes: Int[np.ndarray, " N"],
+    patches: Callable[[tuple[int, int]], Patches],
+    num_rows: int,
     codebook: Float[np.ndarray, "V C"],
     k: int,
     options: ScannOptions = BY_RULE,
     shards: int = 1,
+    local: Iterable[int] | None = None,
 ) -> HostSearch:
-    """Builds indexes in memory, one a shard; arguments as ``DenseRetriever.create``.
+    """Builds indexes in memory, one a shard.
+
+    Args:
+      patches: from first row and end of a shard to its patches.
+      num_rows: N.
+      local: the shards that this process searches; None = all.
 
     Raises:
       UserError: k is not in 1..N, or ScaNN can't be imported.
     """
-    require_k(k, len(codes))
-    bounds = shard_bounds(len(codes), shards)
-    searchers = {s: build_searcher(keys[slice(*rows)], options) for s, rows in enumerate(bounds)}
-    return HostSearch(searchers, bounds, codes, codebook, k, options)
+    require_k(k, num_rows)
+    bounds, searches = shard_bounds(num_rows, shards), {}
+    for shard in range(shards) if local is None else local:
+        part = patches(bounds[shard])
+        searches[shard] = ShardSearch(build_searcher(part, options), part, options)
+    return HostSearch(searches, bounds, codebook, k)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["shard"], meta_fields=["host", "k"])
@@ -177,8 +260,7 @@ def build_host(
 class ScannRetriever:
     """Approximate ``interfaces.Retriever`` on the host; exact with ``EXHAUSTIVE``. Make one with ``create``.
 
-    Keys of kind "codebook" repeat: where thousands of stored patches have exactly the query's context, all K
-    answers are at distance 0 and ScaNN picks any K of them; so comparisons hold up to ties at the K-th distance.
+    Where more than k stored patches share the k-th distance, those of lowest row are returned, context by context.
 
     Attributes:
       shard: which of the host's searchers to ask; int32 scalar, or [S] inside a ``ShardedRetriever``.
@@ -199,8 +281,8 @@ class ScannRetriever:
         k: int,
         options: ScannOptions = BY_RULE,
     ) -> "ScannRetriever":
-        """Builds an index in memory; arguments and errors as ``build_host``."""
-        return cls.of(build_host(keys, codes, codebook, k, options))
+        """Builds an index in memory of keys as they are; arguments and errors as ``DenseRetriever.create``."""
+        return cls.of(build_host(unfolded(keys, codes), len(codes), codebook, k, options))
 
     @classmethod
     def of(cls, host: HostSearch) -> "ScannRetriever":

@@ -1,19 +1,22 @@
 """Either search, sharded over a mesh axis: each device searches its rows, and the answers are merged."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from arrag_jax.errors import UserError
 from arrag_jax.ops.neighbors import Neighbors, merge_neighbors
-from arrag_jax.retrieval.dense import DenseRetriever, require_k
+from arrag_jax.retrieval.dense import DenseRetriever, leaves_of, require_k
+from arrag_jax.retrieval.patches import Patches
 from arrag_jax.retrieval.scann import HostSearch, ScannRetriever, shard_bounds
 
 
@@ -62,62 +65,84 @@ class ShardedRetriever:
 
 
 def shard_dense(
-    keys: Float[np.ndarray, "N E"],
-    codes: Int[np.ndarray, " N"],
+    patches: Callable[[tuple[int, int]], Patches],
+    num_rows: int,
     codebook: Float[np.ndarray, "V C"],
     k: int,
     mesh: Mesh,
     axis: str,
     batch_axis: str | None = None,
+    storage: str = "float32",
 ) -> ShardedRetriever:
-    """The exact search with its keys spread over a mesh axis; arguments as ``DenseRetriever.create``.
+    """The search of every entry, with the entries spread over a mesh axis.
+
+    Args:
+      patches: from first row and end of a shard to its patches; asked for this process' shards alone.
+      num_rows: N.
+      codebook, k, storage: as ``DenseRetriever.of``.
 
     Raises:
-      UserError: k is not in 1..N.
+      UserError: as ``DenseRetriever.of``.
     """
-    require_k(k, len(codes))
-    bounds = shard_bounds(len(codes), mesh.shape[axis])
-    most = max(k, *(end - first for first, end in bounds))  # shards are padded with empty rows to one size
+    require_k(k, num_rows)
+    bounds = shard_bounds(num_rows, mesh.shape[axis])
+    parts = {s: leaves_of(patches(bounds[s]), storage) for s in local_shards(mesh, axis)}
+    one = next(iter(parts.values()))
+    held = [name for name, leaf in one.items() if leaf is not None]
+    # shards are padded to one size, with entries that have no patches and rows that have no code
+    sizes = {name: _largest(max(len(part[name]) for part in parts.values())) for name in held}
 
-    def padded(array: np.ndarray, empty: int) -> Callable[[int], np.ndarray]:
-        def shard(s: int) -> np.ndarray:
-            part = array[slice(*bounds[s])]
-            return np.pad(part, [(0, most - len(part))] + [(0, 0)] * (array.ndim - 1), constant_values=empty)
+    def padded(name: str, s: int) -> np.ndarray:
+        leaf = parts[s][name]
+        empty = {"starts": len(parts[s]["codes"]), "codes": 0 if "starts" in held else -1}.get(name, 0)
+        missing = [(0, sizes[name] - len(leaf))] + [(0, 0)] * (leaf.ndim - 1)
+        return np.pad(leaf, missing, constant_values=empty)
 
-        return shard
-
-    keys, codes, codebook = np.asarray(keys, np.float32), np.asarray(codes, np.int32), np.asarray(codebook, np.float32)
-    local = DenseRetriever(
-        _stacked(padded(keys, 0), mesh, axis),
-        _stacked(padded(codes, -1), mesh, axis),
-        _stacked(lambda s: codebook, mesh, axis),
-        k,
-    )
+    leaves = dict.fromkeys(one) | {
+        name: _stacked(functools.partial(padded, name), (sizes[name], *one[name].shape[1:]), mesh, axis)
+        for name in held
+    }
+    codebook = np.asarray(codebook, np.float32)
+    local = DenseRetriever(codebook=_stacked(lambda s: codebook, codebook.shape, mesh, axis), k=k, **leaves)
     return ShardedRetriever(local, _first_rows(bounds, mesh, axis), mesh, axis, batch_axis)
+
+
+def local_shards(mesh: Mesh, axis: str) -> list[int]:
+    """The shards along a mesh axis that devices of this process search."""
+    shards = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0)
+    here = jax.process_index()
+    return [s for s, devices in enumerate(shards) if any(d.process_index == here for d in np.ravel(devices))]
+
+
+def _largest(size: int) -> int:
+    """The largest of all processes' numbers."""
+    return size if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int64(size)).max())
 
 
 def shard_scann(host: HostSearch, mesh: Mesh, axis: str, batch_axis: str | None = None) -> ShardedRetriever:
     """ScaNN searchers, one a device along a mesh axis.
 
     Args:
-      host: of as many shards as the axis is long (``scann.build_host``, ``index.load_index``).
+      host: of as many shards as the axis is long, with searches for ``local_shards`` (``index.load_index``).
 
     Raises:
       UserError: the numbers differ.
     """
     if len(host.bounds) != mesh.shape[axis]:
         raise UserError(f"an index of {len(host.bounds)} shards does not fit mesh axis {axis!r} of {mesh.shape[axis]}")
-    local = ScannRetriever(_stacked(lambda s: np.int32(s), mesh, axis), host, host.k)
+    local = ScannRetriever(_stacked(lambda s: np.int32(s), (), mesh, axis), host, host.k)
     return ShardedRetriever(local, _first_rows(host.bounds, mesh, axis), mesh, axis, batch_axis)
 
 
 def _first_rows(bounds: list[tuple[int, int]], mesh: Mesh, axis: str) -> Array:
-    return _stacked(lambda s: np.int32(bounds[s][0]), mesh, axis)
+    return _stacked(lambda s: np.int32(bounds[s][0]), (), mesh, axis)
 
 
-def _stacked(shard: Callable[[int], np.ndarray], mesh: Mesh, axis: str) -> Array:
-    """[S, ...] over a mesh axis; each process makes the shards of its own devices alone."""
-    shape = (mesh.shape[axis], *np.shape(shard(0)))
+def _stacked(shard: Callable[[int], np.ndarray], shape: tuple[int, ...], mesh: Mesh, axis: str) -> Array:
+    """[S, *shape] over a mesh axis; each process makes the shards of its own devices alone."""
+    number = mesh.shape[axis]
     return jax.make_array_from_callback(
-        shape, NamedSharding(mesh, P(axis)), lambda index: np.stack([shard(s) for s in range(shape[0])[index[0]]])
+        (number, *shape),
+        NamedSharding(mesh, P(axis)),
+        lambda index: np.stack([shard(s) for s in range(number)[index[0]]]),
     )

@@ -1,0 +1,183 @@
+"""What a search goes over: stored patches, those of equal context folded into one entry.
+
+Keys of kind "codebook" follow from four code ids, and equal contexts have equal keys: 11.8 million patches of
+``emoji_scenes`` have 353 thousand different contexts. So each is an *entry*, held once, with the list of its patches; a
+search finds entries and lays them out as patches again. Nothing is lost: ids are stored rows, as without
+folding. Keys of kind "latent" never repeat; there every patch is its own entry.
+
+Numpy alone: this runs inside host callbacks.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Int, Integer, UInt16
+
+from arrag_jax.ops import grid as grid_ops
+from arrag_jax.retrieval.datastore import Datastore, unit_norm
+
+
+@runtime_checkable
+class Keys(Protocol):
+    """Keys that can be had by entry: a numpy array, or what makes them from something smaller."""
+
+    nbytes: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, entry: Any, /) -> np.ndarray:
+        """Float32 [..., E] of an integer array or slice of entries."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class CodebookKeys:
+    """Keys of contexts, 8 bytes each; their codes' vectors side by side."""
+
+    contexts: UInt16[np.ndarray, "U 4"]
+    codebook: Float[np.ndarray, "V C"]
+
+    def __len__(self) -> int:
+        return len(self.contexts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, the codebook aside."""
+        return self.contexts.nbytes
+
+    def __getitem__(self, entry: Any, /) -> np.ndarray:
+        vectors = np.take(self.codebook, self.contexts[entry], 0)
+        return vectors.reshape(*vectors.shape[:-2], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentKeys:
+    """Keys of the stored rows ``[first, first + count)``, from the maps of cell vectors that they share."""
+
+    maps: Float[np.ndarray, "n H W C"]
+    first: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def nbytes(self) -> int:
+        """This part's share of the maps."""
+        _, height, width, _ = self.maps.shape
+        return self.maps.nbytes * self.count // (len(self.maps) * len(grid_ops.cells_with_context(height, width)))
+
+    def __getitem__(self, entry: Any, /) -> np.ndarray:
+        rows = np.arange(self.count)[entry] if isinstance(entry, slice) else np.asarray(entry)
+        _, height, width, dim = self.maps.shape
+        image, cell = grid_ops.image_and_cell(rows + self.first, height, width)
+        cells = image[..., None] * (height * width) + grid_ops.context_cells(height, width)[cell]
+        return unit_norm(self.maps.reshape(-1, dim)[cells]).reshape(*rows.shape, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """N stored patches as U entries.
+
+    Attributes:
+      keys: of every entry.
+      codes: the code each patch offers; entry by entry, and inside an entry in stored-row order.
+      contexts: code ids of every entry, in ascending order of ``packed``; None: entries are patches, unfolded.
+      starts: where in ``codes`` and ``rows`` each entry begins, and the end; None when unfolded.
+      rows: stored row of each patch, in the order of ``codes``; None when unfolded: it is its place.
+    """
+
+    keys: Keys
+    codes: Integer[np.ndarray, " N"]
+    contexts: UInt16[np.ndarray, "U 4"] | None = None
+    starts: Int[np.ndarray, " U+1"] | None = None
+    rows: Int[np.ndarray, " N"] | None = None
+
+    @classmethod
+    def fold(
+        cls,
+        contexts: Integer[np.ndarray, "N 4"],
+        codes: Integer[np.ndarray, " N"],
+        codebook: Float[np.ndarray, "V C"],
+    ) -> "Patches":
+        """Folds patches, given in stored-row order, of at most 2**16 codes."""
+        whole = packed(contexts)
+        rows = np.argsort(whole, kind="stable").astype(np.int32)
+        whole = whole[rows]
+        starts = np.flatnonzero(np.concatenate([[True], whole[1:] != whole[:-1], [True]])).astype(np.int32)
+        distinct = whole[starts[:-1]].view("<u2").reshape(-1, 4)
+        codebook = np.asarray(codebook, np.float32)
+        return cls(CodebookKeys(distinct, codebook), codes.astype(np.uint16)[rows], distinct, starts, rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(held.nbytes for held in (self.keys, self.codes, self.starts, self.rows) if held is not None)
+
+    def own(self, context: Int[np.ndarray, "n 4"]) -> tuple[np.ndarray, np.ndarray]:
+        """The entry of exactly each context and the number of its patches; (any, 0) where there is none."""
+        if self.contexts is None:
+            return np.zeros(len(context), np.int32), np.zeros(len(context), np.int32)
+        wanted, held = packed(context), self.contexts.view("<u8")[:, 0]
+        entry = np.minimum(np.searchsorted(held, wanted), len(held) - 1)
+        return entry, np.where(held[entry] == wanted, self.starts[entry + 1] - self.starts[entry], 0)
+
+    def lay_out(
+        self, entry: Int[np.ndarray, "n m"], distance: Float[np.ndarray, "n m"], k: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The first k patches of each row of entries: codes, distances and stored rows, [n, k].
+
+        Args:
+          entry: nearest first; -1 in empty slots, which come last.
+        """
+        entry, distance = entry[:, :k], distance[:, :k]
+        code = np.full((len(entry), k), -1, np.int32)
+        away, row = np.full(code.shape, np.inf, np.float32), code.copy()
+        if self.starts is None:
+            first, count = entry, (entry >= 0).astype(np.int64)
+        else:
+            first = self.starts[entry]
+            count = np.where(entry >= 0, self.starts[entry + 1] - first, 0).astype(np.int64)
+        slot = np.cumsum(count, 1) - count  # of the entry's first patch
+        count = np.clip(k - slot, 0, count).reshape(-1)
+        source = np.repeat(np.arange(entry.size), count)
+        offset = np.arange(len(source)) - np.repeat(np.cumsum(count) - count, count)
+        place = first.reshape(-1)[source] + offset
+        where = source // entry.shape[1], slot.reshape(-1)[source] + offset
+        code[where], away[where] = self.codes[place], distance.reshape(-1)[source]
+        row[where] = place if self.rows is None else self.rows[place]
+        return code, away, row
+
+
+def unfolded(keys: Float[np.ndarray, "N E"], codes: Integer[np.ndarray, " N"]) -> Callable[[tuple[int, int]], Patches]:
+    """Patches of keys as they are, by first row and end."""
+    return lambda rows: Patches(keys[slice(*rows)], codes[slice(*rows)])
+
+
+def packed(contexts: Integer[np.ndarray, "n 4"]) -> np.ndarray:
+    """Contexts as one uint64 each: four code ids below 2**16."""
+    return np.ascontiguousarray(contexts, "<u2").view("<u8")[:, 0]
+
+
+def stored_patches(store: Datastore, kind: str, rows: tuple[int, int]) -> Patches:
+    """Patches of a part of a store; their rows count from its first.
+
+    Args:
+      kind: "codebook" or "latent".
+      rows: first stored row and end.
+
+    Raises:
+      UserError: the store does not hold such keys.
+    """
+    first, end = rows
+    step = store.settings.patches_per_image
+    images = slice(first // step, -(-end // step))
+    inside = slice(first - images.start * step, end - images.start * step)
+    grids = store.codes[images]
+    codes = grid_ops.next_codes_of_grids(grids).reshape(-1)[inside]
+    if kind == "latent":
+        return Patches(LatentKeys(store.latents, first, end - first), codes.astype(np.uint16))
+    store.require_kind(kind)
+    return Patches.fold(grid_ops.contexts_of_grids(grids).reshape(-1, 4)[inside], codes, store.codebook)

@@ -1,0 +1,108 @@
+"""How good a store's index is: recall against exact search, speed, and bytes.
+
+Queries are contexts that the store does not hold as they are, with the statistics of those it holds: contexts of
+stored grids read from right to left. Recall goes by distance: a patch found is right if it is not farther than the
+K-th of the exact search, so that it does not matter which of several patches at that distance is given.
+"""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from arrag_jax.config import ScannOptions
+from arrag_jax.files import write_json
+from arrag_jax.ops import grid as grid_ops
+from arrag_jax.retrieval.datastore import Datastore
+from arrag_jax.retrieval.index import load_index, saved_shards
+from arrag_jax.retrieval.patches import Patches
+from arrag_jax.retrieval.scann import BY_RULE, HostSearch
+
+QUERIES = 256  # whose recall is measured
+TOGETHER = 64  # queries a call when speed is measured
+SECONDS = 2.0  # for which it is measured, at least
+NEIGHBORS = (10, 2048)  # K of the two recalls; capped at the number of stored patches
+TOLERANCE = 1e-5  # of distances that count as equal
+BLOCK = 2**16  # entries compared with at once
+
+
+def report(store: Datastore, options: ScannOptions = BY_RULE) -> dict[str, float | int]:
+    """Measures the saved index over the store's first kind of key, and writes ``report.json`` into the store.
+
+    Returns:
+      recall_at_10, recall_at_2048: share of the K nearest patches found; K is N where that is smaller.
+      queries_per_second: in calls of 64 queries, at K = 10.
+      bytes_per_patch: of memory, by what the search holds: keys, leaves, contexts, lists of patches, codes.
+      num_patches, num_images, num_bad: what the store holds, and the images left out as unreadable.
+
+    Raises:
+      UserError: no index here, or one that does not fit or is damaged.
+    """
+    kind = store.settings.keys[0]
+    shards = saved_shards(store, kind)
+    ks = [min(k, store.num_patches) for k in NEIGHBORS]
+    host = load_index(store, kind, ks[0], options, shards)
+    context = held_out_contexts(store)
+    patches = [host.shards[shard].patches for shard in range(shards)]
+    farthest = kth_distances(patches, host.codebook[context].reshape(len(context), -1), ks)
+    recall = [recall_of(host.with_k(k), context, kth) for k, kth in zip(ks, farthest, strict=True)]
+    figures = {
+        "recall_at_10": recall[0],
+        "recall_at_2048": recall[1],
+        "queries_per_second": queries_per_second(host, context),
+        "bytes_per_patch": sum(part.nbytes for part in host.shards.values()) / store.num_patches,
+        "num_patches": store.num_patches,
+        "num_images": store.num_images,
+        "num_bad": getattr(store, "num_bad", 0),
+    }
+    write_json(Path(store.directory) / "report.json", figures)
+    return figures
+
+
+def held_out_contexts(store: Datastore) -> Int[np.ndarray, "n 4"]:
+    """At most ``QUERIES`` contexts of stored grids read from right to left, drawn with a fixed seed."""
+    rng = np.random.default_rng(0)
+    images = rng.permutation(store.num_images)[:QUERIES]
+    contexts = grid_ops.contexts_of_grids(store.codes[images][:, :, ::-1].astype(np.int32)).reshape(-1, 4)
+    return contexts[rng.permutation(len(contexts))[:QUERIES]]
+
+
+def kth_distances(
+    parts: Iterable[Patches], query: Float[np.ndarray, "n E"], ks: list[int]
+) -> list[Float[np.ndarray, " n"]]:
+    """Distance of the K-th nearest patch of each query, for each K, by comparing with every entry."""
+    most = max(ks)
+    near, count = np.full((len(query), 0), np.inf, np.float32), np.zeros((len(query), 0), np.int64)
+    for part in parts:
+        members = np.ones(len(part.keys), np.int64) if part.starts is None else np.diff(part.starts)
+        for first in range(0, len(part.keys), BLOCK):
+            block = slice(first, first + BLOCK)
+            away = np.maximum(8 - 2 * query @ part.keys[block].T, 0)
+            near = np.concatenate([near, away], 1)
+            count = np.concatenate([count, np.broadcast_to(members[block], away.shape)], 1)
+            if near.shape[1] > most:  # as every entry has a patch, so many entries hold the K nearest patches
+                kept = np.argpartition(near, most - 1, 1)[:, :most]
+                near, count = (np.take_along_axis(x, kept, 1) for x in (near, count))
+    order = np.argsort(near, 1)
+    near, upto = (np.take_along_axis(near, order, 1), np.cumsum(np.take_along_axis(count, order, 1), 1))
+    return [np.take_along_axis(near, np.argmax(upto >= k, 1)[:, None], 1)[:, 0] for k in ks]
+
+
+def recall_of(host: HostSearch, context: Int[np.ndarray, "n 4"], kth: Float[np.ndarray, " n"]) -> float:
+    """Share of K neighbours that are not farther than the exact search's K-th."""
+    found = np.concatenate([host.search(context, np.int32(shard))[1] for shard in host.shards], 1)
+    return float((np.sort(found, 1)[:, : host.k] <= kth[:, None] + TOLERANCE).mean())
+
+
+def queries_per_second(host: HostSearch, context: Int[np.ndarray, "n 4"]) -> float:
+    """Queries answered by all shards, in calls of ``TOGETHER``."""
+    calls = [context[first : first + TOGETHER] for first in range(0, len(context), TOGETHER)]
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() < start + SECONDS:
+        for call in calls:
+            for shard in host.shards:
+                host.search(call, np.int32(shard))
+            done += len(call)
+    return done / (time.perf_counter() - start)
