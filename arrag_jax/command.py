@@ -34,7 +34,8 @@ def main_with_config(main: Callable[..., int | None], config_class: type | None,
 
     Reads ``--config path.py`` (with overrides ``--config.key=value``) into the frozen dataclass
     ``config_class``, and the named flags beside it; then calls ``main(config, **flags)``, or
-    ``main(**flags)`` for a command without a config. Bad flags, bad configs and every other
+    ``main(**flags)`` for a command without a config. A flag named "config" with a default of "" makes
+    the config one that may be left out; ``main`` then gets None. Bad flags, bad configs and every other
     ``UserError`` print one line and exit with code 2; else ``main``'s result is the exit code.
     """
 
@@ -42,7 +43,10 @@ def main_with_config(main: Callable[..., int | None], config_class: type | None,
         values = _parse(argv, main.__doc__ or "", config_class, flags)
         if "://" in (values.get("workdir") or ""):
             raise UserError(f"--workdir={values['workdir']} is an address; mount it, and give the folder")
-        arguments = [] if config_class is None else [config_lib.parse(config_class, values.pop("config"))]
+        arguments = []
+        if config_class is not None:
+            given = values.pop("config")
+            arguments = [config_lib.parse(config_class, given) if given else None]
         enable_compilation_cache()
         return main(*arguments, **values)
 
@@ -81,7 +85,7 @@ def _parse(argv: list[str], doc: str, config_class: type | None, flags: dict[str
         missing = [f"--{name}" for name, flag in flags.items() if flag.default is REQUIRED and parsed[name] is None]
         if missing:
             raise UserError(f"missing {', '.join(missing)} (see --help)")
-        if config_class is not None:
+        if parsed.get("config"):
             parsed["config"], rest = _override(_load(parsed["config"], config_class), rest)
     except absl_flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error

@@ -141,6 +141,11 @@ class Datastore(ShardFolder):
         return self.num_images * self.settings.patches_per_image
 
     @property
+    def num_bad(self) -> int:
+        """Images that could not be read."""
+        return sum(facts.get("bad", 0) for facts in self.files.values()) + sum(part.num_bad for part in self.parts)
+
+    @property
     def bad(self) -> list[tuple[str, str]]:
         """What could not be read, and why."""
         names = [name for name, facts in self.files.items() if "bad" in facts]

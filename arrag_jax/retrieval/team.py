@@ -52,9 +52,13 @@ class Team:
                 self._require_alive(other, started, condition)
             time.sleep(BEAT / 10)
 
+    def leader_has_left(self) -> bool:
+        """Was the first process here, and is no more?"""
+        return self._seen[0][1] is not None and self._sign_of(0) is None
+
     def wait_for_leader_to_leave(self) -> None:
-        """Returns once the first process has left the folder (for this one, at once)."""
-        self.wait_until(lambda: self.leads or self._sign_of(0) is None)
+        """Returns once the first process has left the folder."""
+        self.wait_until(self.leader_has_left)
 
     def _require_alive(self, other: int, started: float, condition: Callable[[], bool]) -> None:
         sign, now = self._sign_of(other), time.monotonic()

@@ -35,7 +35,8 @@ def build(
 
     Args:
       directory: made if absent.
-      examples: at least ``settings.num_images``; the first ones are taken, but for those that are bad.
+      examples: at least ``settings.num_images`` (any, if the store is whole); the first ones are taken, but for
+        those that are bad.
       encode: called with batches of exactly ``batch_size`` (a shard's last one is padded with zeros).
       codebook: rows of unit norm.
       settings: what to build.
@@ -49,7 +50,8 @@ def build(
         code outside the codebook, or a disk that is full.
     """
     directory = Path(directory)
-    require_images(examples, settings)
+    if building.require_same_settings(Datastore, directory, settings) != "whole":
+        require_images(examples, settings)
     if codebook.shape != (settings.codebook_size, settings.code_dim):
         raise UserError(f"codebook {codebook.shape} is not {(settings.codebook_size, settings.code_dim)}")
     if not np.allclose(np.linalg.norm(codebook, axis=1), 1, atol=1e-4):
