@@ -11,6 +11,7 @@ processes (JAX_COORDINATOR_ADDRESS and so on, see launch/) it shares the work; -
 all of them see.
 """
 
+import os
 import sys
 import time
 from collections.abc import Collection
@@ -52,13 +53,24 @@ def run(
         finish(parts.merge([Datastore.open(store) for store in merge], directory), config, start)
     else:
         start_distributed()
-        with team_in(directory, jax.process_index(), jax.process_count()) as team:
-            tokenizer = load_model(config.model, parts=VISION)
-            store = (add if append else build)(config, directory, tokenizer, team)
-            if team.leads:
-                finish(store, config, start)
-            else:
-                team.wait_for_leader_to_leave()
+        try:
+            build_or_add(config, directory, append, start)
+        except UserError as error:
+            if jax.process_count() == 1:
+                raise
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(2)  # a plain exit would have jax wait for processes that may be dead
+
+
+def build_or_add(config: DatastoreConfig, directory: Path, append: bool, start: float) -> None:
+    """This process's part in building the store, or in adding to it."""
+    with team_in(directory, jax.process_index(), jax.process_count()) as team:
+        tokenizer = load_model(config.model, parts=VISION)
+        store = (add if append else build)(config, directory, tokenizer, team)
+        if team.leads:
+            finish(store, config, start)
+        else:
+            team.wait_for_leader_to_leave()
 
 
 def build(

@@ -48,12 +48,16 @@ def decode(data: bytes, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.draft(None, (2 * size[1], 2 * size[0]))
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise BadImage(f"{image.width:,} x {image.height:,} pixels, more than {Image.MAX_IMAGE_PIXELS:,}")
+                raise BadImage(
+                    f"too large: {image.width:,} x {image.height:,} pixels, more than {Image.MAX_IMAGE_PIXELS:,}"
+                )
             return np.array(fitted(to_rgb(turned(image)), size))
     except BadImage:
         raise
     except Image.UnidentifiedImageError:
         raise BadImage("not an image that PIL reads") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"too large: {error}") from error
     except Exception as error:  # plugins raise anything; the pixels cannot be had
         raise BadImage(" ".join(f"damaged image: {error or type(error).__name__}".split())) from error
 

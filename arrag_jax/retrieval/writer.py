@@ -1,6 +1,7 @@
 """Builds a datastore shard by shard (``building.build``), without the images that cannot be read."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +53,7 @@ def build(
     directory = Path(directory)
     if building.require_same_settings(Datastore, directory, settings) != "whole":
         require_images(examples, settings)
-    if codebook.shape != (settings.codebook_size, settings.code_dim):
-        raise UserError(f"codebook {codebook.shape} is not {(settings.codebook_size, settings.code_dim)}")
-    if not np.allclose(np.linalg.norm(codebook, axis=1), 1, atol=1e-4):
-        raise UserError("the codebook's rows are not of unit norm; normalise them")
+    _require_codebook(codebook, settings)
     source_id = source_id or (lambda i: f"{settings.source}/{settings.split}/{i}")
 
     def write_codebook() -> None:
@@ -63,31 +61,46 @@ def build(
             np.savez(file, codebook=np.asarray(codebook, np.float32))
 
     def write_shard(shard: int, bar: tqdm) -> None:
-        numbers, files = settings.shard_images(shard), settings.shard_files(shard)
-        code_records, latent_records, bad = [], [], {}
+        bad: dict[int, str] = {}
 
         def skip(number: int, reason: BadImage) -> None:
             bad[number] = f"{source_id(number)}\t{reason}"
-            bar.write(f"skipped {source_id(number)}: {reason}")
+            bar.write(f"skipped {source_id(number)}: {reason}", file=sys.stderr)
             bar.update()
 
-        for batch, codes, latents in encoded(examples, numbers, encode, batch_size, settings, skip):
-            code_records += [grid.tobytes() for grid in codes]
-            if "latents" in files:
-                latent_records += [grid.tobytes() for grid in unit_norm(latents).astype("<f2")]
-            bar.update(len(batch))
-        if bad:  # first, for the shard is done when all of its other files are there
+        numbers = settings.shard_images(shard)
+        batches = encoded(examples, numbers, encode, batch_size, settings, skip)
+        _write_records(directory, settings.shard_files(shard), batches, bar)
+        if bad:  # before the last file, with which the shard is done
             _write_lines(directory / settings.bad_file(shard), list(bad.values()))
-        building.write_records(directory / files["codes"], code_records, RECORD_OPTIONS)
-        if "latents" in files:
-            building.write_records(directory / files["latents"], latent_records, RECORD_OPTIONS)
-        _write_lines(directory / files["sources"], [source_id(i) for i in numbers if i not in bad])
+        good = [source_id(number) for number in numbers if number not in bad]
+        _write_lines(directory / settings.shard_files(shard)["sources"], good)
         _require_few_bad(directory, settings.num_images, max_bad_fraction)
 
     def finish() -> None:
         _require_few_bad(directory, settings.num_images, max_bad_fraction)
 
     return building.build(Datastore, directory, settings, write_shard, write_codebook, finish, team)
+
+
+def _require_codebook(codebook: np.ndarray, settings: StoreSettings) -> None:
+    if codebook.shape != (settings.codebook_size, settings.code_dim):
+        raise UserError(f"codebook {codebook.shape} is not {(settings.codebook_size, settings.code_dim)}")
+    if not np.allclose(np.linalg.norm(codebook, axis=1), 1, atol=1e-4):
+        raise UserError("the codebook's rows are not of unit norm; normalise them")
+
+
+def _write_records(directory: Path, files: dict[str, str], batches: Iterator, bar: tqdm) -> None:
+    """Writes a shard's codes and, if it holds them, latents."""
+    code_records, latent_records = [], []
+    for batch, codes, latents in batches:
+        code_records += [grid.tobytes() for grid in codes]
+        if "latents" in files:
+            latent_records += [grid.tobytes() for grid in unit_norm(latents).astype("<f2")]
+        bar.update(len(batch))
+    building.write_records(directory / files["codes"], code_records, RECORD_OPTIONS)
+    if "latents" in files:
+        building.write_records(directory / files["latents"], latent_records, RECORD_OPTIONS)
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
