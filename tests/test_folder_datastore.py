@@ -203,7 +203,7 @@ def test_the_size_of_a_store_is_bounded(tmp_path):
 def test_real_photos_hold_the_models_own_codes(photos, tmp_path):
     """Photos in a tar, some of them in a folder too, with the embedded checkpoint."""
     tar = photos / "flickr8k_dev_224.tar"
-    config = DatastoreConfig(EMBEDDED, str(tar), num_images=70, indexes=("codebook",))
+    config = DatastoreConfig(EMBEDDED, str(tar), num_images=70, indexes=())
     build_datastore.run(config, str(tmp_path / "store"))
     store, tokenizer = Datastore.open(tmp_path / "store"), load_model(EMBEDDED, parts=VISION)
     assert (store.num_images, store.num_bad) == (70, 0)
