@@ -4,8 +4,8 @@ python benchmarks/encode.py [--source=DIR] [--images=4096] [--rounds=3]
 
 Without --source a folder of scenes is made, one PNG file each. "encoder" is the same compiled function on images that
 lie in memory, batch after batch; "build" is `build_datastore` without an index, from listing the folder to the
-manifest, the encoder compiled. All are timed in turn, round after round in one process; medians are printed. "reading" is the
-sources' decoding alone, in as many threads as a build uses.
+manifest, the encoder compiled; "reading" is the source's decoding alone, in as many threads as a build uses. All are
+timed in turn, round after round in one process; medians are printed.
 """
 
 import statistics
