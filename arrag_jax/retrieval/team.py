@@ -57,7 +57,7 @@ class Team:
         return self._seen[0][1] is not None and self._sign_of(0) is None
 
     def wait_for_leader_to_leave(self) -> None:
-        """Returns once the first process has left the folder, however silent: building an index may stop its threads."""
+        """Returns once the first process has left, however silent: building an index may stop its threads."""
         while self._sign_of(0) is not None:
             time.sleep(BEAT)
 
