@@ -10,9 +10,9 @@ import pytest
 from folders import codes_of, contents, write_scenes
 
 from arrag_jax import build_datastore
-from arrag_jax.config import DatastoreConfig
+from arrag_jax.config import DatastoreConfig, ScannOptions
 from arrag_jax.errors import UserError
-from arrag_jax.retrieval import parts
+from arrag_jax.retrieval import index, parts
 from arrag_jax.retrieval.datastore import Datastore
 
 
@@ -126,3 +126,15 @@ def test_verify_names_the_damaged_file(whole, tmp_path, capsys):
         with pytest.raises(UserError, match=name):
             build_datastore.run(None, str(store), verify=True)
         shutil.rmtree(store)
+
+
+def test_verify_names_the_damaged_file_of_an_index(whole, tmp_path):
+    store = Datastore.open(shutil.copytree(whole.directory, tmp_path / "store"))
+    directory = index.build_index(store, "codebook", ScannOptions())
+    build_datastore.run(None, str(store.directory), verify=True)
+    for path in sorted(path for path in directory.rglob("*") if path.name != "index.json" and path.is_file()):
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if data else b"x")
+        with pytest.raises(UserError, match=rf"index file .*{path.name} is damaged; delete .*index-codebook"):
+            build_datastore.run(None, str(store.directory), verify=True)
+        path.write_bytes(data)
