@@ -1,65 +1,175 @@
-"""Builds a datastore and its indexes.
+"""Builds a datastore from images and a tokenizer, and its ScaNN indexes; adds to one, merges and verifies them.
 
 python -m arrag_jax.build_datastore --config configs/emoji_datastore.py --workdir runs/store
+python -m arrag_jax.build_datastore --config configs/folder_datastore.py --config.source=photos --workdir runs/photos
+python -m arrag_jax.build_datastore --config configs/folder_datastore.py --config.source=more --workdir runs/p --append
+python -m arrag_jax.build_datastore --merge runs/one --merge runs/two --workdir runs/both
+python -m arrag_jax.build_datastore --workdir runs/photos --verify
+python -m arrag_jax.build_datastore --workdir runs/photos --report
 
-    … --report      measures the index: recall against exact search, queries a second, bytes a patch
-
-Run again with the same flags, it goes on where it stopped, and says so when nothing is left to do.
+--report measures the index: recall against exact search, queries a second, bytes a patch.
+Run again with the same flags, it goes on where it stopped, and says so when nothing is left to do. Started as several
+processes (JAX_COORDINATOR_ADDRESS and so on, see launch/) it shares the work; --workdir is then on a file system that
+all of them see.
 """
 
+import os
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from arrag_jax.command import Flag, main_with_config
-from arrag_jax.config import DatastoreConfig
-from arrag_jax.data.images import encoder, load_images
+from arrag_jax.config import DatastoreConfig, ScannOptions
+from arrag_jax.data.emoji_scenes import NAMES
+from arrag_jax.data.images import LISTING, encoder, images_to_store
 from arrag_jax.errors import UserError
+from arrag_jax.mesh import start_distributed
 from arrag_jax.models.checkpoint import fingerprint, load_model
-from arrag_jax.models.janus import VISION
-from arrag_jax.retrieval import index, writer
+from arrag_jax.models.janus import VISION, Janus
+from arrag_jax.retrieval import index, parts, writer
 from arrag_jax.retrieval import report as measure
+from arrag_jax.retrieval.building import state_of
 from arrag_jax.retrieval.datastore import Datastore, StoreSettings
 from arrag_jax.retrieval.scann import BY_RULE
+from arrag_jax.retrieval.team import Team, team_in
 
 
-def run(config: DatastoreConfig | None, workdir: str, report: bool = False) -> None:
+def run(
+    config: DatastoreConfig | None,
+    workdir: str,
+    append: bool = False,
+    merge: Collection[str] = (),
+    verify: bool = False,
+    report: bool = False,
+) -> None:
     """Builds the datastore that the config describes, in --workdir; run again to continue."""
+    if sum(map(bool, (append, merge, verify, report))) > 1:
+        raise UserError("--append, --merge, --verify and --report exclude one another; give one of them")
+    if config is None and not (merge or verify or report):
+        raise UserError("missing --config (see --help)")
     start, directory = time.perf_counter(), Path(workdir)
-    if report:
+    if verify:
+        check(directory)
+    elif report:
         options = BY_RULE if config is None else config.scann
         for name, figure in measure.report(Datastore.open(directory), options).items():
             print(f"{name:20}{figure:>16,.4f}" if isinstance(figure, float) else f"{name:20}{figure:>16,}")
-        return
-    if config is None:
-        raise UserError("missing --config (see --help)")
-    tokenizer = load_model(config.model, parts=VISION)
-    examples = load_images(config.source, config.split, config.data_dir, tokenizer)
-    settings = StoreSettings(
+    elif merge:
+        finish(parts.merge([Datastore.open(store) for store in merge], directory), config, start)
+    else:
+        start_distributed()
+        try:
+            build_or_add(config, directory, append, start)
+        except UserError as error:
+            if jax.process_count() == 1:
+                raise
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(2)  # a plain exit would have jax wait for processes that may be dead
+
+
+def build_or_add(config: DatastoreConfig, directory: Path, append: bool, start: float) -> None:
+    """This process's part in building the store, or in adding to it."""
+    with team_in(directory, jax.process_index(), jax.process_count()) as team:
+        tokenizer = load_model(config.model, parts=VISION)
+        store = (add if append else build)(config, directory, tokenizer, team)
+        if team.leads:
+            finish(store, config, start)
+        else:
+            team.wait_for_leader_to_leave()
+
+
+def build(
+    config: DatastoreConfig, directory: Path, tokenizer: Janus, team: Team, known: Collection[str] = ()
+) -> Datastore | None:
+    """The store of the config's images but for the ``known`` ones, built by the whole team; None if there are none."""
+
+    def state() -> tuple[str, StoreSettings | None]:
+        return state_of(Datastore, directory)
+
+    if not team.leads:  # the first process makes the data set, or lists the folder
+        team.wait_until(lambda: state()[0] != "nothing" or team.leader_has_left())
+        if state()[0] == "nothing":
+            return None
+    begun, found = state()
+    images = images_to_store(config, tokenizer, begun, directory, known)
+    if begun == "nothing" and len(images) == 0:
+        return None
+    count = config.num_images or (found.num_images if begun == "whole" else len(images))
+    store = writer.build(
+        directory,
+        images,
+        encoder(tokenizer),
+        np.asarray(tokenizer.codebook),
+        settings_of(config, tokenizer, count),
+        config.batch_size,
+        images.source_id,
+        config.max_bad_fraction,
+        team,
+    )
+    if team.leads:
+        (directory / LISTING).unlink(missing_ok=True)
+    return store
+
+
+def add(config: DatastoreConfig, directory: Path, tokenizer: Janus, team: Team) -> Datastore:
+    """The store with those of the config's images that it did not hold, as one more part."""
+    store = Datastore.open(directory)
+    store.require_tokenizer(fingerprint(tokenizer))
+    parts.require_fits(store, settings_of(config, tokenizer, 1))
+    part = parts.next_part(store)
+    _, found = state_of(Datastore, part)
+    if found and found.source != config.source:
+        raise UserError(f"{part} is what is left of adding {found.source}; run that command again first, or delete it")
+    same = [x for x in (store, *store.parts) if x.settings.source == config.source]
+    known = {source for x in same for source in (*x.sources, *(name for name, _ in x.bad))}
+    if build(config, part, tokenizer, team, known) is None:
+        print(f"nothing to add: {directory} holds every image of {config.source}")
+        return store
+    return parts.add_part(store, part) if team.leads else store
+
+
+def settings_of(config: DatastoreConfig, tokenizer: Janus, num_images: int) -> StoreSettings:
+    """What the store of the first images of the config's source is to hold."""
+    return StoreSettings(
         fingerprint=fingerprint(tokenizer),
         grid=tokenizer.grid,
         codebook_size=tokenizer.codebook_size,
         code_dim=tokenizer.codebook.shape[1],
         keys=config.keys,
-        num_images=config.num_images or len(examples),
+        num_images=num_images,
         shard_size=config.shard_size,
         source=config.source,
-        split=config.split,
+        split=config.split if config.source in NAMES else "",
         command=" ".join(["python -m arrag_jax.build_datastore", *sys.argv[1:]]),
     )
 
-    codebook = np.asarray(tokenizer.codebook)
-    store = writer.build(directory, examples, encoder(tokenizer), codebook, settings, config.batch_size)
-    for kind in config.indexes:
-        if not index.is_current(store, kind, config.scann, config.index_shards):
-            index.build_index(store, kind, config.scann, config.index_shards)
-    size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    indexes = f"ScaNN over {', '.join(config.indexes)} keys" if config.indexes else "no index"
+
+def check(directory: Path) -> None:
+    """Reads every file of a store and of its indexes, and says so if all are as they were written."""
+    store = Datastore.open(directory)
+    store.verify()
+    index.verify_indexes(store)
+    print(f"datastore {directory} is as it was written: {store.num_images:,} images")
+
+
+def finish(store: Datastore, config: DatastoreConfig | None, start: float) -> None:
+    """Builds the indexes that are wanted and not there, and says what the store holds."""
+    kinds, options = store.settings.keys[:1], (ScannOptions(), 1)
+    if config is not None:
+        kinds, options = config.indexes, (config.scann, config.index_shards)
+    for kind in kinds:
+        if not index.is_current(store, kind, *options):
+            index.build_index(store, kind, *options)
+    size = sum(path.stat().st_size for path in store.directory.rglob("*") if path.is_file())
+    indexes = f"ScaNN over {', '.join(kinds)} keys" if kinds else "no index"
+    bad = f" ({store.num_bad:,} that cannot be read are left out)" if store.num_bad else ""
     print(
-        f"datastore {directory} is complete: {store.num_images:,} images, {store.num_patches:,} patches, {indexes}, "
-        f"{size:,} bytes, {time.perf_counter() - start:.1f} s"
+        f"datastore {store.directory} is complete: {store.num_images:,} images{bad}, {store.num_patches:,} patches, "
+        f"{indexes}, {size:,} bytes, {time.perf_counter() - start:.1f} s"
     )
 
 
@@ -70,4 +180,7 @@ if __name__ == "__main__":
         config=Flag("config file, path.py or path.py:argument; --config.key=value overrides a key", ""),
         workdir=Flag("folder of the datastore; made when absent"),
         report=Flag("measure the index in --workdir, print the figures and write them to report.json", False),
+        append=Flag("add the images of config.source that the datastore does not hold yet", False),
+        merge=Flag("datastore to copy into --workdir; give it several times, in order", ()),
+        verify=Flag("read every file in --workdir: exit 0, or the name of the damaged one", False),
     )

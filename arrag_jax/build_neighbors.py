@@ -15,10 +15,10 @@ from arrag_jax.data.images import encoder, load_images
 from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.retrieval import neighbor_writer
+from arrag_jax.retrieval.building import require_same_settings
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings
 from arrag_jax.retrieval.others import OtherImages
-from arrag_jax.retrieval.shards import require_same_settings
 
 
 def run(config: NeighborsConfig, workdir: str) -> None:

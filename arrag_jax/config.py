@@ -120,11 +120,12 @@ class DatastoreConfig:
     """One datastore and its indexes."""
 
     model: str  # checkpoint folder that holds the tokenizer
-    source: str  # TFDS name, with its config: "emoji_scenes/full"
-    split: str = "store"
+    source: str  # folder of images and tars, one .tar, or a TFDS name with its config: "emoji_scenes/full"
+    split: str = "store"  # of a TFDS data set
     data_dir: str = "data"  # where TFDS keeps it; built there when absent
-    num_images: int = 0  # 0 = the whole split
-    batch_size: int = 64
+    num_images: int = 0  # the first ones; 0 = all
+    max_bad_fraction: float = 0.01  # share of images that cannot be read above which the build fails
+    batch_size: int = 64  # images a device encodes together
     shard_size: int = 16_384  # images a file
     keys: tuple[str, ...] = ("codebook",)  # kinds of key that can be had: "codebook", "latent" (8 times the size)
     indexes: tuple[str, ...] = ("codebook",)  # kinds of key to build a ScaNN index over
@@ -135,6 +136,9 @@ class DatastoreConfig:
         for name in ("batch_size", "shard_size", "index_shards"):
             _in_range(name, getattr(self, name), 1)
         _in_range("num_images", self.num_images, 0)
+        _in_range("max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
+        if not self.source:
+            raise UserError("source is empty; give a folder of images, a .tar or a data set's name")
         if not set(self.indexes) <= set(self.keys):
             raise UserError(f"indexes={list(self.indexes)} names kinds that are not among keys={list(self.keys)}")
 

@@ -107,8 +107,7 @@ def test_other_index_options_build_the_index_again(store, config):
     "changes, message",
     [
         ({"num_images": 7}, "other settings.*num_images"),
-        ({"num_images": 65}, "it has 64"),
-        ({"split": "nowhere"}, "unknown split"),
+        ({"split": "nowhere"}, "other settings.*split"),
         ({"model": "nowhere"}, "nowhere is no checkpoint"),
     ],
 )
@@ -117,6 +116,20 @@ def test_user_errors_touch_nothing(store, config, changes, message):
     with pytest.raises(UserError, match=message):
         build_datastore.run(dataclasses.replace(config, **changes), str(store.directory))
     assert {path: path.stat().st_mtime_ns for path in store.directory.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_images": 65}, "it has 64"),
+        ({"split": "nowhere"}, "unknown split"),
+        ({"source": "nowhere"}, "config.source=nowhere does not exist"),
+    ],
+)
+def test_a_source_that_does_not_do_leaves_no_folder(config, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        build_datastore.run(dataclasses.replace(config, **changes), str(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
 
 
 def test_images_of_another_size_are_refused(config, model, tmp_path):

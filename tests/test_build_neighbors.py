@@ -15,11 +15,11 @@ from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import fingerprint, save_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.ops import grid as grid_ops
+from arrag_jax.retrieval.building import BUILDING
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings
 from arrag_jax.retrieval.others import OtherImages
-from arrag_jax.retrieval.shards import BUILDING
 
 
 @pytest.fixture(scope="module")

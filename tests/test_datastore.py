@@ -15,7 +15,7 @@ from arrag_jax import files
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
-from arrag_jax.retrieval import index, shards, writer
+from arrag_jax.retrieval import building, index, writer
 from arrag_jax.retrieval.datastore import Datastore, StoreSettings, unit_norm
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever
 
@@ -125,7 +125,7 @@ KILLER = """
 import os, pathlib, signal, sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 import test_datastore as t
-from arrag_jax.retrieval import shards
+from arrag_jax.retrieval import building
 
 root, moment, left = pathlib.Path(sys.argv[3]), 0, 0
 
@@ -136,7 +136,7 @@ def tick():
     os.kill(os.getpid(), signal.SIGKILL)
 
 os.fsync = lambda handle: None  # a killed process, unlike a power cut, loses nothing that was written
-rename, encode, Writer = pathlib.Path.rename, t.encode, shards.ArrayRecordWriter
+rename, encode, Writer = pathlib.Path.rename, t.encode, building.ArrayRecordWriter
 
 def ticking_rename(self, target):
   tick()
@@ -165,7 +165,7 @@ def run(ticks):
   child = os.fork()
   if not child:
     left, sys.stderr = ticks, open(os.devnull, "w")
-    pathlib.Path.rename, t.encode, shards.ArrayRecordWriter = ticking_rename, ticking_encode, TickingWriter
+    pathlib.Path.rename, t.encode, building.ArrayRecordWriter = ticking_rename, ticking_encode, TickingWriter
     t.build(root / str(moment))
     os._exit(0)
   return os.waitpid(child, 0)[1]
@@ -212,7 +212,9 @@ def test_full_disk_is_one_line_and_resumable(whole, tmp_path, monkeypatch, failu
             build(tmp_path)
     assert "\n" not in str(caught.value)
     assert all(
-        data == contents(whole.directory)[name] for name, data in contents(tmp_path).items() if name != shards.BUILDING
+        data == contents(whole.directory)[name]
+        for name, data in contents(tmp_path).items()
+        if name != building.BUILDING
     )
     with pytest.raises(UserError, match="no finished datastore"):
         Datastore.open(tmp_path)
@@ -232,7 +234,7 @@ def test_other_settings_touch_nothing(store):
 
 
 def test_whole_store_is_not_built_again(store, monkeypatch):
-    monkeypatch.setattr(shards, "_write_shards", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(building, "_write_shards", lambda *_: pytest.fail("built again"))
     before = contents(store.directory)
     build(store.directory, command="another command")
     assert contents(store.directory) == before
@@ -291,7 +293,7 @@ def test_other_tokenizer_is_refused(whole):
 def test_records_cost_little_more_than_their_codes(tmp_path):
     """A shard of the default size: under 5 % over 2 bytes a code."""
     codes = np.zeros((16_384, 12, 12), "<u2")
-    shards.write_records(tmp_path / "codes", (grid.tobytes() for grid in codes), writer.RECORD_OPTIONS)
+    building.write_records(tmp_path / "codes", (grid.tobytes() for grid in codes), writer.RECORD_OPTIONS)
     assert (tmp_path / "codes").stat().st_size < 1.05 * codes.nbytes
 
 

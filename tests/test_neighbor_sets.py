@@ -10,7 +10,7 @@ import test_datastore as base
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
-from arrag_jax.retrieval import neighbor_writer, others, shards, writer
+from arrag_jax.retrieval import building, neighbor_writer, others, shards, writer
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings, from_record, to_record
@@ -214,7 +214,7 @@ def test_killed_and_resumed_is_uninterrupted(whole, search, tmp_path, moment):
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, failing)
     expected = base.contents(whole.directory)
-    left = {name: data for name, data in base.contents(tmp_path).items() if name != shards.BUILDING}
+    left = {name: data for name, data in base.contents(tmp_path).items() if name != building.BUILDING}
     assert left == {name: expected[name] for name in sorted(expected)[1:moment]}  # sorted: the manifest comes first
     with pytest.raises(UserError, match="no finished neighbor set"):
         NeighborSet.open(tmp_path)
@@ -224,13 +224,14 @@ def test_killed_and_resumed_is_uninterrupted(whole, search, tmp_path, moment):
 
 
 def test_manifest_comes_last_and_a_whole_set_is_not_built_again(whole, search, tmp_path, monkeypatch):
-    names, write_json = [], shards.write_json
+    names, write_json = [], building.write_json
 
     def watched(path: Path, content: dict) -> None:
         names.append((path.name, len(list(path.parent.iterdir()))))
         write_json(path, content)
 
-    monkeypatch.setattr(shards, "write_json", watched)
+    for module in (building, shards):
+        monkeypatch.setattr(module, "write_json", watched)
     build(tmp_path, search)
     assert names == [("building.json", 0), ("manifest.json", 1 + 3)]
     build(tmp_path, lambda *_: pytest.fail("searched again"))

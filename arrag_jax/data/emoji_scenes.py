@@ -90,6 +90,9 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder):
             yield index, _example(scenes.scene(split, index), index)
 
 
+NAMES = tuple(f"emoji_scenes/{config.name}" for config in EmojiScenes.BUILDER_CONFIGS)
+
+
 def _example(scene: scenes.Scene, index: int) -> dict[str, Any]:
     png = io.BytesIO()  # TFDS would encode an array with TensorFlow; a file it takes as it is
     Image.fromarray(scenes.render(scene)).save(png, "PNG", compress_level=1)
@@ -127,9 +130,8 @@ def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = T
     Raises:
       UserError: unknown name or split.
     """
-    known = [f"emoji_scenes/{config.name}" for config in EmojiScenes.BUILDER_CONFIGS]
-    if name not in known:
-        raise UserError(f"unknown data set {name!r}; take one of {', '.join(known)}")
+    if name not in NAMES:
+        raise UserError(f"unknown data set {name!r}; take one of {', '.join(NAMES)}")
     if split.split("[")[0] not in scenes.BUCKETS:
         raise UserError(f"unknown split {split!r} of {name}; take one of {', '.join(scenes.BUCKETS)}")
     builder = tfds.builder(name, data_dir=str(data_dir))

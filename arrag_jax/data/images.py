@@ -1,16 +1,48 @@
-"""Images that go through a model's tokenizer: what the commands that encode a data set share."""
+"""Images that go through a model's tokenizer: what the commands that encode a source share."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
+from jaxtyping import UInt8
 
-from arrag_jax.data.emoji_scenes import load_source
+from arrag_jax.config import DatastoreConfig
+from arrag_jax.data import pixels, sources
+from arrag_jax.data.emoji_scenes import NAMES, load_source
 from arrag_jax.errors import UserError
-from arrag_jax.models.janus import Janus
+from arrag_jax.models.janus import Janus, encode_split
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.retrieval.encoding import Encode
+
+LISTING = ".listing.jsonl"  # in the folder of an unfinished store: the images as they were when it was begun
+
+
+class DataSetImages:
+    """Some images of a split as a random-access source of examples (``retrieval.encoding.Examples``).
+
+    Args:
+      examples: of the whole split.
+      name: of the split, "emoji_scenes/full/store".
+      known: ids ("emoji_scenes/full/store/17") to leave out.
+    """
+
+    def __init__(self, examples: Sequence[dict[str, Any]], name: str, known: Collection[str] = ()):
+        self.examples, self.name = examples, name
+        self.numbers = [number for number in range(len(examples)) if f"{name}/{number}" not in known]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.examples[self.numbers[index]]
+
+    def source_id(self, index: int) -> str:
+        """The id of an image."""
+        return f"{self.name}/{self.numbers[index]}"
 
 
 def load_images(source: str, split: str, data_dir: str | Path, tokenizer: Janus) -> Sequence[dict[str, Any]]:
@@ -30,11 +62,68 @@ def load_images(source: str, split: str, data_dir: str | Path, tokenizer: Janus)
     return examples
 
 
+def images_to_store(
+    config: DatastoreConfig, tokenizer: Janus, state: str, directory: Path, known: Collection[str] = ()
+) -> DataSetImages | sources.FileImages:
+    """The images of a store that is to be built, none of one that is whole.
+
+    A folder is listed when its store is begun, and the list kept in ``LISTING`` until the store is whole: what is
+    added to the folder meanwhile is not taken, what is taken away or changed is a bad image.
+
+    Args:
+      config: tells the source.
+      tokenizer: tells the size.
+      state: of the store, "nothing", "begun" or "whole".
+      directory: of the store.
+      known: ids of images to leave out.
+
+    Raises:
+      UserError: the source is not there, or its images do not fit the tokenizer.
+    """
+    if config.source in NAMES:
+        examples = [] if state == "whole" else load_images(config.source, config.split, config.data_dir, tokenizer)
+        return DataSetImages(examples, f"{config.source}/{config.split}", known)
+    entries, listing = [], directory / LISTING
+    if state == "nothing":
+        entries = [entry for entry in sources.list_images(config.source) if entry.id not in known]
+        if entries:
+            directory.mkdir(parents=True, exist_ok=True)
+            sources.save_listing(listing, entries)
+    elif state == "begun":
+        entries = sources.load_listing(listing)
+    return sources.FileImages(sources.root_of(config.source), entries, tokenizer.config.image_size)
+
+
+def open_source_image(
+    source: str, split: str, source_id: str, size: tuple[int, int], data_dir: str | Path = "data"
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The picture that a stored image was made from, as the tokenizer saw it.
+
+    Args:
+      source, split: as in the store's settings; a relative folder is looked for from the current one.
+      source_id: the stored image's line, ``Datastore.sources[i]``.
+      size: of the picture in pixels, height and width (the tokenizer's ``image_size``).
+      data_dir: where TFDS keeps its data sets.
+
+    Raises:
+      BadImage: it is not there any more, or unreadable.
+      UserError: no such data set.
+    """
+    if source in NAMES:
+        return load_source(source, split, data_dir)[int(source_id.rpartition("/")[2])]["image"]
+    return pixels.decode(sources.read_image(source, source_id), size)
+
+
 def encoder(tokenizer: Janus) -> Encode:
-    """Codes and latents of uint8 images by this tokenizer."""
+    """Codes and latents of uint8 images by this tokenizer, one batch after another on each local device in turn.
+
+    A batch is encoded by one device, so that its codes are the same on any number of them.
+    """
+    graph, state = nnx.split(tokenizer.gen_vision_model)  # once: it takes a tenth of a small tokenizer's time
+    turns = itertools.cycle([(device, jax.device_put(state, device)) for device in jax.local_devices()])
 
     def encode(images: np.ndarray) -> tuple[Any, Any]:
-        codes, latents = tokenizer.encode_images(from_uint8(images))
-        return codes.reshape(-1, *tokenizer.grid), latents
+        device, copy = next(turns)
+        return encode_split(graph, copy, from_uint8(jax.device_put(images, device)))
 
     return encode

@@ -185,7 +185,7 @@ class Janus(nnx.Module):
         images, cell = jnp.asarray(images), self.config.vision.downsampling
         if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] % cell or images.shape[2] % cell:
             raise UserError(f"images must be [B, h, w, 3] with h and w multiples of {cell}, got {images.shape}")
-        codes, latents = _encode(*nnx.split(self.gen_vision_model), images)
+        codes, latents = encode_split(*nnx.split(self.gen_vision_model), images)
         return codes.reshape(len(images), -1), latents
 
     def decode_codes(self, codes: Int[Array | np.ndarray, "..."], height: int, width: int) -> Float[Array, "B h w 3"]:
@@ -244,7 +244,8 @@ def _teacher_forced(graph, state, prompt_ids, prompt_mask, codes, neighbors):
 
 
 @jax.jit(static_argnums=0)
-def _encode(graph, state, images):
+def encode_split(graph, state, images):
+    """Codes [B, H, W] and latents [B, H, W, C] of pixels in [-1, 1] by a tokenizer that ``nnx.split`` took apart."""
     return nnx.merge(graph, state).encode(images)
 
 

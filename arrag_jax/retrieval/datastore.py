@@ -6,16 +6,22 @@ One directory::
   codebook.npz                            "codebook", float32 [V, C], rows of unit norm
   codes-00000-of-00004.arrayrecord        one image a record: uint16 little-endian [H, W]
   latents-00000-of-00004.arrayrecord      kind "latent" only: float16 little-endian [H, W, C], rows of unit norm
-  sources-00000-of-00004.txt              one image a line: where it came from ("emoji_scenes/full/store/17")
+  sources-00000-of-00004.txt              one image a line: where it came from ("emoji_scenes/full/store/17",
+                                          "holiday/beach.jpg", "shard-17.tar!000123.jpg")
+  bad-00000-of-00004.txt                  only where there are any: what could not be read, a tab, and why
+  part-00001/ …                           what was added later, each a store of its own with all of the above
 
 Keys are not stored. A key is the four context cells' vectors side by side (``ops.grid``), which are either
 rows of the codebook (kind "codebook") or the encoder's l2-normalised output before quantisation (kind
-"latent", the official choice: reference quirk 19). A 24 x 24 image takes 1.15 KB plus its source's name.
+"latent", the official choice: reference quirk 19). A 24 x 24 image takes at most 1.15 KB plus its source's name, and
+each file of codes 128 KiB more. Images are numbered without the bad ones, those of a part after all before.
 """
 
 import dataclasses
 import functools
-from typing import ClassVar
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
@@ -27,6 +33,7 @@ from arrag_jax.retrieval.shards import ShardFolder, ShardSettings
 
 KEY_KINDS = ("codebook", "latent")
 CODEBOOK = "codebook.npz"
+BAD_FILES = "bad-*.txt"
 BLOCK_IMAGES = 4096  # images whose keys are computed at once
 
 
@@ -66,20 +73,61 @@ class StoreSettings(ShardSettings):
             files["latents"] = f"latents-{place}.arrayrecord"
         return files
 
+    def bad_file(self, shard: int) -> str:
+        """Name of the file that tells which images of a shard are bad; there if any are."""
+        return BAD_FILES.replace("*", self.place(shard))
+
+    def shard_counts(self, directory: Path, shard: int) -> dict[str, dict[str, int]]:
+        """Images in each file of a shard, and in the file of bad ones how many those are."""
+        files = self.shard_files(shard)
+        images = len(read_lines(directory / files["sources"]))
+        counts = {name: {"images": images} for name in files.values()}
+        bad = directory / self.bad_file(shard)
+        return counts | ({bad.name: {"images": 0, "bad": len(read_lines(bad))}} if bad.exists() else {})
+
 
 @dataclasses.dataclass(frozen=True)
 class Datastore(ShardFolder):
     """A whole store, opened. Arrays are read on first use and kept; treat them as read-only.
 
     ``num_images`` is how many images count, the first ones; fewer than stored in a ``subset``.
+    ``settings`` are those of the first part; all parts have its tokenizer, grid and kinds of key.
     """
 
     settings: StoreSettings
+    parts: tuple["Datastore", ...] = ()  # what was added later
 
     noun: ClassVar[str] = "datastore"
     format_version: ClassVar[int] = 1
     settings_class: ClassVar[type[ShardSettings]] = StoreSettings
     rebuild: ClassVar[str] = "build it with: python -m arrag_jax.build_datastore --config=… --workdir=…"
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "Datastore":
+        """Opens a store and the parts added to it; as ``ShardFolder.open``."""
+        store = super().open(directory)
+        parts = tuple(cls._open_part(store, name, digest) for name, digest in store.manifest.get("parts", {}).items())
+        return dataclasses.replace(store, parts=parts, num_images=sum(x.num_images for x in (store, *parts)))
+
+    @classmethod
+    def _open_part(cls, store: "Datastore", name: str, fingerprint: str) -> "Datastore":
+        part = cls.open(store.directory / name)
+        if part.fingerprint != fingerprint:
+            raise UserError(f"{part.directory} is not the part that {store.directory} was given; {cls.rebuild}")
+        return part
+
+    @classmethod
+    def count_images(cls, settings: StoreSettings, manifest: dict[str, Any]) -> int:
+        """Images in the store's own shards."""
+        return sum(
+            manifest["files"][settings.shard_files(shard)["codes"]]["images"] for shard in range(settings.num_shards)
+        )
+
+    def verify(self) -> None:
+        """Checks every file's SHA-256, those of all parts too; as ``ShardFolder.verify``."""
+        super().verify()
+        for part in self.parts:
+            part.verify()
 
     def subset(self, num_images: int) -> "Datastore":
         """The store of the first ``num_images`` images; their row numbers stay the same."""
@@ -91,6 +139,18 @@ class Datastore(ShardFolder):
     def num_patches(self) -> int:
         """N."""
         return self.num_images * self.settings.patches_per_image
+
+    @property
+    def num_bad(self) -> int:
+        """Images that could not be read."""
+        return sum(facts.get("bad", 0) for facts in self.files.values()) + sum(part.num_bad for part in self.parts)
+
+    @property
+    def bad(self) -> list[tuple[str, str]]:
+        """What could not be read, and why."""
+        names = [name for name, facts in self.files.items() if "bad" in facts]
+        own = [line for name in names for line in read_bad(self.directory / name)]
+        return own + [line for part in self.parts for line in part.bad]
 
     @functools.cached_property
     def codebook(self) -> Float[np.ndarray, "V C"]:
@@ -112,11 +172,8 @@ class Datastore(ShardFolder):
     @functools.cached_property
     def sources(self) -> list[str]:
         """Where each image came from."""
-        lines = []
-        for shard in self._shards():
-            path = self.directory / self.settings.shard_files(shard)["sources"]
-            lines += path.read_text(encoding="utf-8").splitlines()
-        return lines[: self.num_images]
+        lines = (read_lines(path) for path, _ in self._files("sources"))
+        return [line for shard in lines for line in shard][: self.num_images]
 
     def keys(self, kind: str) -> Float[np.ndarray, "N E"]:
         """Keys of every stored patch, float32, in stored-row order; four parts of unit norm each.
@@ -144,22 +201,38 @@ class Datastore(ShardFolder):
             held = ", ".join(self.settings.keys)
             raise UserError(f"datastore {self.directory} holds keys of kind {held}, not {kind!r}; {self.rebuild}")
 
-    def _shards(self) -> range:
-        return range(-(-self.num_images // self.settings.shard_size))
+    def _files(self, part: str) -> Iterator[tuple[Path, int]]:
+        """The files of a part of the shards, and the images in each, as far as images count."""
+        before = 0
+        for store in (self, *self.parts):
+            for shard in range(store.settings.num_shards):
+                if before >= self.num_images:
+                    return
+                name = store.settings.shard_files(shard)[part]
+                yield store.directory / name, store.files[name]["images"]
+                before += store.files[name]["images"]
 
     def _read(self, part: str, dtype: str) -> np.ndarray:
         """All records of a part, flat."""
         records: list[bytes] = []
-        for shard in self._shards():
-            path = self.directory / self.settings.shard_files(shard)[part]
+        for path, expected in self._files(part):
             reader = ArrayRecordReader(str(path))
             found = reader.read_all()
             reader.close()
-            expected = len(self.settings.shard_images(shard))
             if len(found) != expected:
                 raise UserError(f"{path} holds {len(found)} images, not {expected}; {self.rebuild}")
             records += found
         return np.frombuffer(b"".join(records[: self.num_images]), dtype)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file of ours, each of which ends in a newline."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def read_bad(path: Path) -> list[tuple[str, str]]:
+    """Image and reason from each line of a file of bad images."""
+    return [(name, reason) for name, _, reason in (line.partition("\t") for line in read_lines(path))]
 
 
 def unit_norm(vectors: Float[np.ndarray, "*dims C"]) -> Float[np.ndarray, "*dims C"]:

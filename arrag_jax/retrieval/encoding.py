@@ -1,23 +1,34 @@
-"""Images to codes, batch by batch, while the next batch is read."""
+"""Images to codes, batch by batch, while the next ones are read."""
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 
 from arrag_jax.errors import UserError
 from arrag_jax.retrieval.shards import ShardSettings
 
 READERS = 8  # threads that decode images ahead of the encoder
-# uint8 [B, h, w, 3] → (int [B, H, W] codes, float [B, H, W, C] encoder outputs before quantisation)
+# uint8 [B, h, w, 3] → (int [B, H, W] codes, float [B, H, W, C] encoder outputs before quantisation); may answer with
+# arrays that are still being computed
 Encode = Callable[[np.ndarray], tuple[Any, Any]]
 Example = dict[str, Any]
 
 
+class BadImage(UserError):
+    """An image that cannot be had; the message is the reason, the one who asked knows the name."""
+
+
 @runtime_checkable
 class Examples(Protocol):
-    """A random-access source of dicts with "image", uint8 [h, w, 3], all of one size; read from several threads."""
+    """A random-access source of dicts with "image", uint8 [h, w, 3], all of one size; read from several threads.
+
+    An image that can never be had raises ``BadImage``.
+    """
 
     def __len__(self) -> int: ...
 
@@ -27,18 +38,27 @@ class Examples(Protocol):
 def require_images(examples: Examples, settings: ShardSettings) -> None:
     """Raises UserError if there are fewer images than ``settings`` ask for."""
     if len(examples) < settings.num_images:
-        where = f"{settings.source}/{settings.split}"
+        where = f"{settings.source}/{settings.split}" if settings.split else settings.source
         raise UserError(f"{settings.num_images} images asked of {where}: it has {len(examples)}")
 
 
 def encoded(
-    examples: Examples, numbers: range, encode: Encode, batch_size: int, settings: ShardSettings
+    examples: Examples,
+    numbers: range,
+    encode: Encode,
+    batch_size: int,
+    settings: ShardSettings,
+    skip: Callable[[int, BadImage], None] | None = None,
 ) -> Iterator[tuple[list[Example], np.ndarray, np.ndarray]]:
     """The examples with these numbers, in order, and what ``encode`` makes of their images.
 
+    Which images share a batch depends on these numbers and on which of them are bad, on nothing else.
+
     Args:
-      encode: called with exactly ``batch_size`` images; the last batch is padded with zeros.
+      encode: called with exactly ``batch_size`` images; the last batch is padded with zeros. Called again before its
+        last answers are looked at, so that every device has work.
       settings: whose grid and codebook the codes must be of.
+      skip: told the number and the reason of every bad image; None = the first one is raised.
 
     Yields:
       n ≤ batch_size examples, their codes (little-endian uint16 [n, H, W]) and encoder outputs [n, H, W, C].
@@ -46,21 +66,55 @@ def encoded(
     Raises:
       UserError: codes of another grid or outside the codebook.
     """
-    for batch in _read_ahead(examples, numbers, batch_size):
+
+    def fetched(batch: list[Example], answer: tuple[Any, Any]) -> tuple[list[Example], np.ndarray, np.ndarray]:
+        codes, latents = (np.asarray(x)[: len(batch)] for x in answer)
+        return batch, _checked(codes, settings), latents
+
+    unfinished: deque = deque()
+    for batch in _batches(_read_ahead(examples, numbers, batch_size, skip), batch_size):
         images = np.stack([example["image"] for example in batch])
         padded = np.pad(images, ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
-        codes, latents = (np.asarray(x)[: len(batch)] for x in encode(padded))
-        yield batch, _checked(codes, settings), latents
+        unfinished.append((batch, encode(padded)))
+        if len(unfinished) > jax.local_device_count():
+            yield fetched(*unfinished.popleft())
+    for batch, answer in unfinished:
+        yield fetched(batch, answer)
 
 
-def _read_ahead(examples: Examples, numbers: range, batch_size: int) -> Iterator[list[Example]]:
+def _read_ahead(
+    examples: Examples, numbers: range, window: int, skip: Callable[[int, BadImage], None] | None
+) -> Iterator[Example]:
+    """The good examples in order; ``window`` of them are being read or wait."""
+    waiting = iter(numbers)
     with ThreadPoolExecutor(READERS) as pool:
-        parts = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-        ahead = [pool.submit(examples.__getitem__, i) for i in parts[0]]
-        for following in [*parts[1:], range(0)]:
-            batch = [read.result() for read in ahead]
-            ahead = [pool.submit(examples.__getitem__, i) for i in following]
+        ahead = deque((i, pool.submit(examples.__getitem__, i)) for i in itertools.islice(waiting, window))
+        try:
+            while ahead:
+                number, reading = ahead.popleft()
+                try:
+                    example = reading.result()
+                except BadImage as reason:
+                    if skip is None:
+                        raise
+                    skip(number, reason)
+                    example = None
+                ahead.extend((i, pool.submit(examples.__getitem__, i)) for i in itertools.islice(waiting, 1))
+                if example is not None:
+                    yield example
+        finally:
+            pool.shutdown(cancel_futures=True)  # where the caller stopped early
+
+
+def _batches(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
+    batch: list[Example] = []
+    for example in examples:
+        batch.append(example)
+        if len(batch) == size:
             yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _checked(codes: np.ndarray, settings: ShardSettings) -> np.ndarray:

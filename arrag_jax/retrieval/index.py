@@ -171,3 +171,12 @@ def _checked_files(
             continue
         if (path.stat().st_size, sha256_of(path)) != facts:
             raise UserError(f"index file {path} is damaged; {mend}")
+
+
+def verify_indexes(store: Datastore) -> None:
+    """Raises UserError naming the first file of any of a store's saved indexes that is not what was written."""
+    for record in sorted(store.directory.glob("index-*/index.json")):
+        for name, facts in json.loads(record.read_text())["files"].items():
+            path = record.parent / name
+            if not path.is_file() or sha256_of(path) != facts["sha256"]:
+                raise UserError(f"index file {path} is damaged; delete {record.parent} and build it again")

@@ -1,4 +1,4 @@
-"""Builds a neighbour set shard by shard (``shards.build``)."""
+"""Builds a neighbour set shard by shard (``building.build``)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.neighbors import Neighbors
-from arrag_jax.retrieval import shards
+from arrag_jax.retrieval import building
 from arrag_jax.retrieval.encoding import Encode, Examples, encoded, require_images
 from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings, to_record
 
@@ -56,9 +56,9 @@ def build(
         grids = np.concatenate(codes)
         found = neighbors_of_cells(search(grids, bar.update).code, settings.grid)
         records = map(to_record, grids.reshape(len(grids), -1), found, captions)
-        shards.write_records(directory / settings.shard_files(shard)["neighbors"], records, RECORD_OPTIONS)
+        building.write_records(directory / settings.shard_files(shard)["neighbors"], records, RECORD_OPTIONS)
 
-    return shards.build(NeighborSet, directory, settings, write_shard)
+    return building.build(NeighborSet, directory, settings, write_shard)
 
 
 def neighbors_of_cells(code: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

@@ -55,7 +55,7 @@ def report(store: Datastore, options: ScannOptions = BY_RULE) -> dict[str, float
         "bytes_per_patch": sum(part.nbytes for part in host.shards.values()) / store.num_patches,
         "num_patches": store.num_patches,
         "num_images": store.num_images,
-        "num_bad": getattr(store, "num_bad", 0),
+        "num_bad": store.num_bad,
     }
     write_json(Path(store.directory) / "report.json", figures)
     return figures

@@ -1,6 +1,7 @@
-"""Builds a datastore shard by shard (``shards.build``)."""
+"""Builds a datastore shard by shard (``building.build``), without the images that cannot be read."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,15 @@ from tqdm import tqdm
 
 from arrag_jax.errors import UserError
 from arrag_jax.files import whole_file
-from arrag_jax.retrieval import shards
-from arrag_jax.retrieval.datastore import CODEBOOK, Datastore, StoreSettings, unit_norm
-from arrag_jax.retrieval.encoding import Encode, Examples, encoded, require_images
+from arrag_jax.retrieval import building
+from arrag_jax.retrieval.datastore import BAD_FILES, CODEBOOK, Datastore, StoreSettings, read_bad, unit_norm
+from arrag_jax.retrieval.encoding import BadImage, Encode, Examples, encoded, require_images
+from arrag_jax.retrieval.team import Team
 
-# Records are small and grouped: with them one by one ArrayRecord adds 20 % to a 12 x 12 grid, so 2 %.
-# It also adds 128 KiB a file, 3 % of 16,384 such grids.
-RECORD_OPTIONS = "group_size:512,uncompressed"
+# Codes have spare bits (10 to 14 of 16 are in use), which zstd finds; where there are none it adds next to nothing.
+# Grouped, for ArrayRecord adds 9 bytes a record else; it adds 128 KiB a file in any case, so that a store stays within
+# 5 % of 2 bytes a code from 2.5 MiB of codes on whatever they are, and from 0.3 MiB on if 9 bits of 16 are in use.
+RECORD_OPTIONS = "group_size:512,zstd"
 
 
 def build(
@@ -26,28 +29,31 @@ def build(
     settings: StoreSettings,
     batch_size: int,
     source_id: Callable[[int], str] | None = None,
+    max_bad_fraction: float = 0.0,
+    team: Team | None = None,
 ) -> Datastore:
     """Builds the store in ``directory``, or goes on with it, or finds it whole.
 
     Args:
       directory: made if absent.
-      examples: at least ``settings.num_images``; the first ones are taken.
+      examples: at least ``settings.num_images`` (any, if the store is whole); the first ones are taken, but for
+        those that are bad.
       encode: called with batches of exactly ``batch_size`` (a shard's last one is padded with zeros).
       codebook: rows of unit norm.
       settings: what to build.
       batch_size: images a call of ``encode``.
       source_id: image number → one line that tells where it came from; default "source/split/number".
+      max_bad_fraction: share of bad images above which the build fails.
+      team: the processes that build it together; None = this one alone.
 
     Raises:
-      UserError: too few images, another store or build in the directory (nothing is touched), a code
-        outside the codebook, or a disk that is full.
+      UserError: too few images, too many bad ones, another store or build in the directory (nothing is touched), a
+        code outside the codebook, or a disk that is full.
     """
     directory = Path(directory)
-    require_images(examples, settings)
-    if codebook.shape != (settings.codebook_size, settings.code_dim):
-        raise UserError(f"codebook {codebook.shape} is not {(settings.codebook_size, settings.code_dim)}")
-    if not np.allclose(np.linalg.norm(codebook, axis=1), 1, atol=1e-4):
-        raise UserError("the codebook's rows are not of unit norm; normalise them")
+    if building.require_same_settings(Datastore, directory, settings) != "whole":
+        require_images(examples, settings)
+    _require_codebook(codebook, settings)
     source_id = source_id or (lambda i: f"{settings.source}/{settings.split}/{i}")
 
     def write_codebook() -> None:
@@ -55,17 +61,61 @@ def build(
             np.savez(file, codebook=np.asarray(codebook, np.float32))
 
     def write_shard(shard: int, bar: tqdm) -> None:
-        numbers, files = settings.shard_images(shard), settings.shard_files(shard)
-        code_records, latent_records = [], []
-        for batch, codes, latents in encoded(examples, numbers, encode, batch_size, settings):
-            code_records += [grid.tobytes() for grid in codes]
-            if "latents" in files:
-                latent_records += [grid.tobytes() for grid in unit_norm(latents).astype("<f2")]
-            bar.update(len(batch))
-        shards.write_records(directory / files["codes"], code_records, RECORD_OPTIONS)
-        if "latents" in files:
-            shards.write_records(directory / files["latents"], latent_records, RECORD_OPTIONS)
-        with whole_file(directory / files["sources"]) as temporary:
-            temporary.write_text("".join(f"{source_id(i)}\n" for i in numbers), encoding="utf-8")
+        bad: dict[int, str] = {}
 
-    return shards.build(Datastore, directory, settings, write_shard, write_codebook)
+        def skip(number: int, reason: BadImage) -> None:
+            bad[number] = f"{source_id(number)}\t{reason}"
+            bar.write(f"skipped {source_id(number)}: {reason}", file=sys.stderr)
+            bar.update()
+
+        numbers = settings.shard_images(shard)
+        batches = encoded(examples, numbers, encode, batch_size, settings, skip)
+        _write_records(directory, settings.shard_files(shard), batches, bar)
+        if bad:  # before the last file, with which the shard is done
+            _write_lines(directory / settings.bad_file(shard), list(bad.values()))
+        good = [source_id(number) for number in numbers if number not in bad]
+        _write_lines(directory / settings.shard_files(shard)["sources"], good)
+        _require_few_bad(directory, settings.num_images, max_bad_fraction)
+
+    def finish() -> None:
+        _require_few_bad(directory, settings.num_images, max_bad_fraction)
+
+    return building.build(Datastore, directory, settings, write_shard, write_codebook, finish, team)
+
+
+def _require_codebook(codebook: np.ndarray, settings: StoreSettings) -> None:
+    if codebook.shape != (settings.codebook_size, settings.code_dim):
+        raise UserError(f"codebook {codebook.shape} is not {(settings.codebook_size, settings.code_dim)}")
+    if not np.allclose(np.linalg.norm(codebook, axis=1), 1, atol=1e-4):
+        raise UserError("the codebook's rows are not of unit norm; normalise them")
+
+
+def _write_records(directory: Path, files: dict[str, str], batches: Iterator, bar: tqdm) -> None:
+    """Writes a shard's codes and, if it holds them, latents."""
+    code_records, latent_records = [], []
+    for batch, codes, latents in batches:
+        code_records += [grid.tobytes() for grid in codes]
+        if "latents" in files:
+            latent_records += [grid.tobytes() for grid in unit_norm(latents).astype("<f2")]
+        bar.update(len(batch))
+    building.write_records(directory / files["codes"], code_records, RECORD_OPTIONS)
+    if "latents" in files:
+        building.write_records(directory / files["latents"], latent_records, RECORD_OPTIONS)
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _require_few_bad(directory: Path, num_images: int, max_bad_fraction: float) -> None:
+    """Raises UserError if more than this share of all images is known to be bad, in whichever shards are done."""
+    bad = [line for path in sorted(directory.glob(BAD_FILES)) for line in read_bad(path)]
+    first = "; ".join(f"{name}: {reason}" for name, reason in bad[:3]) + (" …" if len(bad) > 3 else "")
+    if len(bad) == num_images:
+        raise UserError(f"none of the {num_images:,} images can be read ({first}); is config.source right?")
+    if len(bad) > max_bad_fraction * num_images:
+        raise UserError(
+            f"{len(bad):,} of {num_images:,} images cannot be read ({first}), more than "
+            f"config.max_bad_fraction={max_bad_fraction:g} allows; mend them and choose another --workdir, or raise it"
+        )

@@ -1,0 +1,107 @@
+"""Stores of several parts: images added to a whole store, and stores merged into one.
+
+A part is a store of its own in a folder ``part-00001`` of the first one, whose manifest names it with the SHA-256 of
+its manifest. Nothing that is whole is ever written again but that manifest, which is replaced in one step.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from arrag_jax.errors import UserError
+from arrag_jax.files import only_writer, sha256_of, whole_file, write_json
+from arrag_jax.retrieval.building import state_of
+from arrag_jax.retrieval.datastore import Datastore, StoreSettings
+from arrag_jax.retrieval.shards import MANIFEST, write_manifest
+
+MERGING = ".merging.json"  # in the folder of an unfinished merge: the fingerprints of what is merged
+SAME_IN_ALL_PARTS = ("fingerprint", "grid", "codebook_size", "code_dim", "keys")
+
+
+def next_part(store: Datastore) -> Path:
+    """Folder of the first part that the store does not hold yet; perhaps begun or whole already."""
+    return store.directory / _part_name(len(store.parts) + 1)
+
+
+def require_fits(store: Datastore, settings: StoreSettings) -> None:
+    """Raises UserError unless images of these settings can be a part of the store."""
+    for name in SAME_IN_ALL_PARTS:
+        ours, theirs = getattr(store.settings, name), getattr(settings, name)
+        if ours != theirs:
+            raise UserError(
+                f"datastore {store.directory} has {name}={ours!r}, what is added {theirs!r}; keep the two apart"
+            )
+
+
+def add_part(store: Datastore, part: Path) -> Datastore:
+    """Adds a whole part to the store's manifest.
+
+    Raises:
+      UserError: the part is not whole or does not fit, or another process writes to the store.
+    """
+    require_fits(store, Datastore.open(part).settings)
+    content = {key: value for key, value in store.manifest.items() if key != "sha256"}
+    parts = {**content.get("parts", {}), part.name: sha256_of(part / MANIFEST)}
+    with only_writer(store.directory):
+        write_manifest(store.directory, {**content, "parts": parts})
+    return Datastore.open(store.directory)
+
+
+def merge(stores: list[Datastore], directory: str | Path) -> Datastore:
+    """Copies stores, one after another, into one in ``directory``; run again to continue.
+
+    Raises:
+      UserError: they differ in tokenizer, grid or kinds of key, or the directory holds something else.
+    """
+    directory = Path(directory)
+    for store in stores:
+        require_fits(stores[0], store.settings)
+        if store.directory.resolve() == directory.resolve():
+            raise UserError(f"--workdir={directory} is one of the stores to merge; choose another")
+    merged = [store.fingerprint for store in stores]
+    state, _ = state_of(Datastore, directory) if not (directory / MERGING).exists() else ("merging", None)
+    directory.mkdir(parents=True, exist_ok=True)
+    with only_writer(directory):
+        if state == "whole":
+            _require_same_merge(directory / MANIFEST, merged)
+        elif state == "begun":
+            raise UserError(f"{directory} holds an unfinished datastore; finish it, or choose another --workdir")
+        elif state == "merging":
+            _require_same_merge(directory / MERGING, merged)
+        else:
+            write_json(directory / MERGING, {"merged": merged})
+        if state != "whole":
+            _copy([part for store in stores for part in (store, *store.parts)], directory, merged)
+        (directory / MERGING).unlink(missing_ok=True)
+    return Datastore.open(directory)
+
+
+def _require_same_merge(record: Path, merged: list[str]) -> None:
+    if json.loads(record.read_text(encoding="utf-8")).get("merged") != merged:
+        raise UserError(f"{record.parent} holds something else than these stores merged; choose another --workdir")
+
+
+def _copy(parts: list[Datastore], directory: Path, merged: list[str]) -> None:
+    """Copies every file that is not there yet, then writes the manifests, the first part's last."""
+    contents: dict[Path, dict[str, Any]] = {}
+    jobs = []
+    for number, part in enumerate(parts):
+        target = directory / _part_name(number) if number else directory
+        target.mkdir(exist_ok=True)
+        contents[target] = {key: value for key, value in part.manifest.items() if key not in ("parts", "sha256")}
+        jobs += [(part.directory / name, target / name) for name in part.files]
+    for source, target in tqdm(jobs, unit="file", desc=str(directory), dynamic_ncols=True):
+        if not target.exists():
+            with whole_file(target) as temporary:
+                temporary.write_bytes(source.read_bytes())
+    names = {}
+    for target, content in list(contents.items())[1:]:
+        write_manifest(target, content)
+        names[target.name] = sha256_of(target / MANIFEST)
+    write_manifest(directory, {**contents[directory], "parts": names, "merged": merged})
+
+
+def _part_name(number: int) -> str:
+    return f"part-{number:05d}"

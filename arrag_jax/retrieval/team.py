@@ -1,0 +1,110 @@
+"""Several processes, perhaps on several hosts, that fill one folder together.
+
+Each keeps a hidden file in the folder that changes every second. So a process that waits for another one sees whether
+it lives, however long the work takes: no clock is compared, no network is needed beside the shared folder, and one that
+was killed ends the others with one line instead of hanging them.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+from arrag_jax.errors import UserError
+
+BEAT = 1.0  # seconds between two signs of life
+SILENCE = 30.0  # seconds without one after which a process counts as dead
+AGAIN = "run the same command again, in all processes, to continue"
+
+
+class Team:
+    """This process among those that fill a folder; see ``team_in``.
+
+    Attributes:
+      index: of this process.
+      count: of all processes.
+    """
+
+    def __init__(self, directory: Path, index: int, count: int):
+        self.directory, self.index, self.count = directory, index, count
+        self._seen = {other: (self._sign_of(other), None) for other in range(count)}
+
+    @property
+    def leads(self) -> bool:
+        """Is this the process that writes what there is only one of?"""
+        return self.index == 0
+
+    def share(self, items: range) -> range:
+        """The items that are this process's own."""
+        return items[self.index :: self.count]
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Returns once the condition holds.
+
+        Raises:
+          UserError: another process has ended or given no sign of life for ``SILENCE`` seconds.
+        """
+        started = time.monotonic()
+        while not condition():
+            for other in set(range(self.count)) - {self.index}:
+                self._require_alive(other, started, condition)
+            time.sleep(BEAT / 10)
+
+    def leader_has_left(self) -> bool:
+        """Was the first process here, and is no more?"""
+        return self._seen[0][1] is not None and self._sign_of(0) is None
+
+    def wait_for_leader_to_leave(self) -> None:
+        """Returns once the first process has left, however silent: building an index may stop its threads."""
+        while self._sign_of(0) is not None:
+            time.sleep(BEAT)
+
+    def _require_alive(self, other: int, started: float, condition: Callable[[], bool]) -> None:
+        sign, now = self._sign_of(other), time.monotonic()
+        last, changed = self._seen[other]
+        if sign is not None and sign != last:
+            self._seen[other] = sign, now
+        elif sign is None and changed is not None and not condition():
+            raise UserError(f"process {other} of {self.count} has ended (see what it said); {AGAIN}")
+        elif now - (changed or started) > SILENCE:
+            raise UserError(f"process {other} of {self.count} gave no sign of life for {SILENCE:.0f} s; {AGAIN}")
+
+    def _file(self, process: int) -> Path:
+        return self.directory / f".process-{process:05d}"
+
+    def _sign_of(self, process: int) -> str | None:
+        try:
+            return self._file(process).read_text()
+        except FileNotFoundError:
+            return None
+
+    def _give_signs(self, stop: threading.Event) -> None:
+        run, beats = uuid4().hex, 0
+        while not stop.is_set():
+            self._file(self.index).write_text(f"{run} {beats}")
+            beats += 1
+            stop.wait(BEAT)
+
+
+@contextlib.contextmanager
+def team_in(directory: str | Path, index: int = 0, count: int = 1) -> Iterator[Team]:
+    """The processes that fill ``directory`` together, of which this is number ``index`` of ``count``.
+
+    One process alone leaves no trace in the folder; several make it where it is absent.
+    """
+    directory = Path(directory)
+    if count == 1:
+        yield Team(directory, 0, 1)
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    team, stop = Team(directory, index, count), threading.Event()
+    thread = threading.Thread(target=team._give_signs, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield team
+    finally:
+        stop.set()
+        thread.join()
+        team._file(index).unlink(missing_ok=True)

@@ -1,0 +1,223 @@
+"""A folder or a tar becomes a store: with the model's own codes, without the bad images, whenever it is killed."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import folders
+import numpy as np
+import pytest
+from folders import BAD, codes_of, contents, write_scenes
+
+from arrag_jax import build_datastore
+from arrag_jax.config import DatastoreConfig
+from arrag_jax.data import pixels
+from arrag_jax.data.images import LISTING, open_source_image
+from arrag_jax.errors import UserError
+from arrag_jax.models.checkpoint import load_model
+from arrag_jax.models.janus import VISION
+from arrag_jax.nn.vq import from_uint8
+from arrag_jax.retrieval import writer
+from arrag_jax.retrieval.datastore import Datastore, unit_norm
+
+ROOT = Path(__file__).resolve().parents[1]
+EMBEDDED = str(ROOT / "arrag_jax" / "assets" / "emoji_janus")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> DatastoreConfig:
+    return folders.config(tmp_path_factory.mktemp("folders"))
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory) -> Datastore:
+    directory = tmp_path_factory.mktemp("stores") / "whole"
+    build_datastore.run(config, str(directory))
+    return Datastore.open(directory)
+
+
+def test_holds_the_codes_of_the_good_images(whole, config):
+    good = [f"scene_{i:02d}.png" for i in range(23) if f"scene_{i:02d}.png" not in BAD]
+    assert whole.sources == good
+    np.testing.assert_array_equal(whole.codes, codes_of(config.model, Path(config.source), good))
+    assert whole.bad == [("scene_05.png", "empty file"), ("scene_11.png", "not an image that PIL reads")]
+    assert (whole.num_images, whole.num_bad, whole.settings.num_images) == (21, 2, 23)
+    assert whole.num_patches == len(whole.values) == len(whole.keys("codebook"))
+    for count in (1, 5, 6, 20, 21):
+        np.testing.assert_array_equal(whole.subset(count).codes, whole.codes[:count])
+        assert whole.subset(count).sources == good[:count]
+    picture = open_source_image(config.source, "", good[7], (8, 10))
+    np.testing.assert_array_equal(picture, pixels.decode((Path(config.source) / good[7]).read_bytes(), (8, 10)))
+    whole.verify()
+
+
+def test_too_many_bad_images_fail_and_more_can_be_allowed(whole, config, tmp_path):
+    strict = dataclasses.replace(config, max_bad_fraction=0.05)
+    for _ in range(2):  # no less so when it is run again
+        with pytest.raises(UserError, match=r"2 of 23 images cannot be read \(scene_05.png: empty file; scene_11"):
+            build_datastore.run(strict, str(tmp_path / "store"))
+    build_datastore.run(config, str(tmp_path / "store"))
+    assert contents(tmp_path / "store") == contents(whole.directory)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 1 images can be read"):
+        build_datastore.run(
+            dataclasses.replace(config, source=str(tmp_path / "bad"), max_bad_fraction=1.0), str(tmp_path / "none")
+        )
+
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np
+from arrag_jax import build_datastore
+from arrag_jax.config import DatastoreConfig
+from arrag_jax.retrieval.team import team_in
+
+CODEBOOK = np.eye(8, dtype=np.float32)
+tokenizer = SimpleNamespace(
+    grid=(4, 5), codebook_size=8, codebook=CODEBOOK, config=SimpleNamespace(image_size=(4, 5))
+)
+
+def encode(images):
+    time.sleep(0.002)
+    codes = images[..., 0].astype(np.int32) % 8
+    return codes, CODEBOOK[codes]
+
+build_datastore.encoder, build_datastore.fingerprint = (lambda _: encode), (lambda _: "fake")
+source, root, moments = sys.argv[1], Path(sys.argv[2]), [float(x) for x in sys.argv[3:]]
+config = DatastoreConfig("model", source, batch_size=3, shard_size=7, max_bad_fraction=0.2)
+
+def run(name, moment=None):
+    child = os.fork()
+    if not child:
+        sys.stderr = open(os.devnull, "w")
+        with team_in(root / name) as team:
+            build_datastore.build(config, root / name, tokenizer, team)
+        os._exit(0)
+    if moment is not None:
+        time.sleep(moment)
+        os.kill(child, 9)
+    return os.waitpid(child, 0)[1]
+
+begin = time.perf_counter()
+assert run("whole") == 0
+length, killed = time.perf_counter() - begin, 0
+for number, moment in enumerate(moments):
+    killed += run(f"killed_{number}", moment * length) == 9
+    assert run(f"killed_{number}") == 0
+print(killed)
+"""
+
+
+def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(config, tmp_path):
+    """SIGKILL at 20 moments spread over a build, from the listing of the folder to the manifest."""
+    moments = [str(random.Random(seed).random()) for seed in range(20)]
+    command = [sys.executable, "-c", KILLED, config.source, str(tmp_path), *moments]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 10
+    expected = contents(tmp_path / "whole")
+    assert "codes-00003-of-00004.arrayrecord" in expected
+    for number in range(20):
+        assert contents(tmp_path / f"killed_{number}") == expected, number
+
+
+def test_the_list_made_at_the_start_counts(whole, config, tmp_path, monkeypatch):
+    """Stopped after two shards; then an image is added to the folder, one is changed and one taken away."""
+    source = write_scenes(tmp_path / "photos", range(23))
+    moved = dataclasses.replace(config, source=str(source), max_bad_fraction=0.5)
+    write_lines, calls = writer._write_lines, []
+
+    def stopping(path: Path, lines: list[str]) -> None:
+        calls.append(path)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        write_lines(path, lines)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_lines", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            build_datastore.run(moved, str(tmp_path / "store"))
+    assert (tmp_path / "store" / LISTING).exists()
+    shutil.copy(source / "scene_00.png", source / "scene_00b.png")
+    (source / "scene_20.png").write_bytes(b"other")
+    (source / "scene_21.png").unlink()
+    build_datastore.run(moved, str(tmp_path / "store"))
+    store = Datastore.open(tmp_path / "store")
+    assert store.sources == [name for name in whole.sources if name not in ("scene_20.png", "scene_21.png")]
+    assert [name for name, _ in store.bad] == [*BAD, "scene_20.png", "scene_21.png"]
+    before = contents(store.directory)
+    shutil.rmtree(source)
+    build_datastore.run(moved, str(store.directory))  # a whole store does not need its source
+    assert contents(store.directory) == before
+    assert not (store.directory / LISTING).exists()
+    (store.directory / "manifest.json").unlink()
+    (store.directory / "building.json").write_text(json.dumps(store.manifest["settings"]))
+    with pytest.raises(UserError, match="is damaged: it lists an unfinished build's images; choose another --workdir"):
+        build_datastore.run(moved, str(store.directory))
+
+
+def test_the_size_of_a_store_is_bounded(tmp_path):
+    """Whatever the codes are, 5 % over two bytes each and the ids, from 2,500 images of 24 x 24 codes on."""
+    grid, count, size = (24, 24), 2_500, 2**16
+    images = np.random.default_rng(0).integers(0, size, (count, *grid), np.uint16)
+    codebook = unit_norm(np.random.default_rng(0).normal(size=(size, 8)))
+    settings = {"fingerprint": "x", "grid": grid, "codebook_size": size, "code_dim": 8, "keys": ("codebook",)}
+    settings |= {"num_images": count, "shard_size": 16_384, "source": "photos", "split": ""}
+
+    class Grids:
+        def __len__(self) -> int:
+            return count
+
+        def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+            return {"image": images[i].view(np.uint8).reshape(*grid, 2)}
+
+    def encode(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return batch.view(np.uint16)[..., 0].astype(np.int32), codebook[:1]
+
+    store = writer.build(
+        tmp_path / "store",
+        Grids(),
+        encode,
+        codebook,
+        writer.StoreSettings(**settings),
+        500,
+        lambda i: f"holiday/{i:06d}.jpg",
+    )
+    np.testing.assert_array_equal(store.codes, images)
+    names = [name for name in store.files if name != "codebook.npz"]  # the tokenizer's, whatever N is
+    ids = sum(len(source) + 1 for source in store.sources)
+    total = sum(store.files[name]["bytes"] for name in names) + (store.directory / "manifest.json").stat().st_size
+    assert total <= 1.05 * count * 24 * 24 * 2 + ids
+    assert total <= 1_250 * count
+
+
+def test_real_photos_hold_the_models_own_codes(photos, tmp_path):
+    """Photos in a tar, some of them in a folder too, with the embedded checkpoint."""
+    tar = photos / "flickr8k_dev_224.tar"
+    config = DatastoreConfig(EMBEDDED, str(tar), num_images=70, indexes=())
+    build_datastore.run(config, str(tmp_path / "store"))
+    store, tokenizer = Datastore.open(tmp_path / "store"), load_model(EMBEDDED, parts=VISION)
+    assert (store.num_images, store.num_bad) == (70, 0)
+    images = np.stack([open_source_image(str(tar), "", name, (48, 48)) for name in store.sources])
+    padded = np.concatenate([images, images[:58]])  # in batches of 64, as the store was made
+    codes = [np.asarray(tokenizer.encode_images(from_uint8(part))[0]) for part in (padded[:64], padded[64:])]
+    np.testing.assert_array_equal(store.codes.reshape(70, -1), np.concatenate(codes)[:70])
+    (tmp_path / "photos").mkdir()
+    for i in (3, 65):
+        data = build_datastore.images_to_store(config, tokenizer, "nothing", tmp_path / "x").entries[i]
+        with open(tar, "rb") as file:
+            file.seek(data.offset)
+            (tmp_path / "photos" / f"{i}.jpg").write_bytes(file.read(data.size))
+    build_datastore.run(
+        dataclasses.replace(config, source=str(tmp_path / "photos"), num_images=0), str(tmp_path / "small")
+    )
+    np.testing.assert_array_equal(Datastore.open(tmp_path / "small").codes, store.codes[[65, 3]][::-1])
