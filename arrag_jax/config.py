@@ -202,6 +202,7 @@ class DrawConfig:
     daid: DaidConfig = DaidConfig()
     sampling: SamplingConfig = SamplingConfig()
     data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig(1, 1)  # the batch over "data", the store's patches over "fsdp"; generate alone
     batch_size: int = 32
     seed: int = 0
 

@@ -9,7 +9,7 @@ split instead (heat maps and ``sweep.json``); with --scaling it prints how the g
 from pathlib import Path
 
 from arrag_jax.command import Flag, main_with_config
-from arrag_jax.config import DrawConfig
+from arrag_jax.config import DrawConfig, MeshConfig
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.drawing import open_studio
 from arrag_jax.evaluation.emoji_benchmark import measure, report, scaling, sweep
@@ -26,6 +26,8 @@ def run(
         raise UserError(f"--benchmark={benchmark!r} is unknown; choose one of {', '.join(BENCHMARKS)}")
     if split not in ("test", "valid"):
         raise UserError(f"--split={split!r} is unknown; choose test or valid")
+    if config.mesh != MeshConfig(1, 1):
+        raise UserError("eval runs on one device; leave config.mesh out")
     studio = open_studio(config, ("plain", "daid") if modes["sweep"] or modes["scaling"] else ())
     out = Path(workdir)
     out.mkdir(parents=True, exist_ok=True)

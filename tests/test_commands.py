@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from pixels import find
 
 from arrag_jax import build_datastore, eval, generate
 from arrag_jax.config import DaidConfig, DataConfig, DatastoreConfig, DrawConfig, RetrievalConfig, SamplingConfig
 from arrag_jax.data.scenes import render, scene
 from arrag_jax.decode.policies import Daid, Plain
 from arrag_jax.errors import UserError
+from arrag_jax.evaluation.canvas import upscale
 from arrag_jax.evaluation.drawing import open_studio
 from arrag_jax.evaluation.likelihood import bits_per_code, look_up, score_scenes
 from arrag_jax.models.checkpoint import load_model
@@ -48,12 +50,12 @@ def read(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def run_generate(config: DrawConfig, out: Path, prompt=("a cat", "two dogs"), method="", scale=1) -> None:
-    generate.run(config, workdir=str(out), prompt=list(prompt), test_prompts=0, method=method, scale=scale)
+def run_generate(config: DrawConfig, out: Path, prompt=("a cat", "two dogs"), method="", scale=1, **flags) -> None:
+    generate.run(config, workdir=str(out), prompt=list(prompt), test_prompts=0, method=method, scale=scale, **flags)
 
 
 def test_generate_draws_every_prompt_and_says_where_codes_came_from(config, tmp_path):
-    run_generate(config, tmp_path)
+    run_generate(config, tmp_path, provenance=True)
     grid = read(tmp_path / "grid.png")
     records = json.loads((tmp_path / "provenance.json").read_text())
     assert [record["prompt"] for record in records] == ["a cat", "two dogs"]
@@ -63,11 +65,13 @@ def test_generate_draws_every_prompt_and_says_where_codes_came_from(config, tmp_
         tiles = np.lib.stride_tricks.sliding_window_view(grid, picture.shape)[:, :, 0]
         assert (tiles == picture).all((2, 3, 4)).any()  # the grid holds the picture itself
         cells = record["cells"]
-        assert record["share_retrieved"] == round(np.mean([cell["rank"] >= 0 for cell in cells]), 4)
+        assert record["share_retrieved"] == round(np.mean([cell["rank"] is not None for cell in cells]), 4)
         for cell in cells:
-            assert (cell["source"] >= 0) == (cell["rank"] >= 0)
-            if cell["source"] >= 0:  # the stored image does hold that code
-                assert cell["code"] in store.codes[cell["source"]]
+            if cell["rank"] is not None:  # the stored image holds that code there
+                assert cell["code"] == store.codes[cell["image"]].reshape(-1)[cell["image_cell"]]
+        assert record["sources"][0]["source"] == store.sources[record["sources"][0]["image"]]
+        page = read(tmp_path / f"provenance_{i:02d}_daid.png")
+        find(page, upscale(picture, 6))  # the picture itself stands in its page
 
 
 def test_weight_zero_draws_the_plain_pictures(config, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
@@ -15,6 +16,7 @@ from arrag_jax.decode.loop import Drawn, require_blenders, sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import DecodePolicy, Retriever
+from arrag_jax.mesh import make_mesh
 from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.models.config_json import read_config
 from arrag_jax.models.janus import Janus
@@ -47,6 +49,7 @@ class Studio:
       model: draws "plain" and "daid", and is the tokenizer of all.
       tuned: the models of the other methods, by method.
       store, retriever: None if no method asked for retrieves.
+      mesh: None = one device.
     """
 
     config: DrawConfig
@@ -56,6 +59,7 @@ class Studio:
     text: PromptTokenizer
     store: Datastore | None
     retriever: Retriever | None
+    mesh: Mesh | None = None
     bar: CellBar = dataclasses.field(default_factory=CellBar)
 
     def policy(self, method: str) -> DecodePolicy:
@@ -74,21 +78,23 @@ class Studio:
 
         A picture depends on its prompt, method and seed alone. Shows a progress bar over the cells.
         """
-        size, cells = min(self.config.batch_size, len(prompts)), int(np.prod(self.model.grid))
+        ways, cells = 1 if self.mesh is None else self.mesh.shape["data"], int(np.prod(self.model.grid))
+        size = -(-min(self.config.batch_size, len(prompts)) // ways) * ways
         ids, mask = self.text(prompts)
         images, drawn = [], []
-        self.bar.bar = tqdm(total=-(-len(prompts) // size) * cells, desc=f"drawing {method}", unit="cell")
+        total = -(-len(prompts) // size) * cells
+        self.bar.bar = tqdm(total=total, desc=f"drawing {method}", unit="cell", disable=jax.process_index() > 0)
         for start in range(0, len(prompts), size):
             # The last batch is filled up with its own first row, so that one shape is compiled.
             rows = np.resize(np.arange(start, min(start + size, len(prompts))), size)
             result = sample(
                 self.model_of(method), ids[rows], self.policy(method), self.retriever, seed=seeds[rows],
-                prompt_mask=mask[rows], on_cell=self.bar, **dataclasses.asdict(self.config.sampling),
+                prompt_mask=mask[rows], on_cell=self.bar, mesh=self.mesh, **dataclasses.asdict(self.config.sampling),
             )  # fmt: skip
-            pixels = to_uint8(self.model.decode_codes(result.codes, *self.model.grid))
             keep = len(np.unique(rows))
-            images.append(np.asarray(pixels)[:keep])
             drawn.append(jax.tree.map(lambda x, keep=keep: np.asarray(x)[:keep], result))
+            pixels = to_uint8(self.model.decode_codes(np.asarray(result.codes), *self.model.grid))
+            images.append(np.asarray(pixels)[:keep])
         jax.effects_barrier()
         self.bar.bar.close()
         return np.concatenate(images), jax.tree.map(lambda *x: np.concatenate(x), *drawn)
@@ -98,12 +104,15 @@ def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
     """Loads what the methods need, and checks that it belongs together.
 
     Args:
+      config: what to load, and the mesh to draw on.
       methods: of ``METHODS``; none = all that the config's models can do.
 
     Raises:
       UserError: a method that they can't do, a checkpoint that can't be read, a store of another tokenizer, …
     """
     Daid.checked(**dataclasses.asdict(config.daid))
+    mesh = make_mesh(config.mesh)
+    mesh = mesh if mesh.size > 1 else None
     blended = config.faid_model or (config.model if read_config(Path(config.model)).faid is not None else "")
     folders = {"lora": config.lora_model, "faid": blended, "faid+daid": blended}
     able = [method for method in METHODS if folders.get(method, config.model)]
@@ -121,10 +130,10 @@ def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
     tuned = {name: loaded[folders[name]] for name in chosen if name in folders}
     store = retriever = None
     if set(chosen) - {"plain", "lora"}:
-        store, retriever = load_retriever(config.retrieval, fingerprint(model))
+        store, retriever = load_retriever(config.retrieval, fingerprint(model), mesh, "fsdp", "data")
         for name in set(chosen) & {"faid", "faid+daid"}:
             require_blenders(tuned[name], retriever)
-    return Studio(config, chosen, model, tuned, text, store, retriever)
+    return Studio(config, chosen, model, tuned, text, store, retriever, mesh)
 
 
 def reconstruct(model: Janus, images: UInt8[np.ndarray, "N h w 3"]) -> UInt8[np.ndarray, "N h w 3"]:
