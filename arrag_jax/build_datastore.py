@@ -31,6 +31,7 @@ def run(config: DatastoreConfig, workdir: str) -> None:
         codebook_size=tokenizer.codebook_size,
         code_dim=tokenizer.codebook.shape[1],
         keys=config.keys,
+        captions=config.captions,
         num_images=config.num_images or len(examples),
         shard_size=config.shard_size,
         source=config.source,

@@ -7,6 +7,7 @@ One directory::
   codes-00000-of-00004.arrayrecord        one image a record: uint16 little-endian [H, W]
   latents-00000-of-00004.arrayrecord      kind "latent" only: float16 little-endian [H, W, C], rows of unit norm
   sources-00000-of-00004.txt              one image a line: where it came from ("emoji_scenes/full/store/17")
+  captions-00000-of-00004.txt             with captions only: one image a line, what its caption says
 
 Keys are not stored. A key is the four context cells' vectors side by side (``ops.grid``), which are either
 rows of the codebook (kind "codebook") or the encoder's l2-normalised output before quantisation (kind
@@ -37,11 +38,13 @@ class StoreSettings(ShardSettings):
     Attributes, beside those of every folder of shards:
       code_dim: C.
       keys: kinds of key that can be had, of ``KEY_KINDS``.
+      captions: are the images' captions kept?
       command: the command that began the build; a record, never compared.
     """
 
     code_dim: int
     keys: tuple[str, ...]
+    captions: bool = False
     command: str = dataclasses.field(default="", compare=False)
     other_files: ClassVar[tuple[str, ...]] = (CODEBOOK,)
 
@@ -59,9 +62,11 @@ class StoreSettings(ShardSettings):
         return (self.grid[0] - 1) * (self.grid[1] - 2)
 
     def shard_files(self, shard: int) -> dict[str, str]:
-        """File name of each part ("codes", "sources", "latents" if held) of a shard."""
+        """File name of each part ("codes", "sources", "captions" and "latents" if held) of a shard."""
         place = self.place(shard)
         files = {"codes": f"codes-{place}.arrayrecord", "sources": f"sources-{place}.txt"}
+        if self.captions:
+            files["captions"] = f"captions-{place}.txt"
         if "latent" in self.keys:
             files["latents"] = f"latents-{place}.arrayrecord"
         return files
@@ -112,11 +117,18 @@ class Datastore(ShardFolder):
     @functools.cached_property
     def sources(self) -> list[str]:
         """Where each image came from."""
-        lines = []
-        for shard in self._shards():
-            path = self.directory / self.settings.shard_files(shard)["sources"]
-            lines += path.read_text(encoding="utf-8").splitlines()
-        return lines[: self.num_images]
+        return self._lines("sources")
+
+    @functools.cached_property
+    def captions(self) -> list[str]:
+        """What each image shows, in words.
+
+        Raises:
+          UserError: the store was built without them.
+        """
+        if not self.settings.captions:
+            raise UserError(f"datastore {self.directory} holds no captions; build one with --config.captions=True")
+        return self._lines("captions")
 
     def keys(self, kind: str) -> Float[np.ndarray, "N E"]:
         """Keys of every stored patch, float32, in stored-row order; four parts of unit norm each.
@@ -142,6 +154,13 @@ class Datastore(ShardFolder):
         if kind not in self.settings.keys:
             held = ", ".join(self.settings.keys)
             raise UserError(f"datastore {self.directory} holds keys of kind {held}, not {kind!r}; {self.rebuild}")
+
+    def _lines(self, part: str) -> list[str]:
+        """All lines of a part, one an image."""
+        lines = []
+        for shard in self._shards():
+            lines += (self.directory / self.settings.shard_files(shard)[part]).read_text("utf-8").split("\n")[:-1]
+        return lines[: self.num_images]
 
     def _shards(self) -> range:
         return range(-(-self.num_images // self.settings.shard_size))

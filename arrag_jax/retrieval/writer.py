@@ -11,7 +11,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.files import whole_file
 from arrag_jax.retrieval import shards
 from arrag_jax.retrieval.datastore import CODEBOOK, Datastore, StoreSettings, unit_norm
-from arrag_jax.retrieval.encoding import Encode, Examples, encoded, require_images
+from arrag_jax.retrieval.encoding import Encode, Example, Examples, encoded, require_images
 
 # Records are small and grouped: with them one by one ArrayRecord adds 20 % to a 12 x 12 grid, so 2 %.
 # It also adds 128 KiB a file, 3 % of 16,384 such grids.
@@ -56,16 +56,37 @@ def build(
 
     def write_shard(shard: int, bar: tqdm) -> None:
         numbers, files = settings.shard_images(shard), settings.shard_files(shard)
-        code_records, latent_records = [], []
+        code_records, latent_records, captions = [], [], []
         for batch, codes, latents in encoded(examples, numbers, encode, batch_size, settings):
             code_records += [grid.tobytes() for grid in codes]
+            if "captions" in files:
+                captions += [caption_of(example) for example in batch]
             if "latents" in files:
                 latent_records += [grid.tobytes() for grid in unit_norm(latents).astype("<f2")]
             bar.update(len(batch))
         shards.write_records(directory / files["codes"], code_records, RECORD_OPTIONS)
         if "latents" in files:
             shards.write_records(directory / files["latents"], latent_records, RECORD_OPTIONS)
-        with whole_file(directory / files["sources"]) as temporary:
-            temporary.write_text("".join(f"{source_id(i)}\n" for i in numbers), encoding="utf-8")
+        if "captions" in files:
+            write_lines(directory / files["captions"], captions)
+        write_lines(directory / files["sources"], [source_id(i) for i in numbers])
 
     return shards.build(Datastore, directory, settings, write_shard, write_codebook)
+
+
+def caption_of(example: Example) -> str:
+    """An example's caption in one line.
+
+    Raises:
+      UserError: it has none.
+    """
+    if "caption" not in example:
+        raise UserError("these images have no captions; leave config.captions out")
+    caption = example["caption"]
+    return " ".join((caption.decode() if isinstance(caption, bytes) else caption).split())
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    """A text file, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
