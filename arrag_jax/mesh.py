@@ -73,10 +73,11 @@ def _watch_over_this_process() -> None:
     program = f"import sys; sys.stdin.read() or print({line!r}, file=sys.stderr)"
     watcher = subprocess.Popen([sys.executable, "-S", "-c", program], stdin=subprocess.PIPE, start_new_session=True)
 
-    def all_is_well() -> None:
+    def end() -> None:
+        jax.distributed.shutdown()  # waits for the others; does not return where one of them is dead
         watcher.communicate(b"ended by itself")
 
-    atexit.register(all_is_well)  # before jax registers its own end, and so called after it
+    atexit.register(end)
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
