@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """configs/emoji_daid.py with the two methods that choose images by their captions."""
+    """configs/emoji_daid.py with the two methods that choose images by their captions; chosen on validation, too."""
     config = runpy.run_path(str(Path(__file__).with_name("emoji_daid.py")))["get_config"]()
     config.methods = ("plain", "static", "daid", "caption")
     config.caption = {
-        "images": 256,
+        "images": 1024,
         "static_images": 4,
-        "daid": {"weight": 0.01, "temperature": 0.003, "copies": "sum"},
+        "daid": {"weight": 0.02, "temperature": 0.003, "copies": "sum"},
     }
     return config

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from stored import CODES, GRID, build
 
 from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid
@@ -17,9 +18,8 @@ from arrag_jax.errors import UserError
 from arrag_jax.interfaces import Retriever
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval import captions as captions_module
-from arrag_jax.retrieval import writer
 from arrag_jax.retrieval.captions import CaptionIndex, LimitedRetriever
-from arrag_jax.retrieval.datastore import Datastore, StoreSettings, unit_norm
+from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.dense import DenseRetriever
 
 CAPTIONS = [
@@ -30,60 +30,26 @@ CAPTIONS = [
     "a cat",
     "A Red Car, Two dogs",
 ]
-GRID, CODES = (4, 5), 9
 CHOSEN = np.array([[4, 1, 7], [0, 1, 9]], np.int32)
-
-
-class Pictures:
-    """Pictures whose first pixels are their codes."""
-
-    def __init__(self, codes: np.ndarray, captions: list[str] | None):
-        self.codes, self.captions = codes, captions
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def __getitem__(self, i: int) -> dict:
-        image = np.zeros((*GRID, 3), np.uint8)
-        image[..., 0] = self.codes[i]
-        return {"image": image} | ({} if self.captions is None else {"caption": self.captions[i].encode()})
-
-
-def encode(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes from the pixels, latents that no two cells share."""
-    codes = images[..., 0].astype(np.int32)
-    noise = np.random.default_rng(codes.sum()).normal(size=(*codes.shape, 8))
-    return codes, noise.astype(np.float32)
-
-
-def build(folder, captions: list[str] | None, kept: bool = True, shard_size: int = 4) -> Datastore:
-    rng = np.random.default_rng(0)
-    number = 12 if captions is None else len(captions)
-    codes, codebook = rng.integers(0, CODES, (number, *GRID)), unit_norm(np.asarray(tiny.janus().codebook))
-    settings = StoreSettings(
-        fingerprint="f", grid=GRID, codebook_size=CODES, code_dim=8, keys=("codebook", "latent"), captions=kept,
-        num_images=number, shard_size=shard_size, source="pictures", split="all",
-    )  # fmt: skip
-    return writer.build(folder, Pictures(codes, captions), encode, codebook, settings, batch_size=3)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Datastore:
-    return build(tmp_path_factory.mktemp("store") / "store", CAPTIONS * 2)
+    return build(tmp_path_factory.mktemp("store") / "store", CAPTIONS * 2, kept=True)
 
 
 def test_a_store_keeps_captions_one_a_line(store, tmp_path):
     assert store.captions == CAPTIONS * 2
     store.verify()
-    broken = build(tmp_path / "lines", ["a\ncat", " two\t dogs\r\n"])
+    broken = build(tmp_path / "lines", ["a\ncat", " two\t dogs\r\n"], kept=True)
     assert broken.captions == ["a cat", "two dogs"]
 
 
 def test_a_store_without_captions_says_so(tmp_path):
     with pytest.raises(UserError, match="holds no captions; build one with --config"):
-        _ = build(tmp_path / "none", CAPTIONS, kept=False).captions
+        _ = build(tmp_path / "none").captions
     with pytest.raises(UserError, match="these images have no captions"):
-        build(tmp_path / "asked", None)
+        build(tmp_path / "asked", kept=True)
 
 
 def naive_nearness(prompt: str, captions: list[str]) -> np.ndarray:
@@ -173,7 +139,7 @@ def test_more_neighbours_than_chosen_patches_is_a_user_error(store):
 
 
 def test_a_store_from_before_captions_opens(tmp_path):
-    build(tmp_path / "store", CAPTIONS, kept=False)
+    build(tmp_path / "store")
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
     del manifest["settings"]["captions"]
     (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))

@@ -13,18 +13,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import stored
 import tiny
 import workshop
 from PIL import Image
 
-from arrag_jax.config import MeshConfig
+from arrag_jax.config import MeshConfig, RetrievalConfig
 from arrag_jax.decode.loop import Drawn, sample
 from arrag_jax.decode.policies import Daid
 from arrag_jax.errors import run_command
 from arrag_jax.mesh import PATIENCE, make_mesh, start_distributed
-from arrag_jax.retrieval.dense import DenseRetriever
-from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever, build_host
-from arrag_jax.retrieval.sharded import shard_dense, shard_scann
+from arrag_jax.retrieval.load import load_retriever
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_LINE = "error: this process ended before its work was done"
@@ -50,37 +49,34 @@ def start(processes: int, *command: str, devices: int = 1) -> list[subprocess.Po
     ]
 
 
-def draw(mesh: jax.sharding.Mesh | None) -> dict[str, Drawn]:
-    """Four pictures with each search. Keys of random latents have no ties, so that the draws of all must agree."""
-    model, rng = tiny.janus(), np.random.default_rng(0)
-    parts = rng.normal(size=(300, 4, 8)).astype(np.float32)
-    keys = (parts / np.linalg.norm(parts, axis=-1, keepdims=True)).reshape(300, 32)
-    codes, codebook = rng.integers(0, 9, 300).astype(np.int32), np.asarray(model.codebook)
-    store = keys, codes, codebook, 6
-    if mesh is None:
-        retrievers = {"dense": DenseRetriever.create(*store), "scann": ScannRetriever.create(*store, EXHAUSTIVE)}
-    else:
-        host = build_host(*store, EXHAUSTIVE, shards=mesh.shape["fsdp"])
-        retrievers = {
-            "dense": shard_dense(*store, mesh, "fsdp", "data"),
-            "scann": shard_scann(host, mesh, "fsdp", "data"),
-        }
-    ids, mask = tiny.prompts((4, 3, 5, 2))
-    return {
-        name: sample(model, ids, Daid(0.6, 0.5), retriever, prompt_mask=mask, mesh=mesh)
-        for name, retriever in retrievers.items()
-    }
+def draw(store: str, mesh: jax.sharding.Mesh | None) -> dict[str, Drawn]:
+    """Four pictures with each search. Keys of random latents have no ties, so that the draws of all must agree.
+
+    A part of the store is searched, so that indexes are built here, of as many shards as there are.
+    """
+    model, (ids, mask) = tiny.janus(), tiny.prompts((4, 3, 5, 2))
+    where, drawn = () if mesh is None else (mesh, "fsdp", "data"), {}
+    for search in ("dense", "scann"):
+        config = RetrievalConfig(store, k=6, keys="latent", search=search, num_images=stored.IMAGES - 1)
+        _, retriever = load_retriever(config, "f", *where)
+        drawn[search] = sample(model, ids, Daid(0.6, 0.5), retriever, prompt_mask=mask, mesh=mesh)
+    return drawn
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Drawn]:
-    return draw(None)
+def store(tmp_path_factory) -> str:
+    return str(stored.build(tmp_path_factory.mktemp("store") / "store").directory)
+
+
+@pytest.fixture(scope="module")
+def alone(store) -> dict[str, Drawn]:
+    return draw(store, None)
 
 
 @pytest.mark.parametrize(("processes", "data"), [(2, 1), (4, 2)], ids=["2", "4"])
-def test_processes_draw_what_one_draws(alone, tmp_path, processes, data):
+def test_processes_draw_what_one_draws(store, alone, tmp_path, processes, data):
     """The store is spread over two processes; with four, the batch over two at the same time."""
-    started = start(processes, __file__, "draw", str(tmp_path / "drawn.npz"), str(data))
+    started = start(processes, __file__, store, str(PATIENCE), str(data), str(tmp_path / "drawn.npz"))
     errors = [process.communicate()[1] for process in started]
     assert [process.returncode for process in started] == [0] * processes, errors
     together = np.load(tmp_path / "drawn.npz")
@@ -121,9 +117,9 @@ def test_generate_in_two_processes_writes_what_one_writes(tmp_path):
 
 
 @pytest.mark.parametrize("killed", [0, 1], ids=["the first", "another"])
-def test_when_a_process_dies_the_others_end_and_say_so(killed):
+def test_when_a_process_dies_the_others_end_and_say_so(store, killed):
     assert PATIENCE < 60  # the default; here it is shorter, so that the test is, too
-    processes = start(3, __file__, "forever", "10")
+    processes = start(3, __file__, store, "10", "1")
     try:
         for process in processes:
             assert "drawing\n" in iter(process.stdout.readline, "")  # after lines of the library's own
@@ -137,18 +133,16 @@ def test_when_a_process_dies_the_others_end_and_say_so(killed):
 
 
 def main(argv: list[str]) -> None:
-    """One of the processes."""
-    start_distributed(int(argv[2]) if argv[1] == "forever" else PATIENCE)
-    data = int(argv[3]) if argv[1] == "draw" else 1
-    mesh = make_mesh(MeshConfig(data, -1))
-    drawn = draw(mesh)
-    if argv[1] == "forever":
+    """One of the processes: STORE PATIENCE DATA [OUT]; without a place for its pictures it draws for ever."""
+    start_distributed(int(argv[2]))
+    mesh = make_mesh(MeshConfig(int(argv[3]), -1))
+    drawn = draw(argv[1], mesh)
+    while len(argv) == 4:
         print("drawing", flush=True)
-        while True:
-            draw(mesh)
+        draw(argv[1], mesh)
     if jax.process_index() == 0:
         fields = {f"{name}/{f}": np.asarray(x) for name, one in drawn.items() for f, x in one._asdict().items()}
-        np.savez(argv[2], **fields)
+        np.savez(argv[4], **fields)
 
 
 if __name__ == "__main__":
