@@ -218,7 +218,7 @@ class DrawConfig:
     methods: tuple[str, ...] = ()  # what is drawn when no --method is given; () = all without caption and static
     sampling: SamplingConfig = SamplingConfig()
     data: DataConfig = DataConfig()
-    mesh: MeshConfig = MeshConfig(1, 1)  # the batch over "data", the store's patches over "fsdp"; generate alone
+    mesh: MeshConfig = MeshConfig()  # generate's: the batch over "data", the store's patches over "fsdp"
     batch_size: int = 32
     seed: int = 0
 

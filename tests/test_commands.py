@@ -21,6 +21,7 @@ from arrag_jax.config import (
     DataConfig,
     DatastoreConfig,
     DrawConfig,
+    MeshConfig,
     RetrievalConfig,
     SamplingConfig,
 )
@@ -54,6 +55,7 @@ def config(tmp_path_factory) -> DrawConfig:
         daid=DaidConfig(weight=0.3),
         sampling=SamplingConfig(cfg_scale=2.0),
         data=DataConfig(name="emoji_scenes/tiny", data_dir=data),
+        mesh=MeshConfig(1, 1),
         batch_size=4,
     )
 

@@ -153,7 +153,7 @@ def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
             require_blenders(tuned[name], retriever)
     if set(chosen) & set(LIMITED):
         if mesh is not None:
-            raise UserError("methods static and caption run on one device; leave config.mesh out")
+            raise UserError("methods static and caption run on one device; give --config.mesh.data=1")
         captions = CaptionIndex(store.captions)
     return Studio(config, chosen, model, tuned, text, store, retriever, captions, mesh)
 
