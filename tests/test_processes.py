@@ -103,7 +103,12 @@ def test_generate_in_two_processes_writes_what_one_writes(tmp_path):
     errors = [process.communicate()[1] for process in together]
     assert [process.returncode for process in together] == [0, 0], errors
     env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    subprocess.run([sys.executable, *command, "--config.mesh.data=1", f"--workdir={tmp_path / 'one'}"], cwd=ROOT, env=env, check=True)
+    subprocess.run(
+        [sys.executable, *command, "--config.mesh.data=1", f"--workdir={tmp_path / 'one'}"],
+        cwd=ROOT,
+        env=env,
+        check=True,
+    )
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
     for name in (name for name in names if name.endswith("_daid.png")):
