@@ -140,6 +140,7 @@ def settings_of(config: DatastoreConfig, tokenizer: Janus, num_images: int) -> S
         codebook_size=tokenizer.codebook_size,
         code_dim=tokenizer.codebook.shape[1],
         keys=config.keys,
+        captions=config.captions,
         num_images=num_images,
         shard_size=config.shard_size,
         source=config.source,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags as absl_flags
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
 from arrag_jax import config as config_lib
@@ -48,7 +49,10 @@ def main_with_config(main: Callable[..., int | None], config_class: type | None,
             given = values.pop("config")
             arguments = [config_lib.parse(config_class, given) if given else None]
         enable_compilation_cache()
-        return main(*arguments, **values)
+        result = main(*arguments, **values)
+        if jax.distributed.is_initialized():  # whoever is done first waits here, with no time limit
+            multihost_utils.sync_global_devices("the command's end")
+        return result
 
     run_command(run, sys.argv)
 

@@ -128,6 +128,7 @@ class DatastoreConfig:
     batch_size: int = 64  # images a device encodes together
     shard_size: int = 16_384  # images a file
     keys: tuple[str, ...] = ("codebook",)  # kinds of key that can be had: "codebook", "latent" (8 times the size)
+    captions: bool = False  # keep the images' captions, for caption-aware retrieval
     indexes: tuple[str, ...] = ("codebook",)  # kinds of key to build a ScaNN index over
     index_shards: int = 1  # searchers an index; more than 1 for a search sharded over a mesh
     scann: ScannOptions = ScannOptions()
@@ -191,6 +192,19 @@ class DaidConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CaptionConfig:
+    """DAiD over the stored images alone whose captions are nearest to the prompt; see ``retrieval.captions``."""
+
+    images: int = 256  # that method "caption" searches
+    static_images: int = 4  # that method "static" does
+    daid: DaidConfig = DaidConfig()
+
+    def __post_init__(self):
+        for name in ("images", "static_images"):
+            _in_range(f"caption.{name}", getattr(self, name), 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """How a code is drawn; see ``decode.loop.Sampling``."""
 
@@ -210,8 +224,11 @@ class DrawConfig:
     faid_model: str = ""  # folder of a model tuned from it with blenders; draws "faid" and "faid+daid". "" = model
     lora_model: str = ""  # folder of one tuned without blenders; draws "lora"
     daid: DaidConfig = DaidConfig()
+    caption: CaptionConfig = CaptionConfig()
+    methods: tuple[str, ...] = ()  # what is drawn when no --method is given; () = all without caption and static
     sampling: SamplingConfig = SamplingConfig()
     data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()  # generate's: the batch over "data", the store's patches over "fsdp"
     batch_size: int = 32
     seed: int = 0
 

@@ -6,10 +6,11 @@ Prints tables and writes ``results.json`` into --workdir. With --sweep it looks 
 split instead (heat maps and ``sweep.json``); with --scaling it prints how the gain grows with the store.
 """
 
+import dataclasses
 from pathlib import Path
 
 from arrag_jax.command import Flag, main_with_config
-from arrag_jax.config import DrawConfig
+from arrag_jax.config import DrawConfig, MeshConfig
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.drawing import open_studio
 from arrag_jax.evaluation.emoji_benchmark import measure, report, scaling, sweep
@@ -26,6 +27,7 @@ def run(
         raise UserError(f"--benchmark={benchmark!r} is unknown; choose one of {', '.join(BENCHMARKS)}")
     if split not in ("test", "valid"):
         raise UserError(f"--split={split!r} is unknown; choose test or valid")
+    config = dataclasses.replace(config, mesh=MeshConfig(1, 1))  # the figures are of one device, whatever draws
     studio = open_studio(config, ("plain", "daid") if modes["sweep"] or modes["scaling"] else ())
     out = Path(workdir)
     out.mkdir(parents=True, exist_ok=True)

@@ -2,32 +2,41 @@
 
 python -m arrag_jax.generate --config configs/emoji_daid.py --prompt "a cat" --prompt "two dogs" --workdir demo
 
-Leaves in --workdir: a picture a prompt and method, ``grid.png`` (prompt, one column a method, same seeds),
-``provenance_N.png`` (for each cell of the first method that retrieves, whether its code was retrieved and from which
-stored image) and ``provenance.json``.
+Leaves in --workdir: a picture a prompt and method, and ``grid.png`` (prompt, one column a method, same seeds). With
+--provenance also, for every method that retrieves, ``provenance_NN_METHOD.png`` (from which stored image each cell's
+code came, and how far that moved the draw) and ``provenance.json`` (the same in numbers, and a copy audit; its keys
+are those of ``evaluation.provenance.write_pages``).
 """
 
-import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
 
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import DrawConfig
 from arrag_jax.data import scenes
-from arrag_jax.decode.loop import Drawn
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation import pictures
-from arrag_jax.evaluation.drawing import METHODS, Studio, open_studio
-from arrag_jax.nn.vq import to_uint8
-from arrag_jax.ops.grid import image_and_cell
+from arrag_jax.evaluation.canvas import upscale
+from arrag_jax.evaluation.drawing import METHODS, open_studio
+from arrag_jax.evaluation.pictures import labelled_grid
+from arrag_jax.evaluation.provenance import summary, write_pages
+from arrag_jax.files import write_json
+from arrag_jax.mesh import start_distributed
 
-THUMBNAILS = 5  # stored images shown beside a picture
 
-
-def run(config: DrawConfig, workdir: str, prompt: list[str], test_prompts: int, method: str, scale: int) -> None:
+def run(
+    config: DrawConfig,
+    workdir: str,
+    prompt: list[str],
+    test_prompts: int,
+    method: str,
+    scale: int,
+    provenance: bool = False,
+) -> None:
     """Draws every --prompt with every method (or --method alone), same seeds, into --workdir."""
+    start_distributed()
     prompt = [*prompt, *(scene.caption for scene in scenes.test_prompts(test_prompts))]
     if not prompt:
         raise UserError('nothing to draw; give at least one --prompt "…" or --test_prompts=N')
@@ -37,48 +46,22 @@ def run(config: DrawConfig, workdir: str, prompt: list[str], test_prompts: int, 
     out.mkdir(parents=True, exist_ok=True)
     seeds = config.seed + np.arange(len(prompt))
     drawn = {name: studio.draw(prompt, name, seeds) for name in studio.methods}
+    if jax.process_index() > 0:  # all have the pictures, one writes them
+        return
     for name, (images, _) in drawn.items():
         for i, image in enumerate(images):
-            save(out / f"{i:02d}_{name}.png", pictures.upscale(image, scale))
+            save(out / f"{i:02d}_{name}.png", upscale(image, scale))
     rows = [(text, [drawn[name][0][i] for name in studio.methods]) for i, text in enumerate(prompt)]
-    save(out / "grid.png", pictures.labelled_grid(rows, studio.methods, scale))
-    retrieving = [name for name in studio.methods if studio.policy(name).uses_retrieval]
-    if retrieving:
-        write_provenance(out, studio, prompt, *drawn[retrieving[0]])
+    save(out / "grid.png", labelled_grid(rows, studio.methods, scale))
+    if provenance:
+        records = []
+        for name in studio.methods:
+            if studio.policy(name).uses_retrieval:
+                pages = write_pages(out, studio, name, prompt, *drawn[name])
+                print(f"{name}: {summary(pages)}")
+                records += pages
+        write_json(out / "provenance.json", records)
     print(f"drew {len(prompt)} prompts x {', '.join(studio.methods)}: {out / 'grid.png'}")
-
-
-def write_provenance(out: Path, studio: Studio, prompts: list[str], images: np.ndarray, drawn: Drawn) -> None:
-    """A provenance picture a prompt, and ``provenance.json`` with the numbers behind them."""
-    height, width = studio.model.grid
-    source, _ = image_and_cell(drawn.source, height, width)
-    records = []
-    for i, text in enumerate(prompts):
-        ids, counts = np.unique(source[i][source[i] >= 0], return_counts=True)
-        top = [int(image) for image in ids[np.argsort(-counts, kind="stable")][:THUMBNAILS]]
-        thumbnails = {image: stored_picture(studio, image) for image in top}
-        shape = (height, width)
-        page = pictures.provenance(images[i], (source[i] >= 0).reshape(shape), source[i].reshape(shape), thumbnails)
-        save(out / f"provenance_{i:02d}.png", page)
-        moved = drawn.log_p[i] - drawn.log_p_model[i]
-        records.append(
-            {
-                "prompt": text,
-                "share_retrieved": round(float((source[i] >= 0).mean()), 4),
-                "sources": {studio.store.sources[image]: int((source[i] == image).sum()) for image in top},
-                "cells": [
-                    {"code": int(c), "rank": int(r), "source": int(s), "log_p_moved": round(float(m), 4)}
-                    for c, r, s, m in zip(drawn.codes[i], drawn.rank[i], source[i], moved, strict=True)
-                ],
-            }
-        )
-    (out / "provenance.json").write_text(json.dumps(records, indent=1) + "\n")
-
-
-def stored_picture(studio: Studio, image: int) -> np.ndarray:
-    """A stored image, decoded from its codes (a store keeps no pixels)."""
-    codes = studio.store.codes[image].reshape(1, -1).astype(np.int32)
-    return np.asarray(to_uint8(studio.model.decode_codes(codes, *studio.model.grid)))[0]
 
 
 def save(path: Path, image: np.ndarray) -> None:
@@ -95,4 +78,5 @@ if __name__ == "__main__":
         test_prompts=Flag("draw the first N captions of the test split of emoji_scenes as well", 0),
         method=Flag(f"one of {', '.join(METHODS)}; default: all that the models can do, side by side", ""),
         scale=Flag("how many times a picture is enlarged", 3),
+        provenance=Flag("write where the codes came from, and how much is copied", False),
     )

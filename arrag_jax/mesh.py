@@ -4,8 +4,11 @@ Axes: the batch is split over "data" and "fsdp" together; large parameters (and 
 state) are split over "fsdp" and gathered by XLA where they are used. One device is the mesh 1 x 1.
 """
 
+import atexit
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,26 +33,51 @@ SHARDING_RULES: tuple[tuple[str, P], ...] = (
 SMALLEST_SHARDED = 2**16  # elements; below it a gather costs more than the copies
 
 
-def start_distributed() -> None:
+PATIENCE = 40  # seconds after which a process that is not heard of counts as dead, and all others end
+
+
+def start_distributed(patience: int = PATIENCE) -> None:
     """Joins the processes of a multi-host run; does nothing in a run of one process.
 
     Called before anything else touches jax. A run has several processes where JAX_COORDINATOR_ADDRESS
     is set (with JAX_NUM_PROCESSES and JAX_PROCESS_ID), or where SLURM, Open MPI or a TPU pod says so.
+    When one of them dies, jax ends the others after ``patience`` seconds, and their last line says so.
     """
     env = os.environ
+    seconds = {"heartbeat_timeout_seconds": patience, "shutdown_timeout_seconds": patience}
     if "JAX_COORDINATOR_ADDRESS" in env:
         try:
-            jax.distributed.initialize(
-                env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
-            )
+            place = env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
         except KeyError as error:
             raise UserError(f"JAX_COORDINATOR_ADDRESS is set, so {error.args[0]} must be set too") from error
+        _watch_over_this_process()
+        jax.distributed.initialize(*place, **seconds)
     elif (
         int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1
         or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")
     ):
-        jax.distributed.initialize()  # finds the coordinator from the cluster's own variables
+        _watch_over_this_process()
+        jax.distributed.initialize(**seconds)  # finds the coordinator from the cluster's own variables
+
+
+def _watch_over_this_process() -> None:
+    """Lets another process say why this one is gone, should it end without a word of its own.
+
+    jax ends a process whose peer has died from a thread in C++, after which no line of Python runs.
+    """
+    line = (
+        "error: this process ended before its work was done, because it was killed or because another process of the "
+        "run died (its own output says why); start all processes again with the same command to continue"
+    )
+    program = f"import sys; sys.stdin.read() or print({line!r}, file=sys.stderr)"
+    watcher = subprocess.Popen([sys.executable, "-S", "-c", program], stdin=subprocess.PIPE, start_new_session=True)
+
+    def end() -> None:
+        jax.distributed.shutdown()  # waits for the others; does not return where one of them is dead
+        watcher.communicate(b"ended by itself")
+
+    atexit.register(end)
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
@@ -107,14 +135,19 @@ def state_shardings(state: PyTree, mesh: Mesh) -> PyTree:
 
 def put_state(state: PyTree, mesh: Mesh) -> PyTree:
     """Lays a state that every process holds whole out over the mesh."""
+    return jax.tree.map(_put, state, state_shardings(state, mesh))
 
-    def put(leaf, sharding):
-        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.device_put(leaf, sharding)
-        data = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)  # several processes cannot put keys
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
 
-    return jax.tree.map(put, state, state_shardings(state, mesh))
+def put_rows(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Splits the rows of arrays that every process holds whole over "data"; whoever is beside it there has the same."""
+    return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, P("data"))), tree)
+
+
+def _put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.device_put(leaf, sharding)
+    data = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)  # several processes cannot put keys
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, accumulate: int = 1) -> dict[str, jax.Array]:

@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
             "split": "store",
             "num_images": 107_712,
             "keys": ("codebook",),
+            "captions": True,
             "indexes": ("codebook",),
         }
     )

@@ -1,6 +1,7 @@
 """The commands on the embedded checkpoint, end to end, and what they say to bad input."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -11,16 +12,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from pixels import find
 
 from arrag_jax import build_datastore, eval, generate
-from arrag_jax.config import DaidConfig, DataConfig, DatastoreConfig, DrawConfig, RetrievalConfig, SamplingConfig
+from arrag_jax.config import (
+    CaptionConfig,
+    DaidConfig,
+    DataConfig,
+    DatastoreConfig,
+    DrawConfig,
+    MeshConfig,
+    RetrievalConfig,
+    SamplingConfig,
+)
 from arrag_jax.data.scenes import render, scene
 from arrag_jax.decode.policies import Daid, Plain
 from arrag_jax.errors import UserError
+from arrag_jax.evaluation.canvas import upscale
 from arrag_jax.evaluation.drawing import open_studio
 from arrag_jax.evaluation.likelihood import bits_per_code, look_up, score_scenes
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.nn.vq import from_uint8
+from arrag_jax.ops.grid import image_and_cell
+from arrag_jax.retrieval.captions import CaptionIndex
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(ROOT / "arrag_jax" / "assets" / "emoji_janus")
@@ -32,7 +46,8 @@ def config(tmp_path_factory) -> DrawConfig:
     data = str(tmp_path_factory.mktemp("data"))
     store = str(tmp_path_factory.mktemp("store"))
     build_datastore.run(
-        DatastoreConfig(model=MODEL, source="emoji_scenes/tiny", data_dir=data, num_images=48), workdir=store
+        DatastoreConfig(model=MODEL, source="emoji_scenes/tiny", data_dir=data, num_images=48, captions=True),
+        workdir=store,
     )
     return DrawConfig(
         model=MODEL,
@@ -40,6 +55,7 @@ def config(tmp_path_factory) -> DrawConfig:
         daid=DaidConfig(weight=0.3),
         sampling=SamplingConfig(cfg_scale=2.0),
         data=DataConfig(name="emoji_scenes/tiny", data_dir=data),
+        mesh=MeshConfig(1, 1),
         batch_size=4,
     )
 
@@ -48,12 +64,12 @@ def read(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def run_generate(config: DrawConfig, out: Path, prompt=("a cat", "two dogs"), method="", scale=1) -> None:
-    generate.run(config, workdir=str(out), prompt=list(prompt), test_prompts=0, method=method, scale=scale)
+def run_generate(config: DrawConfig, out: Path, prompt=("a cat", "two dogs"), method="", scale=1, **flags) -> None:
+    generate.run(config, workdir=str(out), prompt=list(prompt), test_prompts=0, method=method, scale=scale, **flags)
 
 
 def test_generate_draws_every_prompt_and_says_where_codes_came_from(config, tmp_path):
-    run_generate(config, tmp_path)
+    run_generate(config, tmp_path, provenance=True)
     grid = read(tmp_path / "grid.png")
     records = json.loads((tmp_path / "provenance.json").read_text())
     assert [record["prompt"] for record in records] == ["a cat", "two dogs"]
@@ -63,11 +79,13 @@ def test_generate_draws_every_prompt_and_says_where_codes_came_from(config, tmp_
         tiles = np.lib.stride_tricks.sliding_window_view(grid, picture.shape)[:, :, 0]
         assert (tiles == picture).all((2, 3, 4)).any()  # the grid holds the picture itself
         cells = record["cells"]
-        assert record["share_retrieved"] == round(np.mean([cell["rank"] >= 0 for cell in cells]), 4)
+        assert record["share_retrieved"] == round(np.mean([cell["rank"] is not None for cell in cells]), 4)
         for cell in cells:
-            assert (cell["source"] >= 0) == (cell["rank"] >= 0)
-            if cell["source"] >= 0:  # the stored image does hold that code
-                assert cell["code"] in store.codes[cell["source"]]
+            if cell["rank"] is not None:  # the stored image holds that code there
+                assert cell["code"] == store.codes[cell["image"]].reshape(-1)[cell["image_cell"]]
+        assert record["sources"][0]["source"] == store.sources[record["sources"][0]["image"]]
+        page = read(tmp_path / f"provenance_{i:02d}_daid.png")
+        find(page, upscale(picture, 6))  # the picture itself stands in its page
 
 
 def test_weight_zero_draws_the_plain_pictures(config, tmp_path):
@@ -104,6 +122,27 @@ def test_a_store_of_the_scenes_themselves_lowers_their_likelihood_cost(config):
     examples = [{"image": render(s), "caption": s.caption.encode()} for s in (scene("store", i) for i in range(12))]
     scored = score_scenes(studio.model, look_up(studio.model, studio.text, examples, studio.retriever))
     assert bits_per_code(scored, Daid(0.1, 0.001, "sum")) < bits_per_code(scored, Plain()) - 0.01
+
+
+def test_pictures_of_limited_methods_come_from_images_of_the_caption(config, tmp_path):
+    limited = CaptionConfig(images=3, static_images=1, daid=DaidConfig(weight=0.3))
+    config = dataclasses.replace(config, caption=limited, methods=("caption", "static"))
+    run_generate(config, tmp_path, method="caption", provenance=True)
+    studio = open_studio(config)
+    assert studio.methods == ("static", "caption")
+    index = CaptionIndex(studio.store.captions)
+    records = json.loads((tmp_path / "provenance.json").read_text())
+    assert [record["prompt"] for record in records] == ["a cat", "two dogs"]
+    for record in records:
+        images = index.nearest([record["prompt"]], 3)
+        assert {cell["image"] for cell in record["cells"]} - {None} <= set(images[0].tolist())
+    examples = [{"image": render(s), "caption": s.caption.encode()} for s in (scene("valid", i) for i in range(3))]
+    limit = functools.partial(studio.retriever_for, "static")
+    (found,) = look_up(studio.model, studio.text, examples, None, limit=limit)
+    images, _ = image_and_cell(np.asarray(found.neighbors.id).reshape(3, -1), *studio.model.grid)
+    for i, example in enumerate(examples):
+        nearest = index.nearest([example["caption"].decode()], 1)
+        assert set(images[i]) - {-1} == set(nearest[0].tolist())
 
 
 @pytest.mark.slow
@@ -151,7 +190,7 @@ def test_settings_that_cannot_be(config, tmp_path, where, fields, message):
         ([" "], "", "empty"),
         (["a zebra"], "", "does not know 'zebra'; it knows: a above"),
         (["a cat " * 300], "plain", "too long"),
-        (["a cat"], "faid", "--method='faid' is not what these models can do: plain, daid; give config.faid_model"),
+        (["a cat"], "faid", "--method='faid' is not what these models can do: plain, static, daid, caption; give"),
     ],
 )
 def test_prompts_and_methods_that_cannot_be(config, tmp_path, prompt, method, message):

@@ -133,7 +133,7 @@ def test_eval_measures_what_training_measures_and_generate_draws_it(folder, tmp_
     save_model(model, tuned)
     retrieval = RetrievalConfig(str(folder / "store"), workshop.STORED, search="dense")
     data = DataConfig(workshop.SOURCE, str(folder / "data"))
-    config = DrawConfig(plain, retrieval, tuned, data=data)
+    config = DrawConfig(plain, retrieval, tuned, data=data, mesh=MeshConfig(1, 1))
     studio = open_studio(config)
     assert studio.methods == ("plain", "daid", "faid", "faid+daid")
     figures = likelihoods(studio, "valid", 12)
@@ -145,8 +145,8 @@ def test_eval_measures_what_training_measures_and_generate_draws_it(folder, tmp_
     with pytest.raises(UserError, match=r"'lora' is not what these models can do: .* give config\.lora_model"):
         open_studio(config, ["lora"])
     with pytest.raises(UserError, match="no FAiD blenders"):
-        open_studio(DrawConfig(plain, retrieval, plain), ["faid"])
-    generate.run(config, str(tmp_path / "out"), ["a cat"], 0, "faid+daid", 1)
+        open_studio(DrawConfig(plain, retrieval, plain, mesh=MeshConfig(1, 1)), ["faid"])
+    generate.run(config, str(tmp_path / "out"), ["a cat"], 0, "faid+daid", 1, provenance=True)
     assert (tmp_path / "out" / "00_faid+daid.png").is_file() and (tmp_path / "out" / "provenance.json").is_file()
 
 

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from arrag_jax.decode.policies import Plain
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import Backbone, DecodePolicy, Retriever
+from arrag_jax.mesh import put_everywhere, put_rows
 from arrag_jax.ops.grid import context_cells, context_codes, has_context
 from arrag_jax.ops.neighbors import empty_neighbors
 from arrag_jax.ops.sampling import draw, guide, truncate
@@ -168,6 +170,7 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     on_cell: Callable[[Any], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> Drawn:
     """Draws one picture a prompt.
 
@@ -178,6 +181,8 @@ def sample(
       cfg_scale, temperature, top_k, top_p, greedy: see ``Sampling``.
       seed: one integer, or one a picture. A picture depends on its prompt and seed alone, not on its batch.
       on_cell: host function called with the number of each finished cell.
+      mesh: splits the batch over its axis "data", the model is copied to every device; None = one device. Every
+        process calls this with the same arguments, and gets all pictures. The retriever must live on the mesh, too.
 
     Raises:
       UserError: if parts that belong together are missing or do not fit.
@@ -192,4 +197,11 @@ def sample(
     uncond = None if cfg_scale is None else (model.unconditional(*cond), cond[1])
     keys = picture_keys(seed, len(cond[0]))
     retriever = retriever if policy.uses_retrieval else None
-    return _decode(*nnx.split(model), cond, uncond, policy, retriever, keys, sampling, on_cell)
+    graph, state = nnx.split(model)
+    if mesh is None:
+        return _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, on_cell)
+    if len(keys) % mesh.shape["data"]:
+        raise UserError(f"{len(keys)} prompts do not split evenly over a mesh of data={mesh.shape['data']}")
+    cond, uncond, keys = put_rows((cond, uncond, keys), mesh)
+    state = put_everywhere(state, mesh)
+    return put_everywhere(_decode(graph, state, cond, uncond, policy, retriever, keys, sampling, on_cell), mesh)

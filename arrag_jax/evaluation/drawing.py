@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
@@ -15,15 +16,18 @@ from arrag_jax.decode.loop import Drawn, require_blenders, sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import DecodePolicy, Retriever
+from arrag_jax.mesh import make_mesh
 from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.models.config_json import read_config
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.nn.vq import from_uint8, to_uint8
+from arrag_jax.retrieval.captions import CaptionIndex, LimitedRetriever
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.load import load_retriever
 
-METHODS = ("plain", "daid", "lora", "faid", "faid+daid")
+METHODS = ("plain", "static", "daid", "caption", "lora", "faid", "faid+daid")
+LIMITED = ("static", "caption")  # choose images by their captions; drawn only where they are asked for
 
 
 class CellBar:
@@ -47,6 +51,8 @@ class Studio:
       model: draws "plain" and "daid", and is the tokenizer of all.
       tuned: the models of the other methods, by method.
       store, retriever: None if no method asked for retrieves.
+      captions: of the store; None if no method asked for reads them.
+      mesh: None = one device.
     """
 
     config: DrawConfig
@@ -56,16 +62,29 @@ class Studio:
     text: PromptTokenizer
     store: Datastore | None
     retriever: Retriever | None
+    captions: CaptionIndex | None = None
+    mesh: Mesh | None = None
     bar: CellBar = dataclasses.field(default_factory=CellBar)
 
     def policy(self, method: str) -> DecodePolicy:
         """The policy that a method's name stands for."""
         daid = Daid.checked(**dataclasses.asdict(self.config.daid))
+        if method in LIMITED:
+            return Daid.checked(**dataclasses.asdict(self.config.caption.daid))
         return {"daid": daid, "faid": Faid(), "faid+daid": Faid(daid)}.get(method, Plain())
 
     def model_of(self, method: str) -> Janus:
         """The model that a method draws with."""
         return self.tuned.get(method, self.model)
+
+    def retriever_for(self, method: str, prompts: Sequence[str]) -> Retriever | None:
+        """What a method searches while it draws these prompts."""
+        if method not in LIMITED:
+            return self.retriever
+        number = self.config.caption.static_images if method == "static" else self.config.caption.images
+        config, images = self.config.retrieval, self.captions.nearest(prompts, number)
+        k = min(config.k, number * self.store.settings.patches_per_image)
+        return LimitedRetriever.create(self.store, images, config.keys, k)
 
     def draw(
         self, prompts: Sequence[str], method: str, seeds: Int[np.ndarray, " N"]
@@ -74,21 +93,24 @@ class Studio:
 
         A picture depends on its prompt, method and seed alone. Shows a progress bar over the cells.
         """
-        size, cells = min(self.config.batch_size, len(prompts)), int(np.prod(self.model.grid))
+        ways, cells = 1 if self.mesh is None else self.mesh.shape["data"], int(np.prod(self.model.grid))
+        size = -(-min(self.config.batch_size, len(prompts)) // ways) * ways
         ids, mask = self.text(prompts)
         images, drawn = [], []
-        self.bar.bar = tqdm(total=-(-len(prompts) // size) * cells, desc=f"drawing {method}", unit="cell")
+        total = -(-len(prompts) // size) * cells
+        self.bar.bar = tqdm(total=total, desc=f"drawing {method}", unit="cell", disable=jax.process_index() > 0)
         for start in range(0, len(prompts), size):
             # The last batch is filled up with its own first row, so that one shape is compiled.
             rows = np.resize(np.arange(start, min(start + size, len(prompts))), size)
+            retriever = self.retriever_for(method, [prompts[i] for i in rows])
             result = sample(
-                self.model_of(method), ids[rows], self.policy(method), self.retriever, seed=seeds[rows],
-                prompt_mask=mask[rows], on_cell=self.bar, **dataclasses.asdict(self.config.sampling),
+                self.model_of(method), ids[rows], self.policy(method), retriever, seed=seeds[rows],
+                prompt_mask=mask[rows], on_cell=self.bar, mesh=self.mesh, **dataclasses.asdict(self.config.sampling),
             )  # fmt: skip
-            pixels = to_uint8(self.model.decode_codes(result.codes, *self.model.grid))
             keep = len(np.unique(rows))
-            images.append(np.asarray(pixels)[:keep])
             drawn.append(jax.tree.map(lambda x, keep=keep: np.asarray(x)[:keep], result))
+            pixels = to_uint8(self.model.decode_codes(np.asarray(result.codes), *self.model.grid))
+            images.append(np.asarray(pixels)[:keep])
         jax.effects_barrier()
         self.bar.bar.close()
         return np.concatenate(images), jax.tree.map(lambda *x: np.concatenate(x), *drawn)
@@ -98,20 +120,25 @@ def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
     """Loads what the methods need, and checks that it belongs together.
 
     Args:
-      methods: of ``METHODS``; none = all that the config's models can do.
+      config: what to load, and the mesh to draw on.
+      methods: of ``METHODS``; none = the config's, and where it names none, all that its models can do without
+        the captions.
 
     Raises:
       UserError: a method that they can't do, a checkpoint that can't be read, a store of another tokenizer, …
     """
     Daid.checked(**dataclasses.asdict(config.daid))
+    mesh = make_mesh(config.mesh)
+    mesh = mesh if mesh.size > 1 else None
     blended = config.faid_model or (config.model if read_config(Path(config.model)).faid is not None else "")
     folders = {"lora": config.lora_model, "faid": blended, "faid+daid": blended}
     able = [method for method in METHODS if folders.get(method, config.model)]
+    methods = methods or config.methods
     unable = [method for method in methods if method not in able]
     if unable:
         mend = f"; give config.{unable[0].removesuffix('+daid')}_model" if unable[0] in METHODS else ""
         raise UserError(f"--method={unable[0]!r} is not what these models can do: {', '.join(able)}{mend}")
-    chosen = tuple(method for method in METHODS if method in (methods or able))
+    chosen = tuple(method for method in able if method in methods or not (methods or method in LIMITED))
     model = load_model(config.model)
     text, loaded = PromptTokenizer.load(config.model), {config.model: model}
     for folder in {folders[name] for name in chosen if name in folders} - {config.model}:
@@ -119,12 +146,16 @@ def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
         if fingerprint(loaded[folder]) != fingerprint(model):
             raise UserError(f"{folder} has another image tokenizer than {config.model}; tune it from that model")
     tuned = {name: loaded[folders[name]] for name in chosen if name in folders}
-    store = retriever = None
+    store = retriever = captions = None
     if set(chosen) - {"plain", "lora"}:
-        store, retriever = load_retriever(config.retrieval, fingerprint(model))
+        store, retriever = load_retriever(config.retrieval, fingerprint(model), mesh, "fsdp", "data")
         for name in set(chosen) & {"faid", "faid+daid"}:
             require_blenders(tuned[name], retriever)
-    return Studio(config, chosen, model, tuned, text, store, retriever)
+    if set(chosen) & set(LIMITED):
+        if mesh is not None:
+            raise UserError("methods static and caption run on one device; give --config.mesh.data=1")
+        captions = CaptionIndex(store.captions)
+    return Studio(config, chosen, model, tuned, text, store, retriever, captions, mesh)
 
 
 def reconstruct(model: Janus, images: UInt8[np.ndarray, "N h w 3"]) -> UInt8[np.ndarray, "N h w 3"]:

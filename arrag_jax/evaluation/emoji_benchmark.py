@@ -1,6 +1,7 @@
 """The benchmark ``emoji_scenes``: bits a code and object score of every method, over three seeds."""
 
 import dataclasses
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from arrag_jax.data.emoji_scenes import load_source
 from arrag_jax.data.scenes import FAMILIES, Scene, render, scene
 from arrag_jax.decode.policies import Daid, Plain
 from arrag_jax.evaluation import pictures
-from arrag_jax.evaluation.drawing import Studio, reconstruct
+from arrag_jax.evaluation.drawing import LIMITED, Studio, reconstruct
 from arrag_jax.evaluation.likelihood import bits_per_code, look_up, score_scenes
 from arrag_jax.evaluation.object_score import object_score
 from arrag_jax.files import write_json
@@ -51,13 +52,17 @@ def likelihoods(studio: Studio, split: str, num_scenes: int) -> dict[str, dict[s
     for seed in range(SEEDS):
         # Thirds of consecutive scenes: families take turns, so every SEEDS-th scene would be two families alone.
         third = range(seed * len(source) // SEEDS, (seed + 1) * len(source) // SEEDS)
-        found = look_up(studio.model, studio.text, [source[i] for i in third], studio.retriever)
-        scored = {}  # the policies of one model share its distributions
+        examples = [source[i] for i in third]
+        found, scored = {}, {}  # methods share what one search found, and one model's distributions with it
         for method in studio.methods:
             model, policy = studio.model_of(method), studio.policy(method)
-            key = id(model), policy.blends
+            search = method if method in LIMITED else ""
+            if search not in found:
+                limit = functools.partial(studio.retriever_for, method) if search else None
+                found[search] = look_up(studio.model, studio.text, examples, studio.retriever, limit=limit)
+            key = id(model), policy.blends, search
             if key not in scored:
-                scored[key] = score_scenes(model, found, policy.blends)
+                scored[key] = score_scenes(model, found[search], policy.blends)
             bits[method].append(bits_per_code(scored[key], policy))
     return {
         method: {

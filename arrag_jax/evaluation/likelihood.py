@@ -1,6 +1,6 @@
 """Held-out likelihood in bits a code: teacher-forced, plain or under a policy, as kNN-LM reports perplexity."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,20 +46,24 @@ def look_up(
     examples: Sequence[dict[str, Any]],
     retriever: Retriever | None,
     batch_size: int = 50,
+    limit: Callable[[list[str]], Retriever | None] | None = None,
 ) -> list[Found]:
     """Codes and neighbours of held-out scenes, in batches, with a progress bar.
 
     Args:
       examples: scenes with "image" uint8 [h, w, 3] and "caption" bytes.
       retriever: None leaves every neighbour list empty.
+      limit: gives the retriever of a batch from its captions, in place of ``retriever``.
     """
     graph, state = nnx.split(model.gen_vision_model)
-    ids, mask = text([example["caption"].decode() for example in examples])
+    captions = [example["caption"].decode() for example in examples]
+    ids, mask = text(captions)
     images = np.stack([example["image"] for example in examples])
     found = []
     for start in tqdm(range(0, len(examples), batch_size), desc="searching", unit="batch", dynamic_ncols=True):
         rows = slice(start, start + batch_size)
-        codes, neighbors = _look_up(graph, state, from_uint8(images[rows]), retriever)
+        searched = limit(captions[rows]) if limit else retriever
+        codes, neighbors = _look_up(graph, state, from_uint8(images[rows]), searched)
         found.append(Found(jnp.asarray(ids[rows]), jnp.asarray(mask[rows]), codes, neighbors))
     return found
 

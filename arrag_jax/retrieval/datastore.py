@@ -8,6 +8,7 @@ One directory::
   latents-00000-of-00004.arrayrecord      kind "latent" only: float16 little-endian [H, W, C], rows of unit norm
   sources-00000-of-00004.txt              one image a line: where it came from ("emoji_scenes/full/store/17",
                                           "holiday/beach.jpg", "shard-17.tar!000123.jpg")
+  captions-00000-of-00004.txt             with captions only: one image a line, what its caption says
   bad-00000-of-00004.txt                  only where there are any: what could not be read, a tab, and why
   part-00001/ …                           what was added later, each a store of its own with all of the above
 
@@ -44,11 +45,13 @@ class StoreSettings(ShardSettings):
     Attributes, beside those of every folder of shards:
       code_dim: C.
       keys: kinds of key that can be had, of ``KEY_KINDS``.
+      captions: are the images' captions kept?
       command: the command that began the build; a record, never compared.
     """
 
     code_dim: int
     keys: tuple[str, ...]
+    captions: bool = False
     command: str = dataclasses.field(default="", compare=False)
     other_files: ClassVar[tuple[str, ...]] = (CODEBOOK,)
 
@@ -66,9 +69,11 @@ class StoreSettings(ShardSettings):
         return (self.grid[0] - 1) * (self.grid[1] - 2)
 
     def shard_files(self, shard: int) -> dict[str, str]:
-        """File name of each part ("codes", "sources", "latents" if held) of a shard."""
+        """File name of each part ("codes", "sources", "captions" and "latents" if held) of a shard."""
         place = self.place(shard)
         files = {"codes": f"codes-{place}.arrayrecord", "sources": f"sources-{place}.txt"}
+        if self.captions:
+            files["captions"] = f"captions-{place}.txt"
         if "latent" in self.keys:
             files["latents"] = f"latents-{place}.arrayrecord"
         return files
@@ -172,8 +177,18 @@ class Datastore(ShardFolder):
     @functools.cached_property
     def sources(self) -> list[str]:
         """Where each image came from."""
-        lines = (read_lines(path) for path, _ in self._files("sources"))
-        return [line for shard in lines for line in shard][: self.num_images]
+        return self._lines("sources")
+
+    @functools.cached_property
+    def captions(self) -> list[str]:
+        """What each image shows, in words.
+
+        Raises:
+          UserError: the store was built without them.
+        """
+        if not self.settings.captions:
+            raise UserError(f"datastore {self.directory} holds no captions; build one with --config.captions=True")
+        return self._lines("captions")
 
     def keys(self, kind: str) -> Float[np.ndarray, "N E"]:
         """Keys of every stored patch, float32, in stored-row order; four parts of unit norm each.
@@ -211,6 +226,11 @@ class Datastore(ShardFolder):
                 name = store.settings.shard_files(shard)[part]
                 yield store.directory / name, store.files[name]["images"]
                 before += store.files[name]["images"]
+
+    def _lines(self, part: str) -> list[str]:
+        """All lines of a part, one an image."""
+        lines = (read_lines(path) for path, _ in self._files(part))
+        return [line for shard in lines for line in shard][: self.num_images]
 
     def _read(self, part: str, dtype: str) -> np.ndarray:
         """All records of a part, flat."""

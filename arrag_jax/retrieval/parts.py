@@ -17,7 +17,7 @@ from arrag_jax.retrieval.datastore import Datastore, StoreSettings
 from arrag_jax.retrieval.shards import MANIFEST, write_manifest
 
 MERGING = ".merging.json"  # in the folder of an unfinished merge: the fingerprints of what is merged
-SAME_IN_ALL_PARTS = ("fingerprint", "grid", "codebook_size", "code_dim", "keys")
+SAME_IN_ALL_PARTS = ("fingerprint", "grid", "codebook_size", "code_dim", "keys", "captions")
 
 
 def next_part(store: Datastore) -> Path:

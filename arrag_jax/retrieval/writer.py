@@ -12,7 +12,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.files import whole_file
 from arrag_jax.retrieval import building
 from arrag_jax.retrieval.datastore import BAD_FILES, CODEBOOK, Datastore, StoreSettings, read_bad, unit_norm
-from arrag_jax.retrieval.encoding import BadImage, Encode, Examples, encoded, require_images
+from arrag_jax.retrieval.encoding import BadImage, Encode, Example, Examples, encoded, require_images
 from arrag_jax.retrieval.team import Team
 
 # Codes have spare bits (10 to 14 of 16 are in use), which zstd finds; where there are none it adds next to nothing.
@@ -91,16 +91,32 @@ def _require_codebook(codebook: np.ndarray, settings: StoreSettings) -> None:
 
 
 def _write_records(directory: Path, files: dict[str, str], batches: Iterator, bar: tqdm) -> None:
-    """Writes a shard's codes and, if it holds them, latents."""
-    code_records, latent_records = [], []
+    """Writes a shard's codes and, if it holds them, latents and captions."""
+    code_records, latent_records, captions = [], [], []
     for batch, codes, latents in batches:
         code_records += [grid.tobytes() for grid in codes]
         if "latents" in files:
             latent_records += [grid.tobytes() for grid in unit_norm(latents).astype("<f2")]
+        if "captions" in files:
+            captions += [caption_of(example) for example in batch]
         bar.update(len(batch))
     building.write_records(directory / files["codes"], code_records, RECORD_OPTIONS)
     if "latents" in files:
         building.write_records(directory / files["latents"], latent_records, RECORD_OPTIONS)
+    if "captions" in files:
+        _write_lines(directory / files["captions"], captions)
+
+
+def caption_of(example: Example) -> str:
+    """An example's caption in one line.
+
+    Raises:
+      UserError: it has none.
+    """
+    if "caption" not in example:
+        raise UserError("these images have no captions; leave config.captions out")
+    caption = example["caption"]
+    return " ".join((caption.decode() if isinstance(caption, bytes) else caption).split())
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:

@@ -1,0 +1,122 @@
+"""A page for figures: pixels and text on white, colours, and small pictures made larger.
+
+All pictures are uint8 [height, width, 3]. Small ones are enlarged by whole factors without smoothing, so that a
+figure's pixels are the model's. Colours are Okabe and Ito's ("Color Universal Design", 2008), which stay apart for
+colour-blind readers, and viridis for values.
+"""
+
+import functools
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+Picture = UInt8[np.ndarray, "_ _ 3"]
+
+BLUE, ORANGE = (0, 114, 178), (213, 94, 0)
+PALETTE = (BLUE, ORANGE, (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
+INK, FAINT, PAPER = (30, 30, 30), (120, 120, 120), (255, 255, 255)
+MARGIN = 12  # pixels around and between the parts of a figure
+FONT_SIZE = 14
+
+# Viridis at equal steps; its luminance rises from end to end.
+_VALUE_COLORS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], np.float64)
+# PIL's own font holds little but ASCII.
+_ASCII = dict(zip(map(ord, "λτ×−–—·’≤≥→"), ("lambda", "tau", *"x----'", "<=", ">=", "->"), strict=True))
+
+
+def upscale(image: Picture, scale: int) -> Picture:
+    """Every pixel becomes a square of ``scale`` x ``scale`` pixels."""
+    return image.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def value_color(value: float, low: float, high: float) -> tuple[int, int, int]:
+    """The colour of a value between ``low`` (dark) and ``high`` (bright); light grey for NaN."""
+    if not np.isfinite(value):
+        return (225, 225, 225)
+    place = (value - low) / (high - low) if high > low else 0.5
+    steps = np.linspace(0, 1, len(_VALUE_COLORS))
+    return tuple(round(float(np.interp(place, steps, channel))) for channel in _VALUE_COLORS.T)
+
+
+def luminance(color: Sequence[int]) -> float:
+    """Perceived brightness of an sRGB colour, 0 to 255 (Rec. 601)."""
+    return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+
+
+class Canvas:
+    """A white page to which pixels and text are added."""
+
+    def __init__(self, height: int, width: int):
+        self._image = Image.new("RGB", (width, height), PAPER)
+        self._draw = ImageDraw.Draw(self._image)
+
+    def paste(self, x: int, y: int, pixels: np.ndarray) -> None:
+        """Lays ``pixels`` down with their upper left corner at (x, y)."""
+        self._image.paste(Image.fromarray(pixels), (x, y))
+
+    def text(self, x: int, y: int, words: str, anchor: str, color: tuple[int, int, int] = INK) -> None:
+        """Writes ``words`` so that their box's ``anchor`` (l/m/r, then a/m/d = top/middle/bottom) is at (x, y)."""
+        words, (width, height) = _printable(words), text_size(words)
+        x -= {"l": 0, "m": width // 2, "r": width}[anchor[0]]
+        y -= {"a": 0, "m": height // 2, "d": height}[anchor[1]]
+        align = {"l": "left", "m": "center", "r": "right"}[anchor[0]]
+        self._draw.multiline_text((x, y), words, color, _font(), align=align, spacing=2)
+
+    def pixels(self) -> Picture:
+        """The whole page."""
+        return np.array(self._image)
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(FONT_SIZE)  # comes with PIL, so figures look the same everywhere
+
+
+def _printable(words: str) -> str:
+    """The text in letters that the font has; a letter without a near one becomes "?"."""
+    parts = unicodedata.normalize("NFKD", words.translate(_ASCII))
+    return "".join(c for c in parts if not unicodedata.combining(c)).encode("ascii", "replace").decode()
+
+
+def text_size(words: str) -> tuple[int, int]:
+    """(width, height) in pixels of the box of a text; every line has the same height."""
+    lines = _printable(words).split("\n")
+    ascent, descent = _font().getmetrics()
+    return round(max(_font().getlength(line) for line in lines)), len(lines) * (ascent + descent + 2) - 2
+
+
+def wrapped(words: str, width: int) -> str:
+    """The text in lines of at most ``width`` pixels, as far as its words allow."""
+    letters = max(1, int(width / (_font().getlength("abcdefghij klmnop") / 17)))
+    return "\n".join(textwrap.wrap(words, letters, break_long_words=False)) or " "
+
+
+def fitted(image: Picture, side: int) -> Picture:
+    """Enlarged or shrunk by the whole factor that brings its longer side nearest below ``side`` pixels."""
+    longest = max(image.shape[:2])
+    if longest <= side:
+        return upscale(image, side // longest)
+    return np.array(Image.fromarray(image).reduce(-(-longest // side)))
+
+
+def greyed(image: Picture) -> Picture:
+    """Without colour and paler, so that coloured cells stand out."""
+    grey = image @ np.array([0.299, 0.587, 0.114])
+    return np.broadcast_to((110 + 0.55 * grey)[..., None], image.shape).astype(np.uint8)
+
+
+def tinted(image: Picture, color: tuple[int, int, int], share: float = 0.25) -> Picture:
+    """Mixed with a colour, ``share`` of it."""
+    return ((1 - share) * image + share * np.array(color)).astype(np.uint8)
+
+
+def framed(image: Picture, color: tuple[int, int, int], frame: int) -> Picture:
+    """The same with its outermost ``frame`` pixels in ``color``."""
+    edged = np.empty_like(image)
+    edged[:] = color
+    edged[frame:-frame, frame:-frame] = image[frame:-frame, frame:-frame]
+    return edged

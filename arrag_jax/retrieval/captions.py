@@ -1,0 +1,130 @@
+"""Caption-aware retrieval: a search over those stored images alone whose captions are nearest to the prompt.
+
+They are chosen once, before anything is drawn. The nearness of two texts is the cosine between their sets of terms
+(words, and pairs of neighbouring words), each term weighted by its inverse document frequency among the stored
+captions: no model is needed, and "red car" tells a red car from a car beside something red.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from arrag_jax.errors import UserError
+from arrag_jax.ops import grid as grid_ops
+from arrag_jax.ops.neighbors import Neighbors
+from arrag_jax.retrieval.datastore import Datastore, keys_of_maps, unit_norm
+from arrag_jax.retrieval.dense import SCORE_BYTES, DenseRetriever
+
+
+def terms(text: str) -> set[str]:
+    """Words of a text, in lower case, and its pairs of neighbouring words."""
+    words = re.findall(r"\w+", text.lower())
+    return {*words, *(" ".join(pair) for pair in itertools.pairwise(words))}
+
+
+class CaptionIndex:
+    """Stored captions by their terms, held in memory: about four bytes a term of a caption."""
+
+    def __init__(self, captions: Sequence[str]):
+        images: dict[str, list[int]] = {}
+        for image, caption in enumerate(captions):
+            for term in terms(caption):
+                images.setdefault(term, []).append(image)
+        self._images = {term: np.asarray(found, np.int32) for term, found in images.items()}
+        self._weights = {term: float(np.log(1 + len(captions) / len(found))) for term, found in images.items()}
+        squares = np.zeros(len(captions))
+        for term, found in self._images.items():
+            squares[found] += self._weights[term] ** 2
+        self._norms = np.sqrt(np.maximum(squares, 1e-12))
+
+    def nearness(self, prompt: str) -> Float[np.ndarray, " n"]:
+        """Of every stored caption to a prompt, up to a factor that all of them share; 0 without a common term."""
+        score = np.zeros(len(self._norms))
+        for term in sorted(terms(prompt) & self._images.keys()):
+            score[self._images[term]] += self._weights[term] ** 2
+        return score / self._norms
+
+    def nearest(self, prompts: Sequence[str], number: int) -> Int[np.ndarray, "B M"]:
+        """The stored images with the nearest captions, nearest first; of equal ones the lower numbers.
+
+        Raises:
+          UserError: more images than are stored, or a prompt that shares no word with any caption.
+        """
+        if number > len(self._norms):
+            raise UserError(f"{number} images are to be chosen by their captions, {len(self._norms)} are stored")
+        chosen = {}
+        for prompt in set(prompts):
+            score = self.nearness(prompt)
+            if not score.any():
+                raise UserError(f"no stored caption has a word of the prompt {prompt!r}; draw it with another --method")
+            chosen[prompt] = np.argsort(-score, kind="stable")[:number].astype(np.int32)
+        return np.stack([chosen[prompt] for prompt in prompts])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LimitedRetriever:
+    """Exact ``interfaces.Retriever`` over images of each prompt's own; make one with ``create``.
+
+    Contexts belong to prompts in equal runs: B prompts and n contexts are n / B contexts a prompt, in order.
+
+    Attributes:
+      local: a ``DenseRetriever`` a prompt, every leaf with a leading axis B.
+      rows: int32 [B, P], the stored row of each of its patches.
+    """
+
+    local: Any
+    rows: Any
+
+    @classmethod
+    def create(cls, store: Datastore, images: Int[np.ndarray, "B M"], kind: str, k: int) -> "LimitedRetriever":
+        """Of M images of the store a prompt.
+
+        Args:
+          images: numbers of the images.
+          kind: of key, "codebook" or "latent".
+          k: neighbours a query; at most all the patches of M images.
+
+        Raises:
+          UserError: a k that is larger, or keys that the store does not hold.
+        """
+        patches = store.settings.patches_per_image
+        rows = (images[:, :, None] * patches + np.arange(patches)).reshape(len(images), -1)
+        return cls(
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *(_dense(store, chosen, kind, k) for chosen in images)),
+            jnp.asarray(rows, jnp.int32),
+        )
+
+    @property
+    def k(self) -> int:
+        return self.local.k
+
+    def search(self, context: Int[Array, "n 4"]) -> Neighbors:
+        """Neighbours of n contexts given as code ids; see ``interfaces.Retriever``."""
+        prompts, patches = self.rows.shape
+        each = len(context) // prompts
+
+        def search_one(own: tuple[Any, Array, Array]) -> Neighbors:
+            local, rows, context = own
+            found = local.search(context)
+            return found._replace(id=jnp.where(found.id >= 0, jnp.take(rows, jnp.maximum(found.id, 0)), -1))
+
+        own = self.local, self.rows, context.reshape(prompts, each, 4)
+        together = max(1, min(prompts, SCORE_BYTES // (4 * each * patches)))
+        found = jax.lax.map(search_one, own, batch_size=together)
+        return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), found)
+
+
+def _dense(store: Datastore, images: Int[np.ndarray, " M"], kind: str, k: int) -> DenseRetriever:
+    """The exact search over some images; ids count the patches of these images."""
+    codes = store.codes[images].astype(np.int32)
+    vectors = store.codebook[codes] if kind == "codebook" else unit_norm(store.latents[images])
+    values = grid_ops.next_codes_of_grids(codes).reshape(-1)
+    return DenseRetriever.create(keys_of_maps(vectors), values, store.codebook, k)

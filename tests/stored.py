@@ -1,0 +1,43 @@
+"""A small datastore on disk, of the codes that a ``tiny`` model draws."""
+
+import numpy as np
+import tiny
+
+from arrag_jax.retrieval import writer
+from arrag_jax.retrieval.datastore import Datastore, StoreSettings, unit_norm
+
+GRID, CODES, IMAGES = tiny.CONFIG.grid, tiny.CONFIG.vision.codebook_size, 12
+
+
+class Pictures:
+    """Pictures whose first pixels are their codes."""
+
+    def __init__(self, codes: np.ndarray, captions: list[str] | None):
+        self.codes, self.captions = codes, captions
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, i: int) -> dict:
+        image = np.zeros((*GRID, 3), np.uint8)
+        image[..., 0] = self.codes[i]
+        return {"image": image} | ({} if self.captions is None else {"caption": self.captions[i].encode()})
+
+
+def encode(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes from the pixels, latents that no two cells share."""
+    codes = images[..., 0].astype(np.int32)
+    noise = np.random.default_rng(codes.sum()).normal(size=(*codes.shape, 8))
+    return codes, noise.astype(np.float32)
+
+
+def build(folder, captions: list[str] | None = None, kept: bool = False, shard_size: int = 4) -> Datastore:
+    """A store of ``IMAGES`` pictures, or one a caption, with keys of both kinds; ``kept``: and with its captions."""
+    rng = np.random.default_rng(0)
+    number = IMAGES if captions is None else len(captions)
+    codes, codebook = rng.integers(0, CODES, (number, *GRID)), unit_norm(np.asarray(tiny.janus().codebook))
+    settings = StoreSettings(
+        fingerprint="f", grid=GRID, codebook_size=CODES, code_dim=8, keys=("codebook", "latent"), captions=kept,
+        num_images=number, shard_size=shard_size, source="pictures", split="all",
+    )  # fmt: skip
+    return writer.build(folder, Pictures(codes, captions), encode, codebook, settings, batch_size=3)
