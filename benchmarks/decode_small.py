@@ -32,7 +32,8 @@ from arrag_jax.ops.grid import contexts_of_grids, next_codes_of_grids
 from arrag_jax.ops.host import host_call
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.dense import DenseRetriever
-from arrag_jax.retrieval.scann import ScannRetriever
+from arrag_jax.retrieval.patches import Patches
+from arrag_jax.retrieval.scann import ScannRetriever, build_host
 
 MODEL = Path(__file__).resolve().parents[1] / "arrag_jax" / "assets" / "emoji_janus"
 ROUNDS = flags.DEFINE_integer("rounds", 5, "timings of each method; the median is printed")
@@ -70,17 +71,17 @@ def _zeros(kinds: tuple[jax.ShapeDtypeStruct, ...], _: Any) -> tuple[np.ndarray,
     return tuple(np.zeros(kind.shape, kind.dtype) for kind in kinds)
 
 
-def store_arrays(model: Any, patches: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and next codes of enough scenes of the store split, cut to ``patches`` rows."""
+def stored(model: Any, number: int) -> Patches:
+    """Patches of enough scenes of the store split, cut to ``number``, folded as a datastore's are."""
     height, width = model.grid
-    images = -(-patches // ((height - 1) * (width - 2)))
+    images = -(-number // ((height - 1) * (width - 2)))
     grids = []
     for start in range(0, images, 256):
         pictures = np.stack([render(scene("store", i)) for i in range(start, min(start + 256, images))])
         grids.append(np.asarray(model.encode_images(from_uint8(pictures))[0]).reshape(-1, height, width))
     codes = np.concatenate(grids)
-    keys = np.asarray(model.codebook)[contexts_of_grids(codes)].reshape(-1, 4 * model.codebook.shape[1])
-    return keys[:patches], next_codes_of_grids(codes).reshape(-1)[:patches].astype(np.int32)
+    contexts, values = contexts_of_grids(codes).reshape(-1, 4), next_codes_of_grids(codes).reshape(-1)
+    return Patches.fold(contexts[:number], values[:number].astype(np.int32), np.asarray(model.codebook))
 
 
 def main(_: list[str]) -> None:
@@ -88,13 +89,14 @@ def main(_: list[str]) -> None:
     model, text = load_model(MODEL), PromptTokenizer.load(MODEL)
     codebook, cells, rows = np.asarray(model.codebook), int(np.prod(model.grid)), []
     for patches in map(int, PATCHES.value):
-        keys, codes = store_arrays(model, patches)
+        folded = stored(model, patches)
+        host = build_host(lambda rows, folded=folded: folded, patches, codebook, K.value)
         searches = {
             "mixing": InstantRetriever(jnp.int32(0), K.value, "device"),
             "host call": InstantRetriever(jnp.int32(0), K.value, "host call"),
             "pure_callback": InstantRetriever(jnp.int32(0), K.value, "pure_callback"),
-            "DAiD, ScaNN": ScannRetriever.create(keys, codes, codebook, K.value),
-            "DAiD, dense": DenseRetriever.create(keys, codes, codebook, K.value),
+            "DAiD, ScaNN": ScannRetriever.of(host),
+            "DAiD, dense": DenseRetriever.of(folded, codebook, K.value),
         }
         for batch in map(int, BATCHES.value):
             ids, mask = text(["a red car and a blue fish"] * batch)
