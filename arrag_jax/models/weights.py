@@ -63,7 +63,8 @@ def read_weights(model: nnx.Module, matched: dict[str, Stored], dtype: str) -> N
     # The largest first: what a tensor needs besides its place is then needed while little else is held.
     largest_first = sorted(matched.items(), key=lambda item: (-item[1].nbytes, item[0]))
     for path, value in read_tensors(dict(largest_first)):
-        variables[path].set_value(jnp.asarray(np.ascontiguousarray(to_ours(value, path), _kept(path, dtype))))
+        ours = jnp.asarray(np.ascontiguousarray(to_ours(value, path), _kept(path, dtype)))
+        variables[path].set_value(ours.block_until_ready())  # copies still under way would keep their sources
 
 
 def write_weights(model: nnx.Module, path: Path, dtype: str) -> None:
