@@ -46,6 +46,10 @@ class Backbone(Protocol):
     codebook_size: int
     blended_neighbors: int  # neighbours whose features ``step`` takes; 0: it takes none
 
+    def folded(self) -> "Backbone":
+        """The model as ``decode`` takes it for a policy that blends: all that no cell changes is worked out ahead."""
+        ...
+
     def prefill(
         self, prompt_ids: Int[Array, "R L"], prompt_mask: Bool[Array, "R L"], blended_rows: int
     ) -> tuple[Float[Array, "R D"], Cache]:

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from arrag_jax.errors import UserError
 from arrag_jax.models.weights import to_ours
-from arrag_jax.nn.faid import Blender, FaidConfig, window_cells
+from arrag_jax.nn.faid import Blender, FaidConfig, FoldedBlender, window_cells
 from arrag_jax.ops import blend
 from arrag_jax.ops.grid import has_context
 
@@ -91,13 +91,24 @@ def test_a_cell_alone_is_the_cell_in_the_map(hops):
     hidden, features = inputs()
     model, complete = blender(hops), has_context(HEIGHT, ACROSS)
     whole = model.blend_map(hidden, features)
-    composed, windows = model.compose(), window_cells(hops, HEIGHT, ACROSS)
-    flat, blend_cell = hidden.reshape(BATCH, -1, WIDTH), nnx.jit(Blender.blend_cell)
+    folded, windows = model.fold(), window_cells(hops, HEIGHT, ACROSS)
+    flat, blend_cell = hidden.reshape(BATCH, -1, WIDTH), nnx.jit(FoldedBlender.blend_cell)
     for cell in range(HEIGHT * ACROSS):
         window = jnp.where(windows[cell][None, :, None] >= 0, flat[:, np.maximum(windows[cell], 0)], 0)
-        alone = blend_cell(model, composed, window, features[:, cell], jnp.asarray(complete[cell]))
+        alone = blend_cell(folded, window, features[:, cell], jnp.asarray(complete[cell]))
         np.testing.assert_allclose(alone.features, whole.features[:, cell], atol=1e-5)
         np.testing.assert_allclose(alone.added, whole.added[:, cell], atol=1e-5)
+
+
+def test_folding_is_done_once_and_again_for_other_weights():
+    model = blender()
+    first = model.fold()
+    assert model.fold() is first
+    model.conv22.bias[...] = model.conv22.bias[...] + 1
+    np.testing.assert_allclose(
+        model.fold().bias[...] - first.bias[...], model.kernels()[1][1], rtol=1e-5
+    )  # by the hop's weight
+    assert model.fold() is not first
 
 
 def test_cells_without_a_context_ignore_their_features():

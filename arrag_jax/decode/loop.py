@@ -85,6 +85,7 @@ def decode(
     """Draws B grids; traceable, to be jitted by the caller.
 
     Args:
+      model: folded (``Backbone.folded``) where the policy blends.
       cond, uncond: prompt ids int [B, L] and mask bool [B, L]; ``uncond`` None without guidance.
       retriever: None only for a policy that uses no retrieval.
       keys: one a picture.
@@ -197,7 +198,7 @@ def sample(
     uncond = None if cfg_scale is None else (model.unconditional(*cond), cond[1])
     keys = picture_keys(seed, len(cond[0]))
     retriever = retriever if policy.uses_retrieval else None
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(model.folded() if policy.blends else model)
     if mesh is None:
         return _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, on_cell)
     if len(keys) % mesh.shape["data"]:

@@ -4,6 +4,7 @@ Source: reference README "FAiD". The official parameters, evaluated in the cheap
 """
 
 import dataclasses
+import weakref
 from typing import NamedTuple
 
 import jax
@@ -51,13 +52,6 @@ class Blended(NamedTuple):
     added: Float[Array, "*cells D"]
     features: Float[Array, "*cells K D"]
     gate: Float[Array, ""]
-
-
-class Composed(NamedTuple):
-    """A blender's kernels multiplied out, once for a whole drawing."""
-
-    around: Float[Array, "n D D"]
-    centre: blend.Centre
 
 
 class HopConv(nnx.Module):
@@ -115,45 +109,70 @@ class Blender(nnx.Module):
             around = blend.around_staged(kernels, weights, hidden)
         complete = jnp.asarray(has_context(height, width))[None, :, None, None]
         incoming = jnp.where(complete, self.norm(features), 0.0)
-        return self._finish(around.reshape(batch, -1, dim), incoming, self._centre(kernels, weights))
+        return _gated(self.gate, around.reshape(batch, -1, dim), incoming, self.centre(kernels, weights))
 
-    def compose(self) -> Composed:
-        """The kernels that ``blend_cell`` takes."""
-        kernels, weights = self.kernels()
-        return Composed(blend.compose(kernels, weights), self._centre(kernels, weights))
+    def fold(self) -> "FoldedBlender":
+        """The same blender with its kernels multiplied out, for one cell after another.
 
-    def _centre(self, kernels: list[blend.HopKernels], weights: Float[Array, " hops"]) -> blend.Centre:
+        Worked out once for the weights as they are, then kept as long as they stay: at the 1B shape it costs as much
+        as some thirty steps of decoding.
+        """
+        graph, state = nnx.split(self)
+        arrays = jax.tree.leaves(state)
+        kept = _FOLDED.get(self)
+        if kept is None or any(known() is not array for known, array in zip(kept[0], arrays, strict=True)):
+            kept = _FOLDED[self] = ([weakref.ref(array) for array in arrays], nnx.merge(*_fold(graph, state)))
+        return kept[1]
+
+    def centre(self, kernels: list[blend.HopKernels], weights: Float[Array, " hops"]) -> blend.Centre:
         """With the norm's scale in its rows: where features have no gradient of their own, none is computed."""
         matrix, bias = blend.centre(kernels, weights)
         return blend.Centre(self.norm_scale[...][:, None] * matrix, bias)
 
+
+class FoldedBlender(nnx.Module):
+    """A blender as decoding needs it: a matrix a live offset of the window, one for the centre, and the gate."""
+
+    def __init__(self, blender: Blender):
+        kernels, weights = blender.kernels()
+        self.config, self.norm, self.gate = blender.config, blender.norm, blender.gate
+        self.around = nnx.Param(blend.compose(kernels, weights))
+        self.matrix, self.bias = map(nnx.Param, blender.centre(kernels, weights))
+
     def blend_cell(
-        self,
-        composed: Composed,
-        window: Float[Array, "B n D"],
-        features: Float[Array, "B K D"],
-        complete: Bool[Array, ""],
+        self, window: Float[Array, "B n D"], features: Float[Array, "B K D"], complete: Bool[Array, ""]
     ) -> Blended:
         """One cell of B maps.
 
         Args:
-          composed: of ``compose``.
           window: hidden states at ``live_offsets``, zeros outside the map.
           features: incoming.
           complete: has the cell a context?
         """
-        around = products.einsum("bni,nio->bo", window, composed.around)
-        return self._finish(around, jnp.where(complete, self.norm(features), 0.0), composed.centre)
+        around = products.einsum("bni,nio->bo", window, self.around[...])
+        incoming = jnp.where(complete, self.norm(features), 0.0)
+        return _gated(self.gate, around, incoming, blend.Centre(self.matrix[...], self.bias[...]))
 
-    def _finish(self, around: Array, incoming: Array, centre: blend.Centre) -> Blended:
-        value = products.einsum("...i,io->...o", incoming, centre.matrix)
-        around = around + centre.bias.reshape((1,) * (around.ndim - 1) + (-1,))
-        value = (value + around[..., None, :]).astype(incoming.dtype)
-        enter, leave = self.gate
-        gate = jax.nn.sigmoid(leave(jax.nn.relu(enter(value))))
-        # As products, not broadcasts: the gate's gradient is then a product too, where a CPU is slow to reduce.
-        added = jnp.einsum("...kd,...k->...d", value, gate[..., 0]) / value.shape[-2]
-        return Blended(added, value * jnp.dot(gate, jnp.ones_like(value, shape=(1, value.shape[-1]))), jnp.mean(gate))
+
+# By blender: weak references to the arrays it was folded from, and what came of it.
+_FOLDED: weakref.WeakKeyDictionary[Blender, tuple[list[weakref.ref], FoldedBlender]] = weakref.WeakKeyDictionary()
+
+
+@jax.jit(static_argnums=0)
+def _fold(graph, state):
+    return nnx.split(FoldedBlender(nnx.merge(graph, state)))
+
+
+def _gated(gate: nnx.List, around: Array, incoming: Array, centre: blend.Centre) -> Blended:
+    """The affine value of every slot, gated: float32 ``around`` [..., D] and ``incoming`` [..., K, D]."""
+    value = products.einsum("...i,io->...o", incoming, centre.matrix)
+    around = around + centre.bias.reshape((1,) * (around.ndim - 1) + (-1,))
+    value = (value + around[..., None, :]).astype(incoming.dtype)
+    enter, leave = gate
+    opened = jax.nn.sigmoid(leave(jax.nn.relu(enter(value))))
+    # As products, not broadcasts: the gate's gradient is then a product too, where a CPU is slow to reduce.
+    added = jnp.einsum("...kd,...k->...d", value, opened[..., 0]) / value.shape[-2]
+    return Blended(added, value * jnp.dot(opened, jnp.ones_like(value, shape=(1, value.shape[-1]))), jnp.mean(opened))
 
 
 def window_cells(hops: tuple[int, ...], height: int, width: int) -> Int[np.ndarray, "T n"]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from arrag_jax.nn.faid import Blender, Composed, FaidConfig, window_cells
+from arrag_jax.nn.faid import Blended, Blender, FaidConfig, FoldedBlender, window_cells
 from arrag_jax.nn.lora import Lora, LoraConfig
 from arrag_jax.ops import products
 from arrag_jax.ops.grid import has_context
@@ -33,18 +33,6 @@ class LlamaConfig:
     norm_eps: float = 1e-6
 
 
-class BlendCache(NamedTuple):
-    """What a blender keeps while it decodes.
-
-    Attributes:
-      hidden: normed hidden states by slot; slot t + 1 is cell t's, slot 0 the prompt's last token's.
-      composed: its kernels.
-    """
-
-    hidden: Float[Array, "B slots D"]
-    composed: Composed
-
-
 class Cache(NamedTuple):
     """Keys and values of all layers, and which slots hold a token.
 
@@ -54,14 +42,15 @@ class Cache(NamedTuple):
       keys, values: one array a layer.
       filled: slots that may be attended.
       length: real tokens of each row's prompt; slot L - 1 + t stands at position length - 1 + t.
-      blends: one a blender; empty where no features will be given.
+      looked_at: one a blender, the normed hidden states it looks at; slot t + 1 is cell t's, slot 0 the prompt's last
+        token's. Empty where no features will be given.
     """
 
-    keys: tuple[Float[Array, "R P KH hd"], ...]
-    values: tuple[Float[Array, "R P KH hd"], ...]
+    keys: tuple[Float[Array, "R KH P hd"], ...]
+    values: tuple[Float[Array, "R KH P hd"], ...]
     filled: Bool[Array, "R P"]
     length: Int[Array, " R"]
-    blends: tuple[BlendCache, ...] = ()
+    looked_at: tuple[Float[Array, "B slots D"], ...] = ()
 
 
 def rotate(x: Float[Array, "R S heads hd"], positions: Int[Array, "R S"], theta: float) -> Float[Array, "R S heads hd"]:
@@ -72,6 +61,23 @@ def rotate(x: Float[Array, "R S heads hd"], positions: Int[Array, "R S"], theta:
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def attend(
+    q: Float[Array, "R S heads hd"],
+    k: Float[Array, "R KH P hd"],
+    v: Float[Array, "R KH P hd"],
+    mask: Bool[Array, "R S P"],
+) -> Float[Array, "R S heads hd"]:
+    """Scaled dot-product attention with keys and values that lie head by head.
+
+    So the products over a cache read it as it lies; from [R, P, KH, hd], as ``jax.nn.dot_product_attention`` takes
+    it, XLA first transposes the whole cache at every step, on a CPU at more than twice the time.
+    """
+    grouped = q.reshape(*q.shape[:2], k.shape[1], -1, q.shape[-1])
+    scores = products.einsum("rskgd,rkpd->rkgsp", grouped, k) * q.shape[-1] ** -0.5
+    shares = jax.nn.softmax(jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min))
+    return products.einsum("rkgsp,rkpd->rskgd", shares.astype(v.dtype), v).astype(q.dtype).reshape(q.shape)
 
 
 def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
@@ -109,7 +115,7 @@ class Attention(nnx.Module):
 
         Args:
           x: [R, S, D]; positions: [R, S]; mask: [R, S, P], True = may be attended.
-          kv: pair of [R, P, KH, hd], or None (then P = S).
+          kv: pair of [R, KH, P, hd], or None (then P = S).
           rngs: for LoRA's dropout; None = no dropout.
         """
         rows, length, _ = x.shape
@@ -119,12 +125,11 @@ class Attention(nnx.Module):
             q, v = q + self.q_lora(x, rngs), v + self.v_lora(x, rngs)
         q = rotate(q.reshape(shape), positions, self.config.rope_theta)
         k = rotate(self.k(x).reshape(shape), positions, self.config.rope_theta)
-        v = v.reshape(shape)
+        k, v = k.swapaxes(1, 2), v.reshape(shape).swapaxes(1, 2)
         if kv is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, slot, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(kv[1], v, slot, axis=1)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
-        return self.o(y.reshape(rows, length, -1)), (k, v)
+            k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, slot, axis=2)
+            v = jax.lax.dynamic_update_slice_in_dim(kv[1], v, slot, axis=2)
+        return self.o(attend(q, k, v, mask).reshape(rows, length, -1)), (k, v)
 
 
 class Mlp(nnx.Module):
@@ -146,7 +151,7 @@ class Layer(nnx.Module):
         self.attention = Attention(config, rngs)
         self.mlp_norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, rngs=rngs)
         self.mlp = Mlp(config, rngs)
-        self.blender: Blender | None = nnx.data(None)
+        self.blender: Blender | FoldedBlender | None = nnx.data(None)  # folded in ``Llama.folded``'s copies
 
     def attend(self, x, positions, mask, kv=None, slot=None, rngs=None):
         """Returns the normed input, which the blender looks at, x after attention, and (keys, values)."""
@@ -175,6 +180,14 @@ class Llama(nnx.Module):
         """Puts a fresh blender into every layer that ``faid.stride`` names."""
         for layer in self.layers[:: faid.stride]:
             layer.blender = nnx.data(Blender(faid, self.config.width, self.config.norm_eps, rngs, start_silent))
+
+    def folded(self) -> "Llama":
+        """A copy, for decoding, that shares every array but holds its blenders folded."""
+        copy = nnx.merge(*nnx.split(self))
+        for layer, mine in zip(copy.layers, self.layers, strict=True):
+            if mine.blender is not None:
+                layer.blender = nnx.data(mine.blender.fold())
+        return copy
 
     def forward(
         self,
@@ -220,19 +233,18 @@ class Llama(nnx.Module):
           blended_rows: the first rows, to which ``step`` will be given features; 0 = it will not.
         """
         positions = jnp.maximum(jnp.cumsum(filled, axis=1) - 1, 0).astype(jnp.int32)
-        room = ((0, 0), (0, cells), (0, 0), (0, 0))
-        keys, values, blends = [], [], []
+        room = ((0, 0), (0, 0), (0, cells), (0, 0))
+        keys, values, looked_at = [], [], []
         for layer in self.layers:
             _, x, (k, v) = layer.attend(x, positions, _causal(filled))
             x = layer.feed_forward(x)
             keys.append(jnp.pad(k, room))
             values.append(jnp.pad(v, room))
             if blended_rows and layer.blender is not None:
-                hidden = jnp.zeros((blended_rows, cells + 1, x.shape[-1]), x.dtype)
-                blends.append(BlendCache(hidden, layer.blender.compose()))
+                looked_at.append(jnp.zeros((blended_rows, cells + 1, x.shape[-1]), x.dtype))
         length = filled.sum(axis=1, dtype=jnp.int32) + 1
         filled = jnp.pad(filled, ((0, 0), (0, cells)))
-        return Cache(tuple(keys), tuple(values), filled, length, tuple(blends))
+        return Cache(tuple(keys), tuple(values), filled, length, tuple(looked_at))
 
     def step(
         self,
@@ -245,37 +257,34 @@ class Llama(nnx.Module):
         """One token a row, at the slot of ``cell``; returns the normed hidden state.
 
         Args:
-          features: retrieved for the first B rows, those of ``prefill``'s ``blended_rows``.
+          features: retrieved for the first B rows, those of ``prefill``'s ``blended_rows``; the blenders must be
+            folded.
         """
         cells = grid[0] * grid[1]
         slot = cache.filled.shape[1] - cells + cell
         filled = jax.lax.dynamic_update_slice_in_dim(cache.filled, jnp.ones((x.shape[0], 1), bool), slot, axis=1)
         positions = (cache.length - 1 + cell)[:, None]
-        x, keys, values, blends = x[:, None], [], [], []
+        x, keys, values, looked_at = x[:, None], [], [], []
         for layer, k, v in zip(self.layers, cache.keys, cache.values, strict=True):
             normed, x, (k, v) = layer.attend(x, positions, filled[:, None], (k, v), slot)
             keys.append(k)
             values.append(v)
             if features is not None and layer.blender is not None:
-                added, features, blend = _blend_step(
-                    layer.blender, normed, cache.blends[len(blends)], cell, grid, features
-                )
-                x = x.at[: len(added), 0].add(added)
-                blends.append(blend)
+                past = cache.looked_at[len(looked_at)]
+                past = jax.lax.dynamic_update_slice_in_dim(past, normed[: len(features)], cell, axis=1)
+                looked_at.append(past)
+                blended = _blend_step(layer.blender, past, cell, grid, features)
+                x, features = x.at[: len(features), 0].add(blended.added), blended.features
             x = layer.feed_forward(x)
-        cache = Cache(tuple(keys), tuple(values), filled, cache.length, tuple(blends))
+        cache = Cache(tuple(keys), tuple(values), filled, cache.length, tuple(looked_at))
         return self.norm(x)[:, 0], cache
 
 
-def _blend_step(blender, normed, cache: BlendCache, cell, grid, features):
-    """Remembers what came just before ``cell`` and blends the cell: what is added, features, cache."""
-    rows = features.shape[0]
-    hidden = jax.lax.dynamic_update_slice_in_dim(cache.hidden, normed[:rows], cell, axis=1)
+def _blend_step(blender: FoldedBlender, past: Float[Array, "B slots D"], cell, grid, features) -> Blended:
+    """The blend of one cell, whose window is gathered from the hidden states so far."""
     window = jnp.asarray(window_cells(blender.config.hops, *grid))[cell]
-    around = jnp.where(window[None, :, None] >= 0, hidden[:, window + 1], 0)
-    complete = jnp.asarray(has_context(*grid))[cell]
-    blended = blender.blend_cell(cache.composed, around, features, complete)
-    return blended.added, blended.features, BlendCache(hidden, cache.composed)
+    around = jnp.where(window[None, :, None] >= 0, past[:, window + 1], 0)
+    return blender.blend_cell(around, features, jnp.asarray(has_context(*grid))[cell])
 
 
 def _causal(filled: Bool[Array, "R S"]) -> Bool[Array, "R S S"]:
