@@ -28,7 +28,7 @@ demo: install  ## Build a small datastore and draw with it, plain and with retri
 	  --config.retrieval.store=demo/store --test_prompts=8 --provenance
 
 test: lint  ## Run lint, then every test.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 lint: install  ## Check style and format, change nothing.
 	$(BIN)/ruff check .
