@@ -6,9 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Eight virtual devices, so that the tests of meshes run anywhere; set before jax wakes. What runs in a test is small:
-# compiling is what takes the time, and without optimization it takes a third less.
-FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+import children
+
+# Eight virtual devices, so that the tests of meshes run anywhere; set before jax wakes.
+FLAGS = f" --xla_force_host_platform_device_count=8 {children.QUICK}"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is XLA's: what one test or command has compiled, the next ones of this run read.

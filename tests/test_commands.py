@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -226,9 +227,8 @@ def test_the_embedded_checkpoint_is_what_its_manifest_says():
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=children.alone(), capture_output=True, text=True, check=False
     )
 
 

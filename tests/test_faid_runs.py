@@ -1,14 +1,13 @@
 """The command that trains FAiD: killed and restarted, and in two processes, it trains as if nothing had happened."""
 
 import json
-import os
 import random
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 import workshop
@@ -34,7 +33,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def start(folder: Path, workdir: Path, *changes: str, devices: int = 1, **env: str) -> subprocess.Popen:
+def start(folder: Path, workdir: Path, *changes: str, env: dict[str, str] | None = None) -> subprocess.Popen:
     """``arrag_jax.train`` on configs/emoji_faid.py, with the tiny base."""
     options = {
         "base": folder / "model", "neighbors": folder / "neighbors", "retrieval.store": folder / "store",
@@ -44,12 +43,8 @@ def start(folder: Path, workdir: Path, *changes: str, devices: int = 1, **env: s
     changes += ("batch_size=4", "log_every=1", "eval_every=1000", "data.eval_examples=8")
     command = [sys.executable, "-m", "arrag_jax.train", "--config=configs/emoji_faid.py", f"--workdir={workdir}"]
     command += [f"--config.options.{key}={value}" for key, value in options.items()]
-    env = os.environ | env | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }  # fmt: skip
     command += [f"--config.{change}" for change in changes]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=env or children.alone(), stderr=subprocess.PIPE, text=True)
 
 
 def losses(workdir: Path) -> dict[int, float]:
@@ -92,16 +87,9 @@ def test_killed_three_times_is_uninterrupted(folder, tmp_path):
 
 def test_two_processes_train_as_one_does(folder, tmp_path):
     """On four devices, fully sharded two ways; dropped captions and LoRA's dropout included."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
     changes = ("steps=5", "checkpoint_every=5", "mesh.data=2", "mesh.fsdp=2")
-    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    processes = [
-        start(folder, tmp_path / "two", *changes, devices=2, **cluster, JAX_PROCESS_ID=str(number))
-        for number in range(2)
-    ]
-    processes.append(start(folder, tmp_path / "one", *changes, devices=4))
+    processes = [start(folder, tmp_path / "two", *changes, env=env) for env in children.together(2, devices=2)]
+    processes.append(start(folder, tmp_path / "one", *changes, env=children.alone(devices=4)))
     errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import os
 import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import children
 import folders
 import numpy as np
 import pytest
@@ -120,8 +120,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(config, tmp_path)
     """SIGKILL at 20 moments spread over a build, from the listing of the folder to the manifest."""
     moments = [str(random.Random(seed).random()) for seed in range(20)]
     command = [sys.executable, "-c", KILLED, config.source, str(tmp_path), *moments]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, env=children.alone(), capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 10
     expected = contents(tmp_path / "whole")

@@ -1,11 +1,10 @@
 """The mesh: its shapes, where leaves live, how batches are put on it, and runs of several processes."""
 
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import children
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,20 +114,9 @@ def test_one_process_needs_no_start_and_half_a_description_is_refused(monkeypatc
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    env = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-    }
     command = [sys.executable, __file__, str(tmp_path / "two")]
     processes = [
-        subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(process)}, stderr=subprocess.PIPE, text=True)
-        for process in range(2)
+        subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for env in children.together(2, devices=2)
     ]
     train_toy(tmp_path / "one")
     errors = [process.communicate()[1] for process in processes]

@@ -1,14 +1,13 @@
 """Several processes that build one store: the same bytes as one alone, and none waits for the dead."""
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import children
 import folders
 import pytest
 from folders import contents, write_scenes
@@ -80,23 +79,12 @@ def test_two_builders_at_once_make_the_same_store(whole, config, tmp_path):
 
 def processes(config: DatastoreConfig, store: Path, **changes) -> list[subprocess.Popen]:
     """The command in two processes on loopback."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    env = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-    }
     fields = {"source": config.source, "model": config.model, "batch_size": 4, "shard_size": 5, "max_bad_fraction": 0.1}
     overrides = [f"--config.{name}={value}" for name, value in (fields | changes).items()]
     command = [sys.executable, "-m", "arrag_jax.build_datastore", "--config=configs/folder_datastore.py"]
     command += [*overrides, "--config.indexes=()", f"--workdir={store}"]
     return [
-        subprocess.Popen(command, cwd=ROOT, env=env | {"JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
+        subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) for env in children.together(2)
     ]
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import children
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -144,12 +145,9 @@ def losses_so_far(metrics: Path) -> list[int]:
 def start_process(workdir: Path) -> subprocess.Popen:
     """The toy task in a process of its own, on one device."""
     script = Path(__file__).with_name("toy.py")
-    env = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "XLA_FLAGS": "",
-        "JAX_PLATFORMS": "cpu",
-    }
-    return subprocess.Popen([sys.executable, str(script), str(workdir)], env=env, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, str(script), str(workdir)], env=children.alone(), stderr=subprocess.DEVNULL
+    )
 
 
 class DivergingTask(ToyTask):

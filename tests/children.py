@@ -1,0 +1,26 @@
+"""Environments of the processes that tests start: few devices, and compiled as the tests themselves are."""
+
+import os
+import socket
+from pathlib import Path
+
+# What runs in a test is small: compiling is what takes the time, and without optimization it takes a third less.
+QUICK = "--xla_backend_optimization_level=0"
+
+
+def alone(devices: int = 1) -> dict[str, str]:
+    """Of one process on so many virtual devices."""
+    return os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
+    }
+
+
+def together(processes: int, devices: int = 1) -> list[dict[str, str]]:
+    """Of each process of one run on loopback, so many virtual devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    run = alone(devices) | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [run | {"JAX_PROCESS_ID": str(number)} for number in range(processes)]
