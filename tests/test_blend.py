@@ -45,7 +45,7 @@ def cheap(form, kernels, weights, hidden, features):
         around = blend.around_composed(blend.compose(kernels, weights), offsets, hidden)
     centre = blend.centre(kernels, weights)
     around = around.reshape(BATCH, -1, 1, WIDTH) + centre.bias.reshape(1, 1, 1, -1)
-    return around + jnp.einsum("btki,io->btko", features, centre.matrix)
+    return around + jnp.einsum("btki,oi->btko", features, centre.matrix)
 
 
 @pytest.mark.parametrize("hops", HOPS, ids=str)

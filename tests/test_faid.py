@@ -226,8 +226,8 @@ def test_reference_lora(golden_model, reference):
             lora = getattr(layer.attention, f"{projection}_lora")
             for side in "ab":
                 key = name.format(i, projection, side.upper())
-                getattr(lora, side).kernel[...] = jnp.asarray(tensors[key].T)
-                path = f"language_model.layers.{i}.attention.{projection}_lora.{side}.kernel"
+                getattr(lora, side).weight[...] = jnp.asarray(tensors[key])
+                path = f"language_model.layers.{i}.attention.{projection}_lora.{side}.weight"
                 official[path] = tensors[f"grad::{key}"]
     arguments = (inputs["text_ids_left"], inputs["gt_tokens"], inputs["retrieved_codes"], inputs["text_mask_left"])
     np.testing.assert_allclose(model.score(*arguments), golden["tf_logits_left"][:, -37:-1], atol=1e-4)
@@ -239,7 +239,7 @@ def test_reference_lora(golden_model, reference):
     for key, value in tensors.items():
         if key.startswith("merged::"):
             ours = merged[key.removeprefix("merged::").replace("base_model.model.", "").replace("base_layer.", "")]
-            np.testing.assert_allclose(ours[...].T, value, atol=1e-6)
+            np.testing.assert_allclose(ours[...], value, atol=1e-6)
 
 
 def test_the_reference_draws_the_same(golden_model, reference):

@@ -60,7 +60,7 @@ def test_training_changes_every_adapter_and_nothing_else(folder, tmp_path):
         if not path.startswith("gen_vision_model"):
             rounded = rounded.astype(jnp.bfloat16).astype(jnp.float32)
         same = np.array_equal(value[...], rounded)
-        trained = type(before[path]) is Adapter or path.endswith(("attention.q.kernel", "attention.v.kernel"))
+        trained = type(before[path]) is Adapter or path.endswith(("attention.q.weight", "attention.v.weight"))
         assert same != trained, path
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     measured = [line["eval/bits_per_code"] for line in lines if "eval/bits_per_code" in line]

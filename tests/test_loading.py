@@ -136,8 +136,7 @@ class TestLora:
                 tiny.fill(lora, i)
                 for side in "ab":
                     key = f"language_model.base_model.model.model.layers.{i}.self_attn.{name}_proj.lora_{side.upper()}"
-                    kernel = np.asarray(getattr(lora, side).kernel[...])
-                    adapter[f"{key}.default.weight"] = np.ascontiguousarray(kernel.T)
+                    adapter[f"{key}.default.weight"] = np.asarray(getattr(lora, side).weight[...])
         save_file(adapter, tmp_path / "adapter_model.safetensors")
         (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6}))
         return model, tmp_path

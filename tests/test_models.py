@@ -74,14 +74,14 @@ def test_a_bfloat16_save_keeps_the_tokenizer_exact(tmp_path):
     save_model(model, tmp_path, "bfloat16")
     again = load_model(tmp_path)
     assert fingerprint(again) == fingerprint(model)
-    kernel = model.gen_head.layers[0].kernel[...]
-    rounded = kernel.astype(jnp.bfloat16).astype(jnp.float32)
-    np.testing.assert_array_equal(again.gen_head.layers[0].kernel[...], rounded)
+    weight = model.gen_head.layers[0].weight[...]
+    rounded = weight.astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_array_equal(again.gen_head.layers[0].weight[...], rounded)
 
 
 def test_fingerprints_tell_tokenizers_apart_and_nothing_else():
     one, other = tiny.janus(), tiny.janus()
-    other.gen_head.layers[0].kernel[...] += 1.0
+    other.gen_head.layers[0].weight[...] += 1.0
     assert fingerprint(one) == fingerprint(other)
     other.gen_vision_model.codes[...] += 1e-3
     assert fingerprint(one) != fingerprint(other)
@@ -158,8 +158,8 @@ def test_grouped_query_attention_equals_repeated_heads():
     state = {name: value[...] for name, value in parameters(grouped).items()}
     for name, value in parameters(full).items():
         given = state[name]
-        if name.endswith(("attention.k.kernel", "attention.v.kernel")):
-            given = jnp.repeat(given.reshape(16, 2, 4), 2, axis=1).reshape(16, 16)
+        if name.endswith(("attention.k.weight", "attention.v.weight")):
+            given = jnp.repeat(given.reshape(2, 4, 16), 2, axis=0).reshape(16, 16)
         value.set_value(given)
     ids, mask = tiny.prompts((4, 3))
     codes = np.random.default_rng(0).integers(0, 9, (2, 20))

@@ -98,8 +98,8 @@ def test_training_the_prior_leaves_the_tokenizer_bit_identical(workshop, tmp_pat
     train(config("prior"), task, tmp_path)
     start, end = load_model(folder, parts=VISION), load_model(tmp_path / "export")
     assert fingerprint(start) == fingerprint(end)
-    trained = parameters(end)["language_model.layers.0.mlp.up.kernel"][...]
-    initial = parameters(model)["language_model.layers.0.mlp.up.kernel"][...]
+    trained = parameters(end)["language_model.layers.0.mlp.up.weight"][...]
+    initial = parameters(model)["language_model.layers.0.mlp.up.weight"][...]
     assert np.abs(trained - initial).max() > 0
     manifest = json.loads((tmp_path / "export" / "manifest.json").read_text())
     assert manifest["tokenizer_fingerprint"] == fingerprint(start)

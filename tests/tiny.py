@@ -41,7 +41,8 @@ def fill(model: nnx.Module, seed: int) -> None:
     rng = np.random.default_rng(seed)
     for path, value in nnx.to_flat_state(nnx.state(model)):
         shape, name = value.shape, path[-1]
-        scale = {"kernel": np.prod(shape[:-1]) ** -0.5, "bias": 0.1, "scale": 0.2, "norm_scale": 0.2}.get(name, 1.0)
+        fan_in = {"kernel": np.prod(shape[:-1]) ** -0.5, "weight": shape[-1] ** -0.5}
+        scale = {**fan_in, "bias": 0.1, "scale": 0.2, "norm_scale": 0.2}.get(name, 1.0)
         scale *= 4.0 if path[:3] == ("gen_head", "layers", 1) else 1.0
         value.set_value(jnp.asarray(scale * rng.normal(size=shape) + name.endswith("scale"), jnp.float32))
 

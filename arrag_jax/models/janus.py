@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.errors import UserError
 from arrag_jax.models.presets import JanusConfig
+from arrag_jax.nn.linear import Linear
 from arrag_jax.nn.transformer import Cache, Llama
 from arrag_jax.nn.vq import VQTokenizer
-from arrag_jax.ops import products
 
 PARTS = ("language_model", "gen_vision_model", "gen_embed", "gen_aligner", "gen_head")
 VISION = ("gen_vision_model",)  # the tokenizer alone
@@ -28,7 +28,7 @@ class Projector(nnx.Module):
 
     def __init__(self, widths: tuple[int, ...], rngs: nnx.Rngs):
         pairs = itertools.pairwise(widths)
-        self.layers = nnx.List([nnx.Linear(a, b, dot_general=products.linear, rngs=rngs) for a, b in pairs])
+        self.layers = nnx.List([Linear(a, b, rngs) for a, b in pairs])
 
     def __call__(self, x: Float[Array, "*dims I"]) -> Float[Array, "*dims O"]:
         for i, layer in enumerate(self.layers):

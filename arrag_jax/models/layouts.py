@@ -15,7 +15,7 @@ Rule = tuple[str, str | Callable[[re.Match], str]]
 LM_HEAD = "language_model.lm_head.weight"
 
 _LAYER = r"language_model\.layers\.(\d+)\."
-# Our path → published key, first match wins. The leaf (kernel, scale, embedding) becomes "weight".
+# Our path → published key, first match wins. The leaf (weight, kernel, scale, embedding) becomes "weight".
 _PUBLISHED: tuple[Rule, ...] = (
     (
         rf"{_LAYER}attention\.([qv])_lora\.([ab])\.",  # as the PEFT library calls them, see ``plain_key``
@@ -119,14 +119,10 @@ def plain_key(name: str) -> str:
 
 
 def to_ours(value: np.ndarray, path: str) -> np.ndarray:
-    """A published tensor in our axis order: [out, in] → [in, out], OIHW → HWIO."""
-    if not path.endswith(".kernel"):
-        return value
-    return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
+    """A published tensor in our axis order: convolutions go from OIHW to HWIO."""
+    return value.transpose(2, 3, 1, 0) if path.endswith(".kernel") else value
 
 
 def to_published(value: np.ndarray, path: str) -> np.ndarray:
     """The inverse of ``to_ours``."""
-    if not path.endswith(".kernel"):
-        return np.ascontiguousarray(value)
-    return np.ascontiguousarray(value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1))
+    return np.ascontiguousarray(value.transpose(3, 2, 0, 1) if path.endswith(".kernel") else value)

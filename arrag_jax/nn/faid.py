@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.errors import UserError
+from arrag_jax.nn.linear import Linear
 from arrag_jax.ops import blend, products
 from arrag_jax.ops.grid import has_context
 
@@ -81,8 +82,7 @@ class Blender(nnx.Module):
                 silent[...] = jnp.zeros_like(silent[...])
         # The official module has no weight for a single hop.
         self.conv_weights = nnx.Param(jnp.ones(len(config.hops))) if len(config.hops) > 1 else None
-        dense = lambda out: nnx.Linear(width, out, kernel_init=_kaiming_dense, dot_general=products.linear, rngs=rngs)  # noqa: E731
-        self.gate = nnx.List([dense(width), dense(1)])
+        self.gate = nnx.List([Linear(width, out, rngs, init=_kaiming_dense) for out in (width, 1)])
 
     def kernels(self) -> tuple[list[blend.HopKernels], Float[Array, " hops"]]:
         """The convolutions of every hop, and the hops' weights (softmax)."""
@@ -125,9 +125,9 @@ class Blender(nnx.Module):
         return kept[1]
 
     def centre(self, kernels: list[blend.HopKernels], weights: Float[Array, " hops"]) -> blend.Centre:
-        """With the norm's scale in its rows: where features have no gradient of their own, none is computed."""
+        """With the norm's scale in its columns: where features have no gradient of their own, none is computed."""
         matrix, bias = blend.centre(kernels, weights)
-        return blend.Centre(self.norm_scale[...][:, None] * matrix, bias)
+        return blend.Centre(self.norm_scale[...][None] * matrix, bias)
 
 
 class FoldedBlender(nnx.Module):
@@ -136,7 +136,8 @@ class FoldedBlender(nnx.Module):
     def __init__(self, blender: Blender):
         kernels, weights = blender.kernels()
         self.config, self.norm, self.gate = blender.config, blender.norm, blender.gate
-        self.around = nnx.Param(blend.compose(kernels, weights))
+        around = blend.compose(kernels, weights)
+        self.around = nnx.Param(around.reshape(-1, around.shape[-1]).T)  # [D, nD]
         self.matrix, self.bias = map(nnx.Param, blender.centre(kernels, weights))
 
     def blend_cell(
@@ -149,7 +150,7 @@ class FoldedBlender(nnx.Module):
           features: incoming.
           complete: has the cell a context?
         """
-        around = products.einsum("bni,nio->bo", window, self.around[...])
+        around = products.linear(window.reshape(len(window), -1), self.around[...])
         incoming = jnp.where(complete, self.norm(features), 0.0)
         return _gated(self.gate, around, incoming, blend.Centre(self.matrix[...], self.bias[...]))
 
@@ -165,7 +166,7 @@ def _fold(graph, state):
 
 def _gated(gate: nnx.List, around: Array, incoming: Array, centre: blend.Centre) -> Blended:
     """The affine value of every slot, gated: float32 ``around`` [..., D] and ``incoming`` [..., K, D]."""
-    value = products.einsum("...i,io->...o", incoming, centre.matrix)
+    value = products.linear(incoming, centre.matrix)
     around = around + centre.bias.reshape((1,) * (around.ndim - 1) + (-1,))
     value = (value + around[..., None, :]).astype(incoming.dtype)
     enter, leave = gate

@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from arrag_jax.errors import UserError
-from arrag_jax.ops import products
+from arrag_jax.nn.linear import Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +29,8 @@ class Lora(nnx.Module):
     def __init__(self, inputs: int, outputs: int, config: LoraConfig, rngs: nnx.Rngs):
         self.config = config
         uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # the official code's, through PEFT
-        self.a = nnx.Linear(
-            inputs, config.rank, use_bias=False, kernel_init=uniform, dot_general=products.linear, rngs=rngs
-        )
-        zeros = nnx.initializers.zeros
-        self.b = nnx.Linear(
-            config.rank, outputs, use_bias=False, kernel_init=zeros, dot_general=products.linear, rngs=rngs
-        )
+        self.a = Linear(inputs, config.rank, rngs, bias=False, init=uniform)
+        self.b = Linear(config.rank, outputs, rngs, bias=False, init=nnx.initializers.zeros)
         self.dropout = nnx.Dropout(config.dropout)
 
     def __call__(self, x: Float[Array, "R S I"], rngs: nnx.Rngs | None = None) -> Float[Array, "R S O"]:
@@ -43,6 +38,6 @@ class Lora(nnx.Module):
         x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
         return self.b(self.a(x)) * (self.config.alpha / self.config.rank)
 
-    def merged(self) -> Float[Array, "I O"]:
-        """The correction as one matrix, to be added to the layer's kernel."""
-        return jnp.dot(self.a.kernel[...], self.b.kernel[...]) * (self.config.alpha / self.config.rank)
+    def merged(self) -> Float[Array, "O I"]:
+        """The correction as one matrix, to be added to the layer's weight."""
+        return jnp.dot(self.b.weight[...], self.a.weight[...]) * (self.config.alpha / self.config.rank)

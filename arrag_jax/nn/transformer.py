@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.nn.faid import Blended, Blender, FaidConfig, FoldedBlender, window_cells
+from arrag_jax.nn.linear import Linear
 from arrag_jax.nn.lora import Lora, LoraConfig
 from arrag_jax.ops import products
 from arrag_jax.ops.grid import has_context
@@ -80,9 +81,8 @@ def attend(
     return products.einsum("rkgsp,rkpd->rskgd", shares.astype(v.dtype), v).astype(q.dtype).reshape(q.shape)
 
 
-def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-    init = nnx.initializers.normal(inputs**-0.5)
-    return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=init, dot_general=products.linear, rngs=rngs)
+def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> Linear:
+    return Linear(inputs, outputs, rngs, bias=False, init=nnx.initializers.normal(inputs**-0.5))
 
 
 class Attention(nnx.Module):
@@ -104,10 +104,10 @@ class Attention(nnx.Module):
         self.v_lora = nnx.data(Lora(width, self.config.kv_heads * wide, config, rngs))
 
     def merge_lora(self) -> None:
-        """Adds the LoRA to the projections' kernels and drops it."""
+        """Adds the LoRA to the projections' weights and drops it."""
         for linear, lora in ((self.q, self.q_lora), (self.v, self.v_lora)):
             if lora is not None:
-                linear.kernel[...] = (linear.kernel[...] + lora.merged()).astype(linear.kernel.dtype)
+                linear.weight[...] = (linear.weight[...] + lora.merged()).astype(linear.weight.dtype)
         self.q_lora, self.v_lora = nnx.data(None), nnx.data(None)
 
     def __call__(self, x, positions, mask, kv=None, slot=None, rngs=None):

@@ -11,7 +11,7 @@ hop. *Composed*, the two kernels are multiplied with each other first: one matri
 hop 2, 24 for hop 3, shared by the hops), paid for with D rows for every pair of kernel taps. ``cheaper_composed``
 says which costs less; decoding, which uses the same kernels for every cell, always composes.
 
-Matrices are [in, out]. Products are summed in float32 whatever the inputs are.
+Kernels and what they are composed to are [in, out]. Products are summed in float32 whatever the inputs are.
 """
 
 from collections.abc import Sequence
@@ -40,9 +40,9 @@ class HopKernels(NamedTuple):
 
 
 class Centre(NamedTuple):
-    """What a feature r in the centre gives: r @ matrix + bias, all hops together."""
+    """What a feature r in the centre gives: matrix r + bias, all hops together."""
 
-    matrix: Float[Array, "D D"]
+    matrix: Float[Array, "D D"]  # [out, in], as ``ops.products.linear`` takes it
     bias: Float[Array, " D"]
 
 
@@ -81,9 +81,9 @@ def centre(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Cen
         # The pairs that reach the centre are a tap and its mirror image. The first bias, which every tap of the second
         # kernel meets, goes along as one more row.
         row = jnp.broadcast_to(first_bias, (*first.shape[:2], 1, len(first_bias)))
-        product = products.einsum("uvio,uvop->ip", jnp.concatenate([first[::-1, ::-1], row], axis=2), second)
-        matrix += weight * product[:-1]
-        bias += weight * (product[-1] + second_bias)
+        product = products.einsum("uvio,uvop->pi", jnp.concatenate([first[::-1, ::-1], row], axis=2), second)
+        matrix += weight * product[:, :-1]
+        bias += weight * (product[:, -1] + second_bias)
     return Centre(matrix.astype(first.dtype), bias)
 
 

@@ -7,11 +7,15 @@ the forward pass rounds.
 """
 
 import functools
-from typing import Any
+import os
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+FEW_ROWS = 32  # up to so many, a CPU's time goes into reading the weight
+LARGE_WEIGHT = 2**20  # numbers; smaller ones stay in a CPU's cache
+CORES = os.cpu_count() or 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -24,9 +28,29 @@ def einsum(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> F
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def linear(x: Array, matrix: Array, dimensions: Any = None, **_: Any) -> Array:
-    """x [..., I] @ matrix [I, O], rounded to x's type; takes what ``nnx.Linear`` gives its ``dot_general``."""
-    return einsum("...i,io->...o", x, matrix).astype(x.dtype)
+def linear(x: Float[Array, "*rows I"], weight: Float[Array, "O I"]) -> Float[Array, "*rows O"]:
+    """x times the weight's transpose, of one type, with a float32 result.
+
+    A row of the weight is what one output needs, so that a step of decoding reads it from end to end. There XLA's CPU
+    product gets by on half of the memory's bandwidth, but on nearly all of it part by part (docs/LOG.md, 2026-11-25).
+    """
+    few = x.size <= FEW_ROWS * x.shape[-1] and weight.size >= LARGE_WEIGHT
+    return jax.lax.platform_dependent(x, weight, cpu=_few_rows, default=_whole) if few else _whole(x, weight)
+
+
+def _whole(x: Array, weight: Array) -> Array:
+    return einsum("...i,oi->...o", x, weight)
+
+
+def _few_rows(x: Array, weight: Array) -> Array:
+    rows = x.reshape(-1, x.shape[-1])
+    if x.dtype == jnp.float32:
+        parts = next(n for n in range(CORES, 0, -1) if len(weight) % n == 0)
+        rows = jnp.broadcast_to(rows, (parts, *rows.shape))
+        y = einsum("noi,nri->nor", weight.reshape(parts, -1, x.shape[-1]), rows).reshape(len(weight), -1).T
+    else:  # a single row of bfloat16 takes ten times as long as two
+        y = _whole(jnp.broadcast_to(rows, (max(2, len(rows)), x.shape[-1])), weight)[: len(rows)]
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _forward(subscripts: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:

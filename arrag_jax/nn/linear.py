@@ -1,0 +1,32 @@
+"""The linear layer of all modules but the tokenizer."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from arrag_jax.ops import products
+
+
+class Linear(nnx.Module):
+    """x [..., I] → [..., O]. The weight is [O, I], as PyTorch and the published checkpoints hold it.
+
+    Not ``nnx.Linear``, whose kernel is [I, O]: see ``ops.products.linear``.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        rngs: nnx.Rngs,
+        bias: bool = True,
+        init: jax.nn.initializers.Initializer | None = None,
+    ):
+        """``init`` takes shapes [I, O], for which flax's initializers are made; None = flax's own for linear layers."""
+        init = nnx.initializers.lecun_normal() if init is None else init
+        self.weight = nnx.Param(init(rngs.params(), (inputs, outputs), jnp.float32).T)
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+
+    def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
+        y = products.linear(x, self.weight[...]).astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
