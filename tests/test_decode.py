@@ -1,7 +1,5 @@
 """Laws of the decode loop: teacher forcing, causality, batches, policies, and the reference's own drawings."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,8 +153,7 @@ def test_greedy_is_the_limit_of_a_low_temperature(model):
 
 
 def test_the_reference_draws_the_same(reference):
-    model = load_model(reference / "janus_layout")
-    model.config = dataclasses.replace(model.config, grid=(6, 6))
+    model = load_model(reference / "janus_layout", grid=(6, 6))
     golden = np.load(reference / "base.npz")
     drawn = sample(model, golden["text_ids_left"], prompt_mask=golden["text_mask_left"], cfg_scale=5.0, greedy=True)
     for i in (0, 1):
@@ -167,8 +164,7 @@ def test_the_reference_draws_the_same(reference):
 
 @pytest.mark.parametrize("kind", ["latent", "codebook"])
 def test_the_reference_draws_the_same_with_daid(reference, kind):
-    model = load_model(reference / "janus_layout")
-    model.config = dataclasses.replace(model.config, grid=(6, 6))
+    model = load_model(reference / "janus_layout", grid=(6, 6))
     base, golden = np.load(reference / "base.npz"), np.load(reference / "retrieval.npz")
     cells = grid.context_cells(6, 6)[grid.cells_with_context(6, 6)]
     vectors = golden["grid_latents"] if kind == "latent" else golden["codebook_normalised"][golden["grid_codes"]]
