@@ -44,22 +44,12 @@ class Sampling:
     greedy: bool = False
 
     def __post_init__(self):
-        for name, kind in (("cfg_scale", float), ("temperature", float), ("top_p", float), ("top_k", operator.index)):
-            object.__setattr__(self, name, _number(name, getattr(self, name), kind))
-        if self.temperature is None or not self.temperature > 0:
+        if not self.temperature > 0:
             raise UserError(f"temperature = {self.temperature} must be above 0 (for the most probable code: greedy)")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k = {self.top_k} must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p} is outside (0, 1]")
-
-
-def _number(name: str, value: Any, kind: Callable[[Any], Any]) -> Any:
-    """A number of Python's, which can be hashed, from whatever library's; None stays None."""
-    try:
-        return None if value is None else kind(value)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name} = {value!r} must be one number") from error
 
 
 class Drawn(NamedTuple):
@@ -178,6 +168,14 @@ def require_blenders(model: Backbone, retriever: Retriever, neighbors: int | Non
         raise UserError(f"FAiD blends {wanted} neighbours, the search gives k={retriever.k}; raise k")
 
 
+def _number(name: str, value: Any) -> Any:
+    """A number of Python's, which can be hashed, of any library's; None stays None."""
+    try:
+        return value if value is None else operator.index(value) if name == "top_k" else float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} = {value!r} must be one number") from error
+
+
 def sample(
     model: Backbone,
     prompt_ids: ArrayLike,
@@ -219,7 +217,8 @@ def sample(
         raise UserError(f"{type(policy).__name__} needs a retriever: build a datastore, or draw with --method plain")
     if policy.blends:
         require_blenders(model, retriever, policy.neighbors)
-    sampling = Sampling(cfg_scale, temperature, top_k, top_p, bool(greedy))
+    numbers = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = Sampling(**{name: _number(name, value) for name, value in numbers.items()}, greedy=bool(greedy))
     if sampling.top_k is not None and sampling.top_k > model.codebook_size:
         raise UserError(f"top_k = {sampling.top_k} is more than the {model.codebook_size} codes there are")
     cond = model.check_prompt(prompt_ids, prompt_mask)

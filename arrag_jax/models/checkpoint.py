@@ -55,6 +55,10 @@ def abstract_model(directory: Path, parts: tuple[str, ...] = PARTS) -> tuple[Jan
     """The model that a folder's configs describe, shapes without numbers, and how its tensors are named there."""
     config, lora = read_json(directory), read_lora(directory)
     shape = parse_config(config, directory)
+    if shape.pad_id >= shape.language.vocab_size:
+        raise UserError(
+            f"{directory} has a vocabulary of {shape.language.vocab_size}, but its pad token is {shape.pad_id}"
+        )
 
     def build() -> Janus:
         model = Janus(shape, nnx.Rngs(0), parts)

@@ -156,10 +156,7 @@ def _pad_id(text: dict[str, Any], language: LlamaConfig, path: Path) -> int:
     given = text.get("pad_token_id"), _object(beside).get("pad_token_id") if beside.is_file() else None
     usual = min(JanusConfig.pad_id, language.vocab_size - 1)
     pad = next((i for i in given if i is not None and i >= 0), None)
-    pad = _tokenizers_pad(path.parent / "tokenizer.json", usual) if pad is None else pad
-    if pad >= language.vocab_size:
-        raise UserError(f"{path} has a vocabulary of {language.vocab_size}, but its pad token is {pad}")
-    return pad
+    return _tokenizers_pad(path.parent / "tokenizer.json", usual) if pad is None else pad
 
 
 def _tokenizers_pad(path: Path, usual: int) -> int:
