@@ -184,7 +184,7 @@ def test_the_reference_blends_the_same(reference, name):
 @pytest.mark.parametrize("name", ["h1", "h2", "h12"])
 def test_the_reference_blends_cell_by_cell_the_same(reference, name):
     """Its decoding path, which has no rule for boundary cells: all count as having a context."""
-    golden, model = np.load(reference / "blender_alone.npz"), reference_blender(reference, name).fold()
+    golden, model = np.load(reference / "blender_alone.npz"), FoldedBlender(reference_blender(reference, name))
     for i, cell in enumerate(golden[f"{name}_eval_pos"]):
         window = window_cells(model.config.hops, 6, 6)[cell]
         tokens = golden[f"{name}_eval_hidden_padded"][i][:, 5:]  # five of the prompt come first

@@ -195,9 +195,9 @@ def test_the_grid_of_codes_is_known_or_named(golden_model, reference):
         golden_model.score(ids, codes[:, :35], neighbors[:, :35], mask)
     with pytest.raises(UserError, match=r"36 codes do not fill a grid of 6 x 5"):
         golden_model.score(ids, codes, neighbors, mask, grid=(6, 5))
-    for grid in (6, (6,), (6, 0), (6.0, 6), "66"):
+    for wrong in (6, (6,), (6, 0), (6.0, 6), "66"):
         with pytest.raises(UserError, match="must be two whole numbers of cells"):
-            golden_model.score(ids, codes, neighbors, mask, grid=grid)
+            golden_model.score(ids, codes, neighbors, mask, grid=wrong)
     square, named = (golden_model.score(ids, codes, neighbors, mask, grid=grid) for grid in (None, [np.int64(6), 6]))
     np.testing.assert_array_equal(square, named)
 

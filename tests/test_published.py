@@ -24,7 +24,8 @@ class TestPrecision:
     """bfloat16."""
 
     def test_a_bfloat16_load_scores_nearly_the_same(self, tmp_path):
-        """Some sixteen roundings by 2⁻⁹ lie on a number's way through two layers; they add up like noise."""
+        """About fifty roundings by 2⁻⁹ lie on a number's way through two layers and the head (twelve operations a
+        layer, each with rounded weights or inputs and a rounded result), and they add up like noise."""
         model, (ids, mask) = tiny.janus(), tiny.prompts((4, 3))
         save_model(model, tmp_path)
         codes = np.random.default_rng(0).integers(0, 9, (2, 20))
@@ -33,7 +34,7 @@ class TestPrecision:
             for each in (model, arrag_jax.load_model(tmp_path, dtype="bfloat16"))
         )
         assert rounded.dtype == np.float32
-        assert 0 < (rounded - exact).std() < 16**0.5 * 2**-9 * exact.std()
+        assert 0 < (rounded - exact).std() < 50**0.5 * 2**-9 * exact.std()
 
 
 class TestGrids:
