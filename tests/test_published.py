@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import arrag_jax
 from arrag_jax import generate
 from arrag_jax.config import DrawConfig, MeshConfig, RetrievalConfig, SamplingConfig
+from arrag_jax.decode.loop import picture_keys
 from arrag_jax.decode.policies import Daid
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import save_model
@@ -73,6 +75,8 @@ class TestAnyArrays:
         ):
             given = {"prompt_ids": ids, "prompt_mask": mask, "seed": np.array([3, 4]), **change}
             np.testing.assert_array_equal(arrag_jax.sample(model, **given).codes, expected.codes)
+        one, other = (jax.random.key_data(picture_keys(seed, 2)) for seed in (3, np.int64(3)))
+        np.testing.assert_array_equal(one, other)
 
     def test_scoring(self):
         model, (ids, mask) = tiny.janus(), tiny.prompts((4, 3))

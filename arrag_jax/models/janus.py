@@ -184,11 +184,11 @@ class Janus(nnx.Module):
         if codes.ndim != 2 or len(codes) != len(prompt_ids):
             raise UserError(f"codes must be [B, T] with B = {len(prompt_ids)} as the prompts, got {codes.shape}")
         _check_ids("codes", codes, self.codebook_size)
+        if neighbor_codes is not None:
+            neighbor_codes = self._check_neighbors(neighbor_codes, codes.shape)
         model = self
         if grid is not None or neighbor_codes is not None:
             model = self.with_grid(self._grid_of(codes.shape[1], grid))
-        if neighbor_codes is not None:
-            neighbor_codes = self._check_neighbors(neighbor_codes, codes.shape)
         codes = jnp.asarray(codes, jnp.int32)
         return _teacher_forced(*nnx.split(model), prompt_ids, prompt_mask, codes, neighbor_codes)
 
