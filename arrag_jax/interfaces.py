@@ -1,4 +1,4 @@
-"""The words of this code base: letters for shapes and the four Protocols. Read this file first.
+"""The words of this code base: letters for shapes and the three Protocols. Read this file first.
 
 Letters, used in every annotation:
 
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from arrag_jax.ops.neighbors import Neighbors
 
 Cache = Any  # a backbone's own pytree; the decode loop only carries it
+ArrayLike = Any  # what comes from outside and is checked by hand: numpy's, JAX's or another library's array, or lists
 
 
 @runtime_checkable
@@ -46,6 +47,10 @@ class Backbone(Protocol):
     codebook_size: int
     blended_neighbors: int  # neighbours whose features ``step`` takes; 0: it takes none
 
+    def with_grid(self, grid: ArrayLike) -> "Backbone":
+        """The same model over another grid (height, width); it shares every parameter."""
+        ...
+
     def folded(self) -> "Backbone":
         """The model as ``decode`` takes it for a policy that blends: all that no cell changes is worked out ahead."""
         ...
@@ -69,7 +74,9 @@ class Backbone(Protocol):
         """Prompts of classifier-free guidance, under the same mask."""
         ...
 
-    def check_prompt(self, prompt_ids: Any, prompt_mask: Any) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
+    def check_prompt(
+        self, prompt_ids: ArrayLike, prompt_mask: ArrayLike
+    ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
         """Prompts from outside as ids and mask (None = all real), or a UserError."""
         ...
 
@@ -87,7 +94,7 @@ class DecodePolicy(Protocol):
     """What retrieval does to the decode loop; a small frozen object of numbers."""
 
     uses_retrieval: bool
-    blends: bool  # does it give the backbone features?
+    blends: bool  # does it give the backbone features? Then it has ``neighbors`` too: of how many (None: the model's)
 
     def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> Any:
         """What the backbone's step takes from the neighbours (None: nothing), before the step."""

@@ -153,9 +153,9 @@ def test_unknown_hops_are_refused(hops):
         FaidConfig(hops=hops)
 
 
-@pytest.mark.parametrize("name", ["h1", "h2", "h12"])
-def test_the_reference_blends_the_same(reference, name):
-    golden, weights = np.load(reference / "blender_alone.npz"), load_file(reference / "blender_alone.safetensors")
+def reference_blender(reference, name: str) -> Blender:
+    """A blender of the reference; the official module is given features that are normed already."""
+    weights = load_file(reference / "blender_alone.safetensors")
     hops = tuple(int(hop) for hop in name[1:])
     model = nnx.eval_shape(lambda: Blender(FaidConfig(stride=1, hops=hops), 64, 1e-6, nnx.Rngs(0)))
     official = {"gate.0": "mlp.0", "gate.1": "mlp.2"}
@@ -168,8 +168,28 @@ def test_the_reference_blends_the_same(reference, name):
         for ours, theirs in official.items():
             key = key.replace(ours, theirs)
         value.set_value(jnp.asarray(to_ours(weights[f"{name}.{key}"], path)))
-    model.norm = lambda features: features  # the official module is given features that are normed already
+    model.norm = lambda features: features
+    return model
+
+
+@pytest.mark.parametrize("name", ["h1", "h2", "h12"])
+def test_the_reference_blends_the_same(reference, name):
+    golden, model = np.load(reference / "blender_alone.npz"), reference_blender(reference, name)
     hidden = jnp.asarray(golden[f"{name}_train_hidden"])[:, -36:].reshape(2, 6, 6, 64)
     out = model.blend_map(hidden, jnp.asarray(golden[f"{name}_train_retrieved"])).features
     expected = golden[f"{name}_train_out"]
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["h1", "h2", "h12"])
+def test_the_reference_blends_cell_by_cell_the_same(reference, name):
+    """Its decoding path, which has no rule for boundary cells: all count as having a context."""
+    golden, model = np.load(reference / "blender_alone.npz"), FoldedBlender(reference_blender(reference, name))
+    for i, cell in enumerate(golden[f"{name}_eval_pos"]):
+        window = window_cells(model.config.hops, 6, 6)[cell]
+        tokens = golden[f"{name}_eval_hidden_padded"][i][:, 5:]  # five of the prompt come first
+        around = np.where(window[None, :, None] >= 0, tokens[:, window], 0)
+        features = np.repeat(golden[f"{name}_eval_retrieved"][i].reshape(1, 10, 64), 2, axis=0)
+        out = model.blend_cell(jnp.asarray(around), jnp.asarray(features), jnp.asarray(True)).features
+        expected = golden[f"{name}_eval_out"][i][:, 0]
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from arrag_jax.decode.loop import sample
-from arrag_jax.decode.policies import Daid, Faid, Plain
+from arrag_jax.decode.policies import Daid, Faid
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.config_json import read_config
@@ -46,29 +46,28 @@ def retriever(model):
 
 @pytest.fixture(scope="module")
 def golden_model(reference):
-    model = load_model(reference / "faid_layout")
-    model.config = dataclasses.replace(model.config, grid=(6, 6))
-    return model
+    """As it is published, its config silent about the grid."""
+    return load_model(reference / "faid_layout")
 
 
-def retrieved(model, retriever, codes) -> tuple[np.ndarray, object]:
-    """Codes [B, T, K] that the search finds for every cell of whole grids, and all its neighbours."""
+def retrieved(model, retriever, codes, k: int = K) -> tuple[np.ndarray, object]:
+    """The first k codes [B, T, k] that the search finds for every cell of whole grids, and all its neighbours."""
     cells = grid.context_cells(*model.grid)
     contexts = np.where(cells[None] >= 0, np.asarray(codes)[:, cells], -1)
     found = retriever.search(jnp.asarray(contexts.reshape(-1, 4), jnp.int32))
-    return np.asarray(found.code).reshape(*codes.shape, -1)[..., : model.blended_neighbors], found
+    return np.asarray(found.code).reshape(*codes.shape, -1)[..., :k], found
 
 
-@pytest.mark.parametrize("mixture", [Plain(), Daid(0.4, 0.3)], ids=["faid", "faid+daid"])
-def test_step_by_step_equals_teacher_forcing(model, retriever, mixture):
+@pytest.mark.parametrize("policy", [Faid(), Faid(Daid(0.4, 0.3), neighbors=5)], ids=["faid", "faid+daid, other K"])
+def test_step_by_step_equals_teacher_forcing(model, retriever, policy):
     """Boundary cells included; unconditional rows are those of the model without blenders."""
     ids, mask = tiny.prompts((3, 6, 4))
-    drawn = sample(model, ids, Faid(mixture), retriever, cfg_scale=2.0, prompt_mask=mask, seed=3)
-    neighbors, found = retrieved(model, retriever, drawn.codes)
+    drawn = sample(model, ids, policy, retriever, cfg_scale=2.0, prompt_mask=mask, seed=3)
+    neighbors, found = retrieved(model, retriever, drawn.codes, policy.neighbors or K)
     cond = model.score(ids, drawn.codes, neighbors, mask)
     uncond = model.score(model.unconditional(jnp.asarray(ids), jnp.asarray(mask)), drawn.codes, prompt_mask=mask)
     logits = guide(jnp.concatenate([cond, uncond]).reshape(-1, cond.shape[-1]), 2.0)
-    log_p = mixture.log_probs(truncate(logits, 1.0, None, None), found, jnp.asarray(True)).reshape(cond.shape)
+    log_p = policy.mixture.log_probs(truncate(logits, 1.0, None, None), found, jnp.asarray(True)).reshape(cond.shape)
     expected = np.take_along_axis(np.asarray(log_p), np.asarray(drawn.codes)[..., None], -1)[..., 0]
     np.testing.assert_allclose(drawn.log_p, expected, atol=2e-5)
     assert np.abs(cond - model.score(ids, drawn.codes, prompt_mask=mask)).max() > 0.1  # the blenders do something
@@ -130,6 +129,8 @@ def test_what_does_not_fit_is_named(model, retriever):
         sample(tiny.janus(), ids, Faid(), retriever)
     with pytest.raises(UserError, match="blends 3 neighbours, the search gives k=2"):
         sample(model, ids, Faid(), tiny.store(model, k=2))
+    with pytest.raises(UserError, match="blends 7 neighbours, the search gives k=6; raise k"):
+        sample(model, ids, Faid(neighbors=7), retriever)
     with pytest.raises(UserError, match=r"neighbor_codes must be \[B, T, K\]"):
         model.score(ids, codes, neighbor_codes=np.zeros((1, 19, K), np.int32))
     with pytest.raises(UserError, match=r"neighbor_codes must lie in \[-1, 9\)"):
@@ -139,10 +140,11 @@ def test_what_does_not_fit_is_named(model, retriever):
 
 
 def test_merged_lora_is_lora_beside(model):
-    """And a fresh one changes nothing."""
+    """And a fresh one changes nothing; also where heads are wider than their share of the width."""
     ids, mask = (jnp.asarray(x) for x in tiny.prompts((4, 3)))
     codes = jnp.asarray(np.random.default_rng(0).integers(0, 9, (2, 20)), jnp.int32)
-    tuned = tiny.janus(config=CONFIG)
+    language = dataclasses.replace(CONFIG.language, head_dim=6)
+    tuned = tiny.janus(config=dataclasses.replace(CONFIG, language=language))
     before = tuned.teacher_forced(ids, mask, codes)
     for layer in tuned.language_model.layers:
         layer.attention.add_lora(LoraConfig(rank=2, alpha=4.0, dropout=0.5), nnx.Rngs(0))
@@ -177,9 +179,32 @@ def test_reference_logits_with_nothing_retrieved(golden_model, reference):
     np.testing.assert_allclose(logits, golden["tf_logits_left_all_minus1"][:, -37:-1], atol=1e-4)
 
 
+def test_reference_logits_of_the_base(golden_model, reference):
+    """Without neighbours."""
+    golden = np.load(reference / "base.npz")
+    logits = golden_model.score(golden["text_ids_left"], golden["image_ids"], prompt_mask=golden["text_mask_left"])
+    np.testing.assert_allclose(logits, golden["tf_logits_left"][:, -37:-1], atol=1e-4)
+
+
+def test_the_grid_of_codes_is_known_or_named(golden_model, reference):
+    """A square's is; these 36 codes could also be 4 x 9, which windows of blenders tell from 6 x 6."""
+    golden = np.load(reference / "faid.npz")
+    names = ("text_ids_left", "gt_tokens", "retrieved_codes", "text_mask_left")
+    ids, codes, neighbors, mask = (golden[name] for name in names)
+    with pytest.raises(UserError, match=r"35 codes do not fill a grid of 5 x 5; say theirs: grid=\(H, W\)"):
+        golden_model.score(ids, codes[:, :35], neighbors[:, :35], mask)
+    with pytest.raises(UserError, match=r"36 codes do not fill a grid of 6 x 5"):
+        golden_model.score(ids, codes, neighbors, mask, grid=(6, 5))
+    for wrong in (6, (6,), (6, 0), (6.0, 6), "66"):
+        with pytest.raises(UserError, match="must be two whole numbers of cells"):
+            golden_model.score(ids, codes, neighbors, mask, grid=wrong)
+    square, named = (golden_model.score(ids, codes, neighbors, mask, grid=grid) for grid in (None, [np.int64(6), 6]))
+    np.testing.assert_array_equal(square, named)
+
+
 def reference_gradients(model, golden) -> dict[str, np.ndarray]:
     """Loss gradients of the ``Adapter`` variables under their published keys."""
-    model = nnx.clone(model)
+    model = nnx.clone(model.with_grid((6, 6)))
     mark_adapters(model)
     graph, adapters, rest = nnx.split(model, Adapter, ...)
     assert all(
@@ -251,9 +276,10 @@ def test_the_reference_draws_the_same(golden_model, reference):
     retriever = DenseRetriever.create(keys, values, store["codebook_normalised"], 10)
     base = np.load(reference / "base.npz")
     ids, mask = base["text_ids_left"], base["text_mask_left"]
-    drawn = sample(golden_model, ids, Faid(), retriever, cfg_scale=5.0, greedy=True, prompt_mask=mask)
+    drawn = sample(
+        golden_model, ids, Faid(), retriever, greedy=True, prompt_mask=mask, grid=(6, 6), return_log_probs=True
+    )
     for i in (0, 1):
         tokens, logits = (golden[f"dec_boundaryfix_p{i}_{name}"] for name in ("tokens", "cfg_logits"))
         np.testing.assert_array_equal(drawn.codes[i], tokens)
-        log_p = jax.nn.log_softmax(logits)[np.arange(36), tokens]
-        np.testing.assert_allclose(drawn.log_p_model[i], log_p, atol=1e-4)
+        np.testing.assert_allclose(drawn.log_probs[i], jax.nn.log_softmax(logits), atol=1e-4)

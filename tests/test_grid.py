@@ -57,6 +57,8 @@ def test_context_codes_of_drawn_cells():
 
 
 @pytest.mark.parametrize("height, width", [(1, 5), (5, 2)])
-def test_too_small_a_grid_is_refused(height, width):
+def test_too_small_a_grid_has_no_context_and_is_refused_for_storing(height, width):
+    assert not grid.has_context(height, width).any()
+    np.testing.assert_array_equal(grid.context_cells(height, width), np.full((height * width, 4), -1))
     with pytest.raises(ValueError, match=f"{height} x {width}"):
         grid.cells_with_context(height, width)

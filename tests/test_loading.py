@@ -19,7 +19,9 @@ from arrag_jax.models.config_json import config_to_json, parse_config, read_conf
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.layouts import published_key, to_published
 from arrag_jax.models.presets import PRESETS, JanusConfig
+from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.models.weights import parameters
+from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.transformer import LlamaConfig
 
@@ -32,10 +34,11 @@ def assert_same(model, other):
 
 
 def as_torch(tensors: dict[str, np.ndarray], dtype: str) -> dict:
-    """The tensors as PyTorch's, floats in ``dtype``."""
+    """The tensors as PyTorch's parameters, floats in ``dtype``."""
     import torch  # here, so that no other test waits for it; where it is missing this fails: `make test` installs it
 
-    return {key: torch.tensor(value.astype(np.float32)).to(getattr(torch, dtype)) for key, value in tensors.items()}
+    tensors = {key: torch.tensor(value.astype(np.float32)) for key, value in tensors.items()}
+    return {key: torch.nn.Parameter(value.to(getattr(torch, dtype))) for key, value in tensors.items()}
 
 
 def to_bin(folder: Path, dtype: str) -> None:
@@ -105,14 +108,74 @@ class TestConfigs:
         del config["image_grid"]
         assert parse_config(config, tmp_path) == PRESETS["janus-pro-7b"]
 
-    def test_a_training_run_names_its_export(self, tmp_path):
+    def test_a_training_run_stands_for_its_export(self, tmp_path):
         (tmp_path / "checkpoints").mkdir()
         for name in ("config.json", "base.json"):
             (tmp_path / name).write_text("{}")
-        with pytest.raises(UserError, match=r"is a training run.*it has no export folder yet"):
-            load_model(tmp_path)
-        (tmp_path / "export").mkdir()
-        with pytest.raises(UserError, match=r"is a training run.*load its .*export"):
+        mend = rf"without an export yet.*python -m arrag_jax\.convert --source {tmp_path} --target DIR"
+        for load in (load_model, read_config, PromptTokenizer.load):
+            with pytest.raises(UserError, match=mend):
+                load(tmp_path)
+        save_model(tiny.janus(), tmp_path / "export")
+        PromptTokenizer.of_words(["a cat"]).save(tmp_path / "export")
+        assert_same(load_model(tmp_path), tiny.janus())
+        assert read_config(tmp_path) == tiny.CONFIG
+        assert PromptTokenizer.load(tmp_path).pad_id == tiny.CONFIG.pad_id
+
+    @pytest.mark.parametrize(
+        ("pad", "generation", "tokens", "expected"),
+        [
+            (5, {"pad_token_id": 4}, {"<pad>": 3}, 5),
+            (-1, {"pad_token_id": 4}, {"<pad>": 3}, 4),
+            (None, {"bos_token_id": 0}, {"<pad>": 3, "<｜▁pad▁｜>": 2, "<unk>": 1}, 2),
+            (-1, None, {"<unk>": 1, "<|Pad|>": 3}, 3),
+            (None, None, {"<unk>": 1, "padding": 3}, 11),  # the last of the vocabulary
+        ],
+    )
+    def test_the_pad_is_found(self, tmp_path, pad, generation, tokens, expected):
+        config = config_to_json(tiny.CONFIG)
+        config["language_config"]["pad_token_id"] = pad
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        added = [{"content": name, "id": i} for name, i in tokens.items()]
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+        assert read_config(tmp_path).pad_id == expected
+
+    @pytest.mark.parametrize(
+        ("keys", "expected"),
+        [
+            ({}, None),
+            ({"num_SmoothPatchBlender": None, "num_hop": None}, None),
+            ({"num_SmoothPatchBlender": 3}, FaidConfig(3, (1, 2), 10)),
+            ({"num_SmoothPatchBlender": None, "num_hop": [2, 1]}, FaidConfig(12, (1, 2), 10)),
+            ({"num_SmoothPatchBlender": 3, "num_hop": 2, "retrieved_key_num": None}, FaidConfig(3, (2,), 10)),
+        ],
+    )
+    def test_blenders_are_recognised(self, tmp_path, keys, expected):
+        config = config_to_json(tiny.CONFIG)
+        config["language_config"] |= keys
+        assert parse_config(config, tmp_path).faid == expected
+
+    @pytest.mark.parametrize(
+        ("section", "change", "message"),
+        [
+            ("gen_aligner_config", {"projector_type": "linear"}, "the aligner 'linear' of codes; only 'mlp_gelu'"),
+            ("gen_vision_config", {"decoder_ch_mult": [1]}, r"decoder's levels \(1,\) must be as many as .* \(1, 2\)"),
+            ("gen_vision_config", {"decoder_ch_mult": None}, "holds a value of the wrong kind"),
+        ],
+    )
+    def test_parts_of_another_kind_are_refused(self, tmp_path, section, change, message):
+        config = config_to_json(tiny.CONFIG)
+        config[section]["params"] |= change
+        with pytest.raises(UserError, match=message):
+            parse_config(config, tmp_path)
+
+    def test_a_pad_outside_the_vocabulary_is_refused(self, tmp_path):
+        config = config_to_json(tiny.CONFIG)
+        config["language_config"]["pad_token_id"] = 12
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="has a vocabulary of 12, but its pad token is 12"):
             load_model(tmp_path)
 
     @pytest.mark.parametrize("text", ["[]", '{"language_config": [], "gen_vision_config": {}, "gen_head_config": {}}'])
@@ -125,8 +188,9 @@ class TestConfigs:
 class TestLora:
     """An adapter in the PEFT library's form, beside the weights."""
 
-    @pytest.fixture
-    def tuned(self, tmp_path):
+    @pytest.fixture(params=["language_model.base_model.model.", "base_model.model."], ids=["whole", "language model"])
+    def tuned(self, tmp_path, request):
+        """Saved with the model around it, or by ``save_pretrained`` of its language model."""
         model = tiny.janus()
         save_model(model, tmp_path)
         adapter = {}
@@ -135,7 +199,7 @@ class TestLora:
             for name, lora in (("q", layer.attention.q_lora), ("v", layer.attention.v_lora)):
                 tiny.fill(lora, i)
                 for side in "ab":
-                    key = f"language_model.base_model.model.model.layers.{i}.self_attn.{name}_proj.lora_{side.upper()}"
+                    key = f"{request.param}model.layers.{i}.self_attn.{name}_proj.lora_{side.upper()}"
                     adapter[f"{key}.default.weight"] = np.asarray(getattr(lora, side).weight[...])
         save_file(adapter, tmp_path / "adapter_model.safetensors")
         (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6}))
@@ -149,6 +213,16 @@ class TestLora:
         _, folder = tuned
         (folder / "adapter_config.json").unlink()
         with pytest.raises(UserError, match=r"needs an adapter_config\.json beside it"):
+            load_model(folder)
+
+    def test_among_the_weights_it_needs_its_config_too(self, tuned):
+        model, folder = tuned
+        weights = load_file(folder / "model.safetensors") | load_file(folder / "adapter_model.safetensors")
+        save_file(weights, folder / "model.safetensors")
+        (folder / "adapter_model.safetensors").unlink()
+        assert_same(load_model(folder), model)
+        (folder / "adapter_config.json").unlink()
+        with pytest.raises(UserError, match=r"lora_A\.weight[^$]*tensors of a LoRA need an adapter_config\.json"):
             load_model(folder)
 
     def test_a_model_with_lora_apart_is_not_saved(self, tuned, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -38,7 +39,7 @@ def test_records_agree_with_a_search_of_the_finished_grid(k):
     values = grid_ops.next_codes_of_grids(codes).reshape(-1)
     cells = grid_ops.cells_with_context(height, width)
     for i in range(2):
-        one = Drawn(*(np.asarray(x[i]) for x in drawn))
+        one = jax.tree.map(lambda x, i=i: np.asarray(x[i]), drawn)
         record = json.loads(json.dumps(picture_record(one, codes, SOURCES), allow_nan=False))
         grid = one.codes.reshape(1, height, width)
         away = ((codebook[contexts_of_grids(grid)[0]].reshape(len(cells), 1, -1) - keys[None]) ** 2).sum(-1)

@@ -20,7 +20,7 @@ SIDE, CODES = 4, 24
 
 @pytest.fixture(scope="module")
 def theirs():
-    """The library's model: grouped queries, another RoPE base, an aligner of three layers."""
+    """The library's model: grouped queries, wider heads, another RoPE base, an aligner of three layers."""
     # Imported here, so that no other test waits for it. A missing library fails: `make test` installs it.
     import torch
     from transformers import GenerationConfig, JanusConfig, JanusForConditionalGeneration
@@ -29,6 +29,7 @@ def theirs():
         text_config={
             "model_type": "llama", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48,
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": PAD,
+            "head_dim": 12,
             "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
         },
         vision_config={

@@ -1,7 +1,5 @@
 """Tiny models and stores that several tests share."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -62,9 +60,3 @@ def store(model: Janus, k: int = 6, images: int = 30, seed: int = 0) -> DenseRet
     codebook = np.asarray(model.codebook)
     keys = codebook[grid.contexts_of_grids(codes)].reshape(-1, 4 * codebook.shape[1])
     return DenseRetriever.create(keys, grid.next_codes_of_grids(codes).reshape(-1), codebook, k)
-
-
-def with_grid(model: Janus, height: int, width: int) -> Janus:
-    """The same weights over another grid."""
-    model.config = dataclasses.replace(model.config, grid=(height, width))
-    return model

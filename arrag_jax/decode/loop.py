@@ -6,8 +6,9 @@ step unless the policy feeds the neighbours into it. The loop knows no model and
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from arrag_jax.decode.policies import Plain
 from arrag_jax.errors import UserError
-from arrag_jax.interfaces import Backbone, DecodePolicy, Retriever
+from arrag_jax.interfaces import ArrayLike, Backbone, DecodePolicy, Retriever
 from arrag_jax.mesh import put_everywhere, put_rows
 from arrag_jax.ops.grid import context_cells, context_codes, has_context
 from arrag_jax.ops.neighbors import empty_neighbors
@@ -62,6 +63,7 @@ class Drawn(NamedTuple):
       source: stored row of the nearest neighbour that holds the drawn code; -1 = it was not retrieved.
       rank: its place among the neighbours, 0 = nearest; -1 likewise.
       distance: its squared L2 distance; +inf likewise.
+      log_probs: of every code, the distribution each was drawn from; None unless asked for.
     """
 
     codes: Int[Array, "B T"]
@@ -70,6 +72,7 @@ class Drawn(NamedTuple):
     source: Int[Array, "B T"]
     rank: Int[Array, "B T"]
     distance: Float[Array, "B T"]
+    log_probs: Float[Array, "B T V"] | None = None
 
 
 def decode(
@@ -81,6 +84,7 @@ def decode(
     keys: Key[Array, " B"],
     sampling: Sampling,
     on_cell: Callable[[Any], None] | None = None,
+    return_log_probs: bool = False,
 ) -> Drawn:
     """Draws B grids; traceable, to be jitted by the caller.
 
@@ -113,12 +117,13 @@ def decode(
         hidden = model.embed_codes(code if uncond is None else jnp.tile(code, 2))
         if on_cell is not None:
             jax.debug.callback(on_cell, cell)
-        return (drawn, hidden, cache), _record(code, log_p, log_p_model, neighbors)
+        record = _record(code, log_p, log_p_model, neighbors)
+        return (drawn, hidden, cache), record._replace(log_probs=log_p if return_log_probs else None)
 
     start = jnp.full((batch, cells), -1, jnp.int32)
     this = (jnp.arange(cells), jnp.asarray(context_cells(height, width)), jnp.asarray(has_context(height, width)))
     _, records = jax.lax.scan(one_cell, (start, hidden, cache), this)
-    return jax.tree.map(lambda x: x.T, records)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), records)
 
 
 def _record(code, log_p, log_p_model, neighbors) -> Drawn:
@@ -136,73 +141,95 @@ def _record(code, log_p, log_p_model, neighbors) -> Drawn:
     )
 
 
-@jax.jit(static_argnames=("graph", "sampling", "on_cell"))
-def _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, on_cell):
-    return decode(nnx.merge(graph, state), cond, uncond, policy, retriever, keys, sampling, on_cell)
+@jax.jit(static_argnames=("graph", "sampling", "on_cell", "return_log_probs"))
+def _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, on_cell, return_log_probs):
+    model = nnx.merge(graph, state)
+    return decode(model, cond, uncond, policy, retriever, keys, sampling, on_cell, return_log_probs)
 
 
-def picture_keys(seed: int | Int[np.ndarray, " seeds"], batch: int) -> Key[Array, " batch"]:
+def picture_keys(seed: ArrayLike, batch: int) -> Key[Array, " batch"]:
     """A key a picture: from a seed a picture, or from one seed and the picture's place in the batch."""
-    if np.ndim(seed) == 0:
-        return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(batch))
-    if len(seed) != batch:
-        raise UserError(f"{len(seed)} seeds for {batch} prompts; give one seed, or one a prompt")
-    return jax.vmap(jax.random.key)(jnp.asarray(seed))
+    seeds = np.asarray(seed)
+    if seeds.ndim > 1 or not np.issubdtype(seeds.dtype, np.integer):
+        raise UserError(f"seed = {seed!r} must be a whole number, or one a prompt")
+    if seeds.ndim == 0:
+        return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(int(seeds)), i))(jnp.arange(batch))
+    if len(seeds) != batch:
+        raise UserError(f"{len(seeds)} seeds for {batch} prompts; give one seed, or one a prompt")
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds))
 
 
-def require_blenders(model: Backbone, retriever: Retriever) -> None:
-    """Raises UserError unless the model has blenders and the search gives them enough neighbours."""
+def require_blenders(model: Backbone, retriever: Retriever, neighbors: int | None = None) -> None:
+    """Raises UserError unless the model has blenders and the search gives them enough neighbours (None: its own)."""
     if not model.blended_neighbors:
         raise UserError("this checkpoint has no FAiD blenders; decode it with --method plain or daid")
-    if retriever.k < model.blended_neighbors:
-        raise UserError(f"FAiD blends {model.blended_neighbors} neighbours, the search gives k={retriever.k}; raise k")
+    wanted = model.blended_neighbors if neighbors is None else neighbors
+    if not 1 <= wanted <= retriever.k:
+        raise UserError(f"FAiD blends {wanted} neighbours, the search gives k={retriever.k}; raise k")
+
+
+def _number(name: str, value: Any) -> Any:
+    """A number of Python's, which can be hashed, of any library's; None stays None."""
+    try:
+        return value if value is None else operator.index(value) if name == "top_k" else float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} = {value!r} must be one number") from error
 
 
 def sample(
     model: Backbone,
-    prompt_ids: Int[np.ndarray, "B L"],
+    prompt_ids: ArrayLike,
     policy: DecodePolicy | None = None,
     retriever: Retriever | None = None,
-    cfg_scale: float | None = 5.0,
-    temperature: float = 1.0,
-    greedy: bool = False,
-    seed: int | Int[np.ndarray, " seeds"] = 0,
-    prompt_mask: np.ndarray | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    cfg_scale: SupportsFloat | None = 5.0,
+    temperature: SupportsFloat = 1.0,
+    greedy: Any = False,
+    seed: ArrayLike = 0,
+    prompt_mask: ArrayLike = None,
+    top_k: SupportsIndex | None = None,
+    top_p: SupportsFloat | None = None,
     on_cell: Callable[[Any], None] | None = None,
     mesh: Mesh | None = None,
+    grid: ArrayLike = None,
+    return_log_probs: bool = False,
 ) -> Drawn:
     """Draws one picture a prompt.
 
     Args:
       model: a Backbone that is an ``nnx.Module``.
-      prompt_ids: BOS … image-start; prompt_mask: True where a real token stands (None = everywhere).
+      prompt_ids: int [B, L], BOS … image-start; prompt_mask: 1 where a real token stands (None = everywhere).
       policy: ``Plain()`` if None. retriever: needed by a policy that uses retrieval.
       cfg_scale, temperature, top_k, top_p, greedy: see ``Sampling``.
-      seed: one integer, or one a picture. A picture depends on its prompt and seed alone, not on its batch.
+      seed: one integer a picture: then it depends on its prompt and seed alone, not on its batch. Or one for all:
+        then on its place in the batch as well.
       on_cell: host function called with the number of each finished cell.
       mesh: splits the batch over its axis "data", the model is copied to every device; None = one device. Every
         process calls this with the same arguments, and gets all pictures. The retriever must live on the mesh, too.
+      grid: height and width in codes; None = the model's.
+      return_log_probs: keep whole distributions, [B, T, V], too.
 
     Raises:
       UserError: if parts that belong together are missing or do not fit.
     """
+    model = model if grid is None else model.with_grid(grid)
     policy = Plain() if policy is None else policy
     if policy.uses_retrieval and retriever is None:
         raise UserError(f"{type(policy).__name__} needs a retriever: build a datastore, or draw with --method plain")
     if policy.blends:
-        require_blenders(model, retriever)
-    sampling = Sampling(cfg_scale, temperature, top_k, top_p, greedy)
+        require_blenders(model, retriever, policy.neighbors)
+    numbers = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = Sampling(**{name: _number(name, value) for name, value in numbers.items()}, greedy=bool(greedy))
+    if sampling.top_k is not None and sampling.top_k > model.codebook_size:
+        raise UserError(f"top_k = {sampling.top_k} is more than the {model.codebook_size} codes there are")
     cond = model.check_prompt(prompt_ids, prompt_mask)
     uncond = None if cfg_scale is None else (model.unconditional(*cond), cond[1])
     keys = picture_keys(seed, len(cond[0]))
     retriever = retriever if policy.uses_retrieval else None
     graph, state = nnx.split(model.folded() if policy.blends else model)
-    if mesh is None:
-        return _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, on_cell)
-    if len(keys) % mesh.shape["data"]:
-        raise UserError(f"{len(keys)} prompts do not split evenly over a mesh of data={mesh.shape['data']}")
-    cond, uncond, keys = put_rows((cond, uncond, keys), mesh)
-    state = put_everywhere(state, mesh)
-    return put_everywhere(_decode(graph, state, cond, uncond, policy, retriever, keys, sampling, on_cell), mesh)
+    if mesh is not None:
+        if len(keys) % mesh.shape["data"]:
+            raise UserError(f"{len(keys)} prompts do not split evenly over a mesh of data={mesh.shape['data']}")
+        cond, uncond, keys = put_rows((cond, uncond, keys), mesh)
+        state = put_everywhere(state, mesh)
+    drawn = _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, on_cell, return_log_probs)
+    return drawn if mesh is None else put_everywhere(drawn, mesh)

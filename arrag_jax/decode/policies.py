@@ -86,15 +86,17 @@ class Faid:
 
     Attributes:
       mixture: what becomes of the distribution afterwards: ``Plain()``, or a ``Daid`` for both at once.
+      neighbors: how many of the search's are blended; None = as many as the model was trained with.
     """
 
     mixture: Plain | Daid = Plain()
+    neighbors: int | None = dataclasses.field(default=None, metadata={"static": True})
     uses_retrieval = True
     blends = True
 
     def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> Float[Array, "B K D"]:
         """Features of the nearest neighbours; zeros where a slot is empty."""
-        return model.retrieved_features(neighbors.code[:, : model.blended_neighbors])
+        return model.retrieved_features(neighbors.code[:, : self.neighbors or model.blended_neighbors])
 
     def log_probs(
         self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Integer, UInt8
 from PIL import Image
@@ -39,7 +40,7 @@ def write_pages(
     """
     records = []
     for i, prompt in enumerate(prompts):
-        one = Drawn(*(np.asarray(x[i]) for x in drawn))
+        one = jax.tree.map(lambda x, i=i: np.asarray(x[i]), drawn)
         record = {"prompt": prompt, "method": method, **picture_record(one, studio.store.codes, studio.store.sources)}
         thumbnails = {source["image"]: _stored_picture(studio, source["image"]) for source in record["sources"]}
         image, _ = image_and_cell(one.source, *studio.model.grid)

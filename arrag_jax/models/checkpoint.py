@@ -13,29 +13,36 @@ from flax import nnx
 
 from arrag_jax.errors import UserError
 from arrag_jax.files import whole_file, write_json
+from arrag_jax.interfaces import ArrayLike
 from arrag_jax.models.config_json import config_to_json, layout_of, parse_config, read_json, read_lora
 from arrag_jax.models.janus import PARTS, VISION, Janus
 from arrag_jax.models.layouts import Layout
-from arrag_jax.models.tensor_files import stored_tensors
+from arrag_jax.models.tensor_files import checkpoint_folder, stored_tensors
 from arrag_jax.models.weights import DTYPES, match, parameters, read_weights, write_weights
 
 
-def load_model(directory: str | Path, dtype: str = "float32", parts: tuple[str, ...] = PARTS) -> Janus:
+def load_model(
+    directory: str | Path, dtype: str = "float32", parts: tuple[str, ...] = PARTS, grid: ArrayLike = None
+) -> Janus:
     """Reads a checkpoint folder.
 
     Args:
       directory: holds config.json and the weights: safetensors or PyTorch's .bin, in one file or several with an
         index. A LoRA adapter beside them is kept apart in the model, as ``Attention.q_lora`` and ``v_lora``.
+        A training run's --workdir stands for the export in it.
       dtype: of the parameters: float32, bfloat16 or float16; the tokenizer stays in float32.
       parts: the parts to read, e.g. ``VISION`` for the tokenizer alone; the others are None.
+      grid: height and width in codes of the pictures to be drawn; None = the config's, and where it is silent, as
+        published ones are, that of its image size, else 24 x 24. ``Janus.with_grid`` changes it later.
 
     Raises:
       UserError: the folder, its config or its weights are not a Janus; the message names what is wrong.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    directory = Path(directory)
+    directory = checkpoint_folder(Path(directory))
     model, layout = abstract_model(directory, parts)
+    model = model if grid is None else model.with_grid(grid)
     read_weights(model, match(model, stored_tensors(directory), layout, directory), dtype)
     if model.gen_vision_model is not None:
         size, dim = model.config.vision.codebook_size, model.config.vision.code_dim
@@ -47,7 +54,11 @@ def load_model(directory: str | Path, dtype: str = "float32", parts: tuple[str, 
 def abstract_model(directory: Path, parts: tuple[str, ...] = PARTS) -> tuple[Janus, Layout]:
     """The model that a folder's configs describe, shapes without numbers, and how its tensors are named there."""
     config, lora = read_json(directory), read_lora(directory)
-    shape = parse_config(config, directory / "config.json")
+    shape = parse_config(config, directory)
+    if shape.pad_id >= shape.language.vocab_size:
+        raise UserError(
+            f"{directory} has a vocabulary of {shape.language.vocab_size}, but its pad token is {shape.pad_id}"
+        )
 
     def build() -> Janus:
         model = Janus(shape, nnx.Rngs(0), parts)

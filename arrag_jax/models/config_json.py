@@ -1,18 +1,19 @@
 """``config.json`` of a checkpoint folder: that of Janus-Pro and FAiD as published, or that of ``transformers``.
 
-Ours is the published form with two keys of our own where it is silent: ``image_grid`` [H, W] (absent = 24 x 24) and,
-in ``gen_vision_config.params``, the fields of ``nn.vq.VQConfig`` (absent = VQ-16's). A LoRA kept apart has the PEFT
-library's ``adapter_config.json``.
+Ours is the published form with two keys of our own where it is silent: ``image_grid`` [H, W] (absent = what the
+image-understanding tower's image size gives, else 24 x 24) and, in ``gen_vision_config.params``, the fields of
+``nn.vq.VQConfig`` (absent = VQ-16's). A LoRA kept apart has the PEFT library's ``adapter_config.json``.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from arrag_jax.errors import UserError
 from arrag_jax.models.layouts import PUBLISHED, TRANSFORMERS, Layout
-from arrag_jax.models.presets import JanusConfig
-from arrag_jax.models.tensor_files import ADAPTER
+from arrag_jax.models.presets import PAD, JanusConfig
+from arrag_jax.models.tensor_files import ADAPTER, checkpoint_folder
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.transformer import LlamaConfig
@@ -31,16 +32,13 @@ def read_config(directory: Path) -> JanusConfig:
     Raises:
       UserError: no such file, no JSON, or the config of another kind of model.
     """
-    return parse_config(read_json(directory), directory / "config.json")
+    directory = checkpoint_folder(directory)
+    return parse_config(read_json(directory), directory)
 
 
 def read_json(directory: Path) -> dict[str, Any]:
     """A folder's config as it stands there."""
     path = directory / "config.json"
-    if (directory / "checkpoints").is_dir() and (directory / "base.json").is_file():
-        export = directory / "export"
-        mend = f"load its {export}" if export.is_dir() else "it has no export folder yet: let it finish"
-        raise UserError(f"{directory} is a training run, whose checkpoints hold only what it trains; {mend}")
     if not path.is_file():
         raise UserError(f"{directory} is no checkpoint folder: it holds no config.json")
     return _object(path)
@@ -51,8 +49,9 @@ def layout_of(config: dict[str, Any]) -> Layout:
     return TRANSFORMERS if config.get("model_type") == "janus" and "vq_config" in config else PUBLISHED
 
 
-def parse_config(config: dict[str, Any], path: Path) -> JanusConfig:
-    """Shape of the model that a config describes; ``path`` is for messages."""
+def parse_config(config: dict[str, Any], directory: Path) -> JanusConfig:
+    """Shape of the model that a config describes; ``directory`` holds it and, where it is silent, the pad id."""
+    path = directory / "config.json"
     try:
         return _from_transformers(config, path) if layout_of(config) is TRANSFORMERS else _from_published(config, path)
     except (TypeError, AttributeError, ZeroDivisionError) as error:
@@ -65,26 +64,33 @@ def _from_published(config: dict[str, Any], path: Path) -> JanusConfig:
         kind = config.get("model_type", "unknown")
         raise UserError(f"{path} is the config of another model (model_type {kind!r}): it has no {missing[0]}")
     base, text, params = JanusConfig(), config["language_config"], config["gen_vision_config"].get("params", {})
-    vision, language = base.vision, _language(text, path)
+    default, language = base.vision, _language(text, path)
+    aligner = config.get("gen_aligner_config", {}).get("params", {})
+    if aligner.get("projector_type", "mlp_gelu") != "mlp_gelu":
+        raise UserError(f"{path} asks for the aligner {aligner['projector_type']!r} of codes; only 'mlp_gelu' is known")
+    multipliers = tuple(params.get("encoder_ch_mult", default.multipliers))
+    vision = VQConfig(
+        codebook_size=params.get("image_token_size", default.codebook_size),
+        code_dim=params.get("n_embed", default.code_dim),
+        channels=params.get("ch", default.channels),
+        multipliers=multipliers,
+        decoder_multipliers=_unless_equal(tuple(params.get("decoder_ch_mult", multipliers)), multipliers),
+        z_channels=params.get("z_channels", default.z_channels),
+        res_blocks=params.get("num_res_blocks", default.res_blocks),
+        norm_scope=params.get("norm_scope", default.norm_scope),
+        encoder_kernel=params.get("encoder_kernel", default.encoder_kernel),
+        middle=params.get("middle", default.middle),
+    )
+    size = ((config.get("vision_config") or {}).get("params") or {}).get("image_size")
+    side = size // vision.downsampling if size else base.grid[0]
     return JanusConfig(
         language=language,
-        vision=VQConfig(
-            codebook_size=params.get("image_token_size", vision.codebook_size),
-            code_dim=params.get("n_embed", vision.code_dim),
-            channels=params.get("ch", vision.channels),
-            multipliers=tuple(params.get("encoder_ch_mult", vision.multipliers)),
-            z_channels=params.get("z_channels", vision.z_channels),
-            res_blocks=params.get("num_res_blocks", vision.res_blocks),
-            norm_scope=params.get("norm_scope", vision.norm_scope),
-            encoder_kernel=params.get("encoder_kernel", vision.encoder_kernel),
-            middle=params.get("middle", vision.middle),
-        ),
-        grid=tuple(config.get("image_grid", base.grid)),
-        aligner_depth=config.get("gen_aligner_config", {}).get("params", {}).get("depth", base.aligner_depth),
+        vision=vision,
+        aligner_depth=aligner.get("depth", base.aligner_depth),
         head_width=config["gen_head_config"].get("params", {}).get("image_token_embed", language.width),
-        pad_id=_pad_id(text, language),
+        pad_id=_pad_id(text, language, path),
         faid=_faid(text),
-    )
+    ).with_grid(config.get("image_grid") or (side, side))
 
 
 def _from_transformers(config: dict[str, Any], path: Path) -> JanusConfig:
@@ -107,7 +113,7 @@ def _from_transformers(config: dict[str, Any], path: Path) -> JanusConfig:
         grid=(side, side),
         aligner_depth=vq.get("num_hidden_layers", base.aligner_depth),
         head_width=vq.get("projection_dim", base.head_width),
-        pad_id=_pad_id(text, language),
+        pad_id=_pad_id(text, language, path),
         faid=_faid(text),
     )
 
@@ -122,32 +128,55 @@ def _language(text: dict[str, Any], path: Path) -> LlamaConfig:
             f"{path} asks for rotary positions {kind!r} and the activation {text['hidden_act']!r}; "
             "only 'default' and 'silu' are known"
         )
+    head_dim = text["hidden_size"] // text["num_attention_heads"]
     return LlamaConfig(
         vocab_size=text["vocab_size"],
         width=text["hidden_size"],
         layers=text["num_hidden_layers"],
         heads=text["num_attention_heads"],
         kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
+        head_dim=_unless_equal(text.get("head_dim"), head_dim),
         mlp=text["intermediate_size"],
         rope_theta=float(rope.get("rope_theta", text.get("rope_theta", LlamaConfig.rope_theta))),
         norm_eps=text["rms_norm_eps"],
     )
 
 
-def _pad_id(text: dict[str, Any], language: LlamaConfig) -> int:
-    """Published configs name no pad; Janus-Pro's is 100002, and a smaller vocabulary keeps its last id for it."""
-    given = text.get("pad_token_id")
-    return min(JanusConfig.pad_id, language.vocab_size - 1) if given is None else given
+def _unless_equal(value: Any, usual: Any) -> Any:
+    """None where a key says what follows from the others anyway."""
+    return None if value == usual else value
+
+
+def _pad_id(text: dict[str, Any], language: LlamaConfig, path: Path) -> int:
+    """The config's, else that of the files beside it; published configs name none.
+
+    Janus-Pro's is 100002, and a smaller vocabulary keeps its last id for it.
+    """
+    beside = path.parent / "generation_config.json"
+    given = text.get("pad_token_id"), _object(beside).get("pad_token_id") if beside.is_file() else None
+    usual = min(JanusConfig.pad_id, language.vocab_size - 1)
+    pad = next((i for i in given if i is not None and i >= 0), None)
+    return _tokenizers_pad(path.parent / "tokenizer.json", usual) if pad is None else pad
+
+
+def _tokenizers_pad(path: Path, usual: int) -> int:
+    """Id of the token in a tokenizer.json that is Janus' pad, or at least is called so."""
+    added = _object(path).get("added_tokens", []) if path.is_file() else []
+    ids = {token.get("content", ""): token.get("id", usual) for token in added}
+    called = [i for name, i in ids.items() if re.sub(r"[^a-z]", "", name.lower()) == "pad"]
+    return ids.get(PAD, called[0] if called else usual)
 
 
 def _faid(text: dict[str, Any]) -> FaidConfig | None:
     """FAiD's keys stand among the language model's; K is not published and is 10 (reference quirk 10)."""
-    if "num_SmoothPatchBlender" not in text:
+    stride, hops, neighbors = (text.get(key) for key in ("num_SmoothPatchBlender", "num_hop", "retrieved_key_num"))
+    if stride is None and hops is None:
         return None
+    hops = FaidConfig.hops if hops is None else sorted(hops if isinstance(hops, list) else [hops])
     return FaidConfig(
-        stride=text["num_SmoothPatchBlender"],
-        hops=tuple(text.get("num_hop", FaidConfig.hops)),
-        neighbors=text.get("retrieved_key_num", FaidConfig.neighbors),
+        stride=FaidConfig.stride if stride is None else stride,
+        hops=tuple(hops),
+        neighbors=FaidConfig.neighbors if neighbors is None else neighbors,
     )
 
 
@@ -204,6 +233,7 @@ def config_to_json(config: JanusConfig) -> dict:
             "rope_theta": language.rope_theta,
             "rms_norm_eps": language.norm_eps,
             "pad_token_id": config.pad_id,
+            **({} if language.head_dim is None else {"head_dim": language.head_dim}),
             **blending,
         },
         "gen_vision_config": {
@@ -213,7 +243,7 @@ def config_to_json(config: JanusConfig) -> dict:
                 "n_embed": vision.code_dim,
                 "ch": vision.channels,
                 "encoder_ch_mult": list(vision.multipliers),
-                "decoder_ch_mult": list(vision.multipliers),
+                "decoder_ch_mult": list(vision.decoder_multipliers or vision.multipliers),
                 "z_channels": vision.z_channels,
                 "num_res_blocks": vision.res_blocks,
                 "norm_scope": vision.norm_scope,

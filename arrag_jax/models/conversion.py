@@ -21,7 +21,7 @@ from arrag_jax.models.checkpoint import abstract_model
 from arrag_jax.models.config_json import config_to_json, layout_of, read_json, read_lora
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.layouts import LM_HEAD, PUBLISHED, Layout, published_key
-from arrag_jax.models.tensor_files import ADAPTER, Stored, read_tensors, stored_tensors
+from arrag_jax.models.tensor_files import ADAPTER, Stored, checkpoint_folder, read_tensors, stored_tensors
 from arrag_jax.models.weights import match
 
 TARGETS = ("ours", "janus")
@@ -59,6 +59,7 @@ def convert(source: Path, target: Path, to: str, merge_lora: bool = True) -> Con
         raise UserError(f"--to={to!r} is unknown; choose one of {', '.join(TARGETS)}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--target={target} is in use; choose a new folder")
+    source = checkpoint_folder(source)
     model, layout = abstract_model(source)
     stored = stored_tensors(source, also=(UNUSED,))
     matched = match(model, stored, layout, source)

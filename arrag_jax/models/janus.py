@@ -6,6 +6,8 @@ only, and pads are never attended (the reference counts them; quirk 17).
 """
 
 import itertools
+import math
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.errors import UserError
+from arrag_jax.interfaces import ArrayLike
 from arrag_jax.models.presets import JanusConfig
 from arrag_jax.nn.linear import Linear
 from arrag_jax.nn.transformer import Cache, Llama
@@ -81,6 +84,17 @@ class Janus(nnx.Module):
         """What FAiD's first blender takes: embeddings of retrieved codes, zeros for the absent (-1)."""
         return jnp.where(neighbors[..., None] >= 0, self.embed_codes(jnp.maximum(neighbors, 0)), 0)
 
+    def with_grid(self, grid: ArrayLike) -> "Janus":
+        """The same model over another grid (height, width): it shares every parameter.
+
+        Raises:
+          UserError: ``grid`` is no grid.
+        """
+        other = type(self)(self.config.with_grid(grid), nnx.Rngs(0), parts=())
+        for name in PARTS:
+            setattr(other, name, nnx.data(getattr(self, name)))
+        return other
+
     def folded(self) -> "Janus":
         """A copy for drawing with FAiD: it shares every array, its blenders' kernels are multiplied out."""
         copy = nnx.merge(*nnx.split(self))
@@ -144,14 +158,23 @@ class Janus(nnx.Module):
         hidden, gates = self.language_model.forward(x, positions, filled, self.grid, features, conditional, rngs)
         return self.gen_head(hidden[:, -codes.shape[1] :]).astype(jnp.float32), gates
 
-    def score(self, prompt_ids, codes, neighbor_codes=None, prompt_mask=None) -> Float[Array, "B T V"]:
+    def score(
+        self,
+        prompt_ids: ArrayLike,
+        codes: ArrayLike,
+        neighbor_codes: ArrayLike = None,
+        prompt_mask: ArrayLike = None,
+        grid: ArrayLike = None,
+    ) -> Float[Array, "B T V"]:
         """Float32 logits [B, T, V] of given codes; row t predicts ``codes[:, t]``.
 
         Args:
           prompt_ids: int [B, L], BOS … image-start; codes: int [B, T].
-          neighbor_codes: int [B, T, K], retrieved codes for FAiD's blenders, -1 = empty slot; None = a FAiD model
-            scores as its base does.
+          neighbor_codes: int [B, T, K], retrieved codes for FAiD's blenders, any K: they take the mean over all K
+            slots, empty ones (-1) too; None = a FAiD model scores as its base does.
           prompt_mask: 0/1 [B, L], 1 = a real token, pads on either side; None = no pads.
+          grid: height and width of the T cells, which only blenders look at; None = the model's own where T fits it,
+            else a square.
 
         Raises:
           UserError: if a shape or an id does not fit the model.
@@ -163,38 +186,50 @@ class Janus(nnx.Module):
         _check_ids("codes", codes, self.codebook_size)
         if neighbor_codes is not None:
             neighbor_codes = self._check_neighbors(neighbor_codes, codes.shape)
+        model = self
+        if grid is not None or neighbor_codes is not None:
+            model = self.with_grid(self._grid_of(codes.shape[1], grid))
         codes = jnp.asarray(codes, jnp.int32)
-        return _teacher_forced(*nnx.split(self), prompt_ids, prompt_mask, codes, neighbor_codes)
+        return _teacher_forced(*nnx.split(model), prompt_ids, prompt_mask, codes, neighbor_codes)
 
-    def _check_neighbors(self, given, shape: tuple[int, int]) -> Int[Array, "B T K"]:
+    def _grid_of(self, cells: int, grid: ArrayLike) -> tuple[int, int]:
+        """The grid that this many cells fill."""
+        side = math.isqrt(cells)
+        if grid is None:
+            grid = self.grid if math.prod(self.grid) == cells else (side, side)
+        grid = self.config.with_grid(grid).grid
+        if math.prod(grid) != cells:
+            raise UserError(f"{cells} codes do not fill a grid of {grid[0]} x {grid[1]}; say theirs: grid=(H, W)")
+        return grid
+
+    def _check_neighbors(self, given: ArrayLike, shape: tuple[int, int]) -> Int[Array, "B T K"]:
         given = np.asarray(given)
         if self.config.faid is None:
             raise UserError("neighbor_codes are given, but this checkpoint has no FAiD blenders")
-        if shape[1] != self.grid[0] * self.grid[1] or given.ndim != 3 or given.shape[:2] != shape:
-            raise UserError(
-                f"neighbor_codes must be [B, T, K] for codes {shape} of grid {self.grid}, got {given.shape}"
-            )
+        if given.ndim != 3 or given.shape[:2] != shape or given.shape[2] < 1:
+            raise UserError(f"neighbor_codes must be [B, T, K] with K >= 1 for codes {shape}, got {given.shape}")
         _check_ids("neighbor_codes", given, self.codebook_size, lowest=-1)
         return jnp.asarray(given, jnp.int32)
 
-    def encode_images(
-        self, images: Float[Array | np.ndarray, "..."]
-    ) -> tuple[Int[Array, "B T"], Float[Array, "B H W C"]]:
+    def encode_images(self, images: ArrayLike) -> tuple[Int[Array, "B T"], Float[Array, "B H W C"]]:
         """Codes in raster order, and l2-normalised latents before quantisation.
 
         Args:
-          images: pixels in [-1, 1], any height and width that the tokenizer's downsampling divides.
+          images: float [B, h, w, 3], pixels in [-1, 1]; any height and width that the tokenizer's downsampling divides.
 
         Raises:
-          UserError: if it does not divide them.
+          UserError: if it does not divide them, or they are integers.
         """
-        images, cell = jnp.asarray(images), self.config.vision.downsampling
+        images = images if isinstance(images, Array) else np.asarray(images)
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(f"images must be floats in [-1, 1], got {images.dtype}; of 0 … 255 make x / 127.5 - 1")
+        images, cell = jnp.asarray(images, jnp.float32), self.config.vision.downsampling
         if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] % cell or images.shape[2] % cell:
             raise UserError(f"images must be [B, h, w, 3] with h and w multiples of {cell}, got {images.shape}")
         codes, latents = encode_split(*nnx.split(self.gen_vision_model), images)
         return codes.reshape(len(images), -1), latents
 
-    def decode_codes(self, codes: Int[Array | np.ndarray, "..."], height: int, width: int) -> Float[Array, "B h w 3"]:
+    def decode_codes(self, codes: ArrayLike, height: SupportsIndex, width: SupportsIndex) -> Float[Array, "B h w 3"]:
         """Pixels in [-1, 1] of a grid of height x width codes.
 
         Raises:
@@ -216,7 +251,9 @@ class Janus(nnx.Module):
         ends = (count == 1) | (count == count[:, -1:])
         return jnp.where(prompt_mask & ~ends, self.config.pad_id, prompt_ids)
 
-    def check_prompt(self, prompt_ids, prompt_mask=None) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
+    def check_prompt(
+        self, prompt_ids: ArrayLike, prompt_mask: ArrayLike = None
+    ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
         """Prompt and mask as device arrays, or a UserError that names what is wrong with them."""
         ids = np.asarray(prompt_ids)
         mask = np.ones(ids.shape, bool) if prompt_mask is None else np.asarray(prompt_mask).astype(bool)

@@ -114,8 +114,12 @@ def published_key(path: str) -> str:
 
 
 def plain_key(name: str) -> str:
-    """A tensor's name without what the PEFT library puts around it (reference README, "lora.safetensors")."""
-    return re.sub(r"base_model\.model\.|\.base_layer(?=\.)|(?<=lora_[AB])\.default(?=\.)", "", name)
+    """A tensor's name without what the PEFT library puts around it (reference README, "lora.safetensors").
+
+    An adapter that was saved of the language model alone names its layers from there.
+    """
+    key = re.sub(r"base_model\.model\.|\.base_layer(?=\.)|(?<=lora_[AB])\.default(?=\.)", "", name)
+    return re.sub(r"^(?=model\.layers\.)", "language_model.", key)
 
 
 def to_ours(value: np.ndarray, path: str) -> np.ndarray:

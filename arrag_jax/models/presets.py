@@ -1,10 +1,15 @@
 """Shapes of the models: one preset a published size, and the one a laptop trains."""
 
 import dataclasses
+import operator
 
+from arrag_jax.errors import UserError
+from arrag_jax.interfaces import ArrayLike
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.transformer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
+
+PAD = "<｜▁pad▁｜>"  # as Janus' tokenizers call it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,13 +21,27 @@ class JanusConfig:
     grid: tuple[int, int] = (24, 24)
     aligner_depth: int = 2
     head_width: int = 2048
-    pad_id: int = 100002  # the token that fills the unconditional prompt
+    pad_id: int = 100002  # the token that fills the unconditional prompt: ``PAD`` of Janus-Pro's tokenizer
     faid: FaidConfig | None = None  # None: no blenders
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return self.grid[0] * self.vision.downsampling, self.grid[1] * self.vision.downsampling
+
+    def with_grid(self, grid: ArrayLike) -> "JanusConfig":
+        """The same model over another grid of codes.
+
+        Raises:
+          UserError: ``grid`` is not two numbers of at least 1.
+        """
+        try:
+            height, width = map(operator.index, grid)
+        except (TypeError, ValueError):
+            height = width = 0
+        if min(height, width) < 1:
+            raise UserError(f"grid={grid!r} must be two whole numbers of cells, height and width, each at least 1")
+        return dataclasses.replace(self, grid=(height, width))
 
 
 PRESETS = {

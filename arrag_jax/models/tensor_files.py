@@ -111,11 +111,27 @@ class _TorchFile:
         ]
 
     def read(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
+        tensor = self._tensors[name].detach()  # it may be a torch.nn.Parameter
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype == "bfloat16":  # numpy has no such type of its own
             tensor = tensor.view(self._int16)
         return np.array(tensor.numpy(), order="C").view(jnp.dtype(dtype))  # a copy, for the file will be closed
+
+
+def checkpoint_folder(directory: Path) -> Path:
+    """The folder itself, or the export in it where it is the --workdir of a training run.
+
+    Raises:
+      UserError: a run that has no export yet.
+    """
+    if not ((directory / "checkpoints").is_dir() and (directory / "base.json").is_file()):
+        return directory
+    if not (directory / "export" / "config.json").is_file():
+        raise UserError(
+            f"{directory} is a training run without an export yet; let it finish, or make one of its best checkpoint: "
+            f"python -m arrag_jax.convert --source {directory} --target DIR"
+        )
+    return directory / "export"
 
 
 def stored_tensors(directory: Path, also: tuple[str, ...] = ()) -> dict[str, Stored]:
@@ -125,11 +141,19 @@ def stored_tensors(directory: Path, also: tuple[str, ...] = ()) -> dict[str, Sto
       also: further files to look into, where they are there.
 
     Raises:
-      UserError: no weights, a truncated file, or an index that does not match its files.
+      UserError: no weights, a truncated file, an index that does not match its files, or a tensor that is there twice.
     """
+    directory = checkpoint_folder(directory)
     beside = [directory / name for name in (f"{ADAPTER}.safetensors", f"{ADAPTER}.bin", *also)]
     further = [tensor for path in beside if path.is_file() for tensor in _open(path).tensors()]
-    return {plain_key(tensor.name): tensor for tensor in [*_weights(directory), *further]}
+    stored = {}
+    for tensor in (*_weights(directory), *further):
+        key = plain_key(tensor.name)
+        if key in stored:
+            places = f"{stored[key].file.name} and {tensor.file.name}"
+            raise UserError(f"{directory} holds {key} twice, in {places}; copy the checkpoint again")
+        stored[key] = tensor
+    return stored
 
 
 def read_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, np.ndarray]]:
@@ -166,10 +190,13 @@ def _indexed(index: Path) -> list[Stored]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is no index of weights ({error}); copy the checkpoint again") from error
     tensors = [t for name in sorted(set(listed.values())) for t in _open(index.parent / name).tensors()]
-    held = {tensor.name: tensor.file.name for tensor in tensors}
-    wrong = sorted(key for key, name in listed.items() if held.get(key) != name)
-    if wrong:
-        raise UserError(f"{index} names tensors that its files do not hold: {some(wrong)}; copy the checkpoint again")
+    held = {(tensor.name, tensor.file.name) for tensor in tensors}
+    absent = sorted(key for key, name in listed.items() if (key, name) not in held)
+    if absent:
+        raise UserError(f"{index} names tensors that its files do not hold: {some(absent)}; copy the checkpoint again")
+    omitted = sorted({key for key, _ in held} - listed.keys())
+    if omitted:
+        raise UserError(f"{index} omits tensors that its files hold: {some(omitted)}; copy the checkpoint again")
     return tensors
 
 

@@ -12,8 +12,11 @@ from jaxtyping import Bool, Int
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from arrag_jax.errors import UserError
+from arrag_jax.models.config_json import read_config
+from arrag_jax.models.presets import PAD
+from arrag_jax.models.tensor_files import checkpoint_folder
 
-BOS, PAD, UNKNOWN = "<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", "<unk>"
+BOS, UNKNOWN = "<｜begin▁of▁sentence｜>", "<unk>"
 USER, ASSISTANT, IMAGE_START = "<|User|>", "<|Assistant|>", "<begin_of_image>"
 SPECIAL = [BOS, PAD, UNKNOWN, USER, ASSISTANT, IMAGE_START]
 
@@ -27,7 +30,7 @@ class PromptTokenizer:
     """Prompts → ids and mask.
 
     Attributes:
-      pad_id: fills the unconditional prompt and the left of short prompts.
+      pad_id: fills the left of short prompts; of a checkpoint's tokenizer it is the model's, too.
       vocab_size: ids are below it.
       max_length: longest prompt in tokens, chat form included.
     """
@@ -42,16 +45,20 @@ class PromptTokenizer:
 
     @classmethod
     def load(cls, directory: str | Path, max_length: int = 512) -> "PromptTokenizer":
-        """Reads ``tokenizer.json`` from a checkpoint folder."""
-        path = Path(directory) / "tokenizer.json"
+        """Reads ``tokenizer.json`` from a checkpoint folder, or from the export of a training run."""
+        directory = checkpoint_folder(Path(directory))
+        path = directory / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{path} is not there; copy the checkpoint's tokenizer.json beside its weights")
         try:
-            return cls(Tokenizer.from_file(str(path)), max_length)
+            text = cls(Tokenizer.from_file(str(path)), max_length)
         except UserError:
             raise
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(f"{path} cannot be read as a tokenizer ({error}); copy it again") from error
+        if (directory / "config.json").is_file():
+            text.pad_id = read_config(directory).pad_id
+        return text
 
     @classmethod
     def of_words(cls, captions: Iterable[str]) -> "PromptTokenizer":

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from arrag_jax.errors import UserError
 from arrag_jax.models.janus import PARTS, VISION
 from arrag_jax.models.layouts import Layout, published_key, to_ours, to_published
-from arrag_jax.models.tensor_files import Stored, read_tensors, some
+from arrag_jax.models.tensor_files import Stored, read_tensors
 from arrag_jax.nn.vq import CodeUsage
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -31,7 +31,7 @@ def match(model: nnx.Module, stored: dict[str, Stored], layout: Layout, director
       directory: for the message.
 
     Raises:
-      UserError: with every missing, unknown and mis-shaped key.
+      UserError: with every missing, unknown and mis-shaped key, one a line.
     """
     wanted = {layout.key(path): path for path in parameters(model)}
     passed = tuple(layout.parts[part] for part in PARTS if getattr(model, part) is None)
@@ -46,8 +46,10 @@ def match(model: nnx.Module, stored: dict[str, Stored], layout: Layout, director
             problems.append(f"{layout.key(path)} has shape {tensor.shape}, its config asks for {expected}")
         elif tensor is not None and tensor.dtype not in (*DTYPES, "float64"):
             problems.append(f"{layout.key(path)} has dtype {tensor.dtype}, which is no dtype of weights")
+    if any(problem.startswith("unknown ") and ".lora_" in problem for problem in problems):
+        problems.append("(tensors of a LoRA need an adapter_config.json beside them, with r and lora_alpha)")
     if problems:
-        raise UserError(f"{directory} does not hold the model of its config.json: {some(problems)}")
+        raise UserError("\n  ".join([f"{directory} does not hold the model of its config.json:", *problems]))
     return {path: stored[key] for key, path in wanted.items()}
 
 

@@ -32,6 +32,7 @@ class LlamaConfig:
     mlp: int = 5632
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
+    head_dim: int | None = None  # None = width / heads
 
 
 class Cache(NamedTuple):
@@ -90,7 +91,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.config = config
-        self.head_dim = config.width // config.heads
+        self.head_dim = config.head_dim or config.width // config.heads
         self.q = _linear(config.width, config.heads * self.head_dim, rngs)
         self.k = _linear(config.width, config.kv_heads * self.head_dim, rngs)
         self.v = _linear(config.width, config.kv_heads * self.head_dim, rngs)

@@ -24,7 +24,8 @@ class VQConfig:
     codebook_size: int = 16384
     code_dim: int = 8
     channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of channels, a level
+    decoder_multipliers: tuple[int, ...] | None = None  # None = the same
     z_channels: int = 256
     res_blocks: int = 2  # a level; the decoder has one more
     norm_scope: str = "image"  # "image": GroupNorm of 32 groups | "pixel": over a pixel's channels alone
@@ -35,6 +36,10 @@ class VQConfig:
     def __post_init__(self):
         if self.norm_scope not in ("image", "pixel"):
             raise UserError(f"norm_scope={self.norm_scope!r} is unknown; choose image or pixel")
+        if self.decoder_multipliers and len(self.decoder_multipliers) != len(self.multipliers):
+            raise UserError(
+                f"the decoder's levels {self.decoder_multipliers} must be as many as the encoder's {self.multipliers}"
+            )
 
     @property
     def downsampling(self) -> int:
@@ -59,7 +64,8 @@ def _conv(inputs: int, outputs: int, kernel: int, rngs: nnx.Rngs, **kwargs) -> n
 def _norm(channels: int, config: VQConfig, rngs: nnx.Rngs) -> nnx.Module:
     if config.norm_scope == "pixel":
         return nnx.LayerNorm(channels, epsilon=1e-6, rngs=rngs)
-    return nnx.GroupNorm(channels, num_groups=32, epsilon=1e-6, rngs=rngs)
+    # The fast variance, E[x²] − E[x]², cancels where the mean is large.
+    return nnx.GroupNorm(channels, num_groups=32, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
 
 
 class ResBlock(nnx.Module):
@@ -156,7 +162,7 @@ class Decoder(nnx.Module):
     """A map of ``z_channels`` → pixels."""
 
     def __init__(self, config: VQConfig, rngs: nnx.Rngs):
-        widths = [config.channels * m for m in reversed(config.multipliers)]
+        widths = [config.channels * m for m in reversed(config.decoder_multipliers or config.multipliers)]
         inputs, levels = widths[0], []
         self.conv_in = _conv(config.z_channels, inputs, 3, rngs)
         self.mid = _middle(inputs, config, rngs)

@@ -19,17 +19,17 @@ def cells_with_context(height: int, width: int) -> np.ndarray:
     Raises:
       ValueError: if the grid is too small to hold one such cell.
     """
-    if height < 2 or width < 3:
+    cells = np.flatnonzero(has_context(height, width)).astype(np.int32)
+    if not len(cells):
         raise ValueError(f"a {height} x {width} grid has no cell with a full context; at least 2 x 3 is needed")
-    rows, columns = np.mgrid[1:height, 1 : width - 1]
-    return (rows * width + columns).reshape(-1).astype(np.int32)
+    return cells
 
 
 def has_context(height: int, width: int) -> Bool[np.ndarray, " T"]:
-    """For every cell in raster order: does it have a full context?"""
-    mask = np.zeros(height * width, bool)
-    mask[cells_with_context(height, width)] = True
-    return mask
+    """For every cell in raster order: does it have a full context? In a small grid none has."""
+    mask = np.zeros((height, width), bool)
+    mask[1:, 1:-1] = True
+    return mask.reshape(-1)
 
 
 def context_cells(height: int, width: int) -> Int[np.ndarray, "T 4"]:
