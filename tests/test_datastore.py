@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stored import keys_of, values_of
 
 from arrag_jax import files
 from arrag_jax.config import ScannOptions
@@ -17,6 +18,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval import building, index, writer
 from arrag_jax.retrieval.datastore import Datastore, StoreSettings, unit_norm
+from arrag_jax.retrieval.patches import stored_patches
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever
 
 GRID, V, C = (4, 5), 16, 8
@@ -92,25 +94,26 @@ def test_reads_what_was_encoded(whole):
 @pytest.mark.parametrize("kind", ["codebook", "latent"])
 def test_keys_are_the_four_context_cells(whole, kind):
     """Against the definition, cell by cell; and each part has unit norm in float32."""
-    keys = whole.keys(kind)
+    patches = stored_patches(whole, kind, (0, whole.num_patches))
+    rows = np.arange(whole.num_patches) if kind == "latent" else patches.rows
+    keys, values = np.empty((len(rows), 4 * C), np.float32), np.empty(len(rows), np.int64)
+    entry = rows if kind == "latent" else np.repeat(np.arange(len(patches.keys)), np.diff(patches.starts))
+    keys[rows], values[rows] = patches.keys[entry], patches.codes
     vectors = CODEBOOK[whole.codes] if kind == "codebook" else unit_norm(whole.latents)
     for row in range(0, whole.num_patches, 7):
         image, cell = grid_ops.image_and_cell(np.array(row), *GRID)
         r, c = divmod(int(cell), GRID[1])
         parts = [vectors[image, r + dr, c + dc] for dr, dc in ((-1, -1), (-1, 0), (-1, 1), (0, -1))]
         np.testing.assert_array_equal(keys[row], np.concatenate(parts))
-        assert whole.values[row] == whole.codes[image, r, c]
+        assert values[row] == whole.codes[image, r, c]
     np.testing.assert_allclose(np.linalg.norm(keys.reshape(-1, 4, C), axis=-1), 1, atol=1e-6)
-    assert len(keys) == len(whole.values) == whole.num_patches
 
 
 @pytest.mark.parametrize("count", [1, 10, 11, 23])
 def test_subset_is_the_first_images(whole, count):
     part = whole.subset(count)
-    rows = part.num_patches
     np.testing.assert_array_equal(part.codes, whole.codes[:count])
-    np.testing.assert_array_equal(part.values, whole.values[:rows])
-    np.testing.assert_array_equal(part.keys("latent"), whole.keys("latent")[:rows])
+    np.testing.assert_array_equal(part.latents, whole.latents[:count])
     assert part.sources == whole.sources[:count]
 
 
@@ -118,7 +121,7 @@ def test_without_latents(tmp_path):
     store = build(tmp_path, keys=("codebook",))
     assert not list(tmp_path.glob("latents*"))
     with pytest.raises(UserError, match="latent"):
-        store.keys("latent")
+        _ = store.latents
 
 
 KILLER = """
@@ -301,7 +304,7 @@ def test_records_cost_little_more_than_their_codes(tmp_path):
 def test_saved_index_searches_like_the_built_one(store, tmp_path, options):
     """Also after the store was moved. All leaves are searched, so both are exact; latents have no ties."""
     index.build_index(store, "latent", options)
-    built = ScannRetriever.create(store.keys("latent"), store.values, CODEBOOK, 5, EXHAUSTIVE).host
+    built = ScannRetriever.create(keys_of(store, "latent"), values_of(store), CODEBOOK, 5, EXHAUSTIVE).host
     moved = Datastore.open(tmp_path.rename(tmp_path.with_name(tmp_path.name + "-moved")))
     loaded = index.load_index(moved, "latent", 5, options)
     context = np.random.default_rng(0).integers(0, V, (6, 4)).astype(np.int32)

@@ -13,6 +13,7 @@ import folders
 import numpy as np
 import pytest
 from folders import BAD, codes_of, contents, write_scenes
+from stored import values_of
 
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig
@@ -47,7 +48,7 @@ def test_holds_the_codes_of_the_good_images(whole, config):
     np.testing.assert_array_equal(whole.codes, codes_of(config.model, Path(config.source), good))
     assert whole.bad == [("scene_05.png", "empty file"), ("scene_11.png", "not an image that PIL reads")]
     assert (whole.num_images, whole.num_bad, whole.settings.num_images) == (21, 2, 23)
-    assert whole.num_patches == len(whole.values) == len(whole.keys("codebook"))
+    assert whole.num_patches == len(values_of(whole))
     for count in (1, 5, 6, 20, 21):
         np.testing.assert_array_equal(whole.subset(count).codes, whole.codes[:count])
         assert whole.subset(count).sources == good[:count]

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from stored import keys_of
 
 from arrag_jax import build_datastore
 from arrag_jax.config import ScannOptions
@@ -47,7 +48,7 @@ def test_recall_is_the_naive_one(store, shards):
     figures = measure.report(store, FEW_LEAVES)
     assert set(figures) == KEYS and json.loads((store.directory / "report.json").read_text()) == figures
     context = measure.held_out_contexts(store)
-    true = ((CODEBOOK[context].reshape(-1, 1, 32) - store.keys("codebook")[None]) ** 2).sum(2)
+    true = ((CODEBOOK[context].reshape(-1, 1, 32) - keys_of(store, "codebook")[None]) ** 2).sum(2)
     host = index.load_index(store, "codebook", 10, FEW_LEAVES, shards)
     found = [host.search(context, np.int32(shard)) for shard in range(shards)]
     rows = np.concatenate([np.where(ids < 0, -1, ids + host.bounds[s][0]) for s, (_, _, ids) in enumerate(found)], 1)

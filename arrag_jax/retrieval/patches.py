@@ -15,8 +15,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int, Integer, UInt16
 
+from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval.datastore import Datastore, unit_norm
+
+MOST_ROWS = 2**31 - 1  # ids are int32
 
 
 @runtime_checkable
@@ -169,15 +172,21 @@ def stored_patches(store: Datastore, kind: str, rows: tuple[int, int]) -> Patche
       rows: first stored row and end.
 
     Raises:
-      UserError: the store does not hold such keys.
+      UserError: the store does not hold such keys, or more patches than ids can number.
     """
+    store.require_kind(kind)
+    if store.num_patches > MOST_ROWS:
+        most = MOST_ROWS // store.settings.patches_per_image
+        raise UserError(
+            f"datastore {store.directory} has {store.num_patches:,} patches, {MOST_ROWS:,} can be numbered; search its "
+            f"first images alone: num_images={most}"
+        )
     first, end = rows
     step = store.settings.patches_per_image
-    images = slice(first // step, -(-end // step))
-    inside = slice(first - images.start * step, end - images.start * step)
-    grids = store.codes[images]
-    codes = grid_ops.next_codes_of_grids(grids).reshape(-1)[inside]
+    images = first // step, -(-end // step)
+    first, end = first - images[0] * step, end - images[0] * step
+    grids = store.codes_of(*images)
+    codes = grid_ops.next_codes_of_grids(grids).reshape(-1)[first:end]
     if kind == "latent":
-        return Patches(LatentKeys(store.latents, first, end - first), codes.astype(np.uint16))
-    store.require_kind(kind)
-    return Patches.fold(grid_ops.contexts_of_grids(grids).reshape(-1, 4)[inside], codes, store.codebook)
+        return Patches(LatentKeys(store.latents_of(*images), first, end - first), codes)
+    return Patches.fold(grid_ops.contexts_of_grids(grids).reshape(-1, 4)[first:end], codes, store.codebook)

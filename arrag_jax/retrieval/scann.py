@@ -97,7 +97,13 @@ def build_searcher(patches: Patches, options: ScannOptions) -> Any:
 
 
 def shard_bounds(rows: int, shards: int) -> list[tuple[int, int]]:
-    """First row and end of each shard: contiguous, in order, sizes differing by one at most."""
+    """First row and end of each shard: contiguous, in order, sizes differing by one at most.
+
+    Raises:
+      UserError: fewer rows than shards.
+    """
+    if rows < shards:
+        raise UserError(f"{rows} stored patches cannot be spread over {shards} shards; choose {rows} or fewer")
     return list(itertools.pairwise(rows * shard // shards for shard in range(shards + 1)))
 
 
