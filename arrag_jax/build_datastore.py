@@ -89,7 +89,7 @@ def build(
     tokenizer: Janus,
     team: Team,
     known: Collection[str] = (),
-    others: writer.Tally = writer.Tally(0, 0),
+    others: writer.Tally = writer.NONE,
 ) -> Datastore | None:
     """The store of the config's images but for the ``known`` ones, built by the whole team; None if there are none.
 

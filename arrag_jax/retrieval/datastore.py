@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
-from jaxtyping import Float, Int, UInt16
+from jaxtyping import Float, UInt16
 
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
@@ -207,7 +207,7 @@ class Datastore(ShardFolder):
             raise UserError(f"datastore {self.directory} holds keys of kind {held}, not {kind!r}; {self.rebuild}")
 
     def _files(self, part: str, first: int, end: int) -> Iterator[tuple[Path, int, slice]]:
-        """The files of a part that hold images ``first`` to ``end``: path, images in it, and which of these are meant."""
+        """The files that hold images ``first`` to ``end`` of a part: path, images in it, and which are meant."""
         before = 0
         for store in (self, *self.parts):
             for shard in range(store.settings.num_shards):
@@ -239,6 +239,7 @@ class Datastore(ShardFolder):
                 number = wanted.stop - wanted.start
                 whole[done : done + number] = found.reshape(number, *shape)
             done += number
+        assert done == len(whole)
         return whole
 
     @contextlib.contextmanager

@@ -29,6 +29,9 @@ class Tally(NamedTuple):
     bad: int
 
 
+NONE = Tally(0, 0)
+
+
 def build(
     directory: str | Path,
     examples: Examples,
@@ -39,7 +42,7 @@ def build(
     source_id: Callable[[int], str] | None = None,
     max_bad_fraction: float = 0.0,
     team: Team | None = None,
-    others: Tally = Tally(0, 0),
+    others: Tally = NONE,
 ) -> Datastore:
     """Builds the store in ``directory``, or goes on with it, or finds it whole.
 
