@@ -25,8 +25,7 @@ import numpy as np
 
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import DatastoreConfig, ScannOptions
-from arrag_jax.data.emoji_scenes import NAMES
-from arrag_jax.data.images import LISTING, encoder, images_to_store
+from arrag_jax.data.images import LISTING, encoder, images_to_store, is_data_set
 from arrag_jax.errors import UserError
 from arrag_jax.mesh import start_distributed
 from arrag_jax.models.checkpoint import fingerprint, load_model
@@ -57,8 +56,11 @@ def run(
         check(directory)
     elif report:
         options = BY_RULE if config is None else config.scann
-        for name, figure in measure.report(Datastore.open(directory), options).items():
-            print(f"{name:20}{figure:>16,.4f}" if isinstance(figure, float) else f"{name:20}{figure:>16,}")
+        store = Datastore.open(directory)
+        for kind in measure.indexed(store):
+            print(f"index over {kind} keys")
+            for name, figure in measure.report(store, options, kind).items():
+                print(f"{name:20}{figure:>16,.4f}" if isinstance(figure, float) else f"{name:20}{figure:>16,}")
     elif merge:
         finish(parts.merge([Datastore.open(store) for store in merge], directory), config, start)
     else:
@@ -166,7 +168,7 @@ def settings_of(config: DatastoreConfig, tokenizer: Janus, num_images: int) -> S
         num_images=num_images,
         shard_size=config.shard_size,
         source=config.source,
-        split=config.split if config.source in NAMES else "",
+        split=config.split if is_data_set(config.source) else "",
         command=" ".join(["python -m arrag_jax.build_datastore", *sys.argv[1:]]),
     )
 

@@ -17,6 +17,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval import building, index, writer
 from arrag_jax.retrieval.datastore import Datastore, StoreSettings, unit_norm
+from arrag_jax.retrieval.encoding import BadImage
 from arrag_jax.retrieval.patches import stored_patches
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever
 
@@ -194,6 +195,31 @@ def test_killed_and_resumed_is_uninterrupted(whole, tmp_path):
     expected = contents(whole.directory)
     for moment in range(1, moments + 1):
         assert contents(tmp_path / str(moment)) == expected, moment
+
+
+def test_what_was_bad_when_a_build_was_killed_may_be_good_by_now(whole, tmp_path, monkeypatch):
+    """Killed between the list of a shard's bad images and its last file; then all can be read."""
+
+    class Spoilt(Images):
+        def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+            if i == 3:
+                raise BadImage("not yet there")
+            return super().__getitem__(i)
+
+    write_lines = writer._write_lines
+
+    def stopping(path: Path, lines: list[str]) -> None:
+        if path.name.startswith("sources"):
+            raise KeyboardInterrupt
+        write_lines(path, lines)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_lines", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            writer.build(tmp_path, Spoilt(23), encode, CODEBOOK, settings(), 4, max_bad_fraction=0.5)
+    assert [path.name for path in tmp_path.glob("bad-*")] == ["bad-00000-of-00003.txt"]
+    build(tmp_path)
+    assert contents(tmp_path) == contents(whole.directory)
 
 
 @pytest.mark.parametrize(

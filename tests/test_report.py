@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import stored
 from stored import keys_of
 
 from arrag_jax import build_datastore
@@ -69,6 +70,26 @@ def test_an_exact_index_finds_everything_and_its_bytes_are_counted(store, capsys
     entries = len(np.unique(grid_ops.contexts_of_grids(store.codes).reshape(-1, 4), axis=0))
     keys, lists = 128 * entries, 12 * entries + 6 * store.num_patches + 4
     assert keys + lists <= figures["bytes_per_patch"] * store.num_patches <= keys + lists + 2000
+
+
+def test_every_index_that_is_there_is_measured(tmp_path, capsys, monkeypatch):
+    """Over latents alone, too."""
+    monkeypatch.setattr(measure, "SECONDS", 0.01)
+    both = stored.build(tmp_path / "store")
+    index.build_index(both, "latent", ScannOptions())
+    for kinds, files in (
+        (["latent"], {"report.json"}),
+        (["codebook", "latent"], {"report.json", "report-latent.json"}),
+    ):
+        build_datastore.run(None, str(both.directory), report=True)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if line.startswith("index over")] == [
+            f"index over {kind} keys" for kind in kinds
+        ]
+        assert {path.name for path in both.directory.glob("report*.json")} == files
+        figures = json.loads((both.directory / max(files, key=lambda name: "latent" in name)).read_text())
+        assert figures["recall_at_10"] == 1
+        index.build_index(both, "codebook", ScannOptions())
 
 
 def test_kth_distances_count_patches_not_entries():
