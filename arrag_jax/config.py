@@ -131,8 +131,8 @@ class DatastoreConfig:
     keys: tuple[str, ...] = ("codebook",)  # kinds of key that can be had: "codebook", "latent" (8 times the size)
     captions: bool = False  # keep the images' captions (of files: the .txt or .json beside each), to search by them
     indexes: tuple[str, ...] = ("codebook",)  # kinds of key to build a ScaNN index over
-    # Searchers an index: one a device for a search sharded over a mesh. Building one holds its share of the keys in
-    index_shards: int = 1  # float32, 128 bytes an entry (1.3 GB for 10^7), and what ScaNN makes of them
+    # Searchers an index, one a device of a search sharded over a mesh. Building holds the keys of one at a time in
+    index_shards: int = 1  # float32, 128 bytes an entry (1.3 GB for 10^7), beside what ScaNN makes of them
     scann: ScannOptions = ScannOptions()
 
     def __post_init__(self):

@@ -1,5 +1,6 @@
 """Builds a datastore shard by shard (``building.build``), without the images that cannot be read."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,9 +74,7 @@ def build(
         with whole_file(directory / CODEBOOK) as temporary, open(temporary, "wb") as file:
             np.savez(file, codebook=np.asarray(codebook, np.float32))
 
-    def require_few_bad() -> None:
-        bad = [line for path in sorted(directory.glob(BAD_FILES)) for line in read_bad(path)]
-        _require_few_bad(directory, bad, others, settings.num_images, max_bad_fraction)
+    require_few_bad = functools.partial(_require_few_bad, directory, settings.num_images, others, max_bad_fraction)
 
     def write_shard(shard: int, bar: tqdm) -> None:
         (directory / settings.bad_file(shard)).unlink(missing_ok=True)  # of a killed run: it may be readable by now
@@ -139,10 +138,9 @@ def _write_lines(path: Path, lines: list[str]) -> None:
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _require_few_bad(
-    directory: Path, bad: list[tuple[str, str]], others: Tally, num_images: int, max_bad_fraction: float
-) -> None:
+def _require_few_bad(directory: Path, num_images: int, others: Tally, max_bad_fraction: float) -> None:
     """Raises UserError if too large a share of all images, with those of the other parts, is known to be bad."""
+    bad = [line for path in sorted(directory.glob(BAD_FILES)) for line in read_bad(path)]
     found, total = len(bad) + others.bad, num_images + others.images
     first = "; ".join(f"{name}: {reason}" for name, reason in bad[:3]) + (" …" if len(bad) > 3 else "")
     if found == total:
