@@ -49,8 +49,7 @@ def build(
 
     Args:
       directory: made if absent.
-      examples: at least ``settings.num_images`` (any, if the store is whole); the first ones are taken, but for
-        those that are bad.
+      examples: at least ``settings.num_images`` (any, if the store is whole); the first ones are taken.
       encode: called with batches of exactly ``batch_size`` (a shard's last one is padded with zeros).
       codebook: rows of unit norm.
       settings: what to build.
