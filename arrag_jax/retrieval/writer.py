@@ -60,8 +60,7 @@ def build(
       others: images of the store that this one is to be a part of; they count in the share of bad ones.
 
     Raises:
-      UserError: too few images, too many bad ones, another store or build in the directory (nothing is touched), a
-        code outside the codebook, or a disk that is full.
+      UserError: too few images or too many bad ones, a code outside the codebook; else as ``building.build``.
     """
     directory = Path(directory)
     if building.require_same_settings(Datastore, directory, settings) != "whole":
