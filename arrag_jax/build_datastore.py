@@ -13,6 +13,7 @@ processes (JAX_COORDINATOR_ADDRESS and so on, see launch/) it shares the work; -
 all of them see.
 """
 
+import dataclasses
 import os
 import sys
 import time
@@ -24,8 +25,7 @@ import numpy as np
 
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import DatastoreConfig, ScannOptions
-from arrag_jax.data.emoji_scenes import NAMES
-from arrag_jax.data.images import LISTING, encoder, images_to_store
+from arrag_jax.data.images import LISTING, encoder, images_to_store, is_data_set
 from arrag_jax.errors import UserError
 from arrag_jax.mesh import start_distributed
 from arrag_jax.models.checkpoint import fingerprint, load_model
@@ -56,8 +56,11 @@ def run(
         check(directory)
     elif report:
         options = BY_RULE if config is None else config.scann
-        for name, figure in measure.report(Datastore.open(directory), options).items():
-            print(f"{name:20}{figure:>16,.4f}" if isinstance(figure, float) else f"{name:20}{figure:>16,}")
+        store = Datastore.open(directory)
+        for kind in measure.indexed(store):
+            print(f"index over {kind} keys")
+            for name, figure in measure.report(store, options, kind).items():
+                print(f"{name:20}{figure:>16,.4f}" if isinstance(figure, float) else f"{name:20}{figure:>16,}")
     elif merge:
         finish(parts.merge([Datastore.open(store) for store in merge], directory), config, start)
     else:
@@ -83,9 +86,17 @@ def build_or_add(config: DatastoreConfig, directory: Path, append: bool, start: 
 
 
 def build(
-    config: DatastoreConfig, directory: Path, tokenizer: Janus, team: Team, known: Collection[str] = ()
+    config: DatastoreConfig,
+    directory: Path,
+    tokenizer: Janus,
+    team: Team,
+    known: Collection[str] = (),
+    others: writer.Tally = writer.NONE,
 ) -> Datastore | None:
-    """The store of the config's images but for the ``known`` ones, built by the whole team; None if there are none."""
+    """The store of the config's images but for the ``known`` ones, built by the whole team; None if there are none.
+
+    ``others``: as ``writer.build``.
+    """
 
     def state() -> tuple[str, StoreSettings | None]:
         return state_of(Datastore, directory)
@@ -95,6 +106,7 @@ def build(
         if state()[0] == "nothing":
             return None
     begun, found = state()
+    config = spelt_alike(config, [found] if found else [])
     images = images_to_store(config, tokenizer, begun, directory, known)
     if begun == "nothing" and len(images) == 0:
         return None
@@ -109,6 +121,7 @@ def build(
         images.source_id,
         config.max_bad_fraction,
         team,
+        others,
     )
     if team.leads:
         (directory / LISTING).unlink(missing_ok=True)
@@ -120,16 +133,27 @@ def add(config: DatastoreConfig, directory: Path, tokenizer: Janus, team: Team) 
     store = Datastore.open(directory)
     store.require_tokenizer(fingerprint(tokenizer))
     parts.require_fits(store, settings_of(config, tokenizer, 1))
+    whole = (store, *store.parts)
+    config = spelt_alike(config, [x.settings for x in whole])
     part = parts.next_part(store)
     _, found = state_of(Datastore, part)
+    config = spelt_alike(config, [found] if found else [])
     if found and found.source != config.source:
         raise UserError(f"{part} is what is left of adding {found.source}; run that command again first, or delete it")
-    same = [x for x in (store, *store.parts) if x.settings.source == config.source]
+    same = [x for x in whole if x.settings.source == config.source]
     known = {source for x in same for source in (*x.sources, *(name for name, _ in x.bad))}
-    if build(config, part, tokenizer, team, known) is None:
+    others = writer.Tally(sum(x.settings.num_images for x in whole), store.num_bad)
+    if build(config, part, tokenizer, team, known, others) is None:
         print(f"nothing to add: {directory} holds every image of {config.source}")
         return store
     return parts.add_part(store, part) if team.leads else store
+
+
+def spelt_alike(config: DatastoreConfig, known: Collection[StoreSettings]) -> DatastoreConfig:
+    """The config, its source spelt as in the first of these settings that mean the same file or folder by theirs."""
+    where = Path(config.source).resolve()
+    same = [x.source for x in known if x.source == config.source or Path(x.source).resolve() == where]
+    return dataclasses.replace(config, source=same[0]) if same else config
 
 
 def settings_of(config: DatastoreConfig, tokenizer: Janus, num_images: int) -> StoreSettings:
@@ -144,7 +168,7 @@ def settings_of(config: DatastoreConfig, tokenizer: Janus, num_images: int) -> S
         num_images=num_images,
         shard_size=config.shard_size,
         source=config.source,
-        split=config.split if config.source in NAMES else "",
+        split=config.split if is_data_set(config.source) else "",
         command=" ".join(["python -m arrag_jax.build_datastore", *sys.argv[1:]]),
     )
 
@@ -163,8 +187,7 @@ def finish(store: Datastore, config: DatastoreConfig | None, start: float) -> No
     if config is not None:
         kinds, options = config.indexes, (config.scann, config.index_shards)
     for kind in kinds:
-        if not index.is_current(store, kind, *options):
-            index.build_index(store, kind, *options)
+        index.refresh_index(store, kind, *options)
     size = sum(path.stat().st_size for path in store.directory.rglob("*") if path.is_file())
     indexes = f"ScaNN over {', '.join(kinds)} keys" if kinds else "no index"
     bad = f" ({store.num_bad:,} that cannot be read are left out)" if store.num_bad else ""

@@ -120,7 +120,8 @@ class DatastoreConfig:
     """One datastore and its indexes."""
 
     model: str  # checkpoint folder that holds the tokenizer
-    source: str  # folder of images and tars, one .tar, or a TFDS name with its config: "emoji_scenes/full"
+    # folder of images and tars, one .tar, "emoji_scenes/full", or any set that TFDS has prepared as ArrayRecord files:
+    source: str  # "tfds:NAME[/config][:version]"
     split: str = "store"  # of a TFDS data set
     data_dir: str = "data"  # where TFDS keeps it; built there when absent
     num_images: int = 0  # the first ones; 0 = all
@@ -128,9 +129,10 @@ class DatastoreConfig:
     batch_size: int = 64  # images a device encodes together
     shard_size: int = 16_384  # images a file
     keys: tuple[str, ...] = ("codebook",)  # kinds of key that can be had: "codebook", "latent" (8 times the size)
-    captions: bool = False  # keep the images' captions, for caption-aware retrieval
+    captions: bool = False  # keep the images' captions (of files: the .txt or .json beside each), to search by them
     indexes: tuple[str, ...] = ("codebook",)  # kinds of key to build a ScaNN index over
-    index_shards: int = 1  # searchers an index; more than 1 for a search sharded over a mesh
+    # Searchers an index, one a device of a search sharded over a mesh. Building holds the keys of one at a time in
+    index_shards: int = 1  # float32, 128 bytes an entry (1.3 GB for 10^7), beside what ScaNN makes of them
     scann: ScannOptions = ScannOptions()
 
     def __post_init__(self):
@@ -152,7 +154,9 @@ class RetrievalConfig:
     k: int = 16  # neighbours a cell
     keys: str = "codebook"  # "codebook" | "latent"
     search: str = "scann"  # "scann" (host) | "dense" (device, exact)
-    storage: str = "float32"  # what "dense" holds of a key: "codes" | "float32" | "bfloat16" | "int8"
+    storage: str = (
+        "float32"  # what "dense" holds of a key: "float32" | "bfloat16"; of codebook keys "codes" | "int8" too
+    )
     num_images: int = 0  # only the first ones; 0 = all. A ScaNN index over fewer is built in memory
     scann: ScannOptions = ScannOptions()
 
@@ -160,6 +164,8 @@ class RetrievalConfig:
         _one_of("keys", self.keys, ("codebook", "latent"))
         _one_of("search", self.search, ("scann", "dense"))
         _one_of("storage", self.storage, ("codes", "float32", "bfloat16", "int8"))
+        if self.keys == "latent" and self.storage in ("codes", "int8"):
+            raise UserError(f"storage={self.storage!r} is for keys='codebook'; choose float32 or bfloat16 for latents")
         for name, low in (("k", 1), ("num_images", 0)):
             _in_range(name, getattr(self, name), low)
 

@@ -7,10 +7,13 @@ them mirrored, scaled to 48 x 48) of photos in a tar. Queries are contexts of ot
 distance, against comparing with every key. "IVF-PQ" is the official index (OPQ8, 4096 lists, PQ8x8; of 256 lists below
 a million patches): with one list probed, as its code does, and with as many as it asks for in vain. faiss-cpu is a
 development requirement. Calls are those of the host, or of a jitted function, with answers as numpy arrays; medians.
+A second table tells how each figure grows: the exponent e of N^e between two sizes (1 = in proportion).
 """
 
 import functools
 import io
+import itertools
+import math
 import resource
 import statistics
 import tarfile
@@ -25,8 +28,9 @@ from absl import app, flags
 from PIL import Image
 
 from arrag_jax.data.scenes import render, scene
+from arrag_jax.errors import UserError, run_command
 from arrag_jax.evaluation.pictures import table
-from arrag_jax.models.checkpoint import load_model
+from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.ops.grid import contexts_of_grids, next_codes_of_grids
 from arrag_jax.retrieval.dense import STORAGES, DenseRetriever
@@ -39,8 +43,11 @@ PATCHES = flags.DEFINE_list("patches", ["100000", "1000000", "10000000"], "store
 METHODS = flags.DEFINE_list("methods", ["ScaNN", "dense", "exact", "IVF-PQ"], "which searches")
 PHOTOS = flags.DEFINE_string("photos", "", "tar of JPEG files to take crops of; empty: scenes")
 GRIDS = flags.DEFINE_string("grids", "", "file that the code grids are kept in for the next run")
-SIZE, QUERY_IMAGES, QUERIES, CALLS, SECONDS = 48, 2000, 256, (1, 8, 64), 1.0
+SIZE, QUERY_IMAGES, QUERIES, CALLS = 48, 2000, 256, (1, 8, 64)
+SECONDS, SLOW = 0.5, 3.0  # for which a kind of call is timed, and after which once must do
 NEIGHBORS = (10, 2048)
+# Of a row's figures: build s, bytes a patch, recalls, ms
+FORMATS = ("{:.1f}", "{:.1f}", *["{:.4f}"] * len(NEIGHBORS), *["{:.2f}"] * (len(NEIGHBORS) * len(CALLS)))
 # Ids [n, k] of contexts [n, 4]
 Search = Callable[[np.ndarray, int], np.ndarray]
 
@@ -56,8 +63,13 @@ def crop(photo: bytes, seed: int) -> np.ndarray:
 
 def code_grids(model: Any, images: int) -> np.ndarray:
     """uint16 [QUERY_IMAGES + images, H, W]: the images of queries first, which come from photos of their own."""
+    total, kind = QUERY_IMAGES + images, f"{Path(PHOTOS.value).name or 'scenes'}, tokenizer {fingerprint(model)}"
     if GRIDS.value and Path(GRIDS.value).is_file():
-        return np.load(GRIDS.value)
+        with np.load(GRIDS.value) as kept:
+            if str(kept["kind"]) != kind or len(kept["grids"]) < total:
+                held = f"{len(kept['grids']):,} grids of {kept['kind']}"
+                raise UserError(f"--grids={GRIDS.value} holds {held}, not {total:,} of {kind}; delete it")
+            return kept["grids"][:total]
     if PHOTOS.value:
         with tarfile.open(PHOTOS.value) as tar:
             files = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]
@@ -71,13 +83,15 @@ def code_grids(model: Any, images: int) -> np.ndarray:
         def picture(i: int) -> np.ndarray:
             return render(scene("valid", i) if i < QUERY_IMAGES else scene("store", i - QUERY_IMAGES))
 
-    grids, total = [], QUERY_IMAGES + images
+    grids: Any = []
     for first in range(0, total, 256):
         pictures = np.stack([picture(i) for i in range(first, min(first + 256, total))])
         grids.append(np.asarray(model.encode_images(from_uint8(pictures))[0], np.uint16).reshape(-1, *model.grid))
+    grids = np.concatenate(grids)
     if GRIDS.value:
-        np.save(GRIDS.value, np.concatenate(grids))
-    return np.concatenate(grids)
+        with open(GRIDS.value, "wb") as file:
+            np.savez(file, grids=grids, kind=kind)
+    return grids
 
 
 def scann_search(patches: Patches, codebook: np.ndarray) -> tuple[Search, int]:
@@ -97,18 +111,26 @@ def dense_search(patches: Patches, codebook: np.ndarray, storage: str) -> tuple[
     )
 
 
-def faiss_search(contexts: np.ndarray, codebook: np.ndarray, lists: int, probed: int) -> tuple[Search, int]:
-    """FAISS over every patch: exact when ``lists`` is 0, else its IVF-PQ."""
+def faiss_search(index: Callable[[], Any], codebook: np.ndarray, probed: int) -> tuple[Search, int]:
+    """FAISS over every patch; of an index with lists so many are probed."""
+    import faiss
+
+    index = index()
+    if probed:
+        faiss.extract_index_ivf(index).nprobe = probed
+    size = len(faiss.serialize_index(index))
+    return lambda context, k: index.search(codebook[context].reshape(len(context), -1), k)[1], size
+
+
+def faiss_index(contexts: np.ndarray, codebook: np.ndarray, lists: int) -> Any:
+    """Exact when ``lists`` is 0, else IVF-PQ as the official code trains it."""
     import faiss
 
     keys = codebook[contexts].reshape(len(contexts), -1)
     index = faiss.index_factory(keys.shape[1], f"OPQ8,IVF{lists},PQ8x8" if lists else "Flat")
-    index.train(keys[np.random.default_rng(0).permutation(len(keys))[: 64 * max(lists, 1024)]])
+    index.train(keys[np.random.default_rng(0).permutation(len(keys))[: 40 * max(lists, 1024)]])
     index.add(keys)
-    if lists:
-        faiss.extract_index_ivf(index).nprobe = probed
-    size = len(faiss.serialize_index(index))
-    return lambda context, k: index.search(codebook[context].reshape(len(context), -1), k)[1], size
+    return index
 
 
 def searches(
@@ -119,55 +141,88 @@ def searches(
     made: dict[str, Callable[[], tuple[Search, int]]] = {"ScaNN": lambda: scann_search(patches, codebook)}
     for storage in STORAGES:
         made[f"dense {storage}"] = functools.partial(dense_search, patches, codebook, storage)
-    made["exact FAISS"] = lambda: faiss_search(contexts, codebook, 0, 0)
-    for probed in (1, lists):
-        made[f"IVF-PQ, {probed} of {lists} lists"] = functools.partial(faiss_search, contexts, codebook, lists, probed)
+    made["exact FAISS"] = lambda: faiss_search(lambda: faiss_index(contexts, codebook, 0), codebook, 0)
+    index = functools.cache(lambda: faiss_index(contexts, codebook, lists))  # built for the first, used by both
+    for name, probed in (("one list", 1), ("all lists", lists)):
+        made[f"IVF-PQ, {name}"] = functools.partial(faiss_search, index, codebook, probed)
     return {name: make for name, make in made.items() if any(method in name for method in METHODS.value)}
 
 
 def call_ms(search: Search, context: np.ndarray, together: int, k: int) -> float:
-    """Median time of a call of so many queries, after one that may compile."""
-    calls, times = [context[i : i + together] for i in range(0, len(context), together)], []
-    search(calls[0], k)
-    until = time.perf_counter() + SECONDS
-    while len(times) < 3 or time.perf_counter() < until:
+    """Median time of a call of so many queries, after one that may compile (unless that one is slow itself)."""
+    calls = [context[i : i + together] for i in range(0, len(context), together)]
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < 4 or time.perf_counter() < begun + SECONDS:
         start = time.perf_counter()
         search(calls[len(times) % len(calls)], k)
         times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3
+        if time.perf_counter() > begun + SLOW:
+            break
+    return statistics.median(times[1:] or times) * 1e3
+
+
+def recall(
+    search: Search, asked: np.ndarray, contexts: np.ndarray, codebook: np.ndarray, k: int, farthest: np.ndarray
+) -> float:
+    """Share of the K neighbours that are not farther than the true K-th; a slow search is asked for fewer contexts."""
+    hits, until = [], time.perf_counter() + SLOW
+    for first in range(0, len(asked), max(CALLS)):
+        if hits and time.perf_counter() > until:
+            break
+        part = slice(first, first + max(CALLS))
+        ids, query = search(asked[part], k), codebook[asked[part]].reshape(-1, 1, 4 * codebook.shape[1])
+        away = np.square(query - codebook[contexts[ids]].reshape(*ids.shape, -1)).sum(2)
+        hits.append((ids >= 0) & (away <= farthest[part, None] + TOLERANCE))
+    return float(np.concatenate(hits).mean())
+
+
+def growth(measured: dict[str, dict[int, list[float]]]) -> list[list[Any]]:
+    """Of each search, from each size to the next, the exponents of N with which its figures grow; none of recall."""
+    rows: list[list[Any]] = []
+    for name, by_size in measured.items():
+        for (n, before), (more, after) in itertools.pairwise(sorted(by_size.items())):
+            grown = [
+                math.log(max(y, 1e-3) / max(x, 1e-3)) / math.log(more / n) for x, y in zip(before, after, strict=True)
+            ]
+            rows.append([f"{n:,} to {more:,}", name, grown[0], grown[1] + 1, *grown[2 + len(NEIGHBORS) :]])
+    return rows
 
 
 def main(_: list[str]) -> None:
-    """Prints a row as it is measured, then the table."""
+    """Prints a row as it is measured, then the tables."""
     model, sizes = load_model(MODEL), [int(number) for number in PATCHES.value]
     codebook, step = np.asarray(model.codebook), (model.grid[0] - 1) * (model.grid[1] - 2)
     grids, rows = code_grids(model, -(-max(sizes) // step)), []
+    measured: dict[str, dict[int, list[float]]] = {}
     asked = contexts_of_grids(grids[:QUERY_IMAGES]).reshape(-1, 4).astype(np.int32)
     asked = asked[np.random.default_rng(0).permutation(len(asked))[:QUERIES]]
-    vectors = codebook[asked].reshape(len(asked), -1)
     for size in sizes:
         stored = grids[QUERY_IMAGES : QUERY_IMAGES + -(-size // step)]
         contexts = contexts_of_grids(stored).reshape(-1, 4)[:size]
         start = time.perf_counter()
         patches = Patches.fold(contexts, next_codes_of_grids(stored).reshape(-1)[:size], codebook)
-        folding, kth = time.perf_counter() - start, kth_distances([patches], vectors, list(NEIGHBORS))
+        folding = time.perf_counter() - start
+        kth = kth_distances([patches], codebook[asked].reshape(len(asked), -1), list(NEIGHBORS))
         print(f"{size:,} patches, {len(patches.keys):,} different contexts, folded in {folding:.1f} s", flush=True)
         for name, make in searches(contexts, patches, codebook).items():
             start = time.perf_counter()
             search, held = make()
-            row = [f"{size:,}", name, f"{time.perf_counter() - start:.1f}", f"{held / size:.1f}"]
-            for k, farthest in zip(NEIGHBORS, kth, strict=True):
-                ids = search(asked, k)
-                away = np.square(vectors[:, None] - codebook[contexts[ids]].reshape(*ids.shape, -1)).sum(2)
-                row.append(f"{((ids >= 0) & (away <= farthest[:, None] + TOLERANCE)).mean():.4f}")
-            row += [f"{call_ms(search, asked, together, k):.2f}" for k in NEIGHBORS for together in CALLS]
-            rows.append(row)
-            print(*row, sep=" | ", flush=True)
+            figures = [time.perf_counter() - start, held / size]
+            figures += [
+                recall(search, asked, contexts, codebook, k, far) for k, far in zip(NEIGHBORS, kth, strict=True)
+            ]
+            figures += [call_ms(search, asked, together, k) for k in NEIGHBORS for together in CALLS]
+            measured.setdefault(name, {})[size] = figures
+            rows.append([f"{size:,}", name, *map(str.format, FORMATS, figures)])
+            print(*rows[-1], f"{time.perf_counter() - start:.0f} s in all", sep=" | ", flush=True)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{jax.devices()[0].device_kind}; {'photos' if PHOTOS.value else 'scenes'}; at most {memory:.1f} GiB in use")
-    heads = ["patches", "search", "build s", "bytes a patch", *(f"recall@{k}" for k in NEIGHBORS)]
-    print(table([*heads, *(f"ms, {n} at K {k}" for k in NEIGHBORS for n in CALLS)], rows))
+    times = [f"ms, {n} at K {k}" for k in NEIGHBORS for n in CALLS]
+    print(table(["patches", "search", "build s", "bytes a patch", *(f"recall@{k}" for k in NEIGHBORS), *times], rows))
+    if len(sizes) > 1:
+        print(f"\n{table(['patches', 'exponent of', 'build', 'bytes', *times], growth(measured), 2)}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(lambda argv: run_command(main, argv))

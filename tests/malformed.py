@@ -55,6 +55,7 @@ def numbers(values: np.ndarray) -> bytes:
 
 
 NOTHING, DAMAGED = "not an image that PIL reads", "damaged image: "
+CUT, DECODER = DAMAGED + "image file is truncated", DAMAGED + "could not create decoder object"
 # File name → its content and how the reason begins.
 FILES = {
     "empty.jpg": (b"", "empty file"),
@@ -65,27 +66,30 @@ FILES = {
     "document.jpg": (b"%PDF-1.7\n%%EOF\n", NOTHING),
     "program.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n", NOTHING),
     "archive.png": (b"PK\x05\x06" + bytes(18), NOTHING),
-    "noise.webp": (b"RIFF\x40\0\0\0WEBPVP8 " + bytes(50), DAMAGED),
+    "noise.webp": (b"RIFF\x40\0\0\0WEBPVP8 " + bytes(50), DECODER),
     "signature.png": (encoded("PNG")[:8], NOTHING),
     "header.jpg": (encoded("JPEG")[:20], NOTHING),
-    "half.jpg": (half("JPEG"), DAMAGED),
-    "half.png": (half("PNG"), DAMAGED),
-    "half.gif": (half("GIF"), DAMAGED),
-    "half.webp": (half("WEBP", lossless=True), DAMAGED),
-    "half.tif": (half("TIFF"), DAMAGED),
-    "half.bmp": (half("BMP"), DAMAGED),
-    "half.ppm": (half("PPM"), DAMAGED),
-    "half.tga": (half("TGA"), DAMAGED),
-    "half.jp2": (half("JPEG2000"), DAMAGED),
+    "half.jpg": (half("JPEG"), CUT),
+    "half.png": (half("PNG"), CUT),
+    "half.gif": (half("GIF"), CUT),
+    "half.webp": (half("WEBP", lossless=True), DECODER),
+    "half.tif": (half("TIFF"), CUT),
+    "half.bmp": (half("BMP"), CUT),
+    "half.ppm": (half("PPM"), CUT),
+    "half.tga": (half("TGA"), CUT),
+    "half.jp2": (half("JPEG2000"), DAMAGED + "broken data stream"),
     "sum.png": (flipped(encoded("PNG"), 30), NOTHING),
-    "pixels.png": (flipped(encoded("PNG"), 60, 200), DAMAGED),
+    "pixels.png": (flipped(encoded("PNG"), 60, 200), DAMAGED + "unrecognized data stream contents"),
     "flat.png": (png(0, 10), NOTHING),
-    "short.png": (png(40, 30), DAMAGED),
-    "bomb.png": (png(50_000, 50_000), "too large: "),
-    "large.png": (png(10_000, 9_000), "too large: 10,000 x 9,000 pixels, more than "),
-    "comment.png": (png(4, 4, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**22)))), DAMAGED),
-    "white.ppm": (b"P6 2 2 0\n" + bytes(12), DAMAGED),
-    "nan.tif": (numbers(np.full((9, 9), np.nan, np.float32)), "its pixels run from nan to nan"),
+    "short.png": (png(40, 30), CUT),
+    "bomb.png": (png(50_000, 50_000), "too large: Image size (2500000000 pixels) exceeds limit"),
+    "large.png": (png(10_000, 9_000), "too large: 10,000 x 9,000 pixels, more than 89,478,485"),
+    "comment.png": (
+        png(4, 4, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**22)))),
+        DAMAGED + "Decompressed data too large",
+    ),
+    "white.ppm": (b"P6 2 2 0\n" + bytes(12), DAMAGED + "maxval must be greater than 0"),
+    "nan.tif": (numbers(np.full((9, 9), np.nan, np.float32)), "its pixels run from nan to nan: outside 0 to 65535"),
     "negative.tif": (numbers(np.full((9, 9), -3, np.int32)), "its pixels run from -3 to -3: outside 0 to 65535"),
     "line\nbreak.jpg": (encoded("JPEG"), "its name holds control characters"),
     b"latin\xe9.jpg": (encoded("JPEG"), "its name holds control characters or is not UTF-8"),
@@ -96,10 +100,16 @@ OTHERS = {
     "ring.jpg": "unreadable: Too many levels of symbolic links",
     "folder.jpg": "not a file but a folder or a device",
     "pipe.jpg": "not a file but a folder or a device",
-    "noise.tar": "not a whole tar file (0 images found in it)",
-    "packed.tar": "not a whole tar file (0 images found in it)",
+    "noise.tar": "not a whole tar file (0 images found in it): invalid header",
+    "packed.tar": "not a whole tar file (0 images found in it): invalid header",
     "cut.tar!last.jpg": "cut off: the tar ends before it",
-    "cut.tar": "not a whole tar file (1 images found in it)",
+    "cut.tar": "not a whole tar file (0 images found in it): unexpected end of data",
+    "pipe.TAR": "not a file but a folder or a device",
+    "packed.tar.gz": "a compressed tar, in which nothing can be looked up; unpack it",
+    "packed.TGZ": "a compressed tar, in which nothing can be looked up; unpack it",
+    "elsewhere": "a link to a folder, which is not followed",
+    "nest.tar!inner.tar": "a tar inside a tar; unpack it",
+    "nest.tar!alias.jpg": "a link inside a tar",
     "twice.tar!a.jpg": "the tar holds an earlier member of this name",
     "twice.tar!text.jpg": NOTHING,
 }
@@ -127,7 +137,16 @@ def write_all(folder: Path) -> None:
     (folder / "dangling.jpg").symlink_to("nowhere.jpg")
     (folder / "ring.jpg").symlink_to("ring.jpg")
     (folder / "folder.jpg").mkdir()
-    os.mkfifo(folder / "pipe.jpg")
+    for name in ("pipe.jpg", "pipe.TAR"):
+        os.mkfifo(folder / name)
+    for name in ("packed.tar.gz", "packed.TGZ"):
+        (folder / name).write_bytes(b"")
+    (folder / "elsewhere").symlink_to(folder / "folder.jpg")
+    with tarfile.open(folder / "nest.tar", "w") as tar:
+        add(tar, "inner.tar", b"")
+        alias = tarfile.TarInfo("alias.jpg")
+        alias.type, alias.linkname = tarfile.SYMTYPE, "a.jpg"
+        tar.addfile(alias)
     (folder / "noise.tar").write_bytes(b"noise" * 200)
     with tarfile.open(folder / "packed.tar", "w:gz") as tar:
         add(tar, "a.jpg", encoded("JPEG"))

@@ -3,8 +3,9 @@
 import numpy as np
 import tiny
 
+from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval import writer
-from arrag_jax.retrieval.datastore import Datastore, StoreSettings, unit_norm
+from arrag_jax.retrieval.datastore import Datastore, StoreSettings, keys_of_maps, unit_norm
 
 GRID, CODES, IMAGES = tiny.CONFIG.grid, tiny.CONFIG.vision.codebook_size, 12
 
@@ -41,3 +42,13 @@ def build(folder, captions: list[str] | None = None, kept: bool = False, shard_s
         num_images=number, shard_size=shard_size, source="pictures", split="all",
     )  # fmt: skip
     return writer.build(folder, Pictures(codes, captions), encode, codebook, settings, batch_size=3)
+
+
+def keys_of(store: Datastore, kind: str) -> np.ndarray:
+    """Keys of every stored patch in stored-row order, [N, E], as searches make them bit by bit."""
+    return keys_of_maps(store.codebook[store.codes] if kind == "codebook" else unit_norm(store.latents))
+
+
+def values_of(store: Datastore) -> np.ndarray:
+    """The code that each stored patch offers, int32 [N]."""
+    return grid_ops.next_codes_of_grids(store.codes.astype(np.int32)).reshape(-1)

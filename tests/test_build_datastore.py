@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from stored import values_of
 
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig, RetrievalConfig, ScannOptions
@@ -84,7 +85,7 @@ def test_loaded_searches_agree(store, model, kind, num_images):
     np.testing.assert_allclose(found[0].distance, found[1].distance, atol=1e-5)
     part = store.subset(num_images or 11)
     for neighbors in found:
-        np.testing.assert_array_equal(neighbors.code, part.values[np.asarray(neighbors.id)])
+        np.testing.assert_array_equal(neighbors.code, values_of(part)[np.asarray(neighbors.id)])
 
 
 def test_second_run_writes_nothing(store, config, capsys):

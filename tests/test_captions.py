@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from stored import CODES, GRID, build
+from stored import CODES, GRID, build, keys_of, values_of
 
 from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid
@@ -100,7 +100,7 @@ def test_the_limited_search_is_the_dense_search_over_the_chosen_images(store, mo
     context = np.random.default_rng(1).integers(0, CODES, (2 * each, 4)).astype(np.int32)
     context[3] = -1
     found = jax.jit(lambda retriever, context: retriever.search(context))(limited, jnp.asarray(context))
-    keys, values = store.keys(kind), store.values
+    keys, values = keys_of(store, kind), values_of(store)
     for b, images in enumerate(CHOSEN):
         rows = (images[:, None] * patches + np.arange(patches)).reshape(-1)
         own = slice(b * each, (b + 1) * each)
@@ -119,7 +119,7 @@ def test_the_limited_search_is_the_dense_search_over_the_chosen_images(store, mo
 def test_all_images_chosen_is_the_whole_search(store):
     everything = np.tile(np.arange(12, dtype=np.int32), (3, 1))
     context = jnp.asarray(np.random.default_rng(2).integers(0, CODES, (3, 4)), jnp.int32)
-    whole = DenseRetriever.create(store.keys("latent"), store.values, store.codebook, 9).search(context)
+    whole = DenseRetriever.create(keys_of(store, "latent"), values_of(store), store.codebook, 9).search(context)
     for ours, theirs in zip(
         LimitedRetriever.create(store, everything, "latent", 9).search(context), whole, strict=True
     ):

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-import random
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,16 +14,17 @@ import folders
 import numpy as np
 import pytest
 from folders import BAD, codes_of, contents, write_scenes
+from stored import values_of
 
 from arrag_jax import build_datastore
-from arrag_jax.config import DatastoreConfig
-from arrag_jax.data import pixels
-from arrag_jax.data.images import LISTING, open_source_image
+from arrag_jax.config import DatastoreConfig, ScannOptions
+from arrag_jax.data.images import LISTING
+from arrag_jax.data.sources import FileImages, list_images, read_entry
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.nn.vq import from_uint8
-from arrag_jax.retrieval import writer
+from arrag_jax.retrieval import index, report, writer
 from arrag_jax.retrieval.datastore import Datastore, unit_norm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,12 +49,10 @@ def test_holds_the_codes_of_the_good_images(whole, config):
     np.testing.assert_array_equal(whole.codes, codes_of(config.model, Path(config.source), good))
     assert whole.bad == [("scene_05.png", "empty file"), ("scene_11.png", "not an image that PIL reads")]
     assert (whole.num_images, whole.num_bad, whole.settings.num_images) == (21, 2, 23)
-    assert whole.num_patches == len(whole.values) == len(whole.keys("codebook"))
+    assert whole.num_patches == len(values_of(whole))
     for count in (1, 5, 6, 20, 21):
         np.testing.assert_array_equal(whole.subset(count).codes, whole.codes[:count])
         assert whole.subset(count).sources == good[:count]
-    picture = open_source_image(config.source, "", good[7], (8, 10))
-    np.testing.assert_array_equal(picture, pixels.decode((Path(config.source) / good[7]).read_bytes(), (8, 10)))
     whole.verify()
 
 
@@ -72,13 +72,13 @@ def test_too_many_bad_images_fail_and_more_can_be_allowed(whole, config, tmp_pat
 
 
 KILLED = """
-import os, sys, time
+import os, random, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from arrag_jax import build_datastore
-from arrag_jax.config import DatastoreConfig
-from arrag_jax.retrieval.team import team_in
+from arrag_jax.config import DatastoreConfig, ScannOptions
+from arrag_jax.retrieval.scann import import_scann
 
 CODEBOOK = np.eye(8, dtype=np.float32)
 tokenizer = SimpleNamespace(
@@ -90,16 +90,18 @@ def encode(images):
     codes = images[..., 0].astype(np.int32) % 8
     return codes, CODEBOOK[codes]
 
-build_datastore.encoder, build_datastore.fingerprint = (lambda _: encode), (lambda _: "fake")
-source, root, moments = sys.argv[1], Path(sys.argv[2]), [float(x) for x in sys.argv[3:]]
-config = DatastoreConfig("model", source, batch_size=3, shard_size=7, max_bad_fraction=0.2)
+build_datastore.load_model, build_datastore.fingerprint = (lambda *_, **__: tokenizer), (lambda _: "fake")
+build_datastore.encoder = lambda _: encode
+import_scann()
+source, root, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+tree = ScannOptions(exhaustive_below=0, leaves=20)
+config = DatastoreConfig("model", source, batch_size=3, shard_size=7, max_bad_fraction=0.2, scann=tree)
 
 def run(name, moment=None):
     child = os.fork()
     if not child:
-        sys.stderr = open(os.devnull, "w")
-        with team_in(root / name) as team:
-            build_datastore.build(config, root / name, tokenizer, team)
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        build_datastore.run(config, str(root / name))
         os._exit(0)
     if moment is not None:
         time.sleep(moment)
@@ -108,25 +110,35 @@ def run(name, moment=None):
 
 begin = time.perf_counter()
 assert run("whole") == 0
-length, killed = time.perf_counter() - begin, 0
-for number, moment in enumerate(moments):
-    killed += run(f"killed_{number}", moment * length) == 9
-    assert run(f"killed_{number}") == 0
-print(killed)
+length, killed, tried = time.perf_counter() - begin, 0, 0
+while killed < kills:  # one in each equal share of a build; whoever was done before it was killed is tried again
+    name, tried = f"killed_{tried}", tried + 1
+    assert tried < 5 * kills
+    killed += run(name, (killed + random.Random(tried).random()) / kills * length) == 9
+    assert run(name) == 0
 """
 
 
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(config, tmp_path):
-    """SIGKILL at 20 moments spread over a build, from the listing of the folder to the manifest."""
-    moments = [str(random.Random(seed).random()) for seed in range(20)]
-    command = [sys.executable, "-c", KILLED, config.source, str(tmp_path), *moments]
+    """SIGKILL at 20 moments spread over the whole command, from the listing of the folder to the index.
+
+    A ScaNN tree starts at random, so that of the index alone the bytes differ: it has to be whole and current.
+    """
+    command = [sys.executable, "-c", KILLED, config.source, str(tmp_path), "20"]
     done = subprocess.run(command, env=children.alone(), capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 10
-    expected = contents(tmp_path / "whole")
-    assert "codes-00003-of-00004.arrayrecord" in expected
-    for number in range(20):
-        assert contents(tmp_path / f"killed_{number}") == expected, number
+
+    def without_index(store: Path) -> dict[str, bytes | None]:
+        return {name: None if name.startswith("index-codebook/") else x for name, x in contents(store).items()}
+
+    expected = without_index(tmp_path / "whole")
+    assert {"codes-00003-of-00004.arrayrecord", "index-codebook/index.json"} <= expected.keys()
+    stores = list(tmp_path.glob("killed_*"))
+    assert len(stores) >= 20
+    for store in stores:
+        assert without_index(store) == expected, store
+        index.verify_indexes(Datastore.open(store))
+        assert index.is_current(Datastore.open(store), "codebook", ScannOptions(exhaustive_below=0, leaves=20))
 
 
 def test_the_list_made_at_the_start_counts(whole, config, tmp_path, monkeypatch):
@@ -199,24 +211,36 @@ def test_the_size_of_a_store_is_bounded(tmp_path):
     assert total <= 1_250 * count
 
 
-def test_real_photos_hold_the_models_own_codes(photos, tmp_path):
-    """Photos in a tar, some of them in a folder too, with the embedded checkpoint."""
-    tar = photos / "flickr8k_dev_224.tar"
-    config = DatastoreConfig(EMBEDDED, str(tar), num_images=70, indexes=())
-    build_datastore.run(config, str(tmp_path / "store"))
-    store, tokenizer = Datastore.open(tmp_path / "store"), load_model(EMBEDDED, parts=VISION)
-    assert (store.num_images, store.num_bad) == (70, 0)
-    images = np.stack([open_source_image(str(tar), "", name, (48, 48)) for name in store.sources])
-    padded = np.concatenate([images, images[:58]])  # in batches of 64, as the store was made
-    codes = [np.asarray(tokenizer.encode_images(from_uint8(part))[0]) for part in (padded[:64], padded[64:])]
-    np.testing.assert_array_equal(store.codes.reshape(70, -1), np.concatenate(codes)[:70])
+def test_three_commands_make_a_picture_of_a_folder_of_photos(photos, tmp_path, monkeypatch):
+    """README's own: a store with the model's own codes, its index measured, a DAiD picture that tells its photos."""
+    listed = FileImages(photos, list_images(str(photos / "flickr8k_dev_224.tar"))[:40], (48, 48))
     (tmp_path / "photos").mkdir()
-    for i in (3, 65):
-        data = build_datastore.images_to_store(config, tokenizer, "nothing", tmp_path / "x").entries[i]
-        with open(tar, "rb") as file:
-            file.seek(data.offset)
-            (tmp_path / "photos" / f"{i}.jpg").write_bytes(file.read(data.size))
-    build_datastore.run(
-        dataclasses.replace(config, source=str(tmp_path / "photos"), num_images=0), str(tmp_path / "small")
-    )
-    np.testing.assert_array_equal(Datastore.open(tmp_path / "small").codes, store.codes[[65, 3]][::-1])
+    for i, entry in enumerate(listed.entries):
+        (tmp_path / "photos" / f"{i:02d}.jpg").write_bytes(read_entry(photos, entry))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(report, "SECONDS", 0.1)
+    section = Path("README.md").read_text().partition("### A store of your own pictures")[2]
+    text = section.split("```")[1].replace("\\\n", " ").replace("runs/photos", str(tmp_path / "store"))
+    text = text.replace("=photos", f"={tmp_path / 'photos'}").replace("pictures", str(tmp_path / "pictures"))
+    commands = [shlex.split(line) for line in text.strip().splitlines()]
+    assert len(commands) == 3
+    for python, flag, module, *arguments in commands:
+        assert (python, flag) == ("python", "-m")
+        one_device = ["--config.mesh.data=1"] if module == "arrag_jax.generate" else []
+        monkeypatch.setattr(sys, "argv", [module, *arguments, *one_device])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(module, run_name="__main__")
+        assert not ended.value.code, module
+    store, tokenizer = Datastore.open(tmp_path / "store"), load_model(EMBEDDED, parts=VISION)
+    names = [f"{i:02d}.jpg" for i in range(40)]
+    assert (store.sources, store.num_bad) == (names, 0)
+    images = np.stack([listed[i]["image"] for i in range(40)])
+    padded = np.concatenate([images, images[:24]])  # in a batch of 64, as the store was made
+    codes = np.asarray(tokenizer.encode_images(from_uint8(padded))[0])[:40]
+    np.testing.assert_array_equal(store.codes.reshape(40, -1), codes)
+    assert json.loads((store.directory / "report.json").read_text())["recall_at_10"] == 1
+    (record,) = json.loads((tmp_path / "pictures" / "provenance.json").read_text())
+    held = [cell for cell in record["cells"] if cell["rank"] is not None]
+    assert held and all(codes[cell["image"], cell["image_cell"]] == cell["code"] for cell in held)
+    assert {source["source"] for source in record["sources"]} <= set(names)
+    assert (tmp_path / "pictures" / "provenance_00_daid.png").exists()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from arrag_jax.config import ScannOptions
+from arrag_jax.config import RetrievalConfig, ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval import sharded
@@ -144,9 +144,9 @@ def test_an_answer_does_not_depend_on_its_batch():
             np.testing.assert_array_equal(ours[i], alone[0])
 
 
-@pytest.mark.parametrize("kind", ["scann", "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", ["scann", "bfloat16"])
 def test_rounded_latents_find_what_is_near(kind):
-    """ScaNN recomputes distances from the float16 maps; the dense storages from their own rounded keys."""
+    """ScaNN recomputes distances from the float16 maps; bfloat16 from its own rounded keys."""
     rng = np.random.default_rng(3)
     maps = unit_norm(CODEBOOK[GRIDS] + 0.15 * rng.normal(size=(*GRIDS.shape, 8))).astype(np.float16)
     patches = Patches(LatentKeys(maps, 0, len(CODES)), CODES.astype(np.uint16))
@@ -160,8 +160,8 @@ def test_rounded_latents_find_what_is_near(kind):
     away = np.take_along_axis(true, np.asarray(found.id), 1)
     kth = np.sort(true, 1)[:, K - 1 : K]
     recall = (away <= kth + 1e-5).mean()
-    assert recall >= {"scann": 1.0, "bfloat16": 0.97, "int8": 0.9}[kind], recall
-    np.testing.assert_allclose(found.distance, away, atol={"scann": 1e-5, "bfloat16": 0.02, "int8": 0.05}[kind])
+    assert recall >= {"scann": 1.0, "bfloat16": 0.97}[kind], recall
+    np.testing.assert_allclose(found.distance, away, atol={"scann": 1e-5, "bfloat16": 0.02}[kind])
 
 
 def test_a_part_of_the_latents_is_its_rows():
@@ -179,8 +179,11 @@ def test_what_an_index_of_entries_holds():
 
 def test_codes_are_held_of_contexts_alone():
     unfolded = Patches(CODEBOOK[CONTEXTS].reshape(-1, 32), CODES)
-    with pytest.raises(UserError, match="codes for kind 'codebook' alone"):
-        DenseRetriever.of(unfolded, CODEBOOK, K, "codes")
+    for storage in ("codes", "int8"):
+        with pytest.raises(UserError, match="codes and int8 for kind 'codebook' alone"):
+            DenseRetriever.of(unfolded, CODEBOOK, K, storage)
+        with pytest.raises(UserError, match=rf"storage='{storage}' is for keys='codebook'; choose float32 or bfloat16"):
+            RetrievalConfig("store", keys="latent", storage=storage)
     with pytest.raises(UserError, match="float64"):
         DenseRetriever.of(unfolded, CODEBOOK, K, "float64")
     with pytest.raises(UserError, match="bytes_a_number=2"):

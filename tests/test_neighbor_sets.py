@@ -6,6 +6,7 @@ import grain
 import numpy as np
 import pytest
 import test_datastore as base
+from stored import keys_of, values_of
 
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
@@ -67,7 +68,7 @@ def stores(tmp_path_factory) -> dict[str, Datastore]:
 
 
 def retriever(store: Datastore, search: str, k: int = K) -> DenseRetriever | ScannRetriever:
-    arrays = store.keys("codebook"), store.values, store.codebook, k
+    arrays = keys_of(store, "codebook"), values_of(store), store.codebook, k
     return DenseRetriever.create(*arrays) if search == "dense" else ScannRetriever.create(*arrays, EXHAUSTIVE)
 
 
@@ -96,7 +97,7 @@ def test_equals_the_exact_search_without_own_images(stores, name, search):
         assert len(set(found.id[q][hit])) == hit.sum() == np.isfinite(expected).sum()
         image, _ = grid_ops.image_and_cell(found.id[q][hit], *GRID)
         assert (store.codes[image] != QUERIES[q // PATCHES]).any((1, 2)).all()
-        np.testing.assert_array_equal(found.code[q], np.where(hit, store.values[found.id[q]], -1))
+        np.testing.assert_array_equal(found.code[q], np.where(hit, values_of(store)[found.id[q]], -1))
         farthest = expected[np.isfinite(expected)].max(initial=0)  # nearer ones must be there, whatever the ties
         nearer = np.sort(value[away < farthest - 1e-5])
         np.testing.assert_array_equal(np.sort(found.code[q][found.distance[q] < farthest - 1e-5]), nearer)

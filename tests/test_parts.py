@@ -1,6 +1,8 @@
 """Stores of several parts: added to, merged, verified; the command's forms."""
 
 import dataclasses
+import functools
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from folders import codes_of, contents, write_scenes
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig, ScannOptions
 from arrag_jax.errors import UserError
+from arrag_jax.models.checkpoint import load_model
 from arrag_jax.retrieval import index, parts
 from arrag_jax.retrieval.datastore import Datastore
 
@@ -65,6 +68,44 @@ def test_what_is_added_comes_after_and_changes_nothing_before(whole, config, tmp
     part.write_text(part.read_text().replace('"split": ""', '"split": "x"'))
     with pytest.raises(UserError, match="part-00001 is not the part"):
         Datastore.open(store)
+
+
+def test_the_same_folder_spelt_otherwise_is_the_same_source(whole, config, tmp_path, capsys, monkeypatch):
+    """Nothing is added twice, whether the path is relative, linked to, or ends in a slash."""
+    store = Path(shutil.copytree(whole.directory, tmp_path / "store"))
+    (tmp_path / "link").symlink_to(config.source)
+    before = contents(store)
+    monkeypatch.setattr(build_datastore, "load_model", functools.cache(load_model))
+    for spelt in (f"{config.source}/", os.path.relpath(config.source), str(tmp_path / "link")):
+        build_datastore.run(dataclasses.replace(config, source=spelt), str(store), append=True)
+        assert "nothing to add" in capsys.readouterr().out
+        build_datastore.run(dataclasses.replace(config, source=spelt), str(store))
+    assert contents(store) == before
+
+
+def test_bad_images_are_a_share_of_the_whole_store(whole, config, tmp_path, monkeypatch):
+    """Of 23 images 2 were bad; with one more they are 12 % of 25, and the mend of too many mends."""
+    monkeypatch.setattr(build_datastore, "load_model", functools.cache(load_model))
+    store, source = Path(shutil.copytree(whole.directory, tmp_path / "store")), tmp_path / "more"
+    source.mkdir()
+    (source / "a.jpg").write_bytes(b"")
+    more = dataclasses.replace(config, source=str(source), max_bad_fraction=0.12)
+    with pytest.raises(
+        UserError, match=r"3 of 24 images cannot be read \(a.jpg: empty file\), more than .*=0.12 allow"
+    ):
+        build_datastore.run(more, str(store), append=True)
+    with pytest.raises(UserError, match=rf"raise it, or mend them, delete {store / 'part-00001'} and run the same"):
+        build_datastore.run(more, str(store), append=True)
+    shutil.rmtree(store / "part-00001")
+    shutil.copy(Path(config.source) / "scene_00.png", source / "b.png")
+    build_datastore.run(more, str(store), append=True)
+    grown = Datastore.open(store)
+    assert (grown.num_images, grown.num_bad, grown.sources[-1]) == (22, 3, "b.png")
+    (source / "c.jpg").write_bytes(b"")
+    build_datastore.run(dataclasses.replace(more, max_bad_fraction=0.2), str(store), append=True)  # nothing good in it
+    grown = Datastore.open(store)
+    grown.verify()
+    assert (grown.num_images, grown.num_bad, len(grown.codes)) == (22, 4, 22)
 
 
 def test_merged_stores_are_one_after_another(whole, config, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ Run as a script, this file is one of those processes.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,13 @@ import tiny
 import workshop
 from PIL import Image
 
-from arrag_jax.config import MeshConfig, RetrievalConfig
+from arrag_jax.config import MeshConfig, RetrievalConfig, ScannOptions
 from arrag_jax.decode.loop import Drawn, sample
 from arrag_jax.decode.policies import Daid
 from arrag_jax.errors import run_command
 from arrag_jax.mesh import PATIENCE, make_mesh, start_distributed
+from arrag_jax.retrieval import index
+from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.load import load_retriever
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,15 +40,14 @@ def start(processes: int, *command: str, devices: int = 1) -> list[subprocess.Po
     ]
 
 
-def draw(store: str, mesh: jax.sharding.Mesh | None) -> dict[str, Drawn]:
-    """Four pictures with each search. Keys of random latents have no ties, so that the draws of all must agree.
-
-    A part of the store is searched, so that indexes are built here, of as many shards as there are.
-    """
+def draw(
+    store: str, mesh: jax.sharding.Mesh | None, searches: tuple[str, ...] = ("dense", "scann")
+) -> dict[str, Drawn]:
+    """Four pictures with each search. Keys of random latents have no ties, so that the draws of all must agree."""
     model, (ids, mask) = tiny.janus(), tiny.prompts((4, 3, 5, 2))
     where, drawn = () if mesh is None else (mesh, "fsdp", "data"), {}
-    for search in ("dense", "scann"):
-        config = RetrievalConfig(store, k=6, keys="latent", search=search, num_images=stored.IMAGES - 1)
+    for search in searches:
+        config = RetrievalConfig(store, k=6, keys="latent", search=search)
         _, retriever = load_retriever(config, "f", *where)
         drawn[search] = sample(model, ids, Daid(0.6, 0.5), retriever, prompt_mask=mask, mesh=mesh)
     return drawn
@@ -53,12 +55,18 @@ def draw(store: str, mesh: jax.sharding.Mesh | None) -> dict[str, Drawn]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> str:
-    return str(stored.build(tmp_path_factory.mktemp("store") / "store").directory)
+    """With a saved index of two shards."""
+    store = stored.build(tmp_path_factory.mktemp("store") / "store")
+    index.build_index(store, "latent", ScannOptions(), shards=2)
+    return str(store.directory)
 
 
 @pytest.fixture(scope="module")
-def alone(store) -> dict[str, Drawn]:
-    return draw(store, None)
+def alone(store, tmp_path_factory) -> dict[str, Drawn]:
+    """By one process and an index of one shard."""
+    copy = Datastore.open(shutil.copytree(store, tmp_path_factory.mktemp("store") / "copy"))
+    index.build_index(copy, "latent", ScannOptions())
+    return draw(str(copy.directory), None)
 
 
 @pytest.mark.parametrize(("processes", "data"), [(2, 1), (4, 2)], ids=["2", "4"])
@@ -132,10 +140,10 @@ def main(argv: list[str]) -> None:
     """One of the processes: STORE PATIENCE DATA [OUT]; without a place for its pictures it draws for ever."""
     start_distributed(int(argv[2]))
     mesh = make_mesh(MeshConfig(int(argv[3]), -1))
-    drawn = draw(argv[1], mesh)
     while len(argv) == 4:
+        draw(argv[1], mesh, ("dense",))
         print("drawing", flush=True)
-        draw(argv[1], mesh)
+    drawn = draw(argv[1], mesh)
     if jax.process_index() == 0:
         fields = {f"{name}/{f}": np.asarray(x) for name, one in drawn.items() for f, x in one._asdict().items()}
         np.savez(argv[4], **fields)

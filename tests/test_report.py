@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+import stored
+from stored import keys_of
 
 from arrag_jax import build_datastore
 from arrag_jax.config import ScannOptions
@@ -47,7 +49,7 @@ def test_recall_is_the_naive_one(store, shards):
     figures = measure.report(store, FEW_LEAVES)
     assert set(figures) == KEYS and json.loads((store.directory / "report.json").read_text()) == figures
     context = measure.held_out_contexts(store)
-    true = ((CODEBOOK[context].reshape(-1, 1, 32) - store.keys("codebook")[None]) ** 2).sum(2)
+    true = ((CODEBOOK[context].reshape(-1, 1, 32) - keys_of(store, "codebook")[None]) ** 2).sum(2)
     host = index.load_index(store, "codebook", 10, FEW_LEAVES, shards)
     found = [host.search(context, np.int32(shard)) for shard in range(shards)]
     rows = np.concatenate([np.where(ids < 0, -1, ids + host.bounds[s][0]) for s, (_, _, ids) in enumerate(found)], 1)
@@ -68,6 +70,26 @@ def test_an_exact_index_finds_everything_and_its_bytes_are_counted(store, capsys
     entries = len(np.unique(grid_ops.contexts_of_grids(store.codes).reshape(-1, 4), axis=0))
     keys, lists = 128 * entries, 12 * entries + 6 * store.num_patches + 4
     assert keys + lists <= figures["bytes_per_patch"] * store.num_patches <= keys + lists + 2000
+
+
+def test_every_index_that_is_there_is_measured(tmp_path, capsys, monkeypatch):
+    """Over latents alone, too."""
+    monkeypatch.setattr(measure, "SECONDS", 0.01)
+    both = stored.build(tmp_path / "store")
+    index.build_index(both, "latent", ScannOptions())
+    for kinds, files in (
+        (["latent"], {"report.json"}),
+        (["codebook", "latent"], {"report.json", "report-latent.json"}),
+    ):
+        build_datastore.run(None, str(both.directory), report=True)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if line.startswith("index over")] == [
+            f"index over {kind} keys" for kind in kinds
+        ]
+        assert {path.name for path in both.directory.glob("report*.json")} == files
+        figures = json.loads((both.directory / max(files, key=lambda name: "latent" in name)).read_text())
+        assert figures["recall_at_10"] == 1
+        index.build_index(both, "codebook", ScannOptions())
 
 
 def test_kth_distances_count_patches_not_entries():

@@ -1,6 +1,7 @@
 """Sources of images: every kind of file gives the pixels its format means, or the reason why it has none."""
 
 import io
+import os
 import tarfile
 
 import malformed
@@ -141,23 +142,52 @@ def test_a_folder_is_listed_with_all_below_it_in_one_order(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(good)
     (tmp_path / "link.png").symlink_to(tmp_path / "b.PNG")
-    (tmp_path / "elsewhere").symlink_to(tmp_path / "a")
-    with tarfile.open(tmp_path / "a" / "web.tar", "w") as tar:
+    with tarfile.open(tmp_path / "a" / "web.TAR", "w") as tar:
         for name in ("2.png", "1.png", "1.txt", "./d/3.jpg"):
             malformed.add(tar, name, good)
     ids = [entry.id for entry in sources.list_images(str(tmp_path))]
-    members = [f"a/web.tar!{name}" for name in ("1.png", "2.png", "d/3.jpg")]
+    members = [f"a/web.TAR!{name}" for name in ("1.png", "2.png", "d/3.jpg")]
     assert ids == ["a.png", "a/b/c.webp", *members, "a/z.jpg", "b.PNG", "link.png", "ä ö.png"]
-    images = sources.FileImages(tmp_path, sources.list_images(str(tmp_path)), SIZE)
-    for i, name in enumerate(ids):  # read by number = found again by its id
-        again = pixels.decode(sources.read_image(str(tmp_path), name), SIZE)
-        np.testing.assert_array_equal(images[i]["image"], again)
-    tar = str(tmp_path / "a" / "web.tar")
-    alone = sources.list_images(tar)
+    alone = sources.list_images(str(tmp_path / "a" / "web.TAR"))
     assert [f"a/{entry.id}" for entry in alone] == members
-    assert sources.read_image(tar, alone[2].id) == good
-    with pytest.raises(BadImage, match=r"no member 4\.png"):
-        sources.read_image(tar, "web.tar!4.png")
+    assert all(sources.read_entry(tmp_path / "a", entry) == good for entry in alone)
+
+
+def test_captions_stand_beside_their_images(tmp_path):
+    """In a folder and in a tar alike: a .txt's first line, else a .json's "caption", else nothing."""
+    notes = {
+        "1.txt": b"\n  a cat \nsecond line\n", "1.json": b'{"caption": "not this"}',
+        "2.json": b'{"caption": "two d\xc3\xb6gs"}', "3.json": b'{"width": 4}', "4.txt": b"", "6.json": b"{",
+        "7.json": b'{"caption": 7}', "8.txt": b"\xff", "9.json": b'{"caption": "\\ud800"}',
+    }  # fmt: skip
+    good = malformed.encoded("PNG")
+    with tarfile.open(tmp_path / "web.tar", "w") as tar:
+        for name, data in {**notes, **{f"{i}.png": good for i in range(1, 10)}}.items():
+            malformed.add(tar, name, data)
+            (tmp_path / name).write_bytes(data)
+    entries = {entry.id: entry for entry in sources.list_images(str(tmp_path), captions=True)}
+    for where in ("", "web.tar!"):
+        found = [entries[f"{where}{i}.png"] for i in range(1, 10)]
+        assert [entry.caption for entry in found] == ["a cat", "two dögs", *[""] * 7]
+        assert [entry.fault.partition(" cannot be read: ")[0] for entry in found] == [
+            *[""] * 5,
+            *(f"its caption in {where}{name}" for name in ("6.json", "7.json", "8.txt", "9.json")),
+        ]
+    assert not any(entry.caption or entry.fault for entry in sources.list_images(str(tmp_path)))
+    images = sources.FileImages(tmp_path, list(entries.values()), SIZE)
+    assert images[0]["caption"] == "a cat"
+
+
+def test_a_source_that_does_not_do_is_told_before_work(tmp_path):
+    """One photo, a pipe, a compressed tar; and captions asked for where there are none."""
+    (tmp_path / "photo.jpg").write_bytes(malformed.encoded("JPEG"))
+    (tmp_path / "x.tar.gz").write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe.tar")
+    for name in ("photo.jpg", "x.tar.gz", "pipe.tar"):
+        with pytest.raises(UserError, match=rf"source=.*{name} is neither a folder nor a plain \.tar; give one"):
+            sources.list_images(str(tmp_path / name))
+    with pytest.raises(UserError, match=r"has no captions \(a \.txt or \.json beside an image\); leave"):
+        sources.list_images(str(tmp_path), captions=True)
 
 
 def test_sources_without_images_are_told(tmp_path):

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import UInt8
 
 from arrag_jax.config import DatastoreConfig
-from arrag_jax.data import pixels, sources
+from arrag_jax.data import sources
 from arrag_jax.data.emoji_scenes import NAMES, load_source
+from arrag_jax.data.prepared import PREFIX, PreparedImages
 from arrag_jax.errors import UserError
 from arrag_jax.models.janus import Janus, encode_split
 from arrag_jax.nn.vq import from_uint8
@@ -62,6 +62,11 @@ def load_images(source: str, split: str, data_dir: str | Path, tokenizer: Janus)
     return examples
 
 
+def is_data_set(source: str) -> bool:
+    """Is it a TFDS data set, with splits, rather than a folder or a tar?"""
+    return source in NAMES or source.startswith(PREFIX)
+
+
 def images_to_store(
     config: DatastoreConfig, tokenizer: Janus, state: str, directory: Path, known: Collection[str] = ()
 ) -> DataSetImages | sources.FileImages:
@@ -78,40 +83,26 @@ def images_to_store(
       known: ids of images to leave out.
 
     Raises:
-      UserError: the source is not there, or its images do not fit the tokenizer.
+      UserError: the source is not there, has no captions where the config wants some, or does not fit the tokenizer.
     """
-    if config.source in NAMES:
-        examples = [] if state == "whole" else load_images(config.source, config.split, config.data_dir, tokenizer)
+    if is_data_set(config.source):
+        where, size = (config.source, config.split, config.data_dir), tokenizer.config.image_size
+        if state == "whole":
+            examples: Sequence[dict[str, Any]] = []
+        elif config.source in NAMES:
+            examples = load_images(*where, tokenizer)
+        else:
+            examples = PreparedImages(*where, size, config.captions)
         return DataSetImages(examples, f"{config.source}/{config.split}", known)
     entries, listing = [], directory / LISTING
     if state == "nothing":
-        entries = [entry for entry in sources.list_images(config.source) if entry.id not in known]
+        entries = [entry for entry in sources.list_images(config.source, config.captions) if entry.id not in known]
         if entries:
             directory.mkdir(parents=True, exist_ok=True)
             sources.save_listing(listing, entries)
     elif state == "begun":
         entries = sources.load_listing(listing)
     return sources.FileImages(sources.root_of(config.source), entries, tokenizer.config.image_size)
-
-
-def open_source_image(
-    source: str, split: str, source_id: str, size: tuple[int, int], data_dir: str | Path = "data"
-) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture that a stored image was made from, as the tokenizer saw it.
-
-    Args:
-      source, split: as in the store's settings; a relative folder is looked for from the current one.
-      source_id: the stored image's line, ``Datastore.sources[i]``.
-      size: of the picture in pixels, height and width (the tokenizer's ``image_size``).
-      data_dir: where TFDS keeps its data sets.
-
-    Raises:
-      BadImage: it is not there any more, or unreadable.
-      UserError: no such data set.
-    """
-    if source in NAMES:
-        return load_source(source, split, data_dir)[int(source_id.rpartition("/")[2])]["image"]
-    return pixels.decode(sources.read_image(source, source_id), size)
 
 
 def encoder(tokenizer: Janus) -> Encode:

@@ -4,7 +4,11 @@ An image's id is its path below the source, with slashes; in a tar, the tar's pa
 "holiday/beach.jpg", "shards/00017.tar!000123.jpg". A source that is one tar has ids below its folder ("00017.tar!…").
 
 What counts as an image is told by the ending of its name, among those of PIL's formats; names that begin with a dot
-are left out. Links to files are followed, links to folders are not. The order is that of the ids by code point.
+are left out. Links to files are followed. What may hold images and is not looked into (a link to a folder, a compressed
+tar, a tar or a link inside a tar) is listed as a bad image. The order is that of the ids by code point.
+
+An image's caption, where captions are asked for, is the first line of the ``.txt`` beside it (of the same name but for
+the ending), else the "caption" of the ``.json`` beside it, else empty.
 """
 
 import json
@@ -12,7 +16,7 @@ import os
 import re
 import stat
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -21,6 +25,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.files import whole_file
 from arrag_jax.retrieval.encoding import BadImage
 
+TAR, COMPRESSED, SIDECARS = ".tar", (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"), (".txt", ".json")
 # Reading fails for these reasons whenever it is tried; for others (a network's, too many open files) it may not.
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -33,6 +38,7 @@ class Entry(NamedTuple):
       path: of the file that holds it, below the source's root.
       offset, size: of its bytes in that file.
       fault: why it cannot be had, where that is known already.
+      caption: what it shows, if that was asked for.
     """
 
     id: str
@@ -40,6 +46,7 @@ class Entry(NamedTuple):
     offset: int = 0
     size: int = 0
     fault: str = ""
+    caption: str = ""
 
 
 class FileImages:
@@ -58,8 +65,9 @@ class FileImages:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": uint8 [h, w, 3]}, or ``BadImage``."""
-        return {"image": pixels.decode(read_entry(self.root, self.entries[index]), self.size)}
+        """{"image": uint8 [h, w, 3], "caption": its words}, or ``BadImage``."""
+        entry = self.entries[index]
+        return {"image": pixels.decode(read_entry(self.root, entry), self.size), "caption": entry.caption}
 
     def source_id(self, index: int) -> str:
         """The id of an image."""
@@ -71,19 +79,27 @@ def root_of(source: str) -> Path:
     return Path(source) if Path(source).is_dir() else Path(source).parent
 
 
-def list_images(source: str) -> list[Entry]:
+def list_images(source: str, captions: bool = False) -> list[Entry]:
     """Every image of a folder (with all folders and tars in it) or of one tar, in the order of their ids.
 
     Raises:
-      UserError: no such folder or tar, or no image in it.
+      UserError: no such folder or tar, no image in it, or not one caption where captions are asked for.
     """
-    if not Path(source).exists():
+    path, root = Path(source), root_of(source)
+    if not path.exists():
         raise UserError(f"config.source={source} does not exist; give a folder of images, a .tar or a data set's name")
-    root = root_of(source)
-    found = _walk(root) if Path(source).is_dir() else _members(root, Path(source).name)
+    if not path.is_dir() and not (path.is_file() and path.name.lower().endswith(TAR)):
+        raise UserError(
+            f"config.source={source} is neither a folder nor a plain .tar; give one, or the folder it is in"
+        )
+    found = _walk(root, captions) if path.is_dir() else _members(root, path.name, captions)
     entries = sorted(map(_with_clean_id, found))
     if not entries:
         raise UserError(f"config.source={source} holds no image (endings are {', '.join(pixels.SUFFIXES)}) and no .tar")
+    if captions and not any(entry.caption for entry in entries):
+        raise UserError(
+            f"config.source={source} has no captions (a .txt or .json beside an image); leave config.captions out"
+        )
     return entries
 
 
@@ -110,20 +126,6 @@ def read_entry(root: Path, entry: Entry) -> bytes:
     return data
 
 
-def read_image(source: str, source_id: str) -> bytes:
-    """The bytes of the image that has this id in a folder or tar.
-
-    Raises:
-      BadImage: it is not there any more, or unreadable.
-    """
-    root = root_of(source)
-    path, bang, member = source_id.partition(".tar!")
-    if bang and not (root / source_id).exists():
-        wanted = (entry for entry in _members(root, f"{path}.tar") if entry.id in (source_id, f"{path}.tar"))
-        return read_entry(root, next(wanted, Entry(source_id, "", fault=f"no member {member} in {path}.tar")))
-    return read_entry(root, _file_entry(root, source_id))
-
-
 def save_listing(path: Path, entries: Iterable[Entry]) -> None:
     """Writes a listing, one JSON array a line; whole or not at all."""
     with whole_file(path) as temporary, open(temporary, "w", encoding="ascii") as file:
@@ -145,17 +147,26 @@ def load_listing(path: Path) -> list[Entry]:
         ) from error
 
 
-def _walk(root: Path) -> Iterator[Entry]:
+def _walk(root: Path, captions: bool) -> Iterator[Entry]:
+    def sidecar(name: str) -> bytes | None:
+        return (root / name).read_bytes() if (root / name).is_file() else None
+
     for folder, folders, files in os.walk(root, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in [*folders, *files]:
             path = PurePosixPath(os.path.relpath(os.path.join(folder, name), root)).as_posix()
+            lower = name.lower()
             if name.startswith("."):
                 continue
-            if name.endswith(".tar") and name in files:
-                yield from _members(root, path)
-            elif name.lower().endswith(pixels.SUFFIXES):
-                yield _file_entry(root, path)
+            if name in folders and os.path.islink(root / path):
+                yield Entry(path, path, fault="a link to a folder, which is not followed")
+            elif name in files and lower.endswith(TAR):
+                yield from _members(root, path, captions)
+            elif name in files and lower.endswith(COMPRESSED):
+                yield Entry(path, path, fault="a compressed tar, in which nothing can be looked up; unpack it")
+            elif lower.endswith(pixels.SUFFIXES):
+                entry = _file_entry(root, path)
+                yield _captioned(entry, sidecar) if captions else entry
 
 
 def _refuse(error: OSError) -> None:
@@ -171,23 +182,69 @@ def _file_entry(root: Path, path: str) -> Entry:
     return Entry(path, path, 0, facts.st_size, fault)
 
 
-def _members(root: Path, path: str) -> Iterator[Entry]:
+def _members(root: Path, path: str, captions: bool) -> Iterator[Entry]:
     """The images of a tar; what is wrong with the tar itself is one more entry, by the tar's name."""
-    names: set[str] = set()
+    whole = _file_entry(root, path)
+    if whole.fault:
+        yield whole
+        return
+    images: dict[str, Entry] = {}
+    notes: dict[str, bytes] = {}
     try:
         with tarfile.open(root / path, "r:") as tar:  # "r:": compressed ones have no random access
-            end = os.path.getsize(root / path)
             for member in tar:
                 name = PurePosixPath(member.name).as_posix()
-                hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
-                if member.isreg() and not hidden and name.lower().endswith(pixels.SUFFIXES):
-                    fault = "the tar holds an earlier member of this name" if name in names else ""
-                    fault = "cut off: the tar ends before it" if member.offset_data + member.size > end else fault
-                    names.add(name)
-                    yield Entry(f"{path}!{name}", path, member.offset_data, member.size, fault)
+                id_, lower = f"{path}!{name}", name.lower()
+                if any(part.startswith(".") for part in PurePosixPath(name).parts):
+                    continue
+                if captions and member.isreg() and name.endswith(SIDECARS):
+                    notes[id_] = tar.extractfile(member).read()
+                elif fault := _member_fault(member, lower, whole.size, id_ in images):
+                    yield Entry(id_, path, member.offset_data, member.size, fault)
+                elif member.isreg() and lower.endswith(pixels.SUFFIXES):
+                    images[id_] = Entry(id_, path, member.offset_data, member.size)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        yield Entry(path, path, fault=f"not a whole tar file ({len(names)} images found in it): {reason}")
+        yield Entry(path, path, fault=f"not a whole tar file ({len(images)} images found in it): {reason}")
+    yield from (_captioned(entry, notes.get) for entry in images.values())
+
+
+def _member_fault(member: tarfile.TarInfo, lower: str, end: int, known: bool) -> str:
+    """Why a member of a tar that is or may hold an image cannot be had; empty if there is nothing to say."""
+    if member.isreg() and lower.endswith((TAR, *COMPRESSED)):
+        return "a tar inside a tar; unpack it"
+    if not lower.endswith(pixels.SUFFIXES):
+        return ""
+    if member.issym() or member.islnk():
+        return "a link inside a tar"
+    if known:
+        return "the tar holds an earlier member of this name"
+    return "cut off: the tar ends before it" if member.offset_data + member.size > end else ""
+
+
+def _captioned(entry: Entry, sidecar: Callable[[str], bytes | None]) -> Entry:
+    """The entry with its caption; ``sidecar`` gives the bytes of the file that has this id, None if there is none."""
+    stem = entry.id.rpartition(".")[0]
+    for suffix in SIDECARS:
+        try:
+            data = sidecar(stem + suffix)
+            if data is not None:
+                return entry._replace(caption=_caption_in(suffix, data.decode()))
+        except (OSError, ValueError) as error:
+            return entry._replace(fault=entry.fault or f"its caption in {stem}{suffix} cannot be read: {error}")
+    return entry
+
+
+def _caption_in(suffix: str, text: str) -> str:
+    """The caption that a sidecar of this kind holds; a ValueError if it is none."""
+    if suffix == ".txt":
+        return text.strip().partition("\n")[0].strip()
+    record = json.loads(text)
+    caption = record.get("caption", "") if isinstance(record, dict) else record
+    if not isinstance(caption, str):
+        raise ValueError('its "caption" is no text')
+    caption.encode()  # half a surrogate pair cannot be written
+    return caption
 
 
 def _with_clean_id(entry: Entry) -> Entry:

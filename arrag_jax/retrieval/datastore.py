@@ -18,15 +18,17 @@ rows of the codebook (kind "codebook") or the encoder's l2-normalised output bef
 each file of codes 128 KiB more. Images are numbered without the bad ones, those of a part after all before.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
-from jaxtyping import Float, Int, UInt16
+from jaxtyping import Float, UInt16
 
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
@@ -35,7 +37,6 @@ from arrag_jax.retrieval.shards import ShardFolder, ShardSettings
 KEY_KINDS = ("codebook", "latent")
 CODEBOOK = "codebook.npz"
 BAD_FILES = "bad-*.txt"
-BLOCK_IMAGES = 4096  # images whose keys are computed at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,19 +161,28 @@ class Datastore(ShardFolder):
     @functools.cached_property
     def codebook(self) -> Float[np.ndarray, "V C"]:
         """Rows of unit norm, float32."""
-        with np.load(self.directory / CODEBOOK, allow_pickle=False) as file:
+        path = self.directory / CODEBOOK
+        with self._reading(path), np.load(path, allow_pickle=False) as file:
             return file["codebook"]
 
     @functools.cached_property
     def codes(self) -> UInt16[np.ndarray, "n H W"]:
         """Code grids of all images."""
-        return self._read("codes", "<u2").reshape(self.num_images, *self.settings.grid)
+        return self.codes_of(0, self.num_images)
+
+    def codes_of(self, first: int, end: int) -> UInt16[np.ndarray, "n H W"]:
+        """Code grids of the images ``first`` to ``end``; opens only the files that hold some of them."""
+        return self._read("codes", "<u2", self.settings.grid, first, end)
 
     @functools.cached_property
     def latents(self) -> Float[np.ndarray, "n H W C"]:
         """Unit-norm encoder outputs before quantisation, float16."""
+        return self.latents_of(0, self.num_images)
+
+    def latents_of(self, first: int, end: int) -> Float[np.ndarray, "n H W C"]:
+        """``latents`` of the images ``first`` to ``end``; as ``codes_of``."""
         self.require_kind("latent")
-        return self._read("latents", "<f2").reshape(self.num_images, *self.settings.grid, self.settings.code_dim)
+        return self._read("latents", "<f2", (*self.settings.grid, self.settings.code_dim), first, end)
 
     @functools.cached_property
     def sources(self) -> list[str]:
@@ -190,59 +200,64 @@ class Datastore(ShardFolder):
             raise UserError(f"datastore {self.directory} holds no captions; build one with --config.captions=True")
         return self._lines("captions")
 
-    def keys(self, kind: str) -> Float[np.ndarray, "N E"]:
-        """Keys of every stored patch, float32, in stored-row order; four parts of unit norm each.
-
-        Args:
-          kind: "codebook" or "latent"; the store must hold it.
-        """
-        self.require_kind(kind)
-        keys = np.empty((self.num_patches, 4 * self.settings.code_dim), np.float32)
-        step = self.settings.patches_per_image
-        for first in range(0, self.num_images, BLOCK_IMAGES):
-            images = slice(first, min(first + BLOCK_IMAGES, self.num_images))
-            vectors = self.codebook[self.codes[images]] if kind == "codebook" else unit_norm(self.latents[images])
-            keys[images.start * step : images.stop * step] = keys_of_maps(vectors)
-        return keys
-
-    @functools.cached_property
-    def values(self) -> Int[np.ndarray, " N"]:
-        """The code that each stored patch offers, int32."""
-        return grid_ops.next_codes_of_grids(self.codes.astype(np.int32)).reshape(-1)
-
     def require_kind(self, kind: str) -> None:
         """Raises UserError unless the store holds keys of this kind."""
         if kind not in self.settings.keys:
             held = ", ".join(self.settings.keys)
             raise UserError(f"datastore {self.directory} holds keys of kind {held}, not {kind!r}; {self.rebuild}")
 
-    def _files(self, part: str) -> Iterator[tuple[Path, int]]:
-        """The files of a part of the shards, and the images in each, as far as images count."""
+    def _files(self, part: str, first: int, end: int) -> Iterator[tuple[Path, int, slice]]:
+        """The files that hold images ``first`` to ``end`` of a part: path, images in it, and which are meant."""
         before = 0
         for store in (self, *self.parts):
             for shard in range(store.settings.num_shards):
-                if before >= self.num_images:
-                    return
                 name = store.settings.shard_files(shard)[part]
-                yield store.directory / name, store.files[name]["images"]
-                before += store.files[name]["images"]
+                images = store.files[name]["images"]
+                wanted = slice(max(first - before, 0), min(end - before, images))
+                if wanted.start < wanted.stop:
+                    yield store.directory / name, images, wanted
+                before += images
 
     def _lines(self, part: str) -> list[str]:
         """All lines of a part, one an image."""
-        lines = (read_lines(path) for path, _ in self._files(part))
-        return [line for shard in lines for line in shard][: self.num_images]
+        lines: list[str] = []
+        for path, expected, wanted in self._files(part, 0, self.num_images):
+            with self._reading(path):
+                found = read_lines(path)
+                require_count(found, expected)
+            lines += found[wanted]
+        return lines
 
-    def _read(self, part: str, dtype: str) -> np.ndarray:
-        """All records of a part, flat."""
-        records: list[bytes] = []
-        for path, expected in self._files(part):
-            reader = ArrayRecordReader(str(path))
-            found = reader.read_all()
-            reader.close()
-            if len(found) != expected:
-                raise UserError(f"{path} holds {len(found)} images, not {expected}; {self.rebuild}")
-            records += found
-        return np.frombuffer(b"".join(records[: self.num_images]), dtype)
+    def _read(self, part: str, dtype: str, shape: tuple[int, ...], first: int, end: int) -> np.ndarray:
+        """Records of a part as arrays of one shape, [end - first, *shape]."""
+        whole = np.empty((end - first, *shape), dtype)
+        done = 0
+        for path, expected, wanted in self._files(part, first, end):
+            with self._reading(path), contextlib.closing(ArrayRecordReader(str(path))) as reader:
+                require_count(range(reader.num_records()), expected)
+                found = np.frombuffer(b"".join(reader.read(wanted.start, wanted.stop)), dtype)
+                number = wanted.stop - wanted.start
+                whole[done : done + number] = found.reshape(number, *shape)
+            done += number
+        assert done == len(whole)
+        return whole
+
+    @contextlib.contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        """Turns what a damaged file raises into one line that names it."""
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:  # each reader has its own
+            raise UserError(
+                f"{path} is damaged ({' '.join(str(error).split())}); to see what else is, run: python -m "
+                f"arrag_jax.build_datastore --workdir={self.directory} --verify; {self.rebuild}"
+            ) from error
+
+
+def require_count(found: Sized, expected: int) -> None:
+    """Raises ValueError unless a file holds as many images as its manifest says."""
+    if len(found) != expected:
+        raise ValueError(f"it holds {len(found)} images, not {expected}")
 
 
 def read_lines(path: Path) -> list[str]:

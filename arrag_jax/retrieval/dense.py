@@ -6,7 +6,8 @@ held of an entry (``retrieval.patches``) is its ``storage``:
   codes     4 code ids, 8 bytes: the score is a sum of four looked-up numbers. Kind "codebook" alone; exact.
   float32   the key, 128 bytes; exact.
   bfloat16  the key, 64 bytes; approximate scores. More than k are kept, and their distances computed anew: exactly
-  int8      for kind "codebook"; 32 bytes   where code ids are held too, from the rounded key where not.
+            where code ids are held too (kind "codebook"), from the rounded key where not.
+  int8      the key, 32 bytes, as bfloat16. Kind "codebook" alone: of rounded latents too few of the nearest are found.
 """
 
 import dataclasses
@@ -107,13 +108,13 @@ class DenseRetriever:
         query = jnp.take(self.codebook, jnp.maximum(context, 0), axis=0)
         exact = self.keys is None or self.keys.dtype == jnp.float32
         kept = min(entries, self.k if exact else self.k + max(64, self.k // 4))
-        block = min(entries, max(kept, self.score_bytes // (4 * batch)))
+        block = min(entries, max(1, self.score_bytes // (4 * batch)))
         scores_of = self._scores(query)
 
         def search_block(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
             start = jnp.minimum(i * block, entries - block)  # the last block may overlap the one before it
             new = (start + jnp.arange(block) >= i * block) & self._held(start, block)
-            score, place = _top_k(jnp.where(new[None], scores_of(start, block), -jnp.inf), kept)
+            score, place = _top_k(jnp.where(new[None], scores_of(start, block), -jnp.inf), min(kept, block))
             # earlier blocks come first, so that equal distances stay ordered by entry
             score, entry = (jnp.concatenate(x, 1) for x in zip(best, (score, place + start), strict=True))
             score, order = jax.lax.top_k(score, kept)
@@ -162,8 +163,7 @@ class DenseRetriever:
         if self.keys is None:
             return score
         if self.contexts is None:
-            key = jnp.take(self.keys, entry, axis=0).astype(jnp.float32)
-            key = (key / STEPS if self.keys.dtype == jnp.int8 else key).reshape(*entry.shape, *query.shape[1:])
+            key = jnp.take(self.keys, entry, axis=0).astype(jnp.float32).reshape(*entry.shape, *query.shape[1:])
         else:
             key = jnp.take(self.codebook, jnp.take(self.contexts, entry, axis=0), axis=0)
         return jnp.where(jnp.isneginf(score), score, -((query[:, None] - key) ** 2).sum((2, 3)))
@@ -196,8 +196,9 @@ def leaves_of(patches: Patches, storage: str) -> dict[str, Any]:
       UserError: as ``DenseRetriever.of``.
     """
     folded = patches.contexts is not None
-    if storage not in STORAGES or (storage == "codes" and not folded):
-        raise UserError(f"storage={storage!r}: choose one of {', '.join(STORAGES)} (codes for kind 'codebook' alone)")
+    if storage not in STORAGES or (storage in ("codes", "int8") and not folded):
+        known = ", ".join(STORAGES)
+        raise UserError(f"storage={storage!r}: choose one of {known} (codes and int8 for kind 'codebook' alone)")
     keys = None if storage == "codes" else _stored(np.asarray(patches.keys[:], np.float32), jnp.dtype(storage))
     codes = patches.codes if folded else np.asarray(patches.codes, np.int32)
     contexts, starts, rows = patches.contexts, patches.starts, patches.rows

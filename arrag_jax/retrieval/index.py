@@ -1,13 +1,14 @@
 """ScaNN indexes on disk, beside the datastore they were built from: ``<store>/index-<kind>/``.
 
-``index.json`` tells from which store (by its fingerprint), over which rows and with which options an index
-was built, and the size and SHA-256 of every file. A whole index appears by one rename.
+``index.json`` tells from which store (by its fingerprint), over which rows and with which options an index was built,
+the size and SHA-256 of every file, and the SHA-256 of all that it says itself. A whole index appears by one rename.
 """
 
 import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -25,8 +26,10 @@ from arrag_jax.retrieval.scann import (
     num_leaves,
     shard_bounds,
 )
+from arrag_jax.retrieval.shards import content_hash
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
+RECORD = "index.json"
 
 
 def index_directory(store: Datastore, kind: str) -> Path:
@@ -47,9 +50,7 @@ def build_index(store: Datastore, kind: str, options: ScannOptions, shards: int 
       UserError: the kind is not in the store, ScaNN can't be imported, or the disk is full.
     """
     final = index_directory(store, kind)
-    temporary, old = (final.with_name(f".{final.name}.{state}") for state in ("tmp", "old"))
-    for left in (temporary, old):
-        shutil.rmtree(left, ignore_errors=True)
+    temporary, old = _leftovers(final)
     try:
         with explained(final):
             _write_index(temporary, store, kind, options, shards)
@@ -61,6 +62,21 @@ def build_index(store: Datastore, kind: str, options: ScannOptions, shards: int 
         for left in (temporary, old):
             shutil.rmtree(left, ignore_errors=True)
     return final
+
+
+def refresh_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> None:
+    """Builds the index where no current one is there, and removes what a killed build left; as ``build_index``."""
+    _leftovers(index_directory(store, kind))
+    if not is_current(store, kind, options, shards):
+        build_index(store, kind, options, shards)
+
+
+def _leftovers(final: Path) -> list[Path]:
+    """Where an index stands while it is built, and the one it replaces while they change places; removed first."""
+    found = [final.with_name(f".{final.name}.{state}") for state in ("tmp", "old")]
+    for left in found:
+        shutil.rmtree(left, ignore_errors=True)
+    return found
 
 
 def _write_index(directory: Path, store: Datastore, kind: str, options: ScannOptions, shards: int) -> None:
@@ -77,7 +93,7 @@ def _write_index(directory: Path, store: Datastore, kind: str, options: ScannOpt
         sync(path)
         files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     record = {**_identity(store, kind, options, entries), "entries": entries, "files": files}
-    write_json(directory / "index.json", record)
+    write_json(directory / RECORD, {**record, "sha256": content_hash(record)})
 
 
 def _shard_name(shard: int) -> str:
@@ -145,38 +161,55 @@ def _checked_files(
 ) -> None:
     """Raises UserError, with the mend, unless the saved index is the wanted one and (in ``local`` shards) undamaged."""
     directory = index_directory(store, kind)
-    mend = f"run: python -m arrag_jax.build_datastore --config=… --workdir={store.directory}"
-    try:
-        saved = json.loads((directory / "index.json").read_text())
-        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in saved.pop("files").items()}
-        entries = [int(number) for number in saved.pop("entries")]
-    except FileNotFoundError:
-        raise UserError(f"no index over {kind} keys in {store.directory}; {mend}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory / 'index.json'} is not an index's record ({error!r}); {mend}") from error
+    command = "run: python -m arrag_jax.build_datastore --config=…"
+    mend = f"{command} --workdir={store.directory}"
+    if not directory.exists():
+        raise UserError(f"no index over {kind} keys in {store.directory}; {mend}")
+    saved = _read_record(directory, mend)
+    entries = saved["entries"]
     if len(entries) != shards:
-        raise UserError(f"index {directory} has {len(entries)} shards, not {shards}; {mend}")
+        raise UserError(
+            f"index {directory} has {len(entries)} shards, not {shards}; {command} --config.index_shards={shards} "
+            f"--workdir={store.directory}"
+        )
     wanted = _identity(store, kind, options, entries)
     differ = [f"{key} {saved.get(key)!r}, not {wanted[key]!r}" for key in wanted if saved.get(key) != wanted[key]]
     if differ:
         raise UserError(f"index {directory} does not fit: it has {'; '.join(differ)}; {mend}")
-    found = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()} - {"index.json"}
+    _require_files(directory, saved["files"], mend, None if local is None else tuple(map(_shard_name, local)))
+
+
+def _read_record(directory: Path, mend: str) -> dict[str, Any]:
+    """What ``index.json`` says; a UserError if it is missing, of another version, or not what was written."""
+    path = directory / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version, digest = record.get("index_version"), record.get("sha256")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {mend}") from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: it is not an index's record ({error}); {mend}") from error
+    if version != INDEX_VERSION:
+        raise UserError(f"{path} has version {version}, this code reads {INDEX_VERSION}; {mend}")
+    if digest != content_hash(record):
+        raise UserError(f"{path} is damaged: it is not what was written; {mend}")
+    return record
+
+
+def _require_files(directory: Path, files: dict[str, Any], mend: str, shards: tuple[str, ...] | None = None) -> None:
+    """Raises UserError unless an index has just these files and (in shards of these names) with their content."""
+    found = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()} - {RECORD}
     # ScaNN would unpickle a file of document ids; ours never have one
     if found != set(files) or any(name.endswith(".pkl") for name in found):
         raise UserError(f"index {directory} has missing or foreign files: {sorted(found ^ set(files))}; {mend}")
-    needed = None if local is None else tuple(_shard_name(shard) for shard in local)
     for name, facts in files.items():
         path = directory / name
-        if needed is not None and not name.startswith(needed):
-            continue
-        if (path.stat().st_size, sha256_of(path)) != facts:
+        if (shards is None or name.startswith(shards)) and sha256_of(path) != facts["sha256"]:
             raise UserError(f"index file {path} is damaged; {mend}")
 
 
 def verify_indexes(store: Datastore) -> None:
     """Raises UserError naming the first file of any of a store's saved indexes that is not what was written."""
-    for record in sorted(store.directory.glob("index-*/index.json")):
-        for name, facts in json.loads(record.read_text())["files"].items():
-            path = record.parent / name
-            if not path.is_file() or sha256_of(path) != facts["sha256"]:
-                raise UserError(f"index file {path} is damaged; delete {record.parent} and build it again")
+    for directory in sorted(store.directory.glob("index-*")):
+        mend = f"delete {directory} and build it again"
+        _require_files(directory, _read_record(directory, mend)["files"], mend)

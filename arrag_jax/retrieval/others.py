@@ -11,6 +11,7 @@ from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.dense import DenseRetriever
+from arrag_jax.retrieval.patches import no_neighbors, packed
 from arrag_jax.retrieval.scann import ScannRetriever
 
 ANSWERS = 2**15  # neighbours asked for in one call of the search: 2048 contexts at k = 16
@@ -47,11 +48,10 @@ class OtherImages:
           count: told of images as they are done; its numbers sum to B.
         """
         context, sums = grid_ops.contexts_of_grids(codes.astype(np.int32)).reshape(-1, 4), self._sums(codes)
-        packed = np.ascontiguousarray(context, "<u2").view("<u8")[:, 0]
-        best = _empty(len(context), self.k)
+        numbers, best = packed(context), no_neighbors(len(context), self.k)
         left, k, untold = np.arange(len(context)), self.k, len(codes)
         while len(left):
-            _, first, which = np.unique(packed[left], return_index=True, return_inverse=True)
+            _, first, which = np.unique(numbers[left], return_index=True, return_inverse=True)
             found, untold = self._ask(context[left[first]], k, untold, count), 0
             short = []
             for start in range(0, len(left), max(1, ANSWERS // k)):
@@ -109,8 +109,3 @@ def _nearest_others(found: Neighbors, own: Bool[np.ndarray, "n k"], k: int) -> N
     order = np.argsort(own, axis=1, kind="stable")[:, :k]
     own, code, distance, id_ = (np.take_along_axis(x, order, 1) for x in (own, *found))
     return Neighbors(np.where(own, -1, code), np.where(own, np.inf, distance), np.where(own, -1, id_))
-
-
-def _empty(queries: int, k: int) -> Neighbors:
-    none = np.full((queries, k), -1, np.int32)
-    return Neighbors(none, np.full((queries, k), np.inf, np.float32), none.copy())

@@ -13,10 +13,14 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int, Integer, UInt16
+from jaxtyping import Float, Int, Integer, UInt16, UInt64
 
+from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
+from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.datastore import Datastore, unit_norm
+
+MOST_ROWS = 2**31 - 1  # ids are int32
 
 
 @runtime_checkable
@@ -133,8 +137,7 @@ class Patches:
           entry: nearest first; -1 in empty slots, which come last.
         """
         entry, distance = entry[:, :k], distance[:, :k]
-        code = np.full((len(entry), k), -1, np.int32)
-        away, row = np.full(code.shape, np.inf, np.float32), code.copy()
+        code, away, row = no_neighbors(len(entry), k)
         if self.starts is None:
             first, count = entry, (entry >= 0).astype(np.int64)
         else:
@@ -151,13 +154,19 @@ class Patches:
         return code, away, row
 
 
+def no_neighbors(queries: int, k: int) -> Neighbors:
+    """Neighbours of nothing, every slot empty, as numpy arrays that can be written to."""
+    none = np.full((queries, k), -1, np.int32)
+    return Neighbors(none, np.full((queries, k), np.inf, np.float32), none.copy())
+
+
 def unfolded(keys: Float[np.ndarray, "N E"], codes: Integer[np.ndarray, " N"]) -> Callable[[tuple[int, int]], Patches]:
     """Patches of keys as they are, by first row and end."""
     return lambda rows: Patches(keys[slice(*rows)], codes[slice(*rows)])
 
 
-def packed(contexts: Integer[np.ndarray, "n 4"]) -> np.ndarray:
-    """Contexts as one uint64 each: four code ids below 2**16."""
+def packed(contexts: Integer[np.ndarray, "n 4"]) -> UInt64[np.ndarray, " n"]:
+    """Contexts as one number each: four code ids below 2**16."""
     return np.ascontiguousarray(contexts, "<u2").view("<u8")[:, 0]
 
 
@@ -169,15 +178,21 @@ def stored_patches(store: Datastore, kind: str, rows: tuple[int, int]) -> Patche
       rows: first stored row and end.
 
     Raises:
-      UserError: the store does not hold such keys.
+      UserError: the store does not hold such keys, or more patches than ids can number.
     """
+    store.require_kind(kind)
+    if store.num_patches > MOST_ROWS:
+        most = MOST_ROWS // store.settings.patches_per_image
+        raise UserError(
+            f"datastore {store.directory} has {store.num_patches:,} patches, {MOST_ROWS:,} can be numbered; search its "
+            f"first images alone: num_images={most}"
+        )
     first, end = rows
     step = store.settings.patches_per_image
-    images = slice(first // step, -(-end // step))
-    inside = slice(first - images.start * step, end - images.start * step)
-    grids = store.codes[images]
-    codes = grid_ops.next_codes_of_grids(grids).reshape(-1)[inside]
+    images = first // step, -(-end // step)
+    first, end = first - images[0] * step, end - images[0] * step
+    grids = store.codes_of(*images)
+    codes = grid_ops.next_codes_of_grids(grids).reshape(-1)[first:end]
     if kind == "latent":
-        return Patches(LatentKeys(store.latents, first, end - first), codes.astype(np.uint16))
-    store.require_kind(kind)
-    return Patches.fold(grid_ops.contexts_of_grids(grids).reshape(-1, 4)[inside], codes, store.codebook)
+        return Patches(LatentKeys(store.latents_of(*images), first, end - first), codes)
+    return Patches.fold(grid_ops.contexts_of_grids(grids).reshape(-1, 4)[first:end], codes, store.codebook)

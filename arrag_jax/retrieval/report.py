@@ -16,7 +16,7 @@ from arrag_jax.config import ScannOptions
 from arrag_jax.files import write_json
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.index import load_index, saved_shards
+from arrag_jax.retrieval.index import index_directory, load_index, saved_shards
 from arrag_jax.retrieval.patches import Patches
 from arrag_jax.retrieval.scann import BY_RULE, HostSearch
 
@@ -28,8 +28,17 @@ TOLERANCE = 1e-5  # of distances that count as equal
 BLOCK = 2**16  # entries compared with at once
 
 
-def report(store: Datastore, options: ScannOptions = BY_RULE) -> dict[str, float | int]:
-    """Measures the saved index over the store's first kind of key, and writes ``report.json`` into the store.
+def indexed(store: Datastore) -> list[str]:
+    """The kinds of key that the store has an index over; where it has none, the kind that one is built over."""
+    return [kind for kind in store.settings.keys if index_directory(store, kind).exists()] or [store.settings.keys[0]]
+
+
+def report(store: Datastore, options: ScannOptions = BY_RULE, kind: str = "") -> dict[str, float | int]:
+    """Measures a saved index, and writes the figures into the store: ``report.json``, ``report-KIND.json`` of others.
+
+    Args:
+      options: that it was built with.
+      kind: of key; the first of ``indexed`` unless given.
 
     Returns:
       recall_at_10, recall_at_2048: share of the K nearest patches found; K is N where that is smaller.
@@ -40,7 +49,8 @@ def report(store: Datastore, options: ScannOptions = BY_RULE) -> dict[str, float
     Raises:
       UserError: no index here, or one that does not fit or is damaged.
     """
-    kind = store.settings.keys[0]
+    first = indexed(store)[0]
+    kind = kind or first
     shards = saved_shards(store, kind)
     ks = [min(k, store.num_patches) for k in NEIGHBORS]
     host = load_index(store, kind, ks[0], options, shards)
@@ -57,7 +67,7 @@ def report(store: Datastore, options: ScannOptions = BY_RULE) -> dict[str, float
         "num_images": store.num_images,
         "num_bad": store.num_bad,
     }
-    write_json(Path(store.directory) / "report.json", figures)
+    write_json(Path(store.directory) / ("report.json" if kind == first else f"report-{kind}.json"), figures)
     return figures
 
 

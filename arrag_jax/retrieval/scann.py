@@ -31,7 +31,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.ops.host import host_call
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.dense import require_k
-from arrag_jax.retrieval.patches import Patches, unfolded
+from arrag_jax.retrieval.patches import Patches, no_neighbors, packed, unfolded
 
 TRAINING_KEYS = 200_000  # most keys that k-means sees
 QUERIES_A_THREAD = 8  # smaller shares cost more in hand-over than they win
@@ -97,7 +97,13 @@ def build_searcher(patches: Patches, options: ScannOptions) -> Any:
 
 
 def shard_bounds(rows: int, shards: int) -> list[tuple[int, int]]:
-    """First row and end of each shard: contiguous, in order, sizes differing by one at most."""
+    """First row and end of each shard: contiguous, in order, sizes differing by one at most.
+
+    Raises:
+      UserError: fewer rows than shards.
+    """
+    if rows < shards:
+        raise UserError(f"{rows} stored patches cannot be spread over {shards} shards; choose {rows} or fewer")
     return list(itertools.pairwise(rows * shard // shards for shard in range(shards + 1)))
 
 
@@ -210,22 +216,17 @@ class HostSearch:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The callback: codes, distances and ids [*batch, K]; ids count from the shard's first row."""
         context, which = np.asarray(context), int(np.asarray(shard).reshape(-1)[0])
-        # contexts repeat (plain grounds), so each is asked for once
-        rows, place = np.unique(context.reshape(-1, 4), axis=0, return_inverse=True)
-        shape = (*context.shape[:-1], self.k)
-        code, distance, id_ = (part[place.reshape(-1)].reshape(shape) for part in self._answer(which, rows))
+        flat = context.reshape(-1, 4)
+        answer, whole = no_neighbors(len(flat), self.k), np.flatnonzero((flat >= 0).all(1))
+        if len(whole):
+            # contexts repeat (plain grounds), so each is asked for once
+            _, first, place = np.unique(packed(flat[whole]), return_index=True, return_inverse=True)
+            asked = flat[whole[first]]
+            query = self.codebook[asked].reshape(len(asked), -1)
+            for slots, found in zip(answer, self.shards[which].search(asked, query, self.k), strict=True):
+                slots[whole] = found[place]
+        code, distance, id_ = (slots.reshape(*context.shape[:-1], self.k) for slots in answer)
         return code, distance, id_
-
-    def _answer(self, shard: int, rows: Int[np.ndarray, "n 4"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Codes, distances and ids [n, K] of contexts."""
-        code = np.full((len(rows), self.k), -1, np.int32)
-        answer = code, np.full(code.shape, np.inf, np.float32), code.copy()
-        asked = (rows >= 0).all(1)
-        if asked.any():
-            query = self.codebook[rows[asked]].reshape(asked.sum(), -1)
-            for whole, part in zip(answer, self.shards[shard].search(rows[asked], query, self.k), strict=True):
-                whole[asked] = part
-        return answer
 
 
 def build_host(

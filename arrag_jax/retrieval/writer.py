@@ -1,8 +1,10 @@
 """Builds a datastore shard by shard (``building.build``), without the images that cannot be read."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -21,6 +23,16 @@ from arrag_jax.retrieval.team import Team
 RECORD_OPTIONS = "group_size:512,zstd"
 
 
+class Tally(NamedTuple):
+    """Images gone through, and the bad ones among them."""
+
+    images: int
+    bad: int
+
+
+NONE = Tally(0, 0)
+
+
 def build(
     directory: str | Path,
     examples: Examples,
@@ -31,13 +43,13 @@ def build(
     source_id: Callable[[int], str] | None = None,
     max_bad_fraction: float = 0.0,
     team: Team | None = None,
+    others: Tally = NONE,
 ) -> Datastore:
     """Builds the store in ``directory``, or goes on with it, or finds it whole.
 
     Args:
       directory: made if absent.
-      examples: at least ``settings.num_images`` (any, if the store is whole); the first ones are taken, but for
-        those that are bad.
+      examples: at least ``settings.num_images`` (any, if the store is whole); the first ones are taken.
       encode: called with batches of exactly ``batch_size`` (a shard's last one is padded with zeros).
       codebook: rows of unit norm.
       settings: what to build.
@@ -45,10 +57,10 @@ def build(
       source_id: image number → one line that tells where it came from; default "source/split/number".
       max_bad_fraction: share of bad images above which the build fails.
       team: the processes that build it together; None = this one alone.
+      others: images of the store that this one is to be a part of; they count in the share of bad ones.
 
     Raises:
-      UserError: too few images, too many bad ones, another store or build in the directory (nothing is touched), a
-        code outside the codebook, or a disk that is full.
+      UserError: too few images or too many bad ones, a code outside the codebook; else as ``building.build``.
     """
     directory = Path(directory)
     if building.require_same_settings(Datastore, directory, settings) != "whole":
@@ -60,7 +72,10 @@ def build(
         with whole_file(directory / CODEBOOK) as temporary, open(temporary, "wb") as file:
             np.savez(file, codebook=np.asarray(codebook, np.float32))
 
+    require_few_bad = functools.partial(_require_few_bad, directory, settings.num_images, others, max_bad_fraction)
+
     def write_shard(shard: int, bar: tqdm) -> None:
+        (directory / settings.bad_file(shard)).unlink(missing_ok=True)  # of a killed run: it may be readable by now
         bad: dict[int, str] = {}
 
         def skip(number: int, reason: BadImage) -> None:
@@ -75,12 +90,9 @@ def build(
             _write_lines(directory / settings.bad_file(shard), list(bad.values()))
         good = [source_id(number) for number in numbers if number not in bad]
         _write_lines(directory / settings.shard_files(shard)["sources"], good)
-        _require_few_bad(directory, settings.num_images, max_bad_fraction)
+        require_few_bad()
 
-    def finish() -> None:
-        _require_few_bad(directory, settings.num_images, max_bad_fraction)
-
-    return building.build(Datastore, directory, settings, write_shard, write_codebook, finish, team)
+    return building.build(Datastore, directory, settings, write_shard, write_codebook, require_few_bad, team)
 
 
 def _require_codebook(codebook: np.ndarray, settings: StoreSettings) -> None:
@@ -124,14 +136,15 @@ def _write_lines(path: Path, lines: list[str]) -> None:
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _require_few_bad(directory: Path, num_images: int, max_bad_fraction: float) -> None:
-    """Raises UserError if more than this share of all images is known to be bad, in whichever shards are done."""
+def _require_few_bad(directory: Path, num_images: int, others: Tally, max_bad_fraction: float) -> None:
+    """Raises UserError if too large a share of all images, with those of the other parts, is known to be bad."""
     bad = [line for path in sorted(directory.glob(BAD_FILES)) for line in read_bad(path)]
+    found, total = len(bad) + others.bad, num_images + others.images
     first = "; ".join(f"{name}: {reason}" for name, reason in bad[:3]) + (" …" if len(bad) > 3 else "")
-    if len(bad) == num_images:
-        raise UserError(f"none of the {num_images:,} images can be read ({first}); is config.source right?")
-    if len(bad) > max_bad_fraction * num_images:
+    if found == total:
+        raise UserError(f"none of the {total:,} images can be read ({first}); is config.source right?")
+    if found > max_bad_fraction * total:
         raise UserError(
-            f"{len(bad):,} of {num_images:,} images cannot be read ({first}), more than "
-            f"config.max_bad_fraction={max_bad_fraction:g} allows; mend them and choose another --workdir, or raise it"
+            f"{found:,} of {total:,} images cannot be read ({first}), more than config.max_bad_fraction="
+            f"{max_bad_fraction:g} allows; raise it, or mend them, delete {directory} and run the same command again"
         )

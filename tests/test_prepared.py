@@ -1,0 +1,99 @@
+"""Any data set that TFDS has prepared becomes a store: its ids, its captions, its images fitted to the tokenizer."""
+
+import dataclasses
+import io
+import sys
+from pathlib import Path
+
+import folders
+import malformed
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from arrag_jax import build_datastore
+from arrag_jax.config import DatastoreConfig
+from arrag_jax.data import pixels
+from arrag_jax.errors import UserError
+from arrag_jax.models.checkpoint import load_model
+from arrag_jax.models.janus import VISION
+from arrag_jax.nn.vq import from_uint8
+from arrag_jax.retrieval.datastore import Datastore
+
+FILES = [malformed.encoded("PNG", malformed.photo(size=(20 + i, 31), seed=i)) for i in range(6)]
+FILES[4] = b"no image"
+
+
+class Pets(tfds.core.GeneratorBasedBuilder):
+    """Pictures of many sizes, the fifth of them damaged."""
+
+    url_infos = None
+    VERSION = tfds.core.Version("1.2.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="small"), tfds.core.BuilderConfig(name="wordless")]  # noqa: RUF012
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        words = {"caption": tfds.features.Text()} if self.builder_config.name == "small" else {}
+        features = {"image": tfds.features.Image(shape=(None, None, 3)), **words}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        words = [{"caption": f"pet {i}"} if self.builder_config.name == "small" else {} for i in range(len(FILES))]
+        for i, file in enumerate(FILES):
+            yield i, {"image": io.BytesIO(file), **words[i]}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> DatastoreConfig:
+    folder = tmp_path_factory.mktemp("prepared")
+    for name in ("small", "wordless"):
+        Pets(config=name, data_dir=str(folder / "data"), file_format="array_record").download_and_prepare()
+    base = folders.config(folder)
+    return dataclasses.replace(
+        base,
+        source="tfds:pets/small",
+        split="train",
+        data_dir=str(folder / "data"),
+        max_bad_fraction=0.2,
+        captions=True,
+    )
+
+
+@pytest.mark.parametrize("source", ["tfds:pets/small", "tfds:pets/small:1.2.0"])
+def test_a_prepared_set_becomes_a_store(config, tmp_path, source):
+    build_datastore.run(dataclasses.replace(config, source=source), str(tmp_path / "store"))
+    store, tokenizer = Datastore.open(tmp_path / "store"), load_model(config.model, parts=VISION)
+    good = [0, 1, 2, 3, 5]
+    assert store.sources == [f"{source}/train/{i}" for i in good]
+    assert store.captions == [f"pet {i}" for i in good]
+    assert store.bad == [(f"{source}/train/4", "not an image that PIL reads")]
+    images = np.stack([pixels.decode(FILES[i], tokenizer.config.image_size) for i in good])
+    codes, _ = tokenizer.encode_images(from_uint8(images))
+    np.testing.assert_array_equal(store.codes.reshape(5, -1), codes)
+    assert "tensorflow" not in sys.modules
+    build_datastore.run(dataclasses.replace(config, source=source), str(tmp_path / "store"), append=True)
+    assert not list(Path(tmp_path / "store").glob("part-*"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"source": "tfds:dogs"},
+            "source=tfds:dogs with data_dir=.* cannot be read: Could not find dataset files for: dogs",
+        ),
+        ({"source": "tfds:pets/small:9.0.0"}, "cannot be read: Could not find dataset files"),
+        ({"source": "tfds:no name"}, "cannot be read: Parsing builder name string no name failed"),
+        ({"split": "valid"}, r"cannot be read: Unknown split 'valid'\. Should be one of \['train'\]"),
+        ({"split": "train[:0]"}, r"cannot be read: split train\[:0\] is empty"),
+        ({"source": "tfds:pets/wordless"}, "cannot be read: it has no Text feature 'caption' among image"),
+    ],
+)
+def test_what_is_not_there_is_told_before_anything_is_written(config, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        build_datastore.run(dataclasses.replace(config, **changes), str(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
