@@ -155,7 +155,9 @@ def test_eval_writes_its_figures_and_true_scenes_score_best(config, tmp_path, ca
     results = json.loads((tmp_path / "results.json").read_text())
     bits, objects = results["bits_per_code"], results["object_score"]
     assert set(bits) == {"plain", "daid"} and set(objects) == {"true", "reconstruction", "plain", "daid"}
-    gain = bits["plain"]["bits"]["mean"] - bits["daid"]["bits"]["mean"]
+    assert all(set(row) == {"mean", "std", "gain"} for row in bits.values())
+    assert all({"mean", "std", "families"} <= set(row) for row in objects.values())
+    gain = bits["plain"]["mean"] - bits["daid"]["mean"]
     assert bits["daid"]["gain"]["mean"] == pytest.approx(gain) and bits["plain"]["gain"] == {"mean": 0.0, "std": 0.0}
     assert objects["true"]["mean"] == 1.0
     for row in objects.values():

@@ -141,7 +141,7 @@ def test_eval_measures_what_training_measures_and_generate_draws_it(folder, tmp_
         reference = make_task(workshop.config(folder, {"blend": blend}))
         batch = jax.tree.map(jnp.asarray, next(iter(reference.eval_batches(12))))
         expected = bits(reference, load_model(tuned if blend else plain), batch)
-        assert figures[method]["bits"]["mean"] == pytest.approx(expected, rel=1e-5)
+        assert figures[method]["mean"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(UserError, match=r"'lora' is not what these models can do: .* give config\.lora_model"):
         open_studio(config, ["lora"])
     with pytest.raises(UserError, match="no FAiD blenders"):

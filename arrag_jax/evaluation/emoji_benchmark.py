@@ -45,8 +45,8 @@ def measure(studio: Studio, split: str, num_prompts: int, num_scenes: int) -> di
     }
 
 
-def likelihoods(studio: Studio, split: str, num_scenes: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Bits a code of each method, and how much lower than plain; each seed has scenes of its own."""
+def likelihoods(studio: Studio, split: str, num_scenes: int) -> dict[str, dict[str, Any]]:
+    """Bits a code of each method, and as "gain" how much lower than plain; each seed has scenes of its own."""
     source = load_source(studio.config.data.name, f"{split}[:{num_scenes}]", studio.config.data.data_dir)
     bits = {method: [] for method in studio.methods}
     for seed in range(SEEDS):
@@ -66,7 +66,7 @@ def likelihoods(studio: Studio, split: str, num_scenes: int) -> dict[str, dict[s
             bits[method].append(bits_per_code(scored[key], policy))
     return {
         method: {
-            "bits": _mean_and_std(values),
+            **_mean_and_std(values),
             "gain": _mean_and_std([plain - value for plain, value in zip(bits["plain"], values, strict=True)]),
         }
         for method, values in bits.items()
@@ -110,7 +110,7 @@ def report(results: dict[str, Any]) -> str:
     bits, objects = results["bits_per_code"], results["object_score"]
     first = pictures.table(
         ["bits a code", "mean", "spread", "below plain", "spread"],
-        [[name, *row["bits"].values(), *row["gain"].values()] for name, row in bits.items()],
+        [[name, row["mean"], row["std"], *row["gain"].values()] for name, row in bits.items()],
         digits=4,
     )
     columns = ["object score", "mean", "spread", *FAMILIES, "seen pairs", "held-out pairs"]
