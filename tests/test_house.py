@@ -34,6 +34,7 @@ PEERS = {
     ("config", "errors"),
     ("files", "errors"),
     ("command", "errors"),
+    ("command", "files"),
     ("command", "config"),
     ("command", "mesh"),
     ("mesh", "errors"),
