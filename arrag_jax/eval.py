@@ -27,8 +27,10 @@ def run(
         raise UserError(f"--benchmark={benchmark!r} is unknown; choose one of {', '.join(BENCHMARKS)}")
     if split not in ("test", "valid"):
         raise UserError(f"--split={split!r} is unknown; choose test or valid")
-    if num_scenes < SEEDS or num_prompts < 0:
-        raise UserError(f"--num_scenes must be at least {SEEDS}, one a seed, and --num_prompts at least 0")
+    if num_scenes < SEEDS:
+        raise UserError(f"--num_scenes={num_scenes} must be at least {SEEDS}, one a seed")
+    if num_prompts < 0:
+        raise UserError(f"--num_prompts={num_prompts} must be at least 0")
     if config.mesh not in (MeshConfig(), MeshConfig(1, 1)):
         raise UserError("eval measures on one device; leave config.mesh out")
     config = dataclasses.replace(config, mesh=MeshConfig(1, 1))

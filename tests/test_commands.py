@@ -281,8 +281,8 @@ def test_prompts_and_methods_that_cannot_be(config, tmp_path, prompt, method, me
 @pytest.mark.parametrize(
     ("num_scenes", "num_prompts", "mesh", "message"),
     [
-        (2, 0, MeshConfig(1, 1), "num_scenes must be at least 3"),
-        (3, -1, MeshConfig(1, 1), "num_prompts at least 0"),
+        (2, 0, MeshConfig(1, 1), "--num_scenes=2 must be at least 3"),
+        (3, -1, MeshConfig(1, 1), "--num_prompts=-1 must be at least 0"),
         (3, 0, MeshConfig(2, 1), "eval measures on one device; leave config.mesh out"),
         (65, 0, MeshConfig(), r"emoji_scenes/tiny has no valid\[:65\]: valid holds 64 scenes"),
     ],
