@@ -236,7 +236,7 @@ def test_a_second_run_finds_the_loops_without_host_calls_compiled(config):
             jax.clear_caches()
             jax.monitoring.register_event_listener(listen)
         for method in ("plain", "daid"):
-            studio.draw(["a cat"], method, np.array([0]))
+            studio.draw(["a cat", "two dogs"], method, np.arange(2))
     jax.monitoring.unregister_event_listener(listen)
     assert events.count("cache_hits") == events.count("compile_requests_use_cache") > 10
 
