@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags as absl_flags
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
 from arrag_jax import config as config_lib
 from arrag_jax.errors import UserError, run_command
+from arrag_jax.files import FULL_DISK, tells_of_a_full_disk
 
 REQUIRED: Any = object()
 
@@ -37,7 +38,7 @@ def main_with_config(main: Callable[..., int | None], config_class: type | None,
     ``config_class``, and the named flags beside it; then calls ``main(config, **flags)``, or
     ``main(**flags)`` for a command without a config. A flag named "config" with a default of "" makes
     the config one that may be left out; ``main`` then gets None. Bad flags, bad configs and every other
-    ``UserError`` print one line and exit with code 2; else ``main``'s result is the exit code.
+    ``UserError`` print one line and exit with code 2, and so does a full disk; else ``main``'s result is the exit code.
     """
 
     def run(argv: list[str]) -> int | None:
@@ -49,7 +50,13 @@ def main_with_config(main: Callable[..., int | None], config_class: type | None,
             given = values.pop("config")
             arguments = [config_lib.parse(config_class, given) if given else None]
         enable_compilation_cache()
-        result = main(*arguments, **values)
+        try:
+            result = main(*arguments, **values)
+        except Exception as error:  # wherever it comes from: data sets, checkpoints, metrics, pictures
+            if not tells_of_a_full_disk(error):
+                raise
+            where = getattr(error, "filename", None) or values.get("workdir") or "the result"
+            raise UserError(f"cannot write {where}: {FULL_DISK}") from error
         if jax.distributed.is_initialized():  # whoever is done first waits here, with no time limit
             multihost_utils.sync_global_devices("the command's end")
         return result
@@ -101,7 +108,7 @@ def _parse(argv: list[str], doc: str, config_class: type | None, flags: dict[str
 
 
 def _load(value: str, config_class: type) -> ConfigDict:
-    """What ``get_config`` of a config file returns, with an empty section for each one left out."""
+    """What ``get_config`` of a config file returns, ready for overrides."""
     path, _, argument = value.partition(":")
     if not Path(path).is_file():
         raise UserError(f"config file {path} does not exist")
@@ -109,10 +116,20 @@ def _load(value: str, config_class: type) -> ConfigDict:
         config = ConfigDict(runpy.run_path(path)["get_config"](*([argument] if argument else [])))
     except Exception as error:  # a config file is the user's code and may raise anything
         raise UserError(f"config file {path} failed: {type(error).__name__}: {error}") from error
-    for name, hint in typing.get_type_hints(config_class).items():
-        if dataclasses.is_dataclass(hint) and name not in config:
-            config[name] = {}
+    _open_up(config, config_class)
     return config
+
+
+def _open_up(config: ConfigDict, config_class: type) -> None:
+    """Gives a config an empty section for each one left out, and lets None be given to the keys that may be None."""
+    for name, hint in typing.get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(hint):
+            if name not in config:
+                config[name] = {}
+            if isinstance(config[name], ConfigDict):
+                _open_up(config[name], hint)
+        elif name in config and type(None) in typing.get_args(hint):
+            config[name] = FieldReference(config[name], field_type=object)  # any literal; config.parse checks its type
 
 
 def _override(config: ConfigDict, argv: list[str]) -> tuple[ConfigDict, list[str]]:

@@ -27,11 +27,17 @@ def _in_range(name: str, value: int | float, low: int | float, high: int | float
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where examples come from."""
+class DataSetConfig:
+    """Which data set."""
 
-    name: str = "emoji_scenes"  # TFDS name, with its config: "emoji_scenes/full"
+    name: str = "emoji_scenes/full"  # TFDS name, with its config
     data_dir: str = "data"  # where TFDS keeps it; built there when absent
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(DataSetConfig):
+    """Where a training run's examples come from."""
+
     train_split: str = "train"
     eval_split: str = "valid"
     eval_examples: int = 512
@@ -214,7 +220,7 @@ class CaptionConfig:
 class SamplingConfig:
     """How a code is drawn; see ``decode.loop.Sampling``."""
 
-    cfg_scale: float | None = 2.0
+    cfg_scale: float | None = 2.0  # None = no guidance
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -229,16 +235,18 @@ class DrawConfig:
     retrieval: RetrievalConfig
     faid_model: str = ""  # folder of a model tuned from it with blenders; draws "faid" and "faid+daid". "" = model
     lora_model: str = ""  # folder of one tuned without blenders; draws "lora"
+    dtype: str = "float32"  # of the models' parameters: "float32" | "bfloat16"; the tokenizer stays in float32
     daid: DaidConfig = DaidConfig()
     caption: CaptionConfig = CaptionConfig()
     methods: tuple[str, ...] = ()  # what is drawn when no --method is given; () = all without caption and static
     sampling: SamplingConfig = SamplingConfig()
-    data: DataConfig = DataConfig()
+    data: DataSetConfig = DataSetConfig()  # eval's
     mesh: MeshConfig = MeshConfig()  # generate's: the batch over "data", the store's patches over "fsdp"
     batch_size: int = 32
     seed: int = 0
 
     def __post_init__(self):
+        _one_of("dtype", self.dtype, ("float32", "bfloat16"))
         _in_range("batch_size", self.batch_size, 1)
 
 

@@ -13,7 +13,7 @@ from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import DrawConfig, MeshConfig
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.drawing import open_studio
-from arrag_jax.evaluation.emoji_benchmark import measure, report, scaling, sweep
+from arrag_jax.evaluation.emoji_benchmark import SEEDS, measure, report, scaling, sweep
 from arrag_jax.files import write_json
 
 BENCHMARKS = ("emoji_scenes",)
@@ -27,7 +27,13 @@ def run(
         raise UserError(f"--benchmark={benchmark!r} is unknown; choose one of {', '.join(BENCHMARKS)}")
     if split not in ("test", "valid"):
         raise UserError(f"--split={split!r} is unknown; choose test or valid")
-    config = dataclasses.replace(config, mesh=MeshConfig(1, 1))  # the figures are of one device, whatever draws
+    if num_scenes < SEEDS:
+        raise UserError(f"--num_scenes={num_scenes} must be at least {SEEDS}, one a seed")
+    if num_prompts < 0:
+        raise UserError(f"--num_prompts={num_prompts} must be at least 0")
+    if config.mesh not in (MeshConfig(), MeshConfig(1, 1)):
+        raise UserError("eval measures on one device; leave config.mesh out")
+    config = dataclasses.replace(config, mesh=MeshConfig(1, 1))
     studio = open_studio(config, ("plain", "daid") if modes["sweep"] or modes["scaling"] else ())
     out = Path(workdir)
     out.mkdir(parents=True, exist_ok=True)

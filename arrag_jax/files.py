@@ -13,6 +13,8 @@ from typing import Any
 
 from arrag_jax.errors import UserError
 
+FULL_DISK = "the disk is full: free some space and run the same command again to continue"
+
 
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
@@ -70,16 +72,17 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # ArrayRecord and ScaNN raise RuntimeError
-        mend = "the disk is full: free some space and run the same command again to continue"
-        raise UserError(f"cannot write {path}: {mend if _is_full(path, error) else error}") from error
+        full = tells_of_a_full_disk(error) or _free_bytes(path) < 2**20  # ScaNN says "I/O error" of everything
+        raise UserError(f"cannot write {path}: {FULL_DISK if full else error}") from error
 
 
-def _is_full(path: Path, error: Exception) -> bool:
-    """ArrayRecord tells the reason in its text alone; ScaNN says "I/O error" of everything."""
-    if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
-        return True
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    return shutil.disk_usage(existing).free < 2**20
+def tells_of_a_full_disk(error: Exception) -> bool:
+    """Whether that is what an error says; ArrayRecord, Orbax and TFDS tell it in their text alone."""
+    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+
+
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
 
 
 def sync(path: Path) -> None:

@@ -37,6 +37,8 @@ def run(
 ) -> None:
     """Draws every --prompt with every method (or --method alone), same seeds, into --workdir."""
     start_distributed()
+    if scale < 1:
+        raise UserError(f"--scale={scale} must be at least 1")
     prompt = [*prompt, *(scene.caption for scene in scenes.test_prompts(test_prompts))]
     if not prompt:
         raise UserError('nothing to draw; give at least one --prompt "…" or --test_prompts=N')

@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "model": "checkpoints/janus-pro-1b",
+            "dtype": "bfloat16",
             "retrieval": {"store": "stores/janus-pro-1b", "k": 2048, "keys": "latent"},
             "daid": {"weight": 0.1, "temperature": 0.05},
             "sampling": {"cfg_scale": 5.0, "temperature": 1.0},

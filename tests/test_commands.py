@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import children
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from arrag_jax import build_datastore, eval, generate
 from arrag_jax.config import (
     CaptionConfig,
     DaidConfig,
-    DataConfig,
+    DataSetConfig,
     DatastoreConfig,
     DrawConfig,
     MeshConfig,
@@ -27,15 +28,19 @@ from arrag_jax.config import (
     SamplingConfig,
 )
 from arrag_jax.data.scenes import render, scene
+from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid, Plain
 from arrag_jax.errors import UserError
+from arrag_jax.evaluation import emoji_benchmark
 from arrag_jax.evaluation.canvas import upscale
 from arrag_jax.evaluation.drawing import open_studio
 from arrag_jax.evaluation.likelihood import bits_per_code, look_up, score_scenes
-from arrag_jax.models.checkpoint import load_model
+from arrag_jax.files import sha256_of
+from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.ops.grid import image_and_cell
 from arrag_jax.retrieval.captions import CaptionIndex
+from arrag_jax.retrieval.load import load_retriever
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(ROOT / "arrag_jax" / "assets" / "emoji_janus")
@@ -55,7 +60,7 @@ def config(tmp_path_factory) -> DrawConfig:
         retrieval=RetrievalConfig(store=store, k=16),
         daid=DaidConfig(weight=0.3),
         sampling=SamplingConfig(cfg_scale=2.0),
-        data=DataConfig(name="emoji_scenes/tiny", data_dir=data),
+        data=DataSetConfig(name="emoji_scenes/tiny", data_dir=data),
         mesh=MeshConfig(1, 1),
         batch_size=4,
     )
@@ -146,21 +151,94 @@ def test_pictures_of_limited_methods_come_from_images_of_the_caption(config, tmp
         assert set(images[i]) - {-1} == set(nearest[0].tolist())
 
 
+def run_eval(
+    config: DrawConfig, out: Path, num_scenes: int, num_prompts: int = 0, split: str = "valid", mode=""
+) -> None:
+    modes = {name: name == mode for name in ("sweep", "scaling")}
+    eval.run(config, str(out), "emoji_scenes", split, num_prompts, num_scenes, **modes)
+
+
 @pytest.mark.slow
 def test_eval_writes_its_figures_and_true_scenes_score_best(config, tmp_path, capsys):
-    modes = {"sweep": False, "scaling": False}
-    eval.run(
-        config, workdir=str(tmp_path), benchmark="emoji_scenes", split="test", num_prompts=12, num_scenes=12, **modes
-    )
+    run_eval(config, tmp_path, 12, 12, "test")
     results = json.loads((tmp_path / "results.json").read_text())
     bits, objects = results["bits_per_code"], results["object_score"]
     assert set(bits) == {"plain", "daid"} and set(objects) == {"true", "reconstruction", "plain", "daid"}
-    gain = bits["plain"]["bits"]["mean"] - bits["daid"]["bits"]["mean"]
+    assert all(set(row) == {"mean", "std", "gain"} for row in bits.values())
+    assert all({"mean", "std", "families"} <= set(row) for row in objects.values())
+    gain = bits["plain"]["mean"] - bits["daid"]["mean"]
     assert bits["daid"]["gain"]["mean"] == pytest.approx(gain) and bits["plain"]["gain"] == {"mean": 0.0, "std": 0.0}
     assert objects["true"]["mean"] == 1.0
     for row in objects.values():
         assert row["mean"] == pytest.approx(np.mean(list(row["families"].values())))
     assert "bits a code" in capsys.readouterr().out
+    run_eval(dataclasses.replace(config, methods=("daid",)), tmp_path / "alone", 12, split="test")
+    alone = json.loads((tmp_path / "alone" / "results.json").read_text())
+    assert alone["bits_per_code"]["daid"] == {name: bits["daid"][name] for name in ("mean", "std")}
+
+
+def test_sweep_and_scaling_measure_what_each_setting_gives_alone(config, tmp_path, capsys, monkeypatch):
+    studio = open_studio(config, ["daid"])
+    examples = [{"image": render(s), "caption": s.caption.encode()} for s in (scene("valid", i) for i in range(3))]
+
+    def bits(policy: Daid | Plain, **retrieval) -> float:
+        _, retriever = load_retriever(dataclasses.replace(config.retrieval, **retrieval), fingerprint(studio.model))
+        return bits_per_code(
+            score_scenes(studio.model, look_up(studio.model, studio.text, examples, retriever)), policy
+        )
+
+    plain = bits(Plain())
+    monkeypatch.setattr(emoji_benchmark, "NEIGHBORS", (16, 64))
+    run_eval(config, tmp_path, 3, mode="sweep")
+    sweep = json.loads((tmp_path / "sweep.json").read_text())
+    assert sweep["plain"] == pytest.approx(plain, abs=1e-6)
+    maps = [(record["copies"], record["k"]) for record in sweep["maps"]]
+    assert maps == [("nearest", 16), ("nearest", 64), ("sum", 16), ("sum", 64)]
+    assert all((tmp_path / f"sweep_{copies}_k{k}.png").is_file() for copies, k in maps)
+    policy, gain = Daid(sweep["weights"][3], sweep["temperatures"][2], "sum"), sweep["maps"][2]["gain"][3][2]
+    assert gain == pytest.approx(plain - bits(policy), abs=1e-5)
+    capsys.readouterr()
+    run_eval(config, tmp_path, 3, mode="scaling")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    rows = [[float(cell) for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[:2] for row in rows] == [[images, 110 * images] for images in (3, 12, 48)]
+    expected = bits(studio.policy("daid"), num_images=12, search="dense")
+    assert rows[1][2:] == pytest.approx([plain, expected, plain - expected], abs=1e-4)
+
+
+def test_methods_that_choose_images_need_no_index(config, tmp_path):
+    for path in Path(config.retrieval.store).iterdir():
+        if path.is_file():
+            os.symlink(path, tmp_path / path.name)
+    bare = changed(config, "retrieval", store=str(tmp_path))
+    studio = open_studio(bare, ["plain", "static", "caption"])
+    assert studio.retriever is None and studio.store.num_images == 48
+    with pytest.raises(UserError, match="index"):
+        open_studio(bare, ["daid"])
+
+
+def test_the_dtype_is_that_of_the_model_and_not_of_its_tokenizer(config):
+    studio = open_studio(dataclasses.replace(config, dtype="bfloat16"), ["plain", "daid"])
+    assert studio.model.gen_head.layers[0].kernel.dtype == jnp.bfloat16 and studio.model.codebook.dtype == jnp.float32
+    _, drawn = studio.draw(["a cat"], "plain", np.array([3]))
+    model, (ids, mask) = load_model(MODEL, "bfloat16"), studio.text(["a cat"])
+    expected = sample(model, ids, seed=np.array([3]), cfg_scale=config.sampling.cfg_scale, prompt_mask=mask)
+    np.testing.assert_array_equal(drawn.codes, expected.codes)
+
+
+def test_a_second_run_finds_the_loops_without_host_calls_compiled(config):
+    """All that is compiled for plain and dense drawing comes from the cache on disk when it is met again."""
+    studio = open_studio(changed(config, "retrieval", search="dense"), ["plain", "daid"])
+    events = []
+    listen = lambda event, **_: events.append(event.rpartition("/")[2])  # noqa: E731
+    for again in (False, True):
+        if again:
+            jax.clear_caches()
+            jax.monitoring.register_event_listener(listen)
+        for method in ("plain", "daid"):
+            studio.draw(["a cat", "two dogs"], method, np.arange(2))
+    jax.monitoring.unregister_event_listener(listen)
+    assert events.count("cache_hits") == events.count("compile_requests_use_cache") > 10
 
 
 def changed(config: DrawConfig, where: str, **fields) -> DrawConfig:
@@ -200,6 +278,25 @@ def test_prompts_and_methods_that_cannot_be(config, tmp_path, prompt, method, me
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("num_scenes", "num_prompts", "mesh", "message"),
+    [
+        (2, 0, MeshConfig(1, 1), "--num_scenes=2 must be at least 3"),
+        (3, -1, MeshConfig(1, 1), "--num_prompts=-1 must be at least 0"),
+        (3, 0, MeshConfig(2, 1), "eval measures on one device; leave config.mesh out"),
+        (65, 0, MeshConfig(), r"emoji_scenes/tiny has no valid\[:65\]: valid holds 64 scenes"),
+    ],
+)
+def test_figures_that_cannot_be_measured(config, tmp_path, num_scenes, num_prompts, mesh, message):
+    with pytest.raises(UserError, match=message):
+        run_eval(dataclasses.replace(config, mesh=mesh), tmp_path, num_scenes, num_prompts)
+
+
+def test_a_scale_below_one_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(UserError, match="--scale=0 must be at least 1"):
+        run_generate(DrawConfig("no model", RetrievalConfig("no store")), tmp_path / "out", scale=0)
+
+
 def test_a_store_of_another_tokenizer_is_refused(config, tmp_path):
     store = tmp_path / "store"
     store.mkdir()
@@ -217,7 +314,9 @@ def test_the_embedded_checkpoint_is_what_its_manifest_says():
     manifest = json.loads((Path(MODEL) / "manifest.json").read_text())
     size = sum(path.stat().st_size for path in Path(MODEL).iterdir())
     assert size <= 12 * 2**20
+    assert sha256_of(Path(MODEL) / "model.safetensors") == manifest["sha256"]
     model = load_model(MODEL)
+    assert fingerprint(model) == manifest["tokenizer_fingerprint"]
     truth = np.stack([render(scene("valid", i)) for i in range(64)])
     codes, _ = model.encode_images(from_uint8(truth))
     decoded = np.asarray(model.decode_codes(np.asarray(codes), *model.grid))

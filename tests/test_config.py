@@ -1,13 +1,14 @@
 """Configs are read strictly, and a command tells what is wrong with its arguments in one line."""
 
 import dataclasses
+import errno
 import sys
 
 import pytest
 from ml_collections import ConfigDict
 
 from arrag_jax.command import Flag, main_with_config
-from arrag_jax.config import MeshConfig, OptimizerConfig, TrainConfig, parse
+from arrag_jax.config import DrawConfig, MeshConfig, OptimizerConfig, TrainConfig, parse
 from arrag_jax.errors import UserError
 
 GOOD = {"task": "prior", "steps": 3, "batch_size": 4, "options": {}}
@@ -66,21 +67,27 @@ def test_every_error_is_told_at_once():
         assert part in str(error.value)
 
 
-def command(monkeypatch, tmp_path, *arguments: str) -> tuple[int, list]:
+def command(
+    monkeypatch, tmp_path, *arguments: str, config_class: type = TrainConfig, failure: Exception | None = None
+) -> tuple[int, list]:
     """Exit code of a command run with these arguments, and what its main function was called with."""
     (tmp_path / "good.py").write_text(f"def get_config(base='tiny'):\n    return {GOOD} | dict(init_from=base)\n")
     (tmp_path / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
+    draw = {"model": "m", "retrieval": {"store": "s"}, "sampling": {"cfg_scale": 1.5}}
+    (tmp_path / "draw.py").write_text(f"def get_config():\n    return {draw}\n")
     called = []
 
-    def main(config: TrainConfig, workdir: str, count: int) -> int:
+    def main(config, workdir: str, count: int) -> int:
         called.append((config, workdir, count))
+        if failure is not None:
+            raise failure
         return 7
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "set")  # so that the command leaves jax's own setting alone
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
     with pytest.raises(SystemExit) as exit_:
-        main_with_config(main, TrainConfig, workdir=Flag("a folder"), count=Flag("a number", 2))
+        main_with_config(main, config_class, workdir=Flag("a folder"), count=Flag("a number", 2))
     return exit_.value.code, called
 
 
@@ -120,3 +127,38 @@ def test_help_names_every_flag(monkeypatch, tmp_path, capsys):
     assert (code, called) == (0, [])
     text = capsys.readouterr().out
     assert all(flag in text for flag in ("--config", "--workdir", "--count"))
+
+
+def test_what_may_be_none_can_be_switched_off_and_keeps_its_type(monkeypatch, tmp_path, capsys):
+    def drawn_with(*overrides: str):
+        arguments = ["--config=draw.py", "--workdir=w", *overrides]
+        code, called = command(monkeypatch, tmp_path, *arguments, config_class=DrawConfig)
+        return called[0][0] if code == 7 else capsys.readouterr().err
+
+    assert drawn_with().sampling.cfg_scale == 1.5
+    assert drawn_with("--config.sampling.cfg_scale=None").sampling.cfg_scale is None
+    assert drawn_with("--config.sampling.cfg_scale=3", "--config.sampling.top_k=None").sampling.cfg_scale == 3.0
+    assert "config.sampling.cfg_scale must be float | None, got 'x'" in drawn_with("--config.sampling.cfg_scale=x")
+    assert "config.seed" in drawn_with("--config.seed=None")
+    # A section within a section may be left out of the file, too.
+    assert drawn_with("--config.caption.daid.weight=0.25").caption.daid.weight == 0.25
+
+
+@pytest.mark.parametrize(
+    ("failure", "named"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"), "metrics.jsonl"),
+        (OSError(errno.ENOSPC, "No space left on device"), "w"),
+        (ValueError('RESOURCE_EXHAUSTED: Error writing "step/0": No space left on device [os_error_code=28]'), "w"),
+    ],
+)
+def test_a_full_disk_is_one_line_wherever_it_is_met(monkeypatch, tmp_path, capsys, failure, named):
+    code, called = command(monkeypatch, tmp_path, "--config=good.py", "--workdir=w", failure=failure)
+    assert (code, len(called)) == (2, 1)
+    said = "the disk is full: free some space and run the same command again to continue"
+    assert capsys.readouterr().err == f"error: cannot write {named}: {said}\n"
+
+
+def test_other_failures_are_not_taken_for_a_full_disk(monkeypatch, tmp_path):
+    with pytest.raises(PermissionError):
+        command(monkeypatch, tmp_path, "--config=good.py", "--workdir=w", failure=PermissionError(errno.EACCES, "no"))

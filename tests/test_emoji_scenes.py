@@ -1,8 +1,11 @@
 """Laws of the emoji scenes: a picture shows what its caption says; splits are disjoint; files hold the scenes."""
 
+import errno
 import hashlib
 import io
 import itertools
+import os
+import re
 import sys
 
 import numpy as np
@@ -222,3 +225,18 @@ def test_bad_names_are_named(tmp_path):
         scene("dev", 0)
     with pytest.raises(UserError, match="-1"):
         scene("train", -1)
+
+
+@pytest.mark.parametrize("split", ["store[65:]", "store[:65]", "valid[x]"])
+def test_a_slice_beyond_the_split_tells_what_it_holds(data_dir, split):
+    with pytest.raises(UserError, match=rf"has no {re.escape(split)}: {split[:5]} holds 64 scenes"):
+        emoji_scenes.load_source("emoji_scenes/tiny", split, data_dir)
+
+
+def test_a_disk_that_is_full_while_the_data_set_is_built_is_named(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tensorflow_datasets.core.DatasetBuilder.download_and_prepare", full)
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}: the disk is full"):
+        emoji_scenes.load_source("emoji_scenes/tiny", "valid", tmp_path)

@@ -10,7 +10,7 @@ import workshop
 from flax import nnx
 
 from arrag_jax import generate
-from arrag_jax.config import DataConfig, DrawConfig, MeshConfig, RetrievalConfig
+from arrag_jax.config import DataSetConfig, DrawConfig, MeshConfig, RetrievalConfig
 from arrag_jax.data.pipeline import make_loader
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.drawing import open_studio
@@ -132,7 +132,7 @@ def test_eval_measures_what_training_measures_and_generate_draws_it(folder, tmp_
     tuned, plain = str(tmp_path / "tuned"), task.options.base
     save_model(model, tuned)
     retrieval = RetrievalConfig(str(folder / "store"), workshop.STORED, search="dense")
-    data = DataConfig(workshop.SOURCE, str(folder / "data"))
+    data = DataSetConfig(workshop.SOURCE, str(folder / "data"))
     config = DrawConfig(plain, retrieval, tuned, data=data, mesh=MeshConfig(1, 1))
     studio = open_studio(config)
     assert studio.methods == ("plain", "daid", "faid", "faid+daid")
@@ -141,7 +141,7 @@ def test_eval_measures_what_training_measures_and_generate_draws_it(folder, tmp_
         reference = make_task(workshop.config(folder, {"blend": blend}))
         batch = jax.tree.map(jnp.asarray, next(iter(reference.eval_batches(12))))
         expected = bits(reference, load_model(tuned if blend else plain), batch)
-        assert figures[method]["bits"]["mean"] == pytest.approx(expected, rel=1e-5)
+        assert figures[method]["mean"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(UserError, match=r"'lora' is not what these models can do: .* give config\.lora_model"):
         open_studio(config, ["lora"])
     with pytest.raises(UserError, match="no FAiD blenders"):

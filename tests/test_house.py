@@ -34,6 +34,7 @@ PEERS = {
     ("config", "errors"),
     ("files", "errors"),
     ("command", "errors"),
+    ("command", "files"),
     ("command", "config"),
     ("command", "mesh"),
     ("mesh", "errors"),
@@ -201,3 +202,9 @@ def test_every_config_loads_and_tells_what_it_is(path):
     module = runpy.run_path(str(path))
     assert isinstance(module["get_config"](), ml_collections.ConfigDict)
     assert module["__doc__"]
+
+
+def test_the_map_of_the_tree_names_every_module():
+    readme = (ROOT / "README.md").read_text()
+    files = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+    assert [str(file) for file in files if f"\n  {file} " not in readme] == []

@@ -200,3 +200,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(repository, words, said):
     assert (done.returncode, done.stdout, calls(repository)) == (2, "", [])
     assert len(done.stderr.splitlines()) == 1
     assert said in done.stderr
+
+
+@pytest.mark.parametrize(("target", "tools"), [("demo", False), ("test", True), ("lint", True), ("install", True)])
+def test_only_what_checks_the_code_installs_the_test_tools(target, tools):
+    words = ["make", "--dry-run", "--always-make", target]
+    steps = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "-r requirements.txt" in steps
+    assert ("requirements-dev.txt" in steps) == tools

@@ -1,5 +1,6 @@
 """Laws of the training loop, on a toy task."""
 
+import errno
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from toy import (
     ONE_DEVICE,
     PROCESS_CONFIG,
@@ -204,3 +206,26 @@ def test_metrics_after_the_restored_step_are_dropped(tmp_path):
     writer.scalars(4, {"loss": 9.0})
     writer.close()
     assert losses(tmp_path) == {1: 1.0, 2: 0.5, 3: 1 / 3, 4: 9.0}
+
+
+def test_tensorboard_gets_the_same_figures_and_a_full_disk_is_told(tmp_path, monkeypatch):
+    writer = MetricWriter(tmp_path, 3)
+    writer.scalars(4, {"loss": 0.5})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, events = file.read_bytes(), []
+    while data:  # a record: 8 bytes of length, 4 of checksum, the event, 4 of checksum
+        end = 12 + int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12:end]))
+        data = data[end + 4 :]
+    version, start, loss = events
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (4, SessionLog.START)
+    assert (loss.step, loss.summary.value[0].tag, loss.summary.value[0].simple_value) == (4, "loss", 0.5)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("tensorboardX.record_writer.RecordWriter.write", full)
+        writer.scalars(5, {"loss": 0.25})
+    writer.close()

@@ -17,6 +17,7 @@ from PIL import Image
 
 from arrag_jax.data import scenes
 from arrag_jax.errors import UserError
+from arrag_jax.files import explained
 
 _DESCRIPTION = """
 48 x 48 pictures of one to four Twemoji sprites on plain grounds, with captions in GenEval's six families.
@@ -128,7 +129,7 @@ def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = T
       images: if False, an example's picture stays the bytes of its PNG file, which is much faster.
 
     Raises:
-      UserError: unknown name or split.
+      UserError: unknown name or split, a slice beyond its end, or no place to build it.
     """
     if name not in NAMES:
         raise UserError(f"unknown data set {name!r}; take one of {', '.join(NAMES)}")
@@ -137,5 +138,11 @@ def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = T
     builder = tfds.builder(name, data_dir=str(data_dir))
     if not builder.is_prepared():
         logging.info("building %s in %s", name, data_dir)
-        builder.download_and_prepare()
-    return builder.as_data_source(split, decoders=None if images else {"image": tfds.decode.SkipDecoding()})
+        with explained(Path(data_dir)):
+            builder.download_and_prepare()
+    try:
+        return builder.as_data_source(split, decoders=None if images else {"image": tfds.decode.SkipDecoding()})
+    except ValueError as error:
+        whole = split.split("[")[0]
+        held = f"{whole} holds {builder.info.splits[whole].num_examples:,} scenes"
+        raise UserError(f"{name} has no {split}: {held} ({' '.join(str(error).split())})") from error

@@ -24,14 +24,14 @@ from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.nn.vq import from_uint8, to_uint8
 from arrag_jax.retrieval.captions import CaptionIndex, LimitedRetriever
 from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.load import load_retriever
+from arrag_jax.retrieval.load import load_retriever, open_store
 
 METHODS = ("plain", "static", "daid", "caption", "lora", "faid", "faid+daid")
 LIMITED = ("static", "caption")  # choose images by their captions; drawn only where they are asked for
 
 
 class CellBar:
-    """A progress bar over cells, fed from inside the compiled loop; one object serves all batches."""
+    """A progress bar over cells; one object serves all batches, so that the compiled loop can call it."""
 
     def __init__(self):
         self.bar = None
@@ -50,7 +50,8 @@ class Studio:
       methods: what was asked for, in the order of ``METHODS``.
       model: draws "plain" and "daid", and is the tokenizer of all.
       tuned: the models of the other methods, by method.
-      store, retriever: None if no method asked for retrieves.
+      store: None if no method asked for retrieves.
+      retriever: over the whole store; None if no method asked for searches that.
       captions: of the store; None if no method asked for reads them.
       mesh: None = one device.
     """
@@ -86,31 +87,41 @@ class Studio:
         k = min(config.k, number * self.store.settings.patches_per_image)
         return LimitedRetriever.create(self.store, images, config.keys, k)
 
+    def searches_on_host(self, method: str) -> bool:
+        """Whether a method's decode loop calls the host in every cell."""
+        retrieves = self.policy(method).uses_retrieval and method not in LIMITED
+        return retrieves and self.config.retrieval.search == "scann"
+
     def draw(
         self, prompts: Sequence[str], method: str, seeds: Int[np.ndarray, " N"]
     ) -> tuple[UInt8[np.ndarray, "N h w 3"], Drawn]:
         """Pictures of prompts, drawn in batches of ``config.batch_size``, and how they came about.
 
-        A picture depends on its prompt, method and seed alone. Shows a progress bar over the cells.
+        A picture depends on its prompt, method and seed alone. Shows a progress bar over the cells: it moves with each
+        one where the loop calls the host anyway, to search. JAX keeps no program with such calls for the next run,
+        so any other loop is left without, and the bar moves batch by batch.
         """
         ways, cells = 1 if self.mesh is None else self.mesh.shape["data"], int(np.prod(self.model.grid))
         size = -(-min(self.config.batch_size, len(prompts)) // ways) * ways
         ids, mask = self.text(prompts)
         images, drawn = [], []
+        on_cell = self.bar if self.searches_on_host(method) else None
         total = -(-len(prompts) // size) * cells
         self.bar.bar = tqdm(total=total, desc=f"drawing {method}", unit="cell", disable=jax.process_index() > 0)
         for start in range(0, len(prompts), size):
-            # The last batch is filled up with its own first row, so that one shape is compiled.
+            # The last batch is filled up with its own rows over again, so that one shape is compiled.
             rows = np.resize(np.arange(start, min(start + size, len(prompts))), size)
             retriever = self.retriever_for(method, [prompts[i] for i in rows])
             result = sample(
                 self.model_of(method), ids[rows], self.policy(method), retriever, seed=seeds[rows],
-                prompt_mask=mask[rows], on_cell=self.bar, mesh=self.mesh, **dataclasses.asdict(self.config.sampling),
+                prompt_mask=mask[rows], on_cell=on_cell, mesh=self.mesh, **dataclasses.asdict(self.config.sampling),
             )  # fmt: skip
             keep = len(np.unique(rows))
             drawn.append(jax.tree.map(lambda x, keep=keep: np.asarray(x)[:keep], result))
             pixels = to_uint8(self.model.decode_codes(np.asarray(result.codes), *self.model.grid))
             images.append(np.asarray(pixels)[:keep])
+            if on_cell is None:
+                self.bar.bar.update(cells)
         jax.effects_barrier()
         self.bar.bar.close()
         return np.concatenate(images), jax.tree.map(lambda *x: np.concatenate(x), *drawn)
@@ -139,22 +150,23 @@ def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
         mend = f"; give config.{unable[0].removesuffix('+daid')}_model" if unable[0] in METHODS else ""
         raise UserError(f"--method={unable[0]!r} is not what these models can do: {', '.join(able)}{mend}")
     chosen = tuple(method for method in able if method in methods or not (methods or method in LIMITED))
-    model = load_model(config.model)
+    model = load_model(config.model, config.dtype)
     text, loaded = PromptTokenizer.load(config.model), {config.model: model}
     for folder in {folders[name] for name in chosen if name in folders} - {config.model}:
-        loaded[folder] = load_model(folder)
+        loaded[folder] = load_model(folder, config.dtype)
         if fingerprint(loaded[folder]) != fingerprint(model):
             raise UserError(f"{folder} has another image tokenizer than {config.model}; tune it from that model")
     tuned = {name: loaded[folders[name]] for name in chosen if name in folders}
     store = retriever = captions = None
-    if set(chosen) - {"plain", "lora"}:
-        store, retriever = load_retriever(config.retrieval, fingerprint(model), mesh, "fsdp", "data")
-        for name in set(chosen) & {"faid", "faid+daid"}:
-            require_blenders(tuned[name], retriever)
     if set(chosen) & set(LIMITED):
         if mesh is not None:
             raise UserError("methods static and caption run on one device; give --config.mesh.data=1")
+        store, _ = open_store(config.retrieval, fingerprint(model))
         captions = CaptionIndex(store.captions)
+    if set(chosen) - {"plain", "lora", *LIMITED}:
+        store, retriever = load_retriever(config.retrieval, fingerprint(model), mesh, "fsdp", "data")
+        for name in set(chosen) & {"faid", "faid+daid"}:
+            require_blenders(tuned[name], retriever)
     return Studio(config, chosen, model, tuned, text, store, retriever, captions, mesh)
 
 

@@ -45,8 +45,8 @@ def measure(studio: Studio, split: str, num_prompts: int, num_scenes: int) -> di
     }
 
 
-def likelihoods(studio: Studio, split: str, num_scenes: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Bits a code of each method, and how much lower than plain; each seed has scenes of its own."""
+def likelihoods(studio: Studio, split: str, num_scenes: int) -> dict[str, dict[str, Any]]:
+    """Bits a code of each method; each seed has scenes of its own. "gain": below plain, where that is measured, too."""
     source = load_source(studio.config.data.name, f"{split}[:{num_scenes}]", studio.config.data.data_dir)
     bits = {method: [] for method in studio.methods}
     for seed in range(SEEDS):
@@ -64,13 +64,10 @@ def likelihoods(studio: Studio, split: str, num_scenes: int) -> dict[str, dict[s
             if key not in scored:
                 scored[key] = score_scenes(model, found[search], policy.blends)
             bits[method].append(bits_per_code(scored[key], policy))
-    return {
-        method: {
-            "bits": _mean_and_std(values),
-            "gain": _mean_and_std([plain - value for plain, value in zip(bits["plain"], values, strict=True)]),
-        }
-        for method, values in bits.items()
-    }
+    figures = {method: _mean_and_std(values) for method, values in bits.items()}
+    for method in figures if "plain" in bits else ():
+        figures[method]["gain"] = _mean_and_std(list(np.subtract(bits["plain"], bits[method])))
+    return figures
 
 
 def object_scores(studio: Studio, split: str, num_prompts: int) -> dict[str, dict[str, Any]]:
@@ -97,7 +94,7 @@ def _summary(drawn: list[np.ndarray], scenes: list[Scene]) -> dict[str, Any]:
         **_mean_and_std([result["overall"] for result in results]),
         "families": {name: float(np.mean([r["families"][name] for r in results])) for name in results[0]["families"]},
         "held_out_pairs": float(right[:, held_out].mean()) if held_out.any() else None,
-        "seen_pairs": float(right[:, ~held_out].mean()),
+        "seen_pairs": None if held_out.all() else float(right[:, ~held_out].mean()),
     }
 
 
@@ -107,10 +104,10 @@ def _mean_and_std(values: list[float]) -> dict[str, float]:
 
 def report(results: dict[str, Any]) -> str:
     """The tables that ``eval`` prints, in Markdown."""
-    bits, objects = results["bits_per_code"], results["object_score"]
+    bits, objects, nothing = results["bits_per_code"], results["object_score"], {"mean": None, "std": None}
     first = pictures.table(
         ["bits a code", "mean", "spread", "below plain", "spread"],
-        [[name, *row["bits"].values(), *row["gain"].values()] for name, row in bits.items()],
+        [[name, row["mean"], row["std"], *row.get("gain", nothing).values()] for name, row in bits.items()],
         digits=4,
     )
     columns = ["object score", "mean", "spread", *FAMILIES, "seen pairs", "held-out pairs"]

@@ -12,6 +12,18 @@ from arrag_jax.retrieval.scann import ScannRetriever, build_host
 from arrag_jax.retrieval.sharded import local_shards, shard_dense, shard_scann
 
 
+def open_store(config: RetrievalConfig, fingerprint: str) -> tuple[Datastore, bool]:
+    """Opens the images of a datastore that a config asks for, and tells whether these are all it holds.
+
+    Raises:
+      UserError: no such store, or one of another tokenizer.
+    """
+    store = Datastore.open(config.store)
+    store.require_tokenizer(fingerprint)
+    whole = config.num_images in (0, store.num_images)
+    return store if whole else store.subset(config.num_images), whole
+
+
 def load_retriever(
     config: RetrievalConfig,
     fingerprint: str,
@@ -30,11 +42,7 @@ def load_retriever(
     Raises:
       UserError: no such store or index, one of another tokenizer, or k larger than the store.
     """
-    store = Datastore.open(config.store)
-    store.require_tokenizer(fingerprint)
-    whole = config.num_images in (0, store.num_images)
-    if not whole:
-        store = store.subset(config.num_images)
+    store, whole = open_store(config, fingerprint)
 
     def patches(rows: tuple[int, int]) -> Patches:
         return stored_patches(store, config.keys, rows)

@@ -8,12 +8,15 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int
 from PIL import Image
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 from arrag_jax.config import TrainConfig
@@ -110,24 +113,43 @@ class MetricWriter:
         path = workdir / "metrics.jsonl"
         _drop_lines_after(path, step)
         self._lines = path.open("a")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._tensorboard = TensorBoardFile(workdir / "tensorboard", step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One JSON line {"step": …, name: value} and one TensorBoard point a name."""
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
         for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.add(step, summary=summary.scalar(name, value))
+        self._tensorboard.flush()
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Each uint8 [H, W, 3] picture as ``pictures/step_XXXXXX_name.png`` and in TensorBoard."""
         for name, picture in pictures.items():
             Image.fromarray(picture).save(self._pictures / f"step_{step:06d}_{name}.png")
-            self._tensorboard.add_image(name, picture, step, dataformats="HWC")
+            self._tensorboard.add(step, summary=summary.image(name, picture, dataformats="HWC"))
+        self._tensorboard.flush()
 
     def close(self) -> None:
         self._lines.close()
         self._tensorboard.close()
+
+
+class TensorBoardFile(EventsWriter):
+    """Events for TensorBoard, written by whoever adds them.
+
+    tensorboardX's ``SummaryWriter`` leaves that to a thread: a full disk ends it, and the run then waits for ever.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        """A new file in ``folder``; TensorBoard forgets what older ones hold of later steps than ``step``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(str(folder / "events"))
+        self.add(step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, **content: Any) -> None:
+        """One event: ``summary=…`` or ``session_log=…``."""
+        self.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 def peak_memory_gib() -> float:
