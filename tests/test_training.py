@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import children
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from toy import (
 from arrag_jax.config import MeshConfig, OptimizerConfig
 from arrag_jax.data.pipeline import make_loader
 from arrag_jax.errors import UserError
+from arrag_jax.files import only_writer
 from arrag_jax.mesh import make_mesh, put_batch
 from arrag_jax.training.loop import init_state, make_evaluation, make_train_step, train
 from arrag_jax.training.metrics import MetricWriter
@@ -158,13 +160,37 @@ class DivergingTask(ToyTask):
         return jnp.where(model.examples[...] == 96, jnp.nan, loss), metrics
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
+class SteepTask(ToyTask):
+    """Its loss stays finite, its gradient is infinite when the 96th example has been seen (step 6)."""
+
+    def loss(self, model, batch, key):
+        loss, metrics = super().loss(model, batch, key)
+        weight = model.middle[...][0, 0]
+        return loss + jnp.sqrt(weight - jax.lax.stop_gradient(weight) + (model.examples[...] != 96)), metrics
+
+
+@pytest.mark.parametrize(
+    ("task", "named"), [(DivergingTask, "the loss is nan"), (SteepTask, "the gradient's norm is (inf|nan)")]
+)
+def test_a_number_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, task, named):
+    """The step before which all was well can be gone on from, by a task that has been mended."""
+    config = toy_config(checkpoint_every=3, eval_every=12)
     data = make_loader(ToyTask().train_source(), 16, seed=0)
     batches = [next(data)["example"] for _ in range(6)]
-    named = ", ".join(map(str, batches[5][:8]))
-    with pytest.raises(UserError, match=rf"loss is nan at step 6 \(examples {named}, …\)"):
-        train(toy_config(checkpoint_every=3), DivergingTask(), tmp_path)
+    examples = ", ".join(map(str, batches[5][:8]))
+    with pytest.raises(UserError, match=rf"{named} at step 6 \(examples {examples}, …\)"):
+        train(config, task(), tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3"]
+    assert all(np.isfinite(leaf).all() for leaf in final_state(tmp_path, config).values())
+    train(config, ToyTask(), tmp_path)
+    assert list(losses(tmp_path)) == list(range(1, 13))
+    assert np.isfinite(list(losses(tmp_path).values())).all()
+
+
+def test_a_workdir_is_for_one_run_at_a_time(tmp_path):
+    with only_writer(tmp_path), pytest.raises(UserError, match=f"another process is writing to {tmp_path}"):
+        train(toy_config(), ToyTask(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_workdir_of_another_run_is_refused_and_a_longer_one_continues(tmp_path):

@@ -2,6 +2,7 @@
 
 Orbax writes a step under a temporary name and renames it when whole, so a kill at any moment leaves
 either the whole step or none of it. Frozen weights are no part of a checkpoint: ``base.json`` names them.
+The data position is one for all processes (``make_loader``), so that a run may go on with another number of them.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from arrag_jax.config import TrainConfig
 from arrag_jax.errors import UserError
-from arrag_jax.files import write_json
+from arrag_jax.files import only_writer, write_json
 
 State = TypeVar("State")
 KEEP = 2  # the newest, and the one before it in case the newest is damaged; the best one is kept besides
@@ -60,7 +61,7 @@ class Checkpoints:
         ``metrics``: the held-out metrics of this state; None where it was not judged.
         """
         if step not in self._manager.all_steps():
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data))
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data.get_state()))
             self._manager.save(step, args=args, metrics=metrics)
 
     def best_step(self) -> int | None:
@@ -77,11 +78,11 @@ class Checkpoints:
         if step is None:
             return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), data=grain.checkpoint.CheckpointRestore(data)
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         with _reading(self._directory / str(step), "delete that folder to continue from the one before it"):
-            return self._manager.restore(step, args=args)["state"]
+            saved = self._manager.restore(step, args=args)
+            data.set_state(saved["data"])
+        return saved["state"]
 
     def wait(self) -> None:
         """Returns when every save is whole on disk."""
@@ -130,15 +131,30 @@ def read_params(workdir: Path, params: PyTree, selects: tuple[str, str]) -> tupl
         return step, reader.restore(path / "state", args=args)[name]
 
 
-def claim_workdir(workdir: Path, config: TrainConfig, base: dict[str, str]) -> None:
-    """Writes ``config.json`` and ``base.json``, or checks that the run which is there has the same.
+@contextlib.contextmanager
+def claimed(workdir: Path, config: TrainConfig, base: dict[str, str]) -> Iterator[None]:
+    """Holds the workdir for this run; writes ``config.json`` and ``base.json``, or checks that they are the same.
 
     Args:
       base: identity of what frozen weights come from, by name.
 
     Raises:
-      UserError: naming what differs, where it changes what is trained; or a file that is damaged.
+      UserError: another run is at work there; or naming what differs, where it changes what is trained; or a file
+        that is damaged.
     """
+    if jax.process_index():
+        _check_records(workdir, config, base)
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with only_writer(workdir):
+        write_json(workdir / "config.json", _check_records(workdir, config, base))
+        write_json(workdir / "base.json", base)
+        yield
+
+
+def _check_records(workdir: Path, config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
+    """The config as it is written, once nothing contradicts it."""
     new = json.loads(json.dumps(dataclasses.asdict(config), default=lambda value: value.to_dict()))
     old = _flat(_read_json(workdir / "config.json", new))
     differ = _differences(
@@ -153,10 +169,7 @@ def claim_workdir(workdir: Path, config: TrainConfig, base: dict[str, str]) -> N
             f"{workdir} holds a run on another base: {differ}; give back the one it began with "
             "or choose another --workdir"
         )
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "base.json", base)
-        write_json(workdir / "config.json", new)
+    return new
 
 
 def _best(selects: tuple[str, str]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from arrag_jax.data.pipeline import make_loader
 from arrag_jax.errors import UserError
 from arrag_jax.mesh import check_batch_size, make_mesh, put_batch, put_everywhere, put_state, put_whole_batch
 from arrag_jax.nn.variables import Frozen
-from arrag_jax.training.checkpoint import Checkpoints, claim_workdir, read_params
+from arrag_jax.training.checkpoint import Checkpoints, claimed, read_params
 from arrag_jax.training.metrics import Journal, training_minutes
 from arrag_jax.training.optimizer import make_optimizer, make_schedule
 
@@ -110,13 +110,16 @@ def train(config: TrainConfig, task: Task, workdir: Path) -> None:
     KeyboardInterrupt. Either sent twice acts at once.
 
     Raises:
-      UserError: for a workdir of another run, a damaged checkpoint, a mesh that does not fit, an
-        ``init_from`` of another model, or a loss that is no longer finite.
+      UserError: for a workdir of another run or in use, a damaged checkpoint, a mesh that does not fit, an
+        ``init_from`` of another model, or a loss or gradient that is no longer finite.
     """
     mesh = make_mesh(config.mesh)
     check_batch_size(config.batch_size, mesh, config.accumulate)
-    claim_workdir(workdir, config, task.base())
-    with Checkpoints(workdir, task.selects) as checkpoints, StopSignal() as stop:
+    with (
+        claimed(workdir, config, task.base()),
+        Checkpoints(workdir, task.selects) as checkpoints,
+        StopSignal() as stop,
+    ):
         optimizer = make_optimizer(config.optimizer, config.steps)
         graph, frozen, state = init_state(task, optimizer, config, mesh)
         data = make_loader(task.train_source(), config.batch_size, config.seed)
@@ -138,7 +141,7 @@ def train(config: TrainConfig, task: Task, workdir: Path) -> None:
                     held_out, pictures = evaluate(state)
                     journal.evaluated(step, held_out, pictures)
                 if step % config.checkpoint_every == 0 or held_out is not None or stopping:
-                    journal.flush()  # so that a state whose loss is not finite is never saved
+                    journal.flush()  # so that no state is saved that a loss or gradient which is not finite has touched
                     checkpoints.save(step, state, data, held_out)
                 if stopping and not last:
                     checkpoints.wait()

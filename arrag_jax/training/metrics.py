@@ -19,14 +19,15 @@ from tqdm import tqdm
 from arrag_jax.config import TrainConfig
 from arrag_jax.errors import UserError
 
-SHOWN_EXAMPLES = 8  # of a batch whose loss is not finite
+SHOWN_EXAMPLES = 8  # of a batch that gave a number which is not finite
+WATCHED = {"loss": "the loss", "grad_norm": "the gradient's norm"}  # a step in which one is not finite is the last
 
 
 class Journal:
     """Follows a run step by step. The figures of a step are fetched when the next is under way.
 
     So the device never waits for the host. A log line holds the means since the line before it. Only
-    process 0 writes and shows anything; every process stops at a loss that is not finite.
+    process 0 writes and shows anything; every process stops at a loss or gradient that is not finite.
     """
 
     def __init__(self, config: TrainConfig, tokens: int, workdir: Path, done: int):
@@ -60,7 +61,7 @@ class Journal:
         """Waits for the last step and writes it down.
 
         Raises:
-          UserError: where its loss is not finite.
+          UserError: where its loss or its gradient is not finite.
         """
         if self._pending is None:
             return
@@ -69,11 +70,12 @@ class Journal:
         self._pending = None
         now = time.monotonic()
         self._seconds, self._mark = self._seconds + now - self._mark, now
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"the loss is {values['loss']} at step {step} ({_named(examples)}); the last checkpoint is from "
-                "before it: lower optimizer.learning_rate or optimizer.clip_norm"
-            )
+        for name, words in WATCHED.items():
+            if not math.isfinite(values[name]):
+                raise UserError(
+                    f"{words} is {values[name]} at step {step} ({_named(examples)}); the last checkpoint is from "
+                    "before it: lower optimizer.learning_rate or optimizer.clip_norm"
+                )
         self._window.append(values)
         self._bar.update(1)
         self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
