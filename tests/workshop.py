@@ -14,6 +14,13 @@ from arrag_jax.models.text import PromptTokenizer
 
 SOURCE = "emoji_scenes/tiny"
 STORED, K = 6, 3  # neighbours a cell in the sets, and in the blenders
+# Paths of leaves in the state of its training: the convolutions, and what AdamW keeps of them.
+BLENDER_KERNELS = {
+    f"{part}/language_model/layers/{layer}/blender/conv{hop}/kernel"
+    for part in ("params", "optimizer/1/0/mu", "optimizer/1/0/nu")
+    for layer in range(tiny.CONFIG.language.layers)
+    for hop in (1, 12, 2, 22)
+}
 
 
 def build(folder: Path) -> None:

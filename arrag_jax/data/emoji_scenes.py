@@ -17,6 +17,7 @@ from PIL import Image
 
 from arrag_jax.data import scenes
 from arrag_jax.errors import UserError
+from arrag_jax.files import only_writer
 
 _DESCRIPTION = """
 48 x 48 pictures of one to four Twemoji sprites on plain grounds, with captions in GenEval's six families.
@@ -117,7 +118,7 @@ def _example(scene: scenes.Scene, index: int) -> dict[str, Any]:
 
 
 def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = True) -> Sequence[dict[str, Any]]:
-    """Random-access source of a split, built first if it is absent.
+    """Random-access source of a split, built first if it is absent; of several processes one builds, the others wait.
 
     TFDS builds in a folder of another name and renames it at the end, so a killed build is never taken for whole.
 
@@ -136,6 +137,11 @@ def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = T
         raise UserError(f"unknown split {split!r} of {name}; take one of {', '.join(scenes.BUCKETS)}")
     builder = tfds.builder(name, data_dir=str(data_dir))
     if not builder.is_prepared():
-        logging.info("building %s in %s", name, data_dir)
-        builder.download_and_prepare()
+        versions = Path(builder.data_dir).parent
+        versions.mkdir(parents=True, exist_ok=True)
+        with only_writer(versions, wait=True):
+            builder = tfds.builder(name, data_dir=str(data_dir))  # anew: another process may have built it meanwhile
+            if not builder.is_prepared():
+                logging.info("building %s in %s", name, data_dir)
+                builder.download_and_prepare()
     return builder.as_data_source(split, decoders=None if images else {"image": tfds.decode.SkipDecoding()})

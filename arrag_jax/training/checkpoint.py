@@ -20,7 +20,7 @@ from absl import logging
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from arrag_jax.config import TrainConfig
+from arrag_jax.config import TrainConfig, parse
 from arrag_jax.errors import UserError
 from arrag_jax.files import only_writer, write_json
 
@@ -95,13 +95,17 @@ class Checkpoints:
         self._manager.close()  # waits for the saves under way
 
 
-def read_params(workdir: Path, params: PyTree, selects: tuple[str, str]) -> tuple[int, PyTree]:
+def read_params(
+    workdir: Path, params: PyTree, selects: tuple[str, str], named: str = "init_from", last: bool = False
+) -> tuple[int, PyTree]:
     """Trained parameters of another run, which may still go on: those of its best checkpoint, else of its last.
 
     Args:
       workdir: of that run.
       params: arrays of the shapes expected; the result is laid out as they are.
       selects: as for ``Checkpoints``.
+      named: what gave the workdir, for messages.
+      last: take the last one in any case.
 
     Returns:
       The checkpoint's step, and the moving average of its parameters where it has one, else the parameters.
@@ -114,17 +118,18 @@ def read_params(workdir: Path, params: PyTree, selects: tuple[str, str]) -> tupl
     if directory.is_dir():
         options = ocp.CheckpointManagerOptions(read_only=True, **_best(selects))
         with contextlib.closing(ocp.CheckpointManager(directory, options=options)) as manager:
-            step = manager.latest_step() if manager.best_step() is None else manager.best_step()
+            best = None if last else manager.best_step()
+            step = manager.latest_step() if best is None else best
     if step is None:
-        raise UserError(f"init_from={workdir} holds no checkpoint; give the workdir of a run that has saved one")
+        raise UserError(f"{named}={workdir} holds no checkpoint; give the workdir of a run that has saved one")
     path, reader = directory / str(step), ocp.PyTreeCheckpointer()
-    with _reading(path, "choose another init_from"):
+    with _reading(path, f"choose another {named}"):
         saved = reader.metadata(path / "state").item_metadata.tree
         name = "params" if saved["ema"] is None else "ema"
         there, here = _shapes(saved[name]), _shapes(params)
         if there != here:
             changes = _differences(there, here)
-            raise UserError(f"init_from={workdir} holds parameters of another model: {changes}; choose another run")
+            raise UserError(f"{named}={workdir} holds parameters of another model: {changes}; choose another run")
         item = {name: jax.tree.map(ocp.utils.to_shape_dtype_struct, params)}
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
@@ -153,6 +158,15 @@ def claimed(workdir: Path, config: TrainConfig, base: dict[str, str]) -> Iterato
         yield
 
 
+def read_config(workdir: Path) -> TrainConfig:
+    """The config of the run in ``workdir``.
+
+    Raises:
+      UserError: the file is damaged, or of a version whose keys were others.
+    """
+    return parse(TrainConfig, _read_json(workdir / "config.json", {}), str(workdir / "config.json"))
+
+
 def _check_records(workdir: Path, config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
     """The config as it is written, once nothing contradicts it."""
     new = json.loads(json.dumps(dataclasses.asdict(config), default=lambda value: value.to_dict()))
@@ -163,13 +177,18 @@ def _check_records(workdir: Path, config: TrainConfig, base: dict[str, str]) -> 
     )
     if differ:
         raise UserError(f"{workdir} holds a run of another config: {differ}; choose another --workdir")
+    require_base(workdir, base)
+    return new
+
+
+def require_base(workdir: Path, base: dict[str, str]) -> None:
+    """Raises UserError where the run in ``workdir`` has other frozen weights (``Task.base``), naming what differs."""
     differ = _differences(_read_json(workdir / "base.json", base), base)
     if differ:
         raise UserError(
             f"{workdir} holds a run on another base: {differ}; give back the one it began with "
             "or choose another --workdir"
         )
-    return new
 
 
 def _best(selects: tuple[str, str]) -> dict[str, Any]:

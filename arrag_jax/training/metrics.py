@@ -142,12 +142,12 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def training_minutes(workdir: Path) -> float:
-    """Time spent in training steps, restarts included and evaluations left out, by the lines of ``metrics.jsonl``."""
+def training_minutes(workdir: Path, step: int) -> float:
+    """Time spent in steps up to this one, restarts included, evaluations not, by the lines of ``metrics.jsonl``."""
     seconds, before = 0.0, 0
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
-        if "steps_per_second" in values:
+        if "steps_per_second" in values and values["step"] <= step:
             seconds += (values["step"] - before) / values["steps_per_second"]
             before = values["step"]
     return seconds / 60
