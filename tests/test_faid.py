@@ -89,8 +89,8 @@ def test_weight_one_beside_faid_draws_retrieved_codes_only(model, retriever):
 
 
 def test_a_mesh_draws_what_one_device_draws(model, retriever):
-    ids, mask = tiny.prompts((4, 3, 5, 4))
-    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    ids, mask = tiny.prompts((5, 2))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     alone = sample(model, ids, Faid(Daid(0.3, 0.2)), retriever, prompt_mask=mask)
     spread = sample(model, ids, Faid(Daid(0.3, 0.2)), put_everywhere(retriever, mesh), prompt_mask=mask, mesh=mesh)
     np.testing.assert_array_equal(alone.codes, spread.codes)

@@ -137,9 +137,9 @@ def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = T
         raise UserError(f"unknown split {split!r} of {name}; take one of {', '.join(scenes.BUCKETS)}")
     builder = tfds.builder(name, data_dir=str(data_dir))
     if not builder.is_prepared():
-        versions = Path(builder.data_dir).parent
-        versions.mkdir(parents=True, exist_ok=True)
-        with only_writer(versions, wait=True):
+        sizes = Path(data_dir) / builder.name
+        sizes.mkdir(parents=True, exist_ok=True)
+        with only_writer(sizes, wait=True):
             builder = tfds.builder(name, data_dir=str(data_dir))  # anew: another process may have built it meanwhile
             if not builder.is_prepared():
                 logging.info("building %s in %s", name, data_dir)

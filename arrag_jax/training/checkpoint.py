@@ -153,8 +153,9 @@ def claimed(workdir: Path, config: TrainConfig, base: dict[str, str]) -> Iterato
         return
     workdir.mkdir(parents=True, exist_ok=True)
     with only_writer(workdir):
-        write_json(workdir / "config.json", _check_records(workdir, config, base))
+        record = _check_records(workdir, config, base)
         write_json(workdir / "base.json", base)
+        write_json(workdir / "config.json", record)
         yield
 
 
