@@ -1,31 +1,50 @@
-"""Converts a checkpoint folder into another layout.
+"""Converts a checkpoint folder into another layout, or a training run's checkpoint into a folder.
 
 python -m arrag_jax.convert --source checkpoints/Janus-Pro-1B --target checkpoints/janus-pro-1b
+python -m arrag_jax.convert --source runs/faid --target checkpoints/faid_best
 
-Reads Janus-Pro and FAiD as published, ``transformers``' Janus, and our own folders; writes ours, or with --to janus the
-published layout. Bytes of tensors stay as they are, unless a LoRA is merged into them.
+Reads Janus-Pro and FAiD as published, ``transformers``' Janus, our own folders, and the --workdir of arrag_jax.train:
+its best checkpoint, or with --last its newest. Writes ours, or with --to janus the published layout. Bytes of tensors
+stay as they are, unless a LoRA is merged into them; a run is written as its own export is.
 """
 
 from pathlib import Path
 
 from arrag_jax.command import Flag, main_with_config
-from arrag_jax.models.conversion import TARGETS, convert
+from arrag_jax.errors import UserError
+from arrag_jax.models.conversion import TARGETS, convert, require_new
 
 
-def run(source: str, target: str, to: str, merge_lora: bool) -> None:
+def run(source: str, target: str, to: str, merge_lora: bool, last: bool) -> None:
     """Converts the checkpoint in --source into a new folder --target."""
+    if (Path(source) / "checkpoints").is_dir():
+        _export(source, target, to, merge_lora, last)
+        return
+    if last:
+        raise UserError(f"--last is for the workdir of a training run, which --source={source} is not")
     done = convert(Path(source), Path(target), to, merge_lora)
     print(f"wrote {target}: {done.tensors} tensors, {done.nbytes:,} bytes")
     if done.dropped:
         print(f"left out, for that layout has no name for them: {len(done.dropped)} tensors, {done.dropped[0]} …")
 
 
+def _export(source: str, target: str, to: str, merge_lora: bool, last: bool) -> None:
+    from arrag_jax.training.export import export_run  # here, for it takes as long to import as a conversion
+
+    if to != "ours" or not merge_lora:
+        raise UserError(f"--source={source} is a training run: export it without --to and --nomerge_lora first")
+    require_new(Path(target))
+    step = export_run(Path(source), Path(target), last)
+    print(f"wrote {target}: step {step} of {source}")
+
+
 if __name__ == "__main__":
     main_with_config(
         run,
         None,
-        source=Flag("checkpoint folder to read"),
+        source=Flag("checkpoint folder to read, or workdir of a training run"),
         target=Flag("folder to make; must not be there yet"),
         to=Flag(f"layout to write, one of {', '.join(TARGETS)}", "ours"),
         merge_lora=Flag("add a LoRA adapter to the weights; --nomerge_lora keeps it beside them", True),
+        last=Flag("of a training run: its newest checkpoint, not its best", False),
     )

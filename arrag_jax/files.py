@@ -50,15 +50,18 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def only_writer(directory: Path) -> Iterator[None]:
+def only_writer(directory: Path, wait: bool = False) -> Iterator[None]:
     """Holds the directory for this process; the lock ends with the process, however it ends.
+
+    Args:
+      wait: while another process holds it, instead of raising.
 
     Raises:
       UserError: another process holds it.
     """
     handle = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     except BlockingIOError:
         raise UserError(f"another process is writing to {directory}; wait for it or choose another --workdir") from None

@@ -147,6 +147,21 @@ def test_bfloat16_sums_in_float32():
     np.testing.assert_allclose(value, expected, rtol=0, atol=2**-8 * float(jnp.abs(expected).max()))
 
 
+def test_the_mean_over_neighbours_is_summed_in_float32():
+    """In bfloat16 it is off by the rounding of its terms and its result, however many neighbours there are."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(1, HEIGHT, ACROSS, WIDTH)), jnp.bfloat16)
+    features = jnp.asarray(rng.normal(size=(1, HEIGHT * ACROSS, 200, WIDTH)), jnp.bfloat16)
+    model = blender()
+    for _, value in nnx.to_flat_state(nnx.state(model)):
+        value.set_value(value[...].astype(jnp.bfloat16))
+    blended = model.blend_map(hidden, features)
+    terms = np.asarray(blended.features, np.float32)
+    off = np.abs(np.asarray(blended.added, np.float32) - terms.mean(2))
+    assert blended.added.dtype == jnp.bfloat16
+    assert np.all(off <= 2**-8 * np.abs(terms).mean(2))
+
+
 @pytest.mark.parametrize("hops", [(), (2, 1), (1, 1), (4,)])
 def test_unknown_hops_are_refused(hops):
     with pytest.raises(UserError, match="rising subset"):

@@ -219,7 +219,7 @@ def test_methods_that_choose_images_need_no_index(config, tmp_path):
 
 def test_the_dtype_is_that_of_the_model_and_not_of_its_tokenizer(config):
     studio = open_studio(dataclasses.replace(config, dtype="bfloat16"), ["plain", "daid"])
-    assert studio.model.gen_head.layers[0].kernel.dtype == jnp.bfloat16 and studio.model.codebook.dtype == jnp.float32
+    assert studio.model.gen_head.layers[0].weight.dtype == jnp.bfloat16 and studio.model.codebook.dtype == jnp.float32
     _, drawn = studio.draw(["a cat"], "plain", np.array([3]))
     model, (ids, mask) = load_model(MODEL, "bfloat16"), studio.text(["a cat"])
     expected = sample(model, ids, seed=np.array([3]), cfg_scale=config.sampling.cfg_scale, prompt_mask=mask)

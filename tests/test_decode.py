@@ -84,11 +84,7 @@ def test_weight_zero_draws_plain_to_the_bit(model, retriever, copies):
 def test_weight_one_draws_retrieved_codes_only(model, retriever):
     ids, mask = tiny.prompts((5, 2, 3))
     drawn = sample(model, ids, Daid(1.0, 0.5), retriever, prompt_mask=mask)
-    inside = grid.has_context(*model.grid)
-    assert np.all(np.asarray(drawn.source)[:, inside] >= 0)
-    assert np.all(np.asarray(drawn.source)[:, ~inside] == -1)  # boundary cells never retrieve
-    rows = np.asarray(drawn.source)[:, inside]
-    np.testing.assert_array_equal(np.asarray(retriever.codes)[rows], np.asarray(drawn.codes)[:, inside])
+    tiny.assert_retrieved(drawn, model, retriever)
 
 
 @pytest.mark.parametrize("method", ["plain", "daid"])

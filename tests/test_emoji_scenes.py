@@ -1,6 +1,8 @@
 """Laws of the emoji scenes: a picture shows what its caption says; splits are disjoint; files hold the scenes."""
 
+import concurrent.futures
 import errno
+import functools
 import hashlib
 import io
 import itertools
@@ -214,6 +216,22 @@ def test_a_build_that_broke_off_is_not_taken_for_whole(tmp_path, monkeypatch):
         emoji_scenes.load_source("emoji_scenes/tiny", "train", tmp_path)
     source = emoji_scenes.load_source("emoji_scenes/tiny", "train", tmp_path, images=False)
     assert [source[i]["index"] for i in range(len(source))] == list(range(64))
+
+
+def test_of_several_that_find_it_absent_one_builds(tmp_path, monkeypatch):
+    """Threads stand for processes: the lock belongs to an open folder, of which each has its own."""
+    built, prepare = [], emoji_scenes.EmojiScenes.download_and_prepare
+
+    def noted(builder):
+        built.append(builder)
+        prepare(builder)
+
+    monkeypatch.setattr(emoji_scenes.EmojiScenes, "download_and_prepare", noted)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        load = functools.partial(emoji_scenes.load_source, "emoji_scenes/tiny", "valid", images=False)
+        sources = list(pool.map(load, [tmp_path] * 3))
+    assert len(built) == 1
+    assert [[source[i]["index"] for i in range(len(source))] for source in sources] == [list(range(64))] * 3
 
 
 def test_bad_names_are_named(tmp_path):

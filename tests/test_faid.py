@@ -11,14 +11,16 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file
 
-from arrag_jax.decode.loop import sample
-from arrag_jax.decode.policies import Daid, Faid
+from arrag_jax.config import MeshConfig
+from arrag_jax.decode.loop import Sampling, decode, picture_keys, sample
+from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
+from arrag_jax.mesh import make_mesh, put_everywhere
 from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.config_json import read_config
 from arrag_jax.models.layouts import published_key, to_ours
 from arrag_jax.models.weights import parameters
-from arrag_jax.nn.faid import FaidConfig
+from arrag_jax.nn.faid import FaidConfig, FoldedBlender
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.variables import Adapter, Frozen
 from arrag_jax.ops import grid
@@ -71,6 +73,48 @@ def test_step_by_step_equals_teacher_forcing(model, retriever, policy):
     expected = np.take_along_axis(np.asarray(log_p), np.asarray(drawn.codes)[..., None], -1)[..., 0]
     np.testing.assert_allclose(drawn.log_p, expected, atol=2e-5)
     assert np.abs(cond - model.score(ids, drawn.codes, prompt_mask=mask)).max() > 0.1  # the blenders do something
+
+
+def test_weight_zero_beside_faid_is_faid_to_the_bit(model, retriever):
+    ids, mask = tiny.prompts((5, 2))
+    faid, both = (sample(model, ids, Faid(m), retriever, prompt_mask=mask, seed=1) for m in (Plain(), Daid(0.0, 0.1)))
+    np.testing.assert_array_equal(faid.codes, both.codes)
+    np.testing.assert_array_equal(faid.log_p, both.log_p)
+
+
+def test_weight_one_beside_faid_draws_retrieved_codes_only(model, retriever):
+    ids, mask = tiny.prompts((5, 2, 3))
+    tiny.assert_retrieved(sample(model, ids, Faid(Daid(1.0, 0.5)), retriever, prompt_mask=mask), model, retriever)
+
+
+def test_a_mesh_draws_what_one_device_draws(model, retriever):
+    ids, mask = tiny.prompts((5, 2))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    alone = sample(model, ids, Faid(Daid(0.3, 0.2)), retriever, prompt_mask=mask)
+    spread = sample(model, ids, Faid(Daid(0.3, 0.2)), put_everywhere(retriever, mesh), prompt_mask=mask, mesh=mesh)
+    np.testing.assert_array_equal(alone.codes, spread.codes)
+    np.testing.assert_allclose(alone.log_p, spread.log_p, atol=1e-5)
+
+
+def test_unconditional_rows_are_not_computed(model, retriever, monkeypatch):
+    """Of the 2B rows of a guided batch the blenders work off B, and keep past hidden states of B."""
+    ids, mask = tiny.prompts((5, 2, 3))
+    cond = model.check_prompt(ids, mask)
+    uncond, keys = (model.unconditional(*cond), cond[1]), picture_keys(0, 3)
+    rows, blend_cell = set(), FoldedBlender.blend_cell
+
+    def noted(self, window, features, complete):
+        rows.add((len(window), len(features)))
+        return blend_cell(self, window, features, complete)
+
+    monkeypatch.setattr(FoldedBlender, "blend_cell", noted)
+    folded = model.folded()
+    jax.eval_shape(lambda: decode(folded, cond, uncond, Faid(), retriever, keys, Sampling(2.0)))
+    assert rows == {(3, 3)}
+    guided = [jnp.concatenate(pair) for pair in zip(cond, uncond, strict=True)]
+    _, cache = jax.eval_shape(lambda: folded.prefill(*guided, 3))
+    assert [len(past) for past in cache.looked_at] == [3, 3]
+    assert {len(kept) for kept in (*cache.keys, *cache.values)} == {6}
 
 
 def test_a_batch_equals_its_pictures_drawn_alone(model, retriever):

@@ -4,21 +4,15 @@ import json
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import children
 import numpy as np
 import pytest
 import workshop
-from toy import assert_same_bits, by_path
+from toy import assert_same_bits, final_state, kill, lines, losses, split_leaves
 
 from arrag_jax.config import MeshConfig
-from arrag_jax.data.pipeline import make_loader
-from arrag_jax.mesh import make_mesh
-from arrag_jax.training.checkpoint import Checkpoints
-from arrag_jax.training.loop import init_state
-from arrag_jax.training.optimizer import make_optimizer
 from arrag_jax.training.tasks import make_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,65 +27,69 @@ def folder(tmp_path_factory):
     return path
 
 
-def start(folder: Path, workdir: Path, *changes: str, env: dict[str, str] | None = None) -> subprocess.Popen:
+# The command, with leaves of the tiny model spread over devices as those of a large one are.
+SPREAD = (
+    f"import runpy; from arrag_jax import mesh; mesh.SMALLEST_SHARDED = {workshop.SPREAD}; "
+    "runpy.run_module('arrag_jax.train', run_name='__main__', alter_sys=True)"
+)
+
+
+def start(
+    folder: Path, workdir: Path, *changes: str, env: dict[str, str] | None = None, spread: bool = False
+) -> subprocess.Popen:
     """``arrag_jax.train`` on configs/emoji_faid.py, with the tiny base."""
     options = {
         "base": folder / "model", "neighbors": folder / "neighbors", "retrieval.store": folder / "store",
         "retrieval.k": workshop.STORED, "retrieval.search": "dense", "faid.neighbors": workshop.K, "faid.stride": 1,
         "lora.rank": 2,
     }  # fmt: skip
-    changes += ("batch_size=4", "log_every=1", "eval_every=1000", "data.eval_examples=8")
-    command = [sys.executable, "-m", "arrag_jax.train", "--config=configs/emoji_faid.py", f"--workdir={workdir}"]
+    changes += ("batch_size=4", "log_every=1", "data.eval_examples=8")
+    program = ["-c", SPREAD] if spread else ["-m", "arrag_jax.train"]
+    command = [sys.executable, *program, "--config=configs/emoji_faid.py", f"--workdir={workdir}"]
     command += [f"--config.options.{key}={value}" for key, value in options.items()]
     command += [f"--config.{change}" for change in changes]
     return subprocess.Popen(command, cwd=ROOT, env=env or children.alone(), stderr=subprocess.PIPE, text=True)
 
 
-def losses(workdir: Path) -> dict[int, float]:
-    """Of the whole lines of ``metrics.jsonl``, which may be being written."""
-    path = workdir / "metrics.jsonl"
-    whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
-    return {line["step"]: line["loss"] for line in map(json.loads, whole) if "loss" in line}
-
-
-def final_state(folder: Path, workdir: Path) -> dict[str, np.ndarray]:
+def end_of(folder: Path, workdir: Path) -> dict[str, np.ndarray]:
     """Every leaf of the newest checkpoint by its path."""
     written = json.loads((workdir / "config.json").read_text())
     config = workshop.config(folder, written["options"], mesh=MeshConfig(1, 1))
-    task = make_task(config)
-    _, _, state = init_state(task, make_optimizer(config.optimizer, config.steps), config, make_mesh(config.mesh))
-    with Checkpoints(workdir, task.selects) as checkpoints:
-        return by_path(checkpoints.restore(state, make_loader(task.train_source(), config.batch_size, config.seed)))
+    return final_state(workdir, config, make_task(config))
 
 
 def test_killed_three_times_is_uninterrupted(folder, tmp_path):
+    """Evaluated, and its best checkpoints saved, between the kills, of which one may fall into an evaluation."""
     moments, whole, parts = random.Random(0), tmp_path / "whole", tmp_path / "parts"
-    changes = ("steps=90", "checkpoint_every=7")
+    changes = ("steps=45", "checkpoint_every=7", "eval_every=15")
     process = start(folder, whole, *changes)
     assert process.wait() == 0, process.stderr.read()
-    for after in (8, 30, 55):
-        process = start(folder, parts, *changes)
-        while process.poll() is None and max(losses(parts), default=0) < after:
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.05))
-        assert process.poll() is None, "the run ended before it could be killed"
-        process.kill()
-        process.wait()
+    for after in (8, 20, 30):
+        kill(start(folder, parts, *changes), parts, after, moments.uniform(0, 0.05))
     process = start(folder, parts, *changes)
     assert process.wait() == 0, process.stderr.read()
-    assert_same_bits(final_state(folder, whole), final_state(folder, parts))
+    assert_same_bits(end_of(folder, whole), end_of(folder, parts))
+    judged = [{line["step"]: line for line in lines(workdir) if "loss" not in line} for workdir in (whole, parts)]
+    assert list(judged[0]) == [15, 30, 45]
+    assert judged[0] == judged[1]
     assert losses(whole) == losses(parts)
+    kept = [sorted(path.name for path in (workdir / "checkpoints").iterdir()) for workdir in (whole, parts)]
+    assert kept[0] == kept[1]
     weights = [(workdir / "export" / "model.safetensors").read_bytes() for workdir in (whole, parts)]
     assert weights[0] == weights[1]
 
 
 def test_two_processes_train_as_one_does(folder, tmp_path):
     """On four devices, fully sharded two ways; dropped captions and LoRA's dropout included."""
-    changes = ("steps=5", "checkpoint_every=5", "mesh.data=2", "mesh.fsdp=2")
-    processes = [start(folder, tmp_path / "two", *changes, env=env) for env in children.together(2, devices=2)]
-    processes.append(start(folder, tmp_path / "one", *changes, env=children.alone(devices=4)))
+    changes = ("steps=5", "checkpoint_every=5", "eval_every=5", "mesh.data=2", "mesh.fsdp=2")
+    processes = [
+        start(folder, tmp_path / "two", *changes, env=env, spread=True) for env in children.together(2, devices=2)
+    ]
+    processes.append(start(folder, tmp_path / "one", *changes, env=children.alone(devices=4), spread=True))
     errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(one) == list(two) == [1, 2, 3, 4, 5]
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
+    for name in ("one", "two"):
+        assert split_leaves(tmp_path / name) >= workshop.BLENDER_KERNELS

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import workshop
 from flax import nnx
+from toy import by_path, lines, losses, split_leaves
 
-from arrag_jax import generate
-from arrag_jax.config import DataSetConfig, DrawConfig, MeshConfig, RetrievalConfig
+from arrag_jax import convert, generate, mesh
+from arrag_jax.config import DataConfig, DataSetConfig, DrawConfig, MeshConfig, RetrievalConfig
 from arrag_jax.data.pipeline import make_loader
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.drawing import open_studio
@@ -18,7 +19,10 @@ from arrag_jax.evaluation.emoji_benchmark import likelihoods
 from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.weights import parameters
 from arrag_jax.nn.variables import Adapter, Frozen
-from arrag_jax.training.loop import train
+from arrag_jax.ops import blend as blend_ops
+from arrag_jax.training.faid import FaidTask
+from arrag_jax.training.loop import init_state, make_train_step, train
+from arrag_jax.training.optimizer import make_optimizer
 from arrag_jax.training.tasks import make_task
 
 
@@ -62,12 +66,21 @@ def test_training_changes_every_adapter_and_nothing_else(folder, tmp_path):
         same = np.array_equal(value[...], rounded)
         trained = type(before[path]) is Adapter or path.endswith(("attention.q.weight", "attention.v.weight"))
         assert same != trained, path
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    measured = [line["eval/bits_per_code"] for line in lines if "eval/bits_per_code" in line]
+    written = lines(tmp_path)
+    measured = [line["eval/bits_per_code"] for line in written if "eval/bits_per_code" in line]
     manifest = json.loads((tmp_path / "export" / "manifest.json").read_text())
     assert manifest["figures"]["valid_bits_per_code"] == pytest.approx(measured[-1], abs=0.02)  # bfloat16's rounding
-    assert {"gate_0", "gate_1", "grad_norm", "tokens_per_second", "memory_gib"} <= lines[0].keys()
+    assert {"gate_0", "gate_1", "grad_norm", "tokens_per_second", "memory_gib"} <= written[0].keys()
     assert (tmp_path / "pictures" / "step_000004_samples.png").is_file()
+    # The checkpoint alone gives the same weights, to the byte.
+    with pytest.raises(UserError, match="is a training run: export it without --to"):
+        convert.run(str(tmp_path), str(tmp_path / "again"), "janus", merge_lora=True, last=False)
+    convert.run(str(tmp_path), str(tmp_path / "again"), "ours", merge_lora=True, last=False)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("export", "again")]
+    assert weights[0] == weights[1]
+    assert json.loads((tmp_path / "again" / "manifest.json").read_text())["step"] == 4
+    with pytest.raises(UserError, match="--last is for the workdir of a training run"):
+        convert.run(str(tmp_path / "export"), str(tmp_path / "more"), "ours", merge_lora=True, last=True)
 
 
 def test_a_silent_start_and_lora_alone_start_from_the_base(folder):
@@ -112,15 +125,53 @@ def test_dropped_captions_silence_the_blenders(folder):
     assert float(loss) == pytest.approx(bits(control, load_model(task.options.base), empty), rel=1e-5)
 
 
-def test_a_mesh_trains_as_one_device(folder, tmp_path):
-    """Losses differ by less than 1e-5 of themselves; batches and frozen weights are spread over eight devices."""
-    losses = {}
-    for name, mesh in (("one", MeshConfig(1, 1)), ("mesh", MeshConfig(2, 4))):
-        config = workshop.config(folder, mesh=mesh)
+def test_a_mesh_trains_as_one_device(folder, tmp_path, monkeypatch):
+    """Losses differ by less than 1e-5 of themselves; batches, weights and optimizer state are spread over devices."""
+    monkeypatch.setattr(mesh, "SMALLEST_SHARDED", workshop.SPREAD)
+    monkeypatch.setattr(FaidTask, "pictures", lambda self, model: {})  # they are drawn on one device in any case
+    for name, shape in (("one", MeshConfig(1, 1)), ("mesh", MeshConfig(2, 4))):
+        config = workshop.config(folder, mesh=shape)
         train(config, make_task(config), tmp_path / name)
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        losses[name] = [line["loss"] for line in lines if "loss" in line]
-    np.testing.assert_allclose(losses["mesh"], losses["one"], rtol=1e-5)
+    one, spread = (list(losses(tmp_path / name).values()) for name in ("one", "mesh"))
+    np.testing.assert_allclose(spread, one, rtol=1e-5)
+    assert split_leaves(tmp_path / "mesh") >= workshop.BLENDER_KERNELS
+    assert not split_leaves(tmp_path / "one")
+
+
+def test_the_blenders_form_goes_by_a_devices_own_cells(folder, monkeypatch):
+    """Of the mesh in use, not of the host."""
+    seen = []
+    monkeypatch.setattr(blend_ops, "cheaper_composed", lambda hops, cells, width: bool(seen.append(cells)))
+    for shape in (MeshConfig(1, 1), MeshConfig(2, 4)):
+        task = make_task(workshop.config(folder, mesh=shape))
+        jax.eval_shape(task.eval_metrics, task.init_model(nnx.Rngs(0)), first_batch(task))
+    assert seen == [8 * 144] * 2 + [144] * 2
+
+
+def first_step(config):
+    """Frozen weights, the state after one step, and its metrics."""
+    task, devices, optimizer = make_task(config), mesh.make_mesh(config.mesh), make_optimizer(config.optimizer, 4)
+    graph, frozen, state = init_state(task, optimizer, config, devices)
+    batch = next(make_loader(task.train_source(), config.batch_size, config.seed))
+    step = make_train_step(task, graph, optimizer, config)
+    return frozen, *step(state, frozen, mesh.put_batch(batch, devices))
+
+
+def test_bfloat16_trains_as_float32_does_but_for_its_rounding(folder):
+    one_device = MeshConfig(1, 1)
+    _, _, exact = first_step(workshop.config(folder, mesh=one_device))
+    frozen, state, metrics = first_step(workshop.config(folder, mesh=one_device, compute_dtype="bfloat16"))
+    assert float(metrics["loss"]) == pytest.approx(float(exact["loss"]), rel=2**-8)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(exact["grad_norm"]), rel=2**-5)
+    kept = {path: leaf.dtype for path, leaf in by_path(state).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    assert set(kept.values()) == {np.dtype("float32")}
+    for path, leaf in by_path(frozen).items():
+        assert leaf.dtype == (jnp.float32 if path.startswith("gen_vision_model") else jnp.bfloat16), path
+
+
+def test_a_data_key_that_is_not_read_is_refused(folder):
+    with pytest.raises(UserError, match="task faid reads eval_examples alone"):
+        make_task(workshop.config(folder, data=DataConfig(eval_split="test")))
 
 
 def test_eval_measures_what_training_measures_and_generate_draws_it(folder, tmp_path):

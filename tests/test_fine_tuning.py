@@ -17,6 +17,7 @@ from arrag_jax.data.pipeline import make_loader
 from arrag_jax.errors import UserError
 from arrag_jax.mesh import make_mesh, put_batch
 from arrag_jax.training.checkpoint import Checkpoints, read_params
+from arrag_jax.training.export import export_checkpoint
 from arrag_jax.training.loop import init_state, make_train_step, train
 from arrag_jax.training.optimizer import make_optimizer
 
@@ -182,6 +183,27 @@ def test_the_best_and_the_newest_two_are_kept(tmp_path, mode, best, eval_every):
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [best, 5, 6]
     with Checkpoints(tmp_path, ("error", mode)) as checkpoints:
         assert checkpoints.best_step() == best
+
+
+def test_a_checkpoint_is_exported_the_best_or_the_last(tmp_path):
+    """Also of a run that is gone before its end; the parameters are those of the checkpoint, byte for byte."""
+    task, config, run = ScriptedTask("min"), toy_config(steps=4, eval_every=2, checkpoint_every=1), tmp_path / "run"
+    train(config, task, run)
+    whole = np.load(run / "export" / "weights.npz")
+    shutil.rmtree(run / "export")
+    like = {"middle": jnp.zeros((WIDTH, WIDTH)), "bias": jnp.zeros(WIDTH)}
+    for last, step in ((False, 2), (True, 4)):
+        target = tmp_path / str(step)
+        assert export_checkpoint(task, config, run, target, last) == step
+        _, params = read_params(run, like, task.selects, last=last)
+        exported = np.load(target / "weights.npz")
+        assert exported["middle"].tobytes() == np.asarray(params["middle"]).tobytes()
+        assert (exported["middle"].tobytes() == whole["middle"].tobytes()) is last
+        np.testing.assert_array_equal(exported["enter"], whole["enter"])
+    with pytest.raises(UserError, match=r"on another base: model \('toy' there, 'b' now\)"):
+        export_checkpoint(ToyTask(base="b"), config, run, tmp_path / "none")
+    with pytest.raises(UserError, match=r"--source=.*empty holds no checkpoint"):
+        export_checkpoint(task, config, tmp_path / "empty", tmp_path / "none")
 
 
 def test_pace_and_memory_are_written(tmp_path):

@@ -6,15 +6,21 @@ says why in a line ``# size: reason`` among its first lines.
 
 import ast
 import graphlib
+import importlib
 import importlib.metadata
 import re
 import runpy
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import ml_collections
 import pytest
+
+from arrag_jax.config import TrainConfig, parse
+from arrag_jax.errors import UserError
+from arrag_jax.training.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "arrag_jax"
@@ -198,10 +204,29 @@ def test_no_machine_path_and_no_note_to_self():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
-def test_every_config_loads_and_tells_what_it_is(path):
+def test_every_config_is_one_of_the_commands_that_its_docstring_gives(path):
+    """Every key is known to them, those of a task's options included."""
     module = runpy.run_path(str(path))
-    assert isinstance(module["get_config"](), ml_collections.ConfigDict)
+    config = module["get_config"]()
+    assert isinstance(config, ml_collections.ConfigDict)
+    if config.get("source") == "":  # which the command line must give
+        config.source = "photos"
     assert module["__doc__"]
+    commands = re.findall(rf"-m arrag_jax\.(\w+) --config configs/{path.name}", module["__doc__"])
+    assert commands
+    for command in commands:
+        kind = typing.get_type_hints(importlib.import_module(f"arrag_jax.{command}").run)["config"]
+        kind = next(iter(typing.get_args(kind)), kind)  # of "Config | None"
+        parsed = parse(kind, config)
+        if kind is TrainConfig:
+            parse(TASKS[parsed.task][1], parsed.options, "config.options")
+
+
+def test_a_typo_in_a_tasks_options_is_found():
+    config = runpy.run_path(str(ROOT / "configs" / "janus_pro_1b_faid.py"))["get_config"]()
+    config.options.lora.rnak = 128
+    with pytest.raises(UserError, match=r"unknown key config\.options\.lora\.rnak"):
+        parse(TASKS["faid"][1], parse(TrainConfig, config).options, "config.options")
 
 
 def test_the_map_of_the_tree_names_every_module():

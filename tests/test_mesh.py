@@ -1,5 +1,7 @@
 """The mesh: its shapes, where leaves live, how batches are put on it, and runs of several processes."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -112,29 +114,44 @@ def test_one_process_needs_no_start_and_half_a_description_is_refused(monkeypatc
         start_distributed()
 
 
+class StoppedTask(ToyTask):
+    """Slow enough to be stopped: process 1 of its run gets SIGTERM at the first evaluation."""
+
+    def __init__(self):
+        super().__init__(pause=0.02)
+        self._signalled = False
+
+    def pictures(self, model):
+        if jax.process_index() == 1 and not self._signalled:
+            self._signalled = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().pictures(model)
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path):
-    command = [sys.executable, __file__, str(tmp_path / "two")]
+def test_two_processes_stop_at_one_signal_and_one_process_goes_on_as_if_nothing_had_happened(tmp_path):
+    """Noise included; both save the same step, and its checkpoint does not depend on their number."""
+    command = [sys.executable, __file__, str(tmp_path / "parts")]
     processes = [
         subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for env in children.together(2, devices=2)
     ]
-    train_toy(tmp_path / "one")
+    train(CONFIG, ToyTask(), tmp_path / "whole")
     errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert list(one) == list(two) == [1, 2, 3, 4]
-    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
-    exported = [np.load(tmp_path / name / "export" / "weights.npz")["middle"] for name in ("one", "two")]
+    stop = max(losses(tmp_path / "parts"))
+    assert CONFIG.eval_every < stop < CONFIG.steps
+    assert all(f"stopped and saved at step {stop}; run the same command again" in error for error in errors)
+    train(CONFIG, ToyTask(), tmp_path / "parts")
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert list(whole) == list(parts) == list(range(1, CONFIG.steps + 1))
+    np.testing.assert_allclose(list(parts.values()), list(whole.values()), rtol=1e-5)
+    exported = [np.load(tmp_path / name / "export" / "weights.npz")["middle"] for name in ("whole", "parts")]
     np.testing.assert_allclose(exported[1], exported[0], atol=1e-5)
 
 
-def train_toy(workdir: Path) -> None:
-    """The toy, noise included, on four devices of one process or of two."""
-    config = toy_config(mesh=MeshConfig(data=2, fsdp=2), steps=4)
-    train(config, ToyTask(), workdir)
-
+CONFIG = toy_config(mesh=MeshConfig(data=2, fsdp=2), steps=60, eval_every=20, checkpoint_every=100)
 
 if __name__ == "__main__":
     start_distributed()
     assert jax.process_count() == 2
-    train_toy(Path(sys.argv[1]))
+    train(CONFIG, StoppedTask(), Path(sys.argv[1]))

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from arrag_jax.decode.loop import Drawn
 from arrag_jax.models.janus import PARTS, Janus
 from arrag_jax.models.presets import JanusConfig
 from arrag_jax.nn.transformer import LlamaConfig
@@ -60,3 +61,11 @@ def store(model: Janus, k: int = 6, images: int = 30, seed: int = 0) -> DenseRet
     codebook = np.asarray(model.codebook)
     keys = codebook[grid.contexts_of_grids(codes)].reshape(-1, 4 * codebook.shape[1])
     return DenseRetriever.create(keys, grid.next_codes_of_grids(codes).reshape(-1), codebook, k)
+
+
+def assert_retrieved(drawn: Drawn, model: Janus, retriever: DenseRetriever) -> None:
+    """Every code drawn in a cell that has a context is one of those retrieved for it."""
+    inside, source = grid.has_context(*model.grid), np.asarray(drawn.source)
+    assert np.all(source[:, inside] >= 0)
+    assert np.all(source[:, ~inside] == -1)  # boundary cells never retrieve
+    np.testing.assert_array_equal(np.asarray(retriever.codes)[source[:, inside]], np.asarray(drawn.codes)[:, inside])

@@ -1,6 +1,7 @@
 """A toy task for the tests of training. Run as a script it trains that task: the tests of kills need a process."""
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from flax import nnx
 
 from arrag_jax.config import MeshConfig, OptimizerConfig, TrainConfig
@@ -15,7 +17,7 @@ from arrag_jax.data.pipeline import make_loader
 from arrag_jax.mesh import make_mesh
 from arrag_jax.nn.variables import Adapter, freeze
 from arrag_jax.training.checkpoint import Checkpoints
-from arrag_jax.training.loop import init_state, train
+from arrag_jax.training.loop import Task, init_state, train
 from arrag_jax.training.optimizer import make_optimizer
 
 WIDTH = 256  # so that the middle matrix is large enough to be sharded
@@ -114,9 +116,9 @@ def toy_config(**changes) -> TrainConfig:
     return TrainConfig(**base | changes)
 
 
-def final_state(workdir: Path, config: TrainConfig) -> dict[str, np.ndarray]:
+def final_state(workdir: Path, config: TrainConfig, task: Task | None = None) -> dict[str, np.ndarray]:
     """Every leaf of the newest checkpoint by its path, optimizer state and random keys included."""
-    task, mesh = ToyTask(), make_mesh(config.mesh)
+    task, mesh = task or ToyTask(), make_mesh(config.mesh)
     _, _, state = init_state(task, make_optimizer(config.optimizer, config.steps), config, mesh)
     with Checkpoints(workdir, task.selects) as checkpoints:
         state = checkpoints.restore(state, make_loader(task.train_source(), config.batch_size, config.seed))
@@ -137,12 +139,33 @@ def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None
         np.testing.assert_array_equal(a[path], b[path], err_msg=path, strict=True)
 
 
+def split_leaves(workdir: Path) -> set[str]:
+    """Paths of the leaves of the newest checkpoint that were saved from several devices' shares."""
+    newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    leaves = jax.tree_util.tree_leaves_with_path(ocp.PyTreeCheckpointer().metadata(newest / "state").item_metadata.tree)
+    split = [path for path, leaf in leaves if "fsdp" in leaf.sharding.partition_spec]
+    return {jax.tree_util.keystr(path, simple=True, separator="/") for path in split}
+
+
 def lines(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    """The whole lines of ``metrics.jsonl``, which may be being written, or not be there yet."""
+    path = workdir / "metrics.jsonl"
+    whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+    return [json.loads(line) for line in whole]
 
 
 def losses(workdir: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines(workdir) if "loss" in line}
+
+
+def kill(process: subprocess.Popen, workdir: Path, after: int, wait: float) -> None:
+    """Ends a running training some seconds after a step, without warning."""
+    while process.poll() is None and max(losses(workdir), default=0) < after:
+        time.sleep(0.005)
+    time.sleep(wait)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.kill()
+    process.wait()
 
 
 PROCESS_CONFIG = toy_config(steps=60, checkpoint_every=7)

@@ -14,6 +14,15 @@ from arrag_jax.models.text import PromptTokenizer
 
 SOURCE = "emoji_scenes/tiny"
 STORED, K = 6, 3  # neighbours a cell in the sets, and in the blenders
+# Elements above which a leaf is spread over devices where tests say so: the blenders' convolutions have no fewer.
+SPREAD = 4 * tiny.CONFIG.language.width**2
+# Paths of leaves in the state of its training: these convolutions, and what AdamW keeps of them.
+BLENDER_KERNELS = {
+    f"{part}/language_model/layers/{layer}/blender/conv{hop}/kernel"
+    for part in ("params", "optimizer/1/0/mu", "optimizer/1/0/nu")
+    for layer in range(tiny.CONFIG.language.layers)
+    for hop in (1, 12, 2, 22)
+}
 
 
 def build(folder: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from arrag_jax.data import scenes
 from arrag_jax.errors import UserError
-from arrag_jax.files import explained
+from arrag_jax.files import explained, only_writer
 
 _DESCRIPTION = """
 48 x 48 pictures of one to four Twemoji sprites on plain grounds, with captions in GenEval's six families.
@@ -118,7 +118,7 @@ def _example(scene: scenes.Scene, index: int) -> dict[str, Any]:
 
 
 def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = True) -> Sequence[dict[str, Any]]:
-    """Random-access source of a split, built first if it is absent.
+    """Random-access source of a split, built first if it is absent; of several processes one builds, the others wait.
 
     TFDS builds in a folder of another name and renames it at the end, so a killed build is never taken for whole.
 
@@ -137,9 +137,15 @@ def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = T
         raise UserError(f"unknown split {split!r} of {name}; take one of {', '.join(scenes.BUCKETS)}")
     builder = tfds.builder(name, data_dir=str(data_dir))
     if not builder.is_prepared():
-        logging.info("building %s in %s", name, data_dir)
+        sizes = Path(data_dir) / builder.name
         with explained(Path(data_dir)):
-            builder.download_and_prepare()
+            sizes.mkdir(parents=True, exist_ok=True)
+            with only_writer(sizes, wait=True):
+                # anew: another process may have built it meanwhile
+                builder = tfds.builder(name, data_dir=str(data_dir))
+                if not builder.is_prepared():
+                    logging.info("building %s in %s", name, data_dir)
+                    builder.download_and_prepare()
     try:
         return builder.as_data_source(split, decoders=None if images else {"image": tfds.decode.SkipDecoding()})
     except ValueError as error:

@@ -14,7 +14,7 @@ from arrag_jax.interfaces import DecodePolicy, Retriever
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.nn.vq import from_uint8
-from arrag_jax.ops.grid import context_cells
+from arrag_jax.ops.grid import context_cells, context_codes
 from arrag_jax.ops.neighbors import Neighbors, empty_neighbors
 
 
@@ -73,7 +73,7 @@ def _look_up(graph, state, pixels, retriever):
     codes = nnx.merge(graph, state).encode(pixels)[0]
     cells = jnp.asarray(context_cells(*codes.shape[1:]))
     codes = codes.reshape(len(codes), -1)
-    contexts = jnp.where(cells[None] >= 0, codes[:, jnp.maximum(cells, 0)], -1).reshape(-1, 4)
+    contexts = context_codes(codes, cells).reshape(-1, 4)
     return codes, retriever.search(contexts) if retriever else empty_neighbors(len(contexts), 1)
 
 

@@ -57,8 +57,7 @@ def convert(source: Path, target: Path, to: str, merge_lora: bool = True) -> Con
     """
     if to not in TARGETS:
         raise UserError(f"--to={to!r} is unknown; choose one of {', '.join(TARGETS)}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--target={target} is in use; choose a new folder")
+    require_new(target)
     source = checkpoint_folder(source)
     model, layout = abstract_model(source)
     stored = stored_tensors(source, also=(UNUSED,))
@@ -76,6 +75,12 @@ def convert(source: Path, target: Path, to: str, merge_lora: bool = True) -> Con
         _write_companions(folder, source, model, apart=bool(lora) and not merge_lora)
     tensors = [tensor for file in files.values() for tensor in file.values()]
     return Conversion(len(tensors), sum(tensor.nbytes for tensor in tensors), tuple(dropped))
+
+
+def require_new(target: Path) -> None:
+    """Raises UserError where there is something at ``target`` already."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--target={target} is in use; choose a new folder")
 
 
 def _unused(stored: dict[str, Stored], layout: Layout) -> tuple[dict[str, Stored], list[str]]:

@@ -72,6 +72,7 @@ class Blender(nnx.Module):
 
     def __init__(self, config: FaidConfig, width: int, eps: float, rngs: nnx.Rngs, start_silent: bool = False):
         self.config = config
+        self.devices = 1  # over which ``blend_map``'s batch is spread; the cheaper form goes by a device's own cells
         self.norm = nnx.RMSNorm(width, epsilon=eps, use_scale=False, rngs=rngs)
         self.norm_scale = nnx.Param(jnp.ones(width))
         for hop in config.hops:
@@ -101,8 +102,7 @@ class Blender(nnx.Module):
         """
         batch, height, width, dim = hidden.shape
         kernels, weights = self.kernels()
-        cells = batch * height * width // jax.device_count()  # a device's own: batches are spread over all of them
-        if blend.cheaper_composed(self.config.hops, cells, dim):
+        if blend.cheaper_composed(self.config.hops, batch * height * width // self.devices, dim):
             offsets = blend.live_offsets(max(self.config.hops))
             around = blend.around_composed(blend.compose(kernels, weights), offsets, hidden)
         else:
@@ -172,7 +172,7 @@ def _gated(gate: nnx.List, around: Array, incoming: Array, centre: blend.Centre)
     enter, leave = gate
     opened = jax.nn.sigmoid(leave(jax.nn.relu(enter(value))))
     # As products, not broadcasts: the gate's gradient is then a product too, where a CPU is slow to reduce.
-    added = jnp.einsum("...kd,...k->...d", value, opened[..., 0]) / value.shape[-2]
+    added = (products.einsum("...kd,...k->...d", value, opened[..., 0]) / value.shape[-2]).astype(value.dtype)
     return Blended(added, value * jnp.dot(opened, jnp.ones_like(value, shape=(1, value.shape[-1]))), jnp.mean(opened))
 
 

@@ -51,9 +51,9 @@ def next_codes_of_grids(codes: Integer[np.ndarray, "B H W"]) -> Integer[np.ndarr
     return codes[:, 1:, 1:-1].reshape(codes.shape[0], -1)
 
 
-def context_codes(drawn: Int[Array, "B T"], context: Int[Array, "4"]) -> Int[Array, "B 4"]:
-    """Codes at a cell's four context cells (one row of ``context_cells``); -1 where it has none."""
-    return jnp.where(context >= 0, jnp.take(drawn, jnp.maximum(context, 0), axis=1), -1)
+def context_codes(drawn: Int[Array, "B T"], context: Int[Array, "*cells 4"]) -> Int[Array, "B *cells 4"]:
+    """Codes at the four context cells of one cell, or of many (rows of ``context_cells``); -1 where it has none."""
+    return jnp.where(context[None] >= 0, jnp.take(drawn, jnp.maximum(context, 0), axis=1), -1)
 
 
 def image_and_cell(row: Int[np.ndarray, "*n"], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

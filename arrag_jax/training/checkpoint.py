@@ -2,6 +2,7 @@
 
 Orbax writes a step under a temporary name and renames it when whole, so a kill at any moment leaves
 either the whole step or none of it. Frozen weights are no part of a checkpoint: ``base.json`` names them.
+The data position is one for all processes (``make_loader``), so that a run may go on with another number of them.
 """
 
 import contextlib
@@ -19,9 +20,9 @@ from absl import logging
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from arrag_jax.config import TrainConfig
+from arrag_jax.config import TrainConfig, parse
 from arrag_jax.errors import UserError
-from arrag_jax.files import write_json
+from arrag_jax.files import only_writer, write_json
 
 State = TypeVar("State")
 KEEP = 2  # the newest, and the one before it in case the newest is damaged; the best one is kept besides
@@ -60,7 +61,7 @@ class Checkpoints:
         ``metrics``: the held-out metrics of this state; None where it was not judged.
         """
         if step not in self._manager.all_steps():
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data))
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data.get_state()))
             self._manager.save(step, args=args, metrics=metrics)
 
     def best_step(self) -> int | None:
@@ -77,11 +78,11 @@ class Checkpoints:
         if step is None:
             return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), data=grain.checkpoint.CheckpointRestore(data)
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         with _reading(self._directory / str(step), "delete that folder to continue from the one before it"):
-            return self._manager.restore(step, args=args)["state"]
+            saved = self._manager.restore(step, args=args)
+            data.set_state(saved["data"])
+        return saved["state"]
 
     def wait(self) -> None:
         """Returns when every save is whole on disk."""
@@ -94,13 +95,17 @@ class Checkpoints:
         self._manager.close()  # waits for the saves under way
 
 
-def read_params(workdir: Path, params: PyTree, selects: tuple[str, str]) -> tuple[int, PyTree]:
+def read_params(
+    workdir: Path, params: PyTree, selects: tuple[str, str], named: str = "init_from", last: bool = False
+) -> tuple[int, PyTree]:
     """Trained parameters of another run, which may still go on: those of its best checkpoint, else of its last.
 
     Args:
       workdir: of that run.
       params: arrays of the shapes expected; the result is laid out as they are.
       selects: as for ``Checkpoints``.
+      named: what gave the workdir, for messages.
+      last: take the last one in any case.
 
     Returns:
       The checkpoint's step, and the moving average of its parameters where it has one, else the parameters.
@@ -113,32 +118,58 @@ def read_params(workdir: Path, params: PyTree, selects: tuple[str, str]) -> tupl
     if directory.is_dir():
         options = ocp.CheckpointManagerOptions(read_only=True, **_best(selects))
         with contextlib.closing(ocp.CheckpointManager(directory, options=options)) as manager:
-            step = manager.latest_step() if manager.best_step() is None else manager.best_step()
+            best = None if last else manager.best_step()
+            step = manager.latest_step() if best is None else best
     if step is None:
-        raise UserError(f"init_from={workdir} holds no checkpoint; give the workdir of a run that has saved one")
+        raise UserError(f"{named}={workdir} holds no checkpoint; give the workdir of a run that has saved one")
     path, reader = directory / str(step), ocp.PyTreeCheckpointer()
-    with _reading(path, "choose another init_from"):
+    with _reading(path, f"choose another {named}"):
         saved = reader.metadata(path / "state").item_metadata.tree
         name = "params" if saved["ema"] is None else "ema"
         there, here = _shapes(saved[name]), _shapes(params)
         if there != here:
             changes = _differences(there, here)
-            raise UserError(f"init_from={workdir} holds parameters of another model: {changes}; choose another run")
+            raise UserError(f"{named}={workdir} holds parameters of another model: {changes}; choose another run")
         item = {name: jax.tree.map(ocp.utils.to_shape_dtype_struct, params)}
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
         return step, reader.restore(path / "state", args=args)[name]
 
 
-def claim_workdir(workdir: Path, config: TrainConfig, base: dict[str, str]) -> None:
-    """Writes ``config.json`` and ``base.json``, or checks that the run which is there has the same.
+@contextlib.contextmanager
+def claimed(workdir: Path, config: TrainConfig, base: dict[str, str]) -> Iterator[None]:
+    """Holds the workdir for this run; writes ``config.json`` and ``base.json``, or checks that they are the same.
 
     Args:
       base: identity of what frozen weights come from, by name.
 
     Raises:
-      UserError: naming what differs, where it changes what is trained; or a file that is damaged.
+      UserError: another run is at work there; or naming what differs, where it changes what is trained; or a file
+        that is damaged.
     """
+    if jax.process_index():
+        _check_records(workdir, config, base)
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with only_writer(workdir):
+        record = _check_records(workdir, config, base)
+        write_json(workdir / "base.json", base)
+        write_json(workdir / "config.json", record)
+        yield
+
+
+def read_config(workdir: Path) -> TrainConfig:
+    """The config of the run in ``workdir``.
+
+    Raises:
+      UserError: the file is damaged, or of a version whose keys were others.
+    """
+    return parse(TrainConfig, _read_json(workdir / "config.json", {}), str(workdir / "config.json"))
+
+
+def _check_records(workdir: Path, config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
+    """The config as it is written, once nothing contradicts it."""
     new = json.loads(json.dumps(dataclasses.asdict(config), default=lambda value: value.to_dict()))
     old = _flat(_read_json(workdir / "config.json", new))
     differ = _differences(
@@ -147,16 +178,18 @@ def claim_workdir(workdir: Path, config: TrainConfig, base: dict[str, str]) -> N
     )
     if differ:
         raise UserError(f"{workdir} holds a run of another config: {differ}; choose another --workdir")
+    require_base(workdir, base)
+    return new
+
+
+def require_base(workdir: Path, base: dict[str, str]) -> None:
+    """Raises UserError where the run in ``workdir`` has other frozen weights (``Task.base``), naming what differs."""
     differ = _differences(_read_json(workdir / "base.json", base), base)
     if differ:
         raise UserError(
             f"{workdir} holds a run on another base: {differ}; give back the one it began with "
             "or choose another --workdir"
         )
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "base.json", base)
-        write_json(workdir / "config.json", new)
 
 
 def _best(selects: tuple[str, str]) -> dict[str, Any]:

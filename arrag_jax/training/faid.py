@@ -17,13 +17,14 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from arrag_jax.config import DaidConfig, RetrievalConfig, SamplingConfig, TrainConfig
+from arrag_jax.config import DaidConfig, DataConfig, RetrievalConfig, SamplingConfig, TrainConfig
 from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import pictures
 from arrag_jax.files import sha256_of
 from arrag_jax.interfaces import DecodePolicy, Retriever
+from arrag_jax.mesh import make_mesh
 from arrag_jax.models.checkpoint import fingerprint, load_model, save_model
 from arrag_jax.models.config_json import read_config
 from arrag_jax.models.janus import Janus
@@ -47,10 +48,13 @@ class FaidOptions:
 
     Attributes:
       base: checkpoint folder of the model whose weights are frozen.
-      neighbors: folder that ``build_neighbors`` made, with its sets "train" and "valid".
+      neighbors: folder that ``build_neighbors`` made, with its sets "train" and "valid". Where they hold more a cell
+        than the blenders take, training sees others of them every epoch, at random; held-out figures and drawing have
+        the nearest.
       retrieval: the search that sample grids are drawn with.
       blend: False trains LoRA and head alone, without retrieval.
-      faid: where blenders sit; K must not exceed that of the neighbour sets.
+      faid: where blenders sit; K must not exceed that of the neighbour sets, and equals it where training is to see
+        the nearest alone.
       start_silent: blenders start by adding nothing, where the official ones start as a disturbance.
       caption_dropout: share of prompts replaced by the unconditional one, for guidance; blenders are silent there.
       prompt_length: tokens; a longer caption is an error.
@@ -91,6 +95,8 @@ class FaidTask:
     selects = ("bits_per_code", "min")
 
     def __init__(self, config: TrainConfig, options: FaidOptions):
+        if config.data != DataConfig(eval_examples=config.data.eval_examples):
+            raise UserError("of config.data task faid reads eval_examples alone; its data are config.options.neighbors")
         self.config, self.options = config, options
         self.tokens = math.prod(read_config(Path(options.base)).grid)
         self.text = PromptTokenizer.load(options.base)
@@ -121,6 +127,8 @@ class FaidTask:
             raise UserError(f"{options.base} has blenders already, {model.config.faid}, which are not config's {faid}")
         for layer in language.layers:
             layer.attention.add_lora(options.lora, rngs)
+            if layer.blender is not None:
+                layer.blender.devices = make_mesh(self.config.mesh).size
         mark_adapters(model, options.blend)
         return model
 
@@ -173,7 +181,10 @@ class FaidTask:
         return {"bits_per_code": self._cross_entropy(model, batch)[0] * BITS}
 
     def pictures(self, model: Janus) -> dict[str, np.ndarray]:
-        """The same prompts and seeds every time: the base plain and with DAiD, the tuned model before and now."""
+        """The same prompts and seeds every time: the base plain and with DAiD, the tuned model before and now.
+
+        Before: with fresh blenders and LoRA, also in a run that began from ``init_from``.
+        """
         policy, name = (Faid(), "FAiD") if self.options.blend else (Plain(), "LoRA")
         if not self._unchanging:
             # Fresh LoRA adds nothing, so that without blending this is the base.
@@ -202,5 +213,5 @@ class FaidTask:
         save_model(model, directory, "bfloat16")
         self.text.save(directory)
         model = load_model(directory)
-        batches = (jax.tree.map(jnp.asarray, batch) for batch in self.eval_batches(self.config.batch_size))
-        write_manifest(directory, model, run, valid_bits_per_code=mean_bits(self, model, batches))
+        mean = mean_bits(self, model, self.eval_batches(self.config.batch_size))
+        write_manifest(directory, model, run, valid_bits_per_code=mean)

@@ -30,7 +30,7 @@ from arrag_jax.data.pipeline import make_loader
 from arrag_jax.errors import UserError
 from arrag_jax.mesh import check_batch_size, make_mesh, put_batch, put_everywhere, put_state, put_whole_batch
 from arrag_jax.nn.variables import Frozen
-from arrag_jax.training.checkpoint import Checkpoints, claim_workdir, read_params
+from arrag_jax.training.checkpoint import Checkpoints, claimed, read_params
 from arrag_jax.training.metrics import Journal, training_minutes
 from arrag_jax.training.optimizer import make_optimizer, make_schedule
 
@@ -85,9 +85,9 @@ class Task(Protocol):
         ...
 
     def export(self, model: nnx.Module, directory: Path, run: dict[str, Any]) -> None:
-        """Writes the final weights in the product's own layout into an empty directory.
+        """Writes the weights in the product's own layout into an empty directory.
 
-        ``run`` says where they come from, for a manifest: command, training_minutes, hardware, config.
+        ``run`` says where they come from, for a manifest: see ``origin``.
         """
         ...
 
@@ -106,16 +106,23 @@ def train(config: TrainConfig, task: Task, workdir: Path) -> None:
     """Trains the task to ``config.steps``, from the newest checkpoint in ``workdir`` where there is one.
 
     Leaves in ``workdir``: config.json, base.json, checkpoints/, metrics.jsonl, tensorboard/, pictures/ and, at the
-    end, export/. SIGTERM finishes the step, saves and exits with code 0; SIGINT does the same and raises
-    KeyboardInterrupt. Either sent twice acts at once.
+    end, export/ with the last weights (the best ones: ``arrag_jax.convert``). SIGTERM finishes the step, saves and
+    exits with code 0; SIGINT does the same and raises KeyboardInterrupt. Either sent twice acts at once.
 
     Raises:
-      UserError: for a workdir of another run, a damaged checkpoint, a mesh that does not fit, an
-        ``init_from`` of another model, or a loss that is no longer finite.
+      UserError: for a workdir of another run or in use, a damaged checkpoint, a mesh that does not fit, an
+        ``init_from`` of another model, or a loss or gradient that is no longer finite.
     """
     mesh = make_mesh(config.mesh)
     check_batch_size(config.batch_size, mesh, config.accumulate)
-    claim_workdir(workdir, config, task.base())
+    with claimed(workdir, config, task.base()):
+        model = take_steps(config, task, workdir, mesh)
+        hardware = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores a host"
+        export(task, model, workdir / "export", {"hardware": hardware} | origin(workdir, config, config.steps))
+
+
+def take_steps(config: TrainConfig, task: Task, workdir: Path, mesh: Mesh) -> nnx.Module:
+    """From the newest checkpoint to ``config.steps``, evaluated and saved on the way; the model as it is exported."""
     with Checkpoints(workdir, task.selects) as checkpoints, StopSignal() as stop:
         optimizer = make_optimizer(config.optimizer, config.steps)
         graph, frozen, state = init_state(task, optimizer, config, mesh)
@@ -138,12 +145,12 @@ def train(config: TrainConfig, task: Task, workdir: Path) -> None:
                     held_out, pictures = evaluate(state)
                     journal.evaluated(step, held_out, pictures)
                 if step % config.checkpoint_every == 0 or held_out is not None or stopping:
-                    journal.flush()  # so that a state whose loss is not finite is never saved
+                    journal.flush()  # so that nothing is saved that a number which is not finite has touched
                     checkpoints.save(step, state, data, held_out)
                 if stopping and not last:
                     checkpoints.wait()
                     stop.leave(step)
-    export(task, whole_model(graph, best_params(state), frozen, state.rest, mesh), workdir, config)
+    return whole_model(graph, averaged_params(state), frozen, state.rest, mesh)
 
 
 def init_state(
@@ -168,15 +175,15 @@ def resume_or_start(
     """The run's own newest checkpoint, else a start from ``init_from``, else from scratch; says which on stderr."""
     resumed = checkpoints.restore(state, data)
     if resumed is not None:
-        state, origin = resumed, f"continuing at step {int(resumed.step)}"
+        state, words = resumed, f"continuing at step {int(resumed.step)}"
     elif config.init_from:
         step, params = read_params(Path(config.init_from), state.params, task.selects)
         ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
-        state, origin = state._replace(params=params, ema=ema), f"starting from step {step} of {config.init_from}"
+        state, words = state._replace(params=params, ema=ema), f"starting from step {step} of {config.init_from}"
     else:
-        origin = "starting from scratch"
+        words = "starting from scratch"
     if jax.process_index() == 0:
-        print(origin, file=sys.stderr)
+        print(words, file=sys.stderr)
     return state
 
 
@@ -242,38 +249,49 @@ def make_evaluation(
         return task.eval_metrics(nnx.merge(graph, params, frozen, rest), batch)
 
     def evaluate(state: TrainState) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        params = _cast(best_params(state), config.compute_dtype)
-        totals, examples = {}, 0
-        for batch in batches:
-            rows = len(next(iter(batch.values())))
-            metrics = metrics_of(params, frozen, state.rest, put_whole_batch(batch, mesh))
-            totals = {name: totals.get(name, 0.0) + rows * float(value) for name, value in metrics.items()}
-            examples += rows
-        means = {f"eval/{name}": total / examples for name, total in totals.items()}
+        params = _cast(averaged_params(state), config.compute_dtype)
+        means = mean_over_examples(
+            lambda batch: metrics_of(params, frozen, state.rest, put_whole_batch(batch, mesh)), batches
+        )
+        means = {f"eval/{name}": value for name, value in means.items()}
         return means, task.pictures(whole_model(graph, params, frozen, state.rest, mesh))
 
     return evaluate
 
 
-def export(task: Task, model: nnx.Module, workdir: Path, config: TrainConfig) -> None:
-    """The task's export of the final weights into ``workdir/export``, under a temporary name until it is whole."""
+def mean_over_examples(metrics_of: Callable[[Batch], Scalars], batches: Iterable[Batch]) -> dict[str, float]:
+    """Means over all examples of what ``metrics_of`` gives as means over each batch's."""
+    totals, examples = {}, 0
+    for batch in batches:
+        rows = len(next(iter(batch.values())))
+        totals = {name: totals.get(name, 0.0) + rows * float(value) for name, value in metrics_of(batch).items()}
+        examples += rows
+    return {name: total / examples for name, total in totals.items()}
+
+
+def export(task: Task, model: nnx.Module, directory: Path, run: dict[str, Any]) -> None:
+    """The task's export into ``directory``, under another name until it is whole."""
     if jax.process_index() == 0:
-        directory, temporary = workdir / "export", workdir / "export.tmp"
-        run = {
-            "command": " ".join(["python -m arrag_jax.train", *sys.argv[1:]]),
-            "training_minutes": round(training_minutes(workdir), 1),
-            "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores a host",
-            "config": dataclasses.asdict(config),
-        }
+        temporary = directory.with_name(f"{directory.name}.tmp")
         for stale in (temporary, directory):
             shutil.rmtree(stale, ignore_errors=True)
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         task.export(model, temporary, run)
         temporary.rename(directory)
     multihost_utils.sync_global_devices("export")
 
 
-def best_params(state: TrainState) -> PyTree:
+def origin(workdir: Path, config: TrainConfig, step: int) -> dict[str, Any]:
+    """Where the weights of this step come from: command, step, training_minutes, config."""
+    return {
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "step": step,
+        "training_minutes": round(training_minutes(workdir, step), 1),
+        "config": dataclasses.asdict(config),
+    }
+
+
+def averaged_params(state: TrainState) -> PyTree:
     """The parameters to evaluate and export: the moving average where there is one."""
     return state.params if state.ema is None else state.ema
 

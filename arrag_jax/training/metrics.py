@@ -22,14 +22,15 @@ from tqdm import tqdm
 from arrag_jax.config import TrainConfig
 from arrag_jax.errors import UserError
 
-SHOWN_EXAMPLES = 8  # of a batch whose loss is not finite
+SHOWN_EXAMPLES = 8  # of a batch that gave a number which is not finite
+WATCHED = {"loss": "the loss", "grad_norm": "the gradient's norm"}  # a step in which one is not finite is the last
 
 
 class Journal:
     """Follows a run step by step. The figures of a step are fetched when the next is under way.
 
     So the device never waits for the host. A log line holds the means since the line before it. Only
-    process 0 writes and shows anything; every process stops at a loss that is not finite.
+    process 0 writes and shows anything; every process stops at a loss or gradient that is not finite.
     """
 
     def __init__(self, config: TrainConfig, tokens: int, workdir: Path, done: int):
@@ -63,7 +64,7 @@ class Journal:
         """Waits for the last step and writes it down.
 
         Raises:
-          UserError: where its loss is not finite.
+          UserError: where its loss or its gradient is not finite.
         """
         if self._pending is None:
             return
@@ -72,11 +73,12 @@ class Journal:
         self._pending = None
         now = time.monotonic()
         self._seconds, self._mark = self._seconds + now - self._mark, now
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"the loss is {values['loss']} at step {step} ({_named(examples)}); the last checkpoint is from "
-                "before it: lower optimizer.learning_rate or optimizer.clip_norm"
-            )
+        for name, words in WATCHED.items():
+            if not math.isfinite(values[name]):
+                raise UserError(
+                    f"{words} is {values[name]} at step {step} ({_named(examples)}); the last checkpoint is from "
+                    "before it: lower optimizer.learning_rate or optimizer.clip_norm"
+                )
         self._window.append(values)
         self._bar.update(1)
         self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
@@ -162,12 +164,12 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def training_minutes(workdir: Path) -> float:
-    """Time spent in training steps, restarts included and evaluations left out, by the lines of ``metrics.jsonl``."""
+def training_minutes(workdir: Path, step: int) -> float:
+    """Time spent in steps up to this one, restarts included, evaluations not, by the lines of ``metrics.jsonl``."""
     seconds, before = 0.0, 0
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
-        if "steps_per_second" in values:
+        if "steps_per_second" in values and values["step"] <= step:
             seconds += (values["step"] - before) / values["steps_per_second"]
             before = values["step"]
     return seconds / 60

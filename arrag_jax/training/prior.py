@@ -123,6 +123,6 @@ class PriorTask:
         save_model(model, directory, "bfloat16")
         model = load_model(directory)
         self.text.save(directory)
-        batches = [jax.tree.map(jnp.asarray, b) for b in self.eval_batches(self.config.batch_size)]
+        batches = list(self.eval_batches(self.config.batch_size))
         mean = mean_bits(self, model, batches)
         write_manifest(directory, model, run, valid_bits_per_code=mean, **tokenizer_figures(model, batches))

@@ -1,12 +1,15 @@
 """What the tasks have in common: presets, held-out batches, figures of a tokenizer, the manifest of an export."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from arrag_jax.config import TrainConfig
@@ -17,7 +20,7 @@ from arrag_jax.models.checkpoint import fingerprint
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.presets import PRESETS
 from arrag_jax.nn.vq import from_uint8
-from arrag_jax.training.loop import Batch, Task
+from arrag_jax.training.loop import Batch, Task, mean_over_examples
 
 BITS = 1 / math.log(2)  # in a nat
 
@@ -44,12 +47,9 @@ def in_batches(source: Any, count: int, batch_size: int, example: Callable[[Any]
 
 def mean_bits(task: Task, model: Janus, batches: Iterable[Batch]) -> float:
     """A task's held-out bits a code, over all examples."""
-    total, count = 0.0, 0
-    for batch in batches:
-        rows = len(batch["prompt_ids"])
-        total += float(task.eval_metrics(model, batch)["bits_per_code"]) * rows
-        count += rows
-    return total / count
+    graph, state = nnx.split(model)
+    metrics_of = jax.jit(lambda state, batch: task.eval_metrics(nnx.merge(graph, state), batch))
+    return mean_over_examples(functools.partial(metrics_of, state), batches)["bits_per_code"]
 
 
 def psnr(model: Janus, images: Float[Array, "B h w 3"], codes: Int[Array, "B H W"]) -> Float[Array, ""]:

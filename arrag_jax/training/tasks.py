@@ -6,6 +6,12 @@ from arrag_jax.training.loop import Task
 from arrag_jax.training.prior import PriorOptions, PriorTask
 from arrag_jax.training.tokenizer import TokenizerOptions, TokenizerTask
 
+TASKS = {
+    "tokenizer": (TokenizerTask, TokenizerOptions),
+    "prior": (PriorTask, PriorOptions),
+    "faid": (FaidTask, FaidOptions),
+}
+
 
 def make_task(config: TrainConfig) -> Task:
     """The task that a config names.
@@ -13,9 +19,5 @@ def make_task(config: TrainConfig) -> Task:
     Raises:
       UserError: for options that the task does not have, or that cannot be.
     """
-    task, options = {
-        "tokenizer": (TokenizerTask, TokenizerOptions),
-        "prior": (PriorTask, PriorOptions),
-        "faid": (FaidTask, FaidOptions),
-    }[config.task]
+    task, options = TASKS[config.task]
     return task(config, parse(options, config.options, "config.options"))

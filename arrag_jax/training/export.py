@@ -1,0 +1,37 @@
+"""A run's checkpoint as a model folder: of a run that was killed before its export, or the best one of any."""
+
+import dataclasses
+from pathlib import Path
+
+from arrag_jax.config import MeshConfig, TrainConfig
+from arrag_jax.mesh import make_mesh
+from arrag_jax.training.checkpoint import read_config, read_params, require_base
+from arrag_jax.training.loop import Task, export, init_state, origin, whole_model
+from arrag_jax.training.optimizer import make_optimizer
+from arrag_jax.training.tasks import make_task
+
+
+def export_run(workdir: Path, target: Path, last: bool = False) -> int:
+    """Writes ``target``, a model folder, from a checkpoint of the run in ``workdir``; returns the checkpoint's step.
+
+    Args:
+      target: a new folder.
+      last: the last checkpoint, not the best one.
+
+    Raises:
+      UserError: no whole checkpoint there, or the folders that the run's config names are not those it began with.
+    """
+    config = read_config(workdir)
+    return export_checkpoint(make_task(config), config, workdir, target, last)
+
+
+def export_checkpoint(task: Task, config: TrainConfig, workdir: Path, target: Path, last: bool = False) -> int:
+    """``export_run`` of a task that is at hand, with the config of its run."""
+    require_base(workdir, task.base())
+    config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=1))
+    mesh = make_mesh(config.mesh)
+    graph, frozen, state = init_state(task, make_optimizer(config.optimizer, config.steps), config, mesh)
+    step, params = read_params(workdir, state.params, task.selects, "--source", last)
+    model = whole_model(graph, params, frozen, state.rest, mesh)
+    export(task, model, target, origin(workdir, config, step))
+    return step
