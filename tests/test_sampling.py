@@ -105,6 +105,16 @@ def test_top_k_keeps_the_k_most_probable_in_their_proportions():
         np.testing.assert_allclose(cut[row], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [(3, None), (None, 0.3), (None, 0.9), (3, 0.9)])
+def test_truncation_leaves_a_distribution_in_whatever_it_is_compiled_with(options):
+    """Where it follows a product and guidance, XLA may compute log-probabilities twice, with other roundings."""
+    weight = jax.random.normal(jax.random.key(0), (32, V))
+    compiled = jax.jit(lambda hidden: truncate(guide(hidden @ weight, 1.5), 1.0, *options))
+    for seed in range(100):
+        log_p = compiled(jax.random.normal(jax.random.key(seed), (2, 32)))
+        np.testing.assert_allclose(np.exp(log_p).sum(), 1, atol=1e-5)
+
+
 def test_draws_follow_their_distribution():
     log_p = jax.nn.log_softmax(jax.random.normal(jax.random.key(5), (V,)))
     rows = 20_000

@@ -28,19 +28,29 @@ def truncate(
     """Log-probabilities after temperature, then top-k, then top-p (nucleus), renormalised.
 
     Args:
-      top_k: keep the k most probable codes (ties at the k-th are all kept); None = all.
+      top_k: keep the k most probable codes (of equal ones the lower); None = all.
       top_p: keep the fewest codes whose probabilities reach it; the most probable one always; None = all.
     """
     log_p = jax.nn.log_softmax(logits / temperature)
     if top_k is not None:
-        least = jax.lax.top_k(log_p, top_k)[0][:, -1:]
-        log_p = jax.nn.log_softmax(jnp.where(log_p < least, -jnp.inf, log_p))
+        best = jax.lax.top_k(log_p, top_k)[1]
+        log_p = _renormalized(log_p, best, jnp.ones(best.shape, bool))
     if top_p is not None:
-        ordered = -jnp.sort(-log_p)
-        before = jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)
-        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        log_p = jax.nn.log_softmax(jnp.where(log_p < least, -jnp.inf, log_p))
+        order = jnp.argsort(log_p, axis=-1, descending=True)
+        p = jnp.exp(jnp.take_along_axis(log_p, order, axis=-1))
+        log_p = _renormalized(log_p, order, jnp.cumsum(p, axis=-1) - p < top_p)
     return log_p
+
+
+def _renormalized(log_p: Float[Array, "B V"], code: Int[Array, "B n"], kept: Bool[Array, "B n"]) -> Float[Array, "B V"]:
+    """Log-probabilities of the kept codes among themselves.
+
+    Codes are kept by number, not by a bound on their log-probability: compiled, log-probabilities may be computed twice
+    with roundings of their own, and the least of them would then lie below its own bound.
+    """
+    rows = jnp.arange(len(log_p))[:, None]
+    keep = jnp.zeros(log_p.shape, bool).at[rows, code].set(kept)
+    return jax.nn.log_softmax(jnp.where(keep, log_p, -jnp.inf))
 
 
 def neighbor_log_probs(
