@@ -16,7 +16,7 @@ from arrag_jax.data.prepared import PREFIX, PreparedImages
 from arrag_jax.errors import UserError
 from arrag_jax.models.janus import Janus, encode_split
 from arrag_jax.nn.vq import from_uint8
-from arrag_jax.retrieval.encoding import Encode
+from arrag_jax.retrieval.encoding import Encode, Examples
 
 LISTING = ".listing.jsonl"  # in the folder of an unfinished store: the images as they were when it was begun
 
@@ -30,7 +30,7 @@ class DataSetImages:
       known: ids ("emoji_scenes/full/store/17") to leave out.
     """
 
-    def __init__(self, examples: Sequence[dict[str, Any]], name: str, known: Collection[str] = ()):
+    def __init__(self, examples: Examples, name: str, known: Collection[str] = ()):
         self.examples, self.name = examples, name
         self.numbers = [number for number in range(len(examples)) if f"{name}/{number}" not in known]
 
@@ -88,7 +88,7 @@ def images_to_store(
     if is_data_set(config.source):
         where, size = (config.source, config.split, config.data_dir), tokenizer.config.image_size
         if state == "whole":
-            examples: Sequence[dict[str, Any]] = []
+            examples: Examples = []
         elif config.source in NAMES:
             examples = load_images(*where, tokenizer)
         else:

@@ -1,6 +1,5 @@
 """Any data set that TFDS has prepared as ArrayRecord files, read without TensorFlow and without the set's own code."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from arrag_jax.errors import UserError
 PREFIX = "tfds:"
 
 
-class PreparedImages(Sequence):
+class PreparedImages:
     """A split as a random-access source of examples (``retrieval.encoding.Examples``) of one size.
 
     Args:
