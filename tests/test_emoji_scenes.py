@@ -133,7 +133,7 @@ def test_splits_share_no_picture(drawn):
 
 @pytest.mark.slow
 def test_splits_share_no_content_among_thousands():
-    contents = [{scene(split, index).content() for index in range(3000)} for split in BUCKETS]
+    contents = [{scene(split, index).content() for index in range(1500)} for split in BUCKETS]
     assert all(not a & b for a, b in itertools.combinations(contents, 2))
 
 
