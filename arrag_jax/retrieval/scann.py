@@ -34,10 +34,10 @@ from arrag_jax.retrieval.dense import require_k
 from arrag_jax.retrieval.patches import Patches, no_neighbors, packed, unfolded
 
 TRAINING_KEYS = 200_000  # most keys that k-means sees
-QUERIES_A_THREAD = 8  # smaller shares cost more in hand-over than they win
-SPARE = {4: 16, 1: 64}  # entries asked for beyond those expected to be needed, by bytes a number
+QUERIES_A_THREAD = 2  # a single one is not worth its hand-over
+SPARE = {4: (16, 0.0), 1: (64, 0.5)}  # entries asked for beyond those expected, and their share, by bytes a number
 MORE = 4  # how many times more are asked for where these were too few
-WORTH = 8  # leaves searched hold at least so many times the entries asked for
+WORTH = 12  # leaves searched hold at least so many times the entries asked for
 FLOAT32_SHARE = 0.25  # up to this share of entries among patches an index holds float32, beyond it int8
 ROUNDING = 2e-5  # most by which ScaNN's float32 distances are off
 BLOCK = 2**16  # keys made at once
@@ -138,7 +138,8 @@ class ShardSearch:
         own, count = self.patches.own(context)
         answer = self.patches.lay_out(np.where(count >= k, own, -1)[:, None], np.zeros((len(own), 1), np.float32), k)
         left = np.flatnonzero(count < k)
-        asked = min(k, 2 * k * entries // rows) + SPARE[self.bytes_a_number]
+        asked, (spare, share) = min(k, 2 * k * entries // rows), SPARE[self.bytes_a_number]
+        asked += spare + int(share * asked)
         while len(left):
             asked = min(asked, entries)
             entry, distance, bound = self._nearest(query[left], asked)
