@@ -1,11 +1,12 @@
 """What a FAiD training step costs: blenders in the cheap form, window by window, and left out.
 
 python benchmarks/faid_step.py            # hidden 512, 4 layers, a blender in every second
-python benchmarks/faid_step.py --case=1b  # Janus-Pro-1B's shape; --forms=fast,none, for window by window takes minutes
+python benchmarks/faid_step.py --case=1b --forms=fast,none --dtype=bfloat16  # Janus-Pro-1B's shape
 
-A step is forward and backward of one image (24 x 24 codes, K = 10) in float32, gradients of LoRA, blenders, norms
-and head, as ``training/faid.py`` trains them; random weights. Every form runs in a process of its own; peak memory is
-that process's largest resident set.
+A step is forward and backward of one image (24 x 24 codes, K = 10), gradients of LoRA, blenders, norms and head, as
+``training/faid.py`` trains them; random weights. ``--dtype`` is that of the computation and of the frozen base;
+what is trained stays in float32. Every form runs in a process of its own; peak memory is that process's largest
+resident set. Window by window ("naive") takes minutes and more memory at the 1B shape.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def naive_map(self: Blender, hidden, features) -> Blended:
     return Blended(value.mean(-2), value, jnp.zeros(()))
 
 
-def make_model(case: str) -> Janus:
+def make_model(case: str, dtype: str) -> Janus:
     """A random model, ready to be fine-tuned. numpy fills it: nothing has to be compiled."""
     config, rng = CASES[case], np.random.default_rng(0)
 
@@ -80,22 +81,23 @@ def make_model(case: str) -> Janus:
 
     model = nnx.eval_shape(build)
     for path, value in nnx.to_flat_state(nnx.state(model)):
-        scale = np.float32(
-            {"bias": 0.1, "scale": 0.2, "norm_scale": 0.2}.get(path[-1], np.prod(value.shape[:-1]) ** -0.5)
-        )
+        inputs = value.shape[-1] if path[-1] == "weight" else np.prod(value.shape[:-1])
+        scale = np.float32({"bias": 0.1, "scale": 0.2, "norm_scale": 0.2}.get(path[-1], inputs**-0.5))
         numbers = rng.standard_normal(value.shape, np.float32) * scale
-        value.set_value(jnp.asarray(numbers + np.float32(path[-1].endswith("scale"))))
+        value.set_value(jnp.asarray(numbers + np.float32(path[-1].endswith("scale")), dtype))
     mark_adapters(model)
     return model
 
 
-def measure(case: str, form: str, steps: int) -> dict[str, float]:
+def measure(case: str, form: str, steps: int, dtype: str) -> dict[str, float]:
     """Median seconds and peak GiB of a step; the loss, to compare forms by."""
     if form == "naive":
         Blender.blend_map = naive_map
-    model, rng = make_model(case), np.random.default_rng(1)
+    model, rng = make_model(case, dtype), np.random.default_rng(1)
     graph, adapters, frozen = nnx.split(model, Adapter, ...)
-    cells, size = BASE.grid[0] * BASE.grid[1], model.codebook_size
+    adapters = jax.tree.map(lambda x: x.astype(jnp.float32), adapters)
+    del model
+    cells, size = BASE.grid[0] * BASE.grid[1], BASE.vision.codebook_size
     ids = jnp.asarray(rng.integers(0, 1000, (1, PROMPT)), jnp.int32)
     codes = jnp.asarray(rng.integers(0, size, (1, cells)), jnp.int32)
     neighbors = jnp.asarray(rng.integers(0, size, (1, cells, 10)), jnp.int32)
@@ -103,9 +105,9 @@ def measure(case: str, form: str, steps: int) -> dict[str, float]:
     @jax.jit
     @jax.value_and_grad
     def step(adapters, frozen):
-        model = nnx.merge(graph, adapters, frozen)
+        model = nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), adapters), frozen)
         found = None if form == "none" else neighbors
-        logits = model.teacher_forced(ids, jnp.ones(ids.shape, bool), codes, found)
+        logits = model.teacher_forced(ids, jnp.ones(ids.shape, bool), codes, found).astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
 
     seconds = []
@@ -125,10 +127,11 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, default="small")
     parser.add_argument("--forms", default=",".join(FORMS), help=f"of {', '.join(FORMS)}")
     parser.add_argument("--steps", type=int, default=5, help="timed steps a form")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(args.case, args.forms, args.steps)))
+        print(json.dumps(measure(args.case, args.forms, args.steps, args.dtype)))
         return
     # Freshly mapped pages cost a tenth of a step; large ones cost less.
     results, env = {}, os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -140,9 +143,10 @@ def main() -> None:
             f"--case={args.case}",
             f"--forms={form}",
             f"--steps={args.steps}",
+            f"--dtype={args.dtype}",
         ]
         results[form] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
-    print(f"{args.case}: {jax.devices()[0].device_kind}, median of {args.steps} steps\n")
+    print(f"{args.case}, {args.dtype}: {jax.devices()[0].device_kind}, median of {args.steps} steps\n")
     print("| blenders | s a step | of it blenders | peak GiB | loss | gradient norm |\n" + "| --- |" + " ---: |" * 5)
     bare = results.get("none", {}).get("seconds", float("nan"))
     for form, row in results.items():
