@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from arrag_jax.models.janus import PARTS, VISION
 from arrag_jax.models.presets import PRESETS
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.models.weights import parameters
+from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.vq import ResBlock, VQConfig, to_uint8
 
 
@@ -266,3 +268,35 @@ def test_the_unconditional_prompt_keeps_its_ends():
     ids, mask = tiny.prompts((3, 5))
     empty = model.unconditional(jnp.asarray(ids), jnp.asarray(mask))
     np.testing.assert_array_equal(empty, [[1, 1, ids[0, 2], 1, ids[0, 4]], [ids[1, 0], 1, 1, 1, ids[1, 4]]])
+
+
+def operands(jaxpr) -> set[str]:
+    """Types of what is multiplied in products, also in the bodies of loops and calls."""
+    found = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            found |= {str(operand.aval.dtype) for operand in equation.invars}
+        for body in jax.core.jaxprs_in_params(equation.params):
+            found |= operands(body)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("task", ["score", "gradients", "draw"])
+def test_all_products_are_of_the_models_type(dtype, task):
+    """From the first embedding on: one number of a wider type, and everything after it is computed in that."""
+    model = tiny.janus(config=dataclasses.replace(tiny.CONFIG, faid=FaidConfig(stride=1, neighbors=3)))
+    model = model.folded() if task == "draw" else model
+    graph, tokenizer, weights = nnx.split(model, lambda path, _: "gen_vision_model" in path, ...)
+    weights = jax.tree.map(lambda x: x.astype(dtype), weights)
+    ids, codes = jnp.ones((2, 3), jnp.int32), jnp.zeros((2, 20), jnp.int32)
+
+    def run(weights):
+        held = nnx.merge(graph, tokenizer, weights)
+        if task != "draw":
+            return held.teacher_forced(ids, ids > 0, codes, jnp.zeros((2, 20, 3), jnp.int32)).sum()
+        hidden, cache = held.prefill(ids, ids > 0, 2)
+        hidden, cache = held.step(hidden, cache, jnp.int32(0), held.retrieved_features(jnp.zeros((2, 3), jnp.int32)))
+        return held.step(held.embed_codes(codes[:, 0]), cache, jnp.int32(1), None)
+
+    assert operands(jax.make_jaxpr(jax.grad(run) if task == "gradients" else run)(weights).jaxpr) == {dtype}

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import ArrayLike
 from arrag_jax.models.presets import JanusConfig
-from arrag_jax.nn.linear import Linear
+from arrag_jax.nn.linear import Linear, embedding
 from arrag_jax.nn.transformer import Cache, Llama
 from arrag_jax.nn.vq import VQTokenizer
 
@@ -49,7 +49,7 @@ class Janus(nnx.Module):
         makers = {
             "language_model": lambda: Llama(language, rngs, config.faid),
             "gen_vision_model": lambda: VQTokenizer(vision, rngs),
-            "gen_embed": lambda: nnx.Embed(vision.codebook_size, vision.code_dim, rngs=rngs),
+            "gen_embed": lambda: embedding(vision.codebook_size, vision.code_dim, rngs),
             "gen_aligner": lambda: Projector((vision.code_dim, *[language.width] * config.aligner_depth), rngs),
             "gen_head": lambda: Projector((language.width, config.head_width, vision.codebook_size), rngs),
         }

@@ -1,4 +1,4 @@
-"""The linear layer of all modules but the tokenizer."""
+"""The linear layer and the embedding of all modules but the tokenizer."""
 
 import jax
 import jax.numpy as jnp
@@ -30,3 +30,17 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
         y = products.linear(x, self.weight[...]).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def embedding(count: int, width: int, rngs: nnx.Rngs, init: jax.nn.initializers.Initializer | None = None) -> nnx.Embed:
+    """A table of ``count`` rows, looked up in the type that it is held in.
+
+    Left alone, ``nnx.Embed`` looks up in the type it was made with, float32, whatever was loaded into it since; and
+    what follows the first look-up of a bfloat16 model would all be computed in float32.
+    """
+    more = {} if init is None else {"embedding_init": init}
+    return nnx.Embed(count, width, promote_dtype=_as_held, rngs=rngs, **more)
+
+
+def _as_held(arrays: tuple[Array, ...], **_) -> tuple[Array, ...]:
+    return arrays

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.nn.faid import Blended, Blender, FaidConfig, FoldedBlender, window_cells
-from arrag_jax.nn.linear import Linear
+from arrag_jax.nn.linear import Linear, embedding
 from arrag_jax.nn.lora import Lora, LoraConfig
 from arrag_jax.ops import products
 from arrag_jax.ops.grid import has_context
@@ -171,7 +171,7 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, faid: FaidConfig | None = None):
         self.config = config
         init = nnx.initializers.normal(config.width**-0.5)
-        self.embed_tokens = nnx.Embed(config.vocab_size, config.width, embedding_init=init, rngs=rngs)
+        self.embed_tokens = embedding(config.vocab_size, config.width, rngs, init)
         self.layers = nnx.List([Layer(config, rngs) for _ in range(config.layers)])
         self.norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, rngs=rngs)
         if faid is not None:
