@@ -74,12 +74,20 @@ def attend(
     """Scaled dot-product attention with keys and values that lie head by head.
 
     So the products over a cache read it as it lies; from [R, P, KH, hd], as ``jax.nn.dot_product_attention`` takes
-    it, XLA first transposes the whole cache at every step, on a CPU at more than twice the time.
+    it, XLA first transposes the whole cache at every step, on a CPU at more than twice the time. Queries are laid the
+    same way first, which makes gradients a third cheaper there, and a lone query of bfloat16 goes in twice: a CPU
+    takes five times as long over one (docs/LOG.md, 2026-11-26).
     """
-    grouped = q.reshape(*q.shape[:2], k.shape[1], -1, q.shape[-1])
-    scores = products.einsum("rskgd,rkpd->rkgsp", grouped, k) * q.shape[-1] ** -0.5
-    shares = jax.nn.softmax(jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min))
-    return products.einsum("rkgsp,rkpd->rskgd", shares.astype(v.dtype), v).astype(q.dtype).reshape(q.shape)
+    rows, length, heads, _ = q.shape
+    grouped = q.reshape(rows, length, k.shape[1], -1, q.shape[-1]).transpose(0, 2, 3, 1, 4)
+    queries = grouped.reshape(rows, k.shape[1], -1, q.shape[-1])
+    if queries.shape[2] == 1 and q.dtype != jnp.float32:
+        queries = jnp.repeat(queries, 2, axis=2)
+    scores = products.einsum("rkad,rkpd->rkap", queries, k) * q.shape[-1] ** -0.5
+    seen = jnp.tile(mask, (1, heads // k.shape[1], 1))[:, None]
+    shares = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min))
+    y = products.einsum("rkap,rkpd->rkad", shares.astype(v.dtype), v).astype(q.dtype)
+    return y[:, :, : heads // k.shape[1] * length].reshape(grouped.shape).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> Linear:
