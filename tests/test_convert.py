@@ -39,6 +39,14 @@ def saved(tmp_path):
     return folder
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path):
+    save_model(tiny.janus(), tmp_path / "saved")
+    convert(tmp_path / "saved", tmp_path / "converted", "ours")
+    for folder in ("saved", "converted"):
+        modes = {path.stat().st_mode for path in (tmp_path / folder).iterdir()}
+        assert len(modes) == 1 and modes == {(tmp_path / "saved" / "config.json").stat().st_mode}
+
+
 @pytest.mark.parametrize("layout", ["janus_layout", "faid_layout"])
 def test_there_and_back_every_tensor_is_byte_equal(reference, tmp_path, layout):
     """There through the command, as a user runs it."""
@@ -85,7 +93,7 @@ def test_a_failure_leaves_nothing(saved, tmp_path, monkeypatch):
     def fail(*arguments, **named):
         raise OSError("no space left")
 
-    monkeypatch.setattr(conversion, "save_file", fail)
+    monkeypatch.setattr(conversion, "write_tensors", fail)
     with pytest.raises(UserError, match=r"cannot write .*ours"):
         convert(saved, tmp_path / "ours", "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from arrag_jax.errors import UserError
@@ -21,7 +20,14 @@ from arrag_jax.models.checkpoint import abstract_model
 from arrag_jax.models.config_json import config_to_json, layout_of, read_json, read_lora
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.layouts import LM_HEAD, PUBLISHED, Layout, published_key
-from arrag_jax.models.tensor_files import ADAPTER, Stored, checkpoint_folder, read_tensors, stored_tensors
+from arrag_jax.models.tensor_files import (
+    ADAPTER,
+    Stored,
+    checkpoint_folder,
+    read_tensors,
+    stored_tensors,
+    write_tensors,
+)
 from arrag_jax.models.weights import match
 
 TARGETS = ("ours", "janus")
@@ -129,7 +135,7 @@ def _write_tensors(folder: Path, files: dict[str, dict[str, Stored]], merge: _Me
             for key, value in read_tensors(tensors):
                 arrays[key] = merge(key, value) if merge else value
                 bar.update(value.nbytes)
-            save_file(arrays, folder / name, metadata={"format": "pt"})
+            write_tensors(arrays, folder / name)
             sync(folder / name)
     shards = {name: tensors for name, tensors in files.items() if name.startswith("model-")}
     if shards:

@@ -1,4 +1,4 @@
-"""Files of tensors in a checkpoint folder: which tensor lies in which file, and reading them one after another.
+"""Files of tensors in a checkpoint folder: which tensor lies in which file; read one after another.
 
 Safetensors in one file or several, ``pytorch_model.bin`` in one or several (PyTorch then has to be installed, and
 loads weights only, so that no code in the file is run), and a LoRA adapter in a file of its own beside them.
@@ -13,6 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from arrag_jax.errors import UserError
 from arrag_jax.models.layouts import plain_key
@@ -209,3 +210,11 @@ def _open(path: Path) -> _Safetensors | _TorchFile:
 def some(items: list[str], limit: int = 12) -> str:
     """The first items and how many more there are, for messages."""
     return "; ".join(items[:limit]) + (f"; and {len(items) - limit} more" if len(items) > limit else "")
+
+
+def write_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes a safetensors file, readable for whoever may read new files there: the library's own is for its owner."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)

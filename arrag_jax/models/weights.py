@@ -5,12 +5,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from arrag_jax.errors import UserError
 from arrag_jax.models.janus import PARTS, VISION
 from arrag_jax.models.layouts import Layout, published_key, to_ours, to_published
-from arrag_jax.models.tensor_files import Stored, read_tensors
+from arrag_jax.models.tensor_files import Stored, read_tensors, write_tensors
 from arrag_jax.nn.vq import CodeUsage
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -78,7 +77,7 @@ def write_weights(model: nnx.Module, path: Path, dtype: str) -> None:
     tensors = {}
     for name, value in parameters(model).items():
         tensors[published_key(name)] = to_published(np.asarray(value[...].astype(_kept(name, dtype))), name)
-    save_file(tensors, path, metadata={"format": "pt"})
+    write_tensors(tensors, path)
 
 
 def _kept(path: str, dtype: str):
