@@ -107,7 +107,7 @@ def measure(case: str, form: str, steps: int, dtype: str) -> dict[str, float]:
     def step(adapters, frozen):
         model = nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), adapters), frozen)
         found = None if form == "none" else neighbors
-        logits = model.teacher_forced(ids, jnp.ones(ids.shape, bool), codes, found).astype(jnp.float32)
+        logits = model.teacher_forced(ids, jnp.ones(ids.shape, bool), codes, found)
         return optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
 
     seconds = []

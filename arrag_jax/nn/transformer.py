@@ -79,15 +79,16 @@ def attend(
     takes five times as long over one (docs/LOG.md, 2026-11-26).
     """
     rows, length, heads, _ = q.shape
-    grouped = q.reshape(rows, length, k.shape[1], -1, q.shape[-1]).transpose(0, 2, 3, 1, 4)
-    queries = grouped.reshape(rows, k.shape[1], -1, q.shape[-1])
-    if queries.shape[2] == 1 and q.dtype != jnp.float32:
+    sharing = heads // k.shape[1]  # queries of one key
+    grouped = q.reshape(rows, length, k.shape[1], sharing, -1).transpose(0, 2, 3, 1, 4)
+    queries = grouped.reshape(rows, k.shape[1], sharing * length, -1)
+    if sharing * length == 1 and q.dtype != jnp.float32:
         queries = jnp.repeat(queries, 2, axis=2)
     scores = products.einsum("rkad,rkpd->rkap", queries, k) * q.shape[-1] ** -0.5
-    seen = jnp.tile(mask, (1, heads // k.shape[1], 1))[:, None]
+    seen = jnp.tile(mask, (1, sharing, 1))[:, None]
     shares = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min))
     y = products.einsum("rkap,rkpd->rkad", shares.astype(v.dtype), v).astype(q.dtype)
-    return y[:, :, : heads // k.shape[1] * length].reshape(grouped.shape).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return y[:, :, : sharing * length].reshape(grouped.shape).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> Linear:
