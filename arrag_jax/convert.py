@@ -13,11 +13,12 @@ from pathlib import Path
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.errors import UserError
 from arrag_jax.models.conversion import TARGETS, convert, require_new
+from arrag_jax.models.tensor_files import is_run
 
 
 def run(source: str, target: str, to: str, merge_lora: bool, last: bool) -> None:
     """Converts the checkpoint in --source into a new folder --target."""
-    if (Path(source) / "checkpoints").is_dir():
+    if is_run(Path(source)):
         _export(source, target, to, merge_lora, last)
         return
     if last:

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
+from arrag_jax import convert as command
 from arrag_jax.errors import UserError
 from arrag_jax.models import conversion
 from arrag_jax.models.checkpoint import load_model, save_model
@@ -107,6 +108,12 @@ def test_what_cannot_be_is_said_first(saved, tmp_path):
     with pytest.raises(UserError, match="is no checkpoint folder"):
         convert(tmp_path / "absent", tmp_path / "new", "ours")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_model_beside_a_folder_of_checkpoints_is_no_training_run(saved, tmp_path):
+    (saved / "checkpoints").mkdir()
+    command.run(str(saved), str(tmp_path / "copy"), "janus", merge_lora=True, last=False)
+    assert tensors(tmp_path / "copy") == tensors(saved)
 
 
 @pytest.fixture

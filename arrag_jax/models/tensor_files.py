@@ -119,13 +119,18 @@ class _TorchFile:
         return np.array(tensor.numpy(), order="C").view(jnp.dtype(dtype))  # a copy, for the file will be closed
 
 
+def is_run(directory: Path) -> bool:
+    """Is it the --workdir of a training run? A folder of weights may well hold one named ``checkpoints``."""
+    return (directory / "checkpoints").is_dir() and (directory / "base.json").is_file()
+
+
 def checkpoint_folder(directory: Path) -> Path:
     """The folder itself, or the export in it where it is the --workdir of a training run.
 
     Raises:
       UserError: a run that has no export yet.
     """
-    if not ((directory / "checkpoints").is_dir() and (directory / "base.json").is_file()):
+    if not is_run(directory):
         return directory
     if not (directory / "export" / "config.json").is_file():
         raise UserError(
