@@ -227,13 +227,28 @@ class CaptionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How a code is drawn; see ``decode.loop.Sampling``."""
+    """How the model's distribution is made and drawn from; static in the compiled decode loop.
 
-    cfg_scale: float | None = 2.0  # None = no guidance
+    Attributes:
+      cfg_scale: guidance; None = off (and no unconditional rows are computed).
+      temperature: of the model's logits after guidance, > 0.
+      top_k, top_p: truncation of the model's distribution, before retrieval is mixed in; None = off.
+      greedy: take the most probable code instead of drawing.
+    """
+
+    cfg_scale: float | None = 2.0
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     greedy: bool = False
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise UserError(f"temperature = {self.temperature} must be above 0 (for the most probable code: greedy)")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k = {self.top_k} must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p} is outside (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ import pytest
 import tiny
 from flax import nnx
 
-from arrag_jax.decode.loop import Sampling, decode, picture_keys, sample
+from arrag_jax.config import SamplingConfig
+from arrag_jax.decode.loop import decode, picture_keys, sample
 from arrag_jax.decode.policies import Daid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
@@ -113,7 +114,7 @@ def test_a_mesh_draws_what_one_device_draws(model, retriever):
 
     @jax.jit
     def draw_sharded(state, retriever, cond, uncond, keys):
-        return decode(nnx.merge(graph, state), cond, uncond, Daid(0.3, 0.2), retriever, keys, Sampling())
+        return decode(nnx.merge(graph, state), cond, uncond, Daid(0.3, 0.2), retriever, keys, SamplingConfig(5.0))
 
     spread = draw_sharded(jax.device_put(state, whole), jax.device_put(retriever, whole), cond, uncond, keys)
     np.testing.assert_array_equal(alone.codes, spread.codes)

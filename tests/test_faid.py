@@ -11,8 +11,8 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file
 
-from arrag_jax.config import MeshConfig
-from arrag_jax.decode.loop import Sampling, decode, picture_keys, sample
+from arrag_jax.config import MeshConfig, SamplingConfig
+from arrag_jax.decode.loop import decode, picture_keys, sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.mesh import make_mesh, put_everywhere
@@ -109,7 +109,7 @@ def test_unconditional_rows_are_not_computed(model, retriever, monkeypatch):
 
     monkeypatch.setattr(FoldedBlender, "blend_cell", noted)
     folded = model.folded()
-    jax.eval_shape(lambda: decode(folded, cond, uncond, Faid(), retriever, keys, Sampling(2.0)))
+    jax.eval_shape(lambda: decode(folded, cond, uncond, Faid(), retriever, keys, SamplingConfig(2.0)))
     assert rows == {(3, 3)}
     guided = [jnp.concatenate(pair) for pair in zip(cond, uncond, strict=True)]
     _, cache = jax.eval_shape(lambda: folded.prefill(*guided, 3))

@@ -1,6 +1,7 @@
 """Laws of FAiD's fine-tuning: what is trained, what it starts from, what neighbours it sees, what it exports."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +129,7 @@ def test_dropped_captions_silence_the_blenders(folder):
 def test_a_mesh_trains_as_one_device(folder, tmp_path, monkeypatch):
     """Losses differ by less than 1e-5 of themselves; batches, weights and optimizer state are spread over devices."""
     monkeypatch.setattr(mesh, "SMALLEST_SHARDED", workshop.SPREAD)
-    monkeypatch.setattr(FaidTask, "pictures", lambda self, model: {})  # they are drawn on one device in any case
+    monkeypatch.setattr(FaidTask, "painter", lambda self: lambda model: {})  # it draws on one device in any case
     for name, shape in (("one", MeshConfig(1, 1)), ("mesh", MeshConfig(2, 4))):
         config = workshop.config(folder, mesh=shape)
         train(config, make_task(config), tmp_path / name)
@@ -211,8 +212,45 @@ def test_eval_measures_what_training_measures_and_generate_draws_it(folder, tmp_
         ({"lora": {"rank": 0}}, "rank=0"),
         ({"caption_dropout": 1.0}, "caption_dropout"),
         ({"daid": {"weight": 2.0}}, "λ"),
+        ({"sampling": {"top_p": 0.0}}, r"top_p = 0\.0 is outside"),
+        (
+            {"retrieval": {"store": "s", "k": 2}},
+            r"retrieval\.k=2 gives .* fewer neighbours than .*neighbors=3; raise k",
+        ),
     ],
 )
 def test_options_that_cannot_be_are_named_before_training(folder, options, message):
     with pytest.raises(UserError, match=message):
         make_task(workshop.config(folder, options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_length": 8}, r"a caption of .*neighbors cannot be a prompt: .*too long: .* change .*prompt_length"),
+        ({"retrieval": {"store": "nowhere", "k": workshop.K}}, "no finished datastore in nowhere"),
+    ],
+)
+def test_what_the_first_evaluation_would_meet_is_named_before_the_first_step(folder, tmp_path, options, message):
+    config = workshop.config(folder, options)
+    with pytest.raises(UserError, match=message):
+        train(config, make_task(config), tmp_path)
+    assert not losses(tmp_path)
+    config = workshop.config(folder, steps=1)  # mended, the same workdir will do
+    train(config, make_task(config), tmp_path)
+    assert list(losses(tmp_path)) == [1]
+
+
+def test_folders_may_move_between_a_run_and_its_continuation(folder, tmp_path):
+    config = workshop.config(folder, steps=1)
+    train(config, make_task(config), tmp_path / "run")
+    moved = tmp_path / "moved"
+    for name in ("model", "neighbors", "store"):
+        shutil.copytree(folder / name, moved / name)
+    config = workshop.config(moved, steps=2)
+    train(config, make_task(config), tmp_path / "run")
+    assert list(losses(tmp_path / "run")) == [1, 2]
+    text = json.loads((moved / "model" / "tokenizer.json").read_text())
+    (moved / "model" / "tokenizer.json").write_text(json.dumps(text))  # as good, but who knows
+    with pytest.raises(UserError, match=r"on another base: base/tokenizer\.json"):
+        train(config, make_task(config), tmp_path / "run")

@@ -121,11 +121,16 @@ class StoppedTask(ToyTask):
         super().__init__(pause=0.02)
         self._signalled = False
 
-    def pictures(self, model):
-        if jax.process_index() == 1 and not self._signalled:
-            self._signalled = True
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().pictures(model)
+    def painter(self):
+        paint = super().painter()
+
+        def paint_and_signal(model):
+            if jax.process_index() == 1 and not self._signalled:
+                self._signalled = True
+                os.kill(os.getpid(), signal.SIGTERM)
+            return paint(model)
+
+        return paint_and_signal
 
 
 @pytest.mark.slow

@@ -89,6 +89,22 @@ def test_evaluation_is_the_mean_over_all_examples():
     np.testing.assert_allclose(metrics["eval/error"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_no_batch_is_evaluated_that_is_larger_than_one_that_is_trained_on(accumulate):
+    """So that what fits in training fits in evaluation."""
+    asked = []
+
+    class Asked(ToyTask):
+        def eval_batches(self, batch_size):
+            asked.append(batch_size)
+            return super().eval_batches(batch_size)
+
+    config, task, mesh = toy_config(accumulate=accumulate), Asked(), make_mesh(ONE_DEVICE)
+    graph, frozen, _ = init_state(task, make_optimizer(config.optimizer, config.steps), config, mesh)
+    make_evaluation(task, graph, frozen, config, mesh)
+    assert asked == [config.batch_size // accumulate]
+
+
 class SignalledTask(ToyTask):
     """Sends its own process a signal while it evaluates."""
 
@@ -96,9 +112,8 @@ class SignalledTask(ToyTask):
         super().__init__()
         self._number = number
 
-    def pictures(self, model):
-        os.kill(os.getpid(), self._number)
-        return {}
+    def painter(self):
+        return lambda model: os.kill(os.getpid(), self._number) or {}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

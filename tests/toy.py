@@ -99,9 +99,9 @@ class ToyTask:
     def eval_metrics(self, model, batch):
         return {"error": jnp.mean(jnp.abs(model(batch["x"], dropout=False) - batch["y"]))}
 
-    def pictures(self, model):
-        shades = jax.jit(lambda weights: jax.nn.sigmoid(jnp.dot(weights, weights)))(model.middle[...])
-        return {"middle": np.asarray(255 * shades[:8, :8, None].repeat(3, -1), np.uint8)}
+    def painter(self):
+        shades_of = jax.jit(lambda weights: 255 * jax.nn.sigmoid(jnp.dot(weights, weights))[:8, :8, None])
+        return lambda model: {"middle": np.asarray(shades_of(model.middle[...]).repeat(3, -1), np.uint8)}
 
     def export(self, model, directory, run):
         kernels = {"enter": model.enter.kernel[...], "leave": model.leave.kernel[...]}

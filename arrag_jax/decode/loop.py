@@ -5,7 +5,6 @@ The search depends on codes drawn before this cell alone, so nothing orders it a
 step unless the policy feeds the neighbours into it. The loop knows no model and no index.
 """
 
-import dataclasses
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
@@ -17,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from arrag_jax.config import SamplingConfig
 from arrag_jax.decode.policies import Plain
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import ArrayLike, Backbone, DecodePolicy, Retriever
@@ -24,32 +24,6 @@ from arrag_jax.mesh import put_everywhere, put_rows
 from arrag_jax.ops.grid import context_cells, context_codes, has_context
 from arrag_jax.ops.neighbors import empty_neighbors
 from arrag_jax.ops.sampling import draw, guide, truncate
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the model's distribution is made and drawn from; static in the compiled loop.
-
-    Attributes:
-      cfg_scale: guidance; None = off (and no unconditional rows are computed).
-      temperature: of the model's logits after guidance, > 0.
-      top_k, top_p: truncation of the model's distribution, before retrieval is mixed in; None = off.
-      greedy: take the most probable code instead of drawing.
-    """
-
-    cfg_scale: float | None = 5.0
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    greedy: bool = False
-
-    def __post_init__(self):
-        if not self.temperature > 0:
-            raise UserError(f"temperature = {self.temperature} must be above 0 (for the most probable code: greedy)")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k = {self.top_k} must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p = {self.top_p} is outside (0, 1]")
 
 
 class Drawn(NamedTuple):
@@ -82,7 +56,7 @@ def decode(
     policy: DecodePolicy,
     retriever: Retriever | None,
     keys: Key[Array, " B"],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     on_cell: Callable[[Any], None] | None = None,
     return_log_probs: bool = False,
 ) -> Drawn:
@@ -199,7 +173,7 @@ def sample(
       model: a Backbone that is an ``nnx.Module``.
       prompt_ids: int [B, L], BOS … image-start; prompt_mask: 1 where a real token stands (None = everywhere).
       policy: ``Plain()`` if None. retriever: needed by a policy that uses retrieval.
-      cfg_scale, temperature, top_k, top_p, greedy: see ``Sampling``.
+      cfg_scale, temperature, top_k, top_p, greedy: see ``config.SamplingConfig``.
       seed: one integer a picture: then it depends on its prompt and seed alone, not on its batch. Or one for all:
         then on its place in the batch as well.
       on_cell: host function called with the number of each finished cell.
@@ -218,7 +192,7 @@ def sample(
     if policy.blends:
         require_blenders(model, retriever, policy.neighbors)
     numbers = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    sampling = Sampling(**{name: _number(name, value) for name, value in numbers.items()}, greedy=bool(greedy))
+    sampling = SamplingConfig(**{name: _number(name, value) for name, value in numbers.items()}, greedy=bool(greedy))
     if sampling.top_k is not None and sampling.top_k > model.codebook_size:
         raise UserError(f"top_k = {sampling.top_k} is more than the {model.codebook_size} codes there are")
     cond = model.check_prompt(prompt_ids, prompt_mask)

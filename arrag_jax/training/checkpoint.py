@@ -28,10 +28,13 @@ State = TypeVar("State")
 KEEP = 2  # the newest, and the one before it in case the newest is damaged; the best one is kept besides
 TOLD = 8  # differences that a message names
 
-# Keys that may differ between a run and its continuation: they change when, where or how long, not what.
-# A run that has a checkpoint of its own no longer reads init_from.
+# Keys that may differ between a run and its continuation: they change when, where or how long, not what, or its sample
+# grids alone. A run that has a checkpoint of its own no longer reads init_from. Folders may move: base.json knows what
+# was in them.
 FREE_KEYS = (
     "steps", "log_every", "eval_every", "checkpoint_every", "mesh", "init_from", "data.data_dir", "data.eval_examples",
+    "options.base", "options.neighbors", "options.tokenizer", "options.retrieval", "options.daid", "options.sampling",
+    "options.cfg_scale", "options.prompt_length",
 )  # fmt: skip
 
 

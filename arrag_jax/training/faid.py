@@ -5,7 +5,7 @@ With ``blend`` off the same LoRA and head are trained without retrieval: the con
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, UInt8
+from tqdm import trange
 
 from arrag_jax.config import DaidConfig, DataConfig, RetrievalConfig, SamplingConfig, TrainConfig
 from arrag_jax.decode.loop import sample
@@ -23,12 +24,12 @@ from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import pictures
 from arrag_jax.files import sha256_of
-from arrag_jax.interfaces import DecodePolicy, Retriever
+from arrag_jax.interfaces import DecodePolicy
 from arrag_jax.mesh import make_mesh
 from arrag_jax.models.checkpoint import fingerprint, load_model, save_model
 from arrag_jax.models.config_json import read_config
 from arrag_jax.models.janus import Janus
-from arrag_jax.models.tensor_files import stored_tensors
+from arrag_jax.models.tensor_files import checkpoint_folder, stored_tensors
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
@@ -36,8 +37,8 @@ from arrag_jax.nn.variables import Adapter, freeze, retype
 from arrag_jax.nn.vq import to_uint8
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.retrieval.neighbor_set import NeighborSet
-from arrag_jax.training.loop import Batch, Scalars
-from arrag_jax.training.shared import BITS, in_batches, mean_bits, write_manifest
+from arrag_jax.training.loop import Batch, Pictures, Scalars
+from arrag_jax.training.shared import BITS, in_batches, mean_bits, rows_of_a_device, write_manifest
 
 PICTURES = 8  # prompts of a sample grid
 
@@ -109,8 +110,11 @@ class FaidTask:
                         f"config.options.faid.neighbors={options.faid.neighbors}, but {neighbors.directory} holds "
                         f"{neighbors.k} a cell; build it with a larger k"
                     )
-        self._retriever: Retriever | None = None
-        self._unchanging: list[np.ndarray] = []  # the columns of a sample grid that training does not touch
+            if options.retrieval.k < options.faid.neighbors:
+                raise UserError(
+                    f"config.options.retrieval.k={options.retrieval.k} gives sample grids fewer neighbours than "
+                    f"config.options.faid.neighbors={options.faid.neighbors}; raise k"
+                )
 
     def init_model(self, rngs: nnx.Rngs) -> Janus:
         """The base, frozen but for its head, with fresh blenders and LoRA."""
@@ -133,20 +137,38 @@ class FaidTask:
         return model
 
     def base(self) -> dict[str, str]:
-        """The base's weights and both neighbour sets."""
-        files = sorted({tensor.file for tensor in stored_tensors(Path(self.options.base)).values()})
-        weights = {f"base/{path.name}": sha256_of(path) for path in files}
-        return weights | {f"neighbors/{name}": found.fingerprint for name, found in self.sets.items()}
+        """The base's weights, its text tokenizer and both neighbour sets."""
+        folder = Path(self.options.base)
+        files = {tensor.file for tensor in stored_tensors(folder).values()}
+        files |= {checkpoint_folder(folder) / "tokenizer.json"}
+        hashes = {f"base/{path.name}": sha256_of(path) for path in sorted(files)}
+        return hashes | {f"neighbors/{name}": found.fingerprint for name, found in self.sets.items()}
+
+    def _prompt(self, caption: str) -> tuple[Int[np.ndarray, " L"], Bool[np.ndarray, " L"]]:
+        try:
+            (ids,), (mask,) = self.text([caption], self.options.prompt_length)
+        except UserError as error:
+            raise UserError(
+                f"a caption of {self.options.neighbors} cannot be a prompt: {error}; build the sets without it, or "
+                "change config.options.prompt_length"
+            ) from error
+        return ids, mask
 
     def _example(self, example: dict[str, Any], order: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        ids, mask = self.text([example["caption"]], self.options.prompt_length)
+        ids, mask = self._prompt(example["caption"])
         neighbors = example["neighbors"] if order is None else example["neighbors"][:, order]
         neighbors = neighbors[:, : self.options.faid.neighbors]
-        return {"prompt_ids": ids[0], "prompt_mask": mask[0], "codes": example["codes"], "neighbors": neighbors}
+        return {"prompt_ids": ids, "prompt_mask": mask, "codes": example["codes"], "neighbors": neighbors}
 
     def train_source(self) -> grain.MapDataset:
-        """Codes with prompts and neighbours; K of those stored, others in another order every epoch."""
+        """Codes with prompts and neighbours; K of those stored, others in another order every epoch.
+
+        Raises:
+          UserError: a caption that cannot be a prompt.
+        """
         stored = self.sets["train"]
+        for i in trange(len(stored), desc="reading captions", unit="image", disable=jax.process_index() > 0):
+            self._prompt(stored[i]["caption"])
         source = grain.MapDataset.source(stored).seed(self.config.seed)
         return source.random_map(lambda example, rng: self._example(example, rng.permutation(stored.k)))
 
@@ -180,31 +202,36 @@ class FaidTask:
         """Held-out bits a code, prompts given."""
         return {"bits_per_code": self._cross_entropy(model, batch)[0] * BITS}
 
-    def pictures(self, model: Janus) -> dict[str, np.ndarray]:
-        """The same prompts and seeds every time: the base plain and with DAiD, the tuned model before and now.
+    def painter(self) -> Callable[[Janus], Pictures]:
+        """Draws the same prompts and seeds every time: the base plain and with DAiD, the tuned model before and now.
 
         Before: with fresh blenders and LoRA, also in a run that began from ``init_from``.
+
+        Raises:
+          UserError: no such store or index, or one of another tokenizer.
         """
         policy, name = (Faid(), "FAiD") if self.options.blend else (Plain(), "LoRA")
-        if not self._unchanging:
-            # Fresh LoRA adds nothing, so that without blending this is the base.
-            start = self.init_model(nnx.Rngs(self.config.seed))
-            self._retriever = load_retriever(self.options.retrieval, fingerprint(start))[1]
-            self._unchanging = [self._draw(start, policy) for policy in (Plain(), self.daid, policy)]
-        columns = [*self._unchanging, self._draw(model, policy)]
-        titles = ["plain", "DAiD", f"{name} before", f"{name} now"]
-        rows = [(self.sets["valid"][i]["caption"], [column[i] for column in columns]) for i in range(len(columns[0]))]
-        return {"samples": pictures.labelled_grid(rows, titles)}
-
-    def _draw(self, model: Janus, policy: DecodePolicy) -> np.ndarray:
-        stored = self.sets["valid"]
+        retriever = load_retriever(self.options.retrieval, self.sets["train"].settings.fingerprint)[1]
+        stored, unchanging = self.sets["valid"], []
         captions = [stored[i]["caption"] for i in range(min(PICTURES, len(stored)))]
         ids, mask = self.text(captions, self.options.prompt_length)
-        drawn = sample(
-            model, ids, policy, self._retriever, seed=self.config.seed, prompt_mask=mask,
-            **dataclasses.asdict(self.options.sampling),
-        )  # fmt: skip
-        return np.asarray(to_uint8(model.decode_codes(drawn.codes, *model.grid)))
+
+        def drawn(model: Janus, policy: DecodePolicy) -> UInt8[np.ndarray, "N h w 3"]:
+            settings = dataclasses.asdict(self.options.sampling)
+            codes = sample(model, ids, policy, retriever, seed=self.config.seed, prompt_mask=mask, **settings).codes
+            return np.asarray(to_uint8(model.decode_codes(codes, *model.grid)))
+
+        def paint(model: Janus) -> Pictures:
+            if not unchanging:
+                # Fresh LoRA adds nothing, so that without blending this is the base.
+                start = self.init_model(nnx.Rngs(self.config.seed))
+                unchanging.extend(drawn(start, way) for way in (Plain(), self.daid, policy))
+            columns = [*unchanging, drawn(model, policy)]
+            titles = ["plain", "DAiD", f"{name} before", f"{name} now"]
+            rows = [(caption, [column[i] for column in columns]) for i, caption in enumerate(captions)]
+            return {"samples": pictures.labelled_grid(rows, titles)}
+
+        return paint
 
     def export(self, model: Janus, directory: Path, run: dict[str, Any]) -> None:
         """The tuned model in the published layout, LoRA merged, bfloat16, with the held-out figure of just that."""
@@ -213,5 +240,5 @@ class FaidTask:
         save_model(model, directory, "bfloat16")
         self.text.save(directory)
         model = load_model(directory)
-        mean = mean_bits(self, model, self.eval_batches(self.config.batch_size))
+        mean = mean_bits(self, model, self.eval_batches(rows_of_a_device(self.config)))
         write_manifest(directory, model, run, valid_bits_per_code=mean)

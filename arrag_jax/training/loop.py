@@ -23,7 +23,7 @@ import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from arrag_jax.config import TrainConfig
 from arrag_jax.data.pipeline import make_loader
@@ -36,6 +36,7 @@ from arrag_jax.training.optimizer import make_optimizer, make_schedule
 
 Batch = Mapping[str, Any]  # arrays whose first axis is the batch's
 Scalars = dict[str, Float[Array, ""]]
+Pictures = dict[str, UInt8[np.ndarray, "h w 3"]]  # by name; may be empty
 
 
 @runtime_checkable
@@ -80,8 +81,8 @@ class Task(Protocol):
         """Metrics of one held-out batch, jitted; means over its examples, for the loop averages them so."""
         ...
 
-    def pictures(self, model: nnx.Module) -> dict[str, np.ndarray]:
-        """uint8 [H, W, 3] sample grids by name, drawn at every evaluation; may be empty."""
+    def painter(self) -> Callable[[nnx.Module], Pictures]:
+        """What draws the sample grids of an evaluation; called before the first step, and finds all that it needs."""
         ...
 
     def export(self, model: nnx.Module, directory: Path, run: dict[str, Any]) -> None:
@@ -240,21 +241,21 @@ def mean_gradient(
 
 def make_evaluation(
     task: Task, graph: nnx.GraphDef, frozen: PyTree, config: TrainConfig, mesh: Mesh
-) -> Callable[[TrainState], tuple[dict[str, float], dict[str, np.ndarray]]]:
+) -> Callable[[TrainState], tuple[dict[str, float], Pictures]]:
     """A function from a state to its held-out metrics ("eval/name") and its pictures."""
-    batches = list(task.eval_batches(config.batch_size))
+    batches, paint = list(task.eval_batches(config.batch_size // config.accumulate)), task.painter()
 
     @jax.jit
     def metrics_of(params: PyTree, frozen: PyTree, rest: PyTree, batch: Batch) -> Scalars:
         return task.eval_metrics(nnx.merge(graph, params, frozen, rest), batch)
 
-    def evaluate(state: TrainState) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    def evaluate(state: TrainState) -> tuple[dict[str, float], Pictures]:
         params = _cast(averaged_params(state), config.compute_dtype)
         means = mean_over_examples(
             lambda batch: metrics_of(params, frozen, state.rest, put_whole_batch(batch, mesh)), batches
         )
         means = {f"eval/{name}": value for name, value in means.items()}
-        return means, task.pictures(whole_model(graph, params, frozen, state.rest, mesh))
+        return means, paint(whole_model(graph, params, frozen, state.rest, mesh))
 
     return evaluate
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,16 @@ from arrag_jax.models.presets import PRESETS
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.nn.variables import freeze
 from arrag_jax.nn.vq import from_uint8, to_uint8
-from arrag_jax.training.loop import Batch, Scalars
-from arrag_jax.training.shared import BITS, check_preset, held_out, mean_bits, tokenizer_figures, write_manifest
+from arrag_jax.training.loop import Batch, Pictures, Scalars
+from arrag_jax.training.shared import (
+    BITS,
+    check_preset,
+    held_out,
+    mean_bits,
+    rows_of_a_device,
+    tokenizer_figures,
+    write_manifest,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,21 +116,25 @@ class PriorTask:
         """Held-out bits a code, prompts given."""
         return {"bits_per_code": self._cross_entropy(model, batch, batch["prompt_ids"]) * BITS}
 
-    def pictures(self, model: Janus) -> dict[str, np.ndarray]:
-        """Twelve held-out prompts, drawn with the same seeds every time."""
+    def painter(self) -> Callable[[Janus], Pictures]:
+        """Draws twelve held-out prompts with the same seeds every time."""
         batch = next(self.eval_batches(12))
-        drawn = sample(
-            model, batch["prompt_ids"], prompt_mask=batch["prompt_mask"],
-            cfg_scale=self.options.cfg_scale, seed=self.config.seed,
-        )  # fmt: skip
-        images = to_uint8(model.decode_codes(drawn.codes, *model.grid))
-        return {"samples": pictures.grid(np.concatenate([batch["image"], images]), columns=12, scale=2)}
+
+        def paint(model: Janus) -> Pictures:
+            drawn = sample(
+                model, batch["prompt_ids"], prompt_mask=batch["prompt_mask"],
+                cfg_scale=self.options.cfg_scale, seed=self.config.seed,
+            )  # fmt: skip
+            images = to_uint8(model.decode_codes(drawn.codes, *model.grid))
+            return {"samples": pictures.grid(np.concatenate([batch["image"], images]), columns=12, scale=2)}
+
+        return paint
 
     def export(self, model: Janus, directory: Path, run: dict[str, Any]) -> None:
         """The whole Janus as a model folder, language model in bfloat16, with the held-out figures of just that."""
         save_model(model, directory, "bfloat16")
         model = load_model(directory)
         self.text.save(directory)
-        batches = list(self.eval_batches(self.config.batch_size))
+        batches = list(self.eval_batches(rows_of_a_device(self.config)))
         mean = mean_bits(self, model, batches)
         write_manifest(directory, model, run, valid_bits_per_code=mean, **tokenizer_figures(model, batches))

@@ -16,6 +16,7 @@ from arrag_jax.config import TrainConfig
 from arrag_jax.data.emoji_scenes import load_source
 from arrag_jax.errors import UserError
 from arrag_jax.files import sha256_of, write_json
+from arrag_jax.mesh import make_mesh
 from arrag_jax.models.checkpoint import fingerprint
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.presets import PRESETS
@@ -36,6 +37,11 @@ def held_out(config: TrainConfig, batch_size: int, example: Callable[[Any], Batc
     data = config.data
     source = load_source(data.name, f"{data.eval_split}[:{data.eval_examples}]", data.data_dir)
     return in_batches(source, len(source), batch_size, example)
+
+
+def rows_of_a_device(config: TrainConfig) -> int:
+    """Examples that one device has at once in training: what its memory is known to hold."""
+    return max(1, config.batch_size // (config.accumulate * make_mesh(config.mesh).size))
 
 
 def in_batches(source: Any, count: int, batch_size: int, example: Callable[[Any], Batch]) -> Iterator[Batch]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from arrag_jax.models.checkpoint import save_model
 from arrag_jax.models.janus import VISION, Janus
 from arrag_jax.models.presets import PRESETS
 from arrag_jax.nn.vq import from_uint8
-from arrag_jax.training.loop import Batch, Scalars
-from arrag_jax.training.shared import check_preset, held_out, psnr, tokenizer_figures, write_manifest
+from arrag_jax.training.loop import Batch, Pictures, Scalars
+from arrag_jax.training.shared import check_preset, held_out, psnr, rows_of_a_device, tokenizer_figures, write_manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +106,18 @@ class TokenizerTask:
         codes, _ = model.gen_vision_model.encode(images)
         return {"psnr": psnr(model, images, codes)}
 
-    def pictures(self, model: Janus) -> dict[str, np.ndarray]:
-        """Held-out images above their reconstructions."""
+    def painter(self) -> Callable[[Janus], Pictures]:
+        """Shows held-out images above their reconstructions."""
         images = next(self.eval_batches(12))["image"]
-        decoded = reconstruct(model, images)
-        return {"reconstructions": pictures.grid(np.concatenate([images, decoded]), columns=12, scale=2)}
+
+        def paint(model: Janus) -> Pictures:
+            decoded = reconstruct(model, images)
+            return {"reconstructions": pictures.grid(np.concatenate([images, decoded]), columns=12, scale=2)}
+
+        return paint
 
     def export(self, model: Janus, directory: Path, run: dict[str, Any]) -> None:
         """The tokenizer as a model folder, with its held-out figures."""
         save_model(model, directory)
-        figures = tokenizer_figures(model, self.eval_batches(self.config.batch_size))
+        figures = tokenizer_figures(model, self.eval_batches(rows_of_a_device(self.config)))
         write_manifest(directory, model, run, **figures)
