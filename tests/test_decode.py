@@ -210,4 +210,4 @@ def test_parts_that_do_not_fit_are_named(model, change, message):
 @pytest.mark.parametrize("numbers", [(-0.1, 0.1), (1.1, 0.1), (0.5, 0.0), (0.5, -1.0), (0.5, 0.1, "both")])
 def test_daid_refuses_numbers_out_of_range(numbers):
     with pytest.raises(UserError, match="DAiD"):
-        Daid.checked(*numbers)
+        Daid(*numbers)

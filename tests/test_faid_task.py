@@ -35,6 +35,11 @@ def folder(tmp_path_factory):
     return path
 
 
+def without_pictures(monkeypatch):
+    """Drawing them takes longer than a short training."""
+    monkeypatch.setattr(FaidTask, "painter", lambda self: lambda model: {})
+
+
 def first_batch(task) -> dict[str, jax.Array]:
     return jax.tree.map(jnp.asarray, next(iter(task.eval_batches(8))))
 
@@ -129,7 +134,7 @@ def test_dropped_captions_silence_the_blenders(folder):
 def test_a_mesh_trains_as_one_device(folder, tmp_path, monkeypatch):
     """Losses differ by less than 1e-5 of themselves; batches, weights and optimizer state are spread over devices."""
     monkeypatch.setattr(mesh, "SMALLEST_SHARDED", workshop.SPREAD)
-    monkeypatch.setattr(FaidTask, "painter", lambda self: lambda model: {})  # it draws on one device in any case
+    without_pictures(monkeypatch)  # they are drawn on one device in any case
     for name, shape in (("one", MeshConfig(1, 1)), ("mesh", MeshConfig(2, 4))):
         config = workshop.config(folder, mesh=shape)
         train(config, make_task(config), tmp_path / name)
@@ -231,17 +236,21 @@ def test_options_that_cannot_be_are_named_before_training(folder, options, messa
         ({"retrieval": {"store": "nowhere", "k": workshop.K}}, "no finished datastore in nowhere"),
     ],
 )
-def test_what_the_first_evaluation_would_meet_is_named_before_the_first_step(folder, tmp_path, options, message):
+def test_what_the_first_evaluation_would_meet_is_named_before_the_first_step(
+    folder, tmp_path, monkeypatch, options, message
+):
     config = workshop.config(folder, options)
     with pytest.raises(UserError, match=message):
         train(config, make_task(config), tmp_path)
     assert not losses(tmp_path)
+    without_pictures(monkeypatch)
     config = workshop.config(folder, steps=1)  # mended, the same workdir will do
     train(config, make_task(config), tmp_path)
     assert list(losses(tmp_path)) == [1]
 
 
-def test_folders_may_move_between_a_run_and_its_continuation(folder, tmp_path):
+def test_folders_may_move_between_a_run_and_its_continuation(folder, tmp_path, monkeypatch):
+    without_pictures(monkeypatch)
     config = workshop.config(folder, steps=1)
     train(config, make_task(config), tmp_path / "run")
     moved = tmp_path / "moved"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from toy import ONE_DEVICE, WIDTH, ToyTask, by_path, final_state, lines, losses, toy_config
+from toy import ONE_DEVICE, WIDTH, ToyTask, assert_same_bits, by_path, final_state, lines, losses, toy_config
 
 from arrag_jax.config import MeshConfig, OptimizerConfig
 from arrag_jax.data.pipeline import make_loader
@@ -60,9 +60,24 @@ def test_a_run_on_another_base_is_refused(tmp_path):
         train(toy_config(steps=3), ToyTask(base="b"), tmp_path)
 
 
+def test_a_run_that_has_kept_no_step_binds_nobody(tmp_path):
+    """As when the first command was mistyped: the mended one is as good as in a new folder."""
+
+    class Mistyped(ToyTask):
+        def eval_batches(self, batch_size):
+            raise UserError("no such split")
+
+    with pytest.raises(UserError, match="no such split"):
+        train(toy_config(steps=2, batch_size=8), Mistyped(base="a"), tmp_path / "run")
+    for name in ("run", "new"):
+        train(toy_config(steps=2), ToyTask(), tmp_path / name)
+    assert_same_bits(*(final_state(tmp_path / name, toy_config(steps=2)) for name in ("run", "new")))
+
+
 @pytest.mark.parametrize("name", ["config.json", "base.json"])
 @pytest.mark.parametrize("text", ['{"task": "pri', "[1]"])
 def test_a_damaged_record_is_named(tmp_path, name, text):
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=rf"{name} is damaged .*; delete it"):
         train(toy_config(), ToyTask(), tmp_path)

@@ -17,6 +17,7 @@ from arrag_jax.config import DrawConfig, MeshConfig, RetrievalConfig, SamplingCo
 from arrag_jax.decode.loop import picture_keys
 from arrag_jax.decode.policies import Daid
 from arrag_jax.errors import UserError
+from arrag_jax.evaluation import drawing
 from arrag_jax.models.checkpoint import save_model
 from arrag_jax.models.text import BOS, SPECIAL, PromptTokenizer, chat_form
 from arrag_jax.nn.vq import to_uint8
@@ -144,3 +145,15 @@ def test_generate_draws_what_the_api_draws(published, tmp_path):
     drawn = arrag_jax.sample(model, ids, cfg_scale=5.0, seed=[7], prompt_mask=mask)
     expected = to_uint8(model.decode_codes(drawn.codes, 4, 4))[0]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "00_plain.png")), expected)
+
+
+def test_the_bar_moves_with_every_cell_of_a_large_model_alone(published, monkeypatch):
+    told = []
+    monkeypatch.setattr(drawing.CellBar, "__call__", lambda self, cell: told.append(int(cell)))
+    studio = drawing.open_studio(
+        DrawConfig(str(published), RetrievalConfig(store=""), mesh=MeshConfig(1, 1)), ["plain"]
+    )
+    for smallest, cells in ((drawing.LARGE_MODEL, []), (1, list(range(16)))):
+        monkeypatch.setattr(drawing, "LARGE_MODEL", smallest)
+        studio.draw(["a red car"], "plain", np.array([3]))
+        assert sorted(told) == cells

@@ -1,6 +1,7 @@
 """What retrieval does to drawing: nothing (``Plain``), a mixed distribution (``Daid``), blended features (``Faid``)."""
 
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
@@ -42,6 +43,9 @@ class Daid:
       weight: λ in [0, 1].
       temperature: τ > 0, in units of squared L2 distance of keys.
       copies: "nearest" (the paper) or "sum"; see ``ops.sampling.neighbor_log_probs``.
+
+    Raises:
+      UserError: λ outside [0, 1], τ ≤ 0 (of plain numbers: those in arrays are not looked at), or an unknown rule.
     """
 
     weight: Any  # a number; leaves go untyped, for jax also builds this pytree with tracers in their place
@@ -50,20 +54,13 @@ class Daid:
     uses_retrieval = True
     blends = False
 
-    @classmethod
-    def checked(cls, weight: float, temperature: float, copies: str = "nearest") -> "Daid":
-        """A Daid of numbers that came from outside.
-
-        Raises:
-          UserError: λ outside [0, 1], τ ≤ 0, or an unknown rule for copies.
-        """
-        if not 0 <= weight <= 1:
-            raise UserError(f"DAiD's weight λ = {weight} is outside [0, 1]")
-        if not temperature > 0:
-            raise UserError(f"DAiD's temperature τ = {temperature} must be above 0")
-        if copies not in ("nearest", "sum"):
-            raise UserError(f"DAiD's copies = {copies!r} is unknown; choose nearest (the paper) or sum")
-        return cls(weight, temperature, copies)
+    def __post_init__(self):
+        if isinstance(self.weight, numbers.Real) and not 0 <= self.weight <= 1:
+            raise UserError(f"DAiD's weight λ = {self.weight} is outside [0, 1]")
+        if isinstance(self.temperature, numbers.Real) and not self.temperature > 0:
+            raise UserError(f"DAiD's temperature τ = {self.temperature} must be above 0")
+        if self.copies not in ("nearest", "sum"):
+            raise UserError(f"DAiD's copies = {self.copies!r} is unknown; choose nearest (the paper) or sum")
 
     def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> None:
         """Nothing for the backbone."""

@@ -21,12 +21,14 @@ from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.models.config_json import read_config
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.text import PromptTokenizer
+from arrag_jax.models.weights import parameters
 from arrag_jax.nn.vq import from_uint8, to_uint8
 from arrag_jax.retrieval.captions import CaptionIndex, LimitedRetriever
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.load import load_retriever, open_store
 
 METHODS = ("plain", "static", "daid", "caption", "lora", "faid", "faid+daid")
+LARGE_MODEL = 10**8  # parameters from which drawing a picture takes minutes on a CPU
 LIMITED = ("static", "caption")  # choose images by their captions; drawn only where they are asked for
 
 
@@ -69,9 +71,9 @@ class Studio:
 
     def policy(self, method: str) -> DecodePolicy:
         """The policy that a method's name stands for."""
-        daid = Daid.checked(**dataclasses.asdict(self.config.daid))
+        daid = Daid(**dataclasses.asdict(self.config.daid))
         if method in LIMITED:
-            return Daid.checked(**dataclasses.asdict(self.config.caption.daid))
+            return Daid(**dataclasses.asdict(self.config.caption.daid))
         return {"daid": daid, "faid": Faid(), "faid+daid": Faid(daid)}.get(method, Plain())
 
     def model_of(self, method: str) -> Janus:
@@ -87,25 +89,29 @@ class Studio:
         k = min(config.k, number * self.store.settings.patches_per_image)
         return LimitedRetriever.create(self.store, images, config.keys, k)
 
-    def searches_on_host(self, method: str) -> bool:
-        """Whether a method's decode loop calls the host in every cell."""
+    def tells_every_cell(self, method: str) -> bool:
+        """Whether a method's decode loop tells the host of every cell, for the progress bar.
+
+        JAX keeps no program that calls the host for the next run. So a loop does where it calls anyway, to search, or
+        where drawing takes far longer than compiling.
+        """
         retrieves = self.policy(method).uses_retrieval and method not in LIMITED
-        return retrieves and self.config.retrieval.search == "scann"
+        size = sum(value[...].size for value in parameters(self.model_of(method)).values())
+        return (retrieves and self.config.retrieval.search == "scann") or size >= LARGE_MODEL
 
     def draw(
         self, prompts: Sequence[str], method: str, seeds: Int[np.ndarray, " N"]
     ) -> tuple[UInt8[np.ndarray, "N h w 3"], Drawn]:
         """Pictures of prompts, drawn in batches of ``config.batch_size``, and how they came about.
 
-        A picture depends on its prompt, method and seed alone. Shows a progress bar over the cells: it moves with each
-        one where the loop calls the host anyway, to search. JAX keeps no program with such calls for the next run,
-        so any other loop is left without, and the bar moves batch by batch.
+        A picture depends on its prompt, method and seed alone. Shows a progress bar over the cells, which moves with
+        each of them or batch by batch: see ``tells_every_cell``.
         """
         ways, cells = 1 if self.mesh is None else self.mesh.shape["data"], int(np.prod(self.model.grid))
         size = -(-min(self.config.batch_size, len(prompts)) // ways) * ways
         ids, mask = self.text(prompts)
         images, drawn = [], []
-        on_cell = self.bar if self.searches_on_host(method) else None
+        on_cell = self.bar if self.tells_every_cell(method) else None
         total = -(-len(prompts) // size) * cells
         self.bar.bar = tqdm(total=total, desc=f"drawing {method}", unit="cell", disable=jax.process_index() > 0)
         for start in range(0, len(prompts), size):
@@ -138,7 +144,7 @@ def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
     Raises:
       UserError: a method that they can't do, a checkpoint that can't be read, a store of another tokenizer, …
     """
-    Daid.checked(**dataclasses.asdict(config.daid))
+    Daid(**dataclasses.asdict(config.daid))
     mesh = make_mesh(config.mesh)
     mesh = mesh if mesh.size > 1 else None
     blended = config.faid_model or (config.model if read_config(Path(config.model)).faid is not None else "")

@@ -135,7 +135,7 @@ def sweep(studio: Studio, num_scenes: int, out: Path) -> str:
     for copies, k in tqdm(list(itertools.product(("nearest", "sum"), NEIGHBORS)), desc="sweep", unit="map"):
         gain = np.array(
             [
-                [plain - bits_per_code(scored, Daid.checked(w, t, copies), k) for t in TEMPERATURES]
+                [plain - bits_per_code(scored, Daid(w, t, copies), k) for t in TEMPERATURES]
                 for w in WEIGHTS
             ]
         )  # fmt: skip

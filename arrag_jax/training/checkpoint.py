@@ -141,7 +141,9 @@ def read_params(
 
 @contextlib.contextmanager
 def claimed(workdir: Path, config: TrainConfig, base: dict[str, str]) -> Iterator[None]:
-    """Holds the workdir for this run; writes ``config.json`` and ``base.json``, or checks that they are the same.
+    """Holds the workdir for this run; writes ``config.json`` and ``base.json``.
+
+    Where a run has left a checkpoint there, they must be the same.
 
     Args:
       base: identity of what frozen weights come from, by name.
@@ -172,8 +174,10 @@ def read_config(workdir: Path) -> TrainConfig:
 
 
 def _check_records(workdir: Path, config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
-    """The config as it is written, once nothing contradicts it."""
+    """The config as it is written, once nothing contradicts it. A run that has kept no step contradicts nothing."""
     new = json.loads(json.dumps(dataclasses.asdict(config), default=lambda value: value.to_dict()))
+    if not any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*")):
+        return new
     old = _flat(_read_json(workdir / "config.json", new))
     differ = _differences(
         {key: value for key, value in old.items() if not _free(key)},

@@ -102,7 +102,7 @@ class FaidTask:
         self.tokens = math.prod(read_config(Path(options.base)).grid)
         self.text = PromptTokenizer.load(options.base)
         self.sets = {name: NeighborSet.open(Path(options.neighbors) / name) for name in ("train", "valid")}
-        self.daid = Daid.checked(**dataclasses.asdict(options.daid))
+        self.daid = Daid(**dataclasses.asdict(options.daid))
         if options.blend:
             for neighbors in self.sets.values():
                 if neighbors.k < options.faid.neighbors:
