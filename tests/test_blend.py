@@ -40,16 +40,14 @@ def inputs(slots: int = SLOTS):
 
 
 def with_gradients(blend_map, model: Blender, *inputs):
-    """What a form gives, and for a random pull at it gradients of all parameters, hidden states and features."""
+    """What a form gives, and for a random pull at it gradients of all parameters, hidden states and features.
+
+    Not jitted: the subsets of hops share most operations, but no program.
+    """
     graph, state = nnx.split(model)
+    blended, gradients = jax.vjp(lambda state, *inputs: blend_map(nnx.merge(graph, state), *inputs), state, *inputs)
     rng = np.random.default_rng(2)
-
-    @jax.jit
-    def both(*arguments):
-        blended, gradients = jax.vjp(lambda state, *inputs: blend_map(nnx.merge(graph, state), *inputs), *arguments)
-        return blended, gradients(jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), blended))
-
-    return both(state, *inputs)
+    return blended, gradients(jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), blended))
 
 
 def assert_close(value, expected):
@@ -75,8 +73,8 @@ def test_the_map_is_the_naive_map_in_values_and_gradients(hops, slots, composed,
 def test_a_cell_alone_is_the_cell_in_the_naive_map(hops, slots):
     hidden, features = inputs(slots)
     complete, windows = has_context(HEIGHT, ACROSS), window_cells(hops, HEIGHT, ACROSS)
-    flat, folded, blend_cell = hidden.reshape(BATCH, -1, WIDTH), blender(hops).fold(), nnx.jit(FoldedBlender.blend_cell)
-    cells = []
+    folded, blend_cell = FoldedBlender(blender(hops)), nnx.jit(FoldedBlender.blend_cell)
+    flat, cells = hidden.reshape(BATCH, -1, WIDTH), []
     for cell in range(HEIGHT * ACROSS):
         window = jnp.where(windows[cell][None, :, None] >= 0, flat[:, np.maximum(windows[cell], 0)], 0)
         cells.append(blend_cell(folded, window, features[:, cell], jnp.asarray(complete[cell])))
