@@ -3,17 +3,17 @@
 python benchmarks/faid_step.py            # hidden 512, 4 layers, a blender in every second
 python benchmarks/faid_step.py --case=1b --forms=fast,none --dtype=bfloat16  # Janus-Pro-1B's shape
 
-A step is forward and backward of one image (24 x 24 codes, K = 10), gradients of LoRA, blenders, norms and head, as
-``training/faid.py`` trains them; random weights. ``--dtype`` is that of the computation and of the frozen base;
-what is trained stays in float32. Every form runs in a process of its own; peak memory is that process's largest
-resident set. Window by window ("naive") takes minutes and more memory at the 1B shape.
+A step is forward and backward of ``--images`` images (24 x 24 codes, K = 10), gradients of LoRA, blenders, norms and
+head, as ``training/faid.py`` trains them; random weights. ``--dtype`` is that of the computation and of the frozen
+base; what is trained stays in float32. Every form runs in a process of its own; peak memory is its device's where
+jax tells, else that process's largest resident set. The blenders' share of a step is measured against "none". Window
+by window ("naive") takes minutes and more memory at the 1B shape.
 """
 
 import argparse
 import dataclasses
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,12 +28,12 @@ from flax import nnx
 
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.presets import PRESETS
-from arrag_jax.nn.faid import Blended, Blender, FaidConfig
+from arrag_jax.nn.faid import Blender, FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.transformer import LlamaConfig
 from arrag_jax.nn.variables import Adapter
-from arrag_jax.ops.grid import has_context
 from arrag_jax.training.faid import mark_adapters
+from arrag_jax.training.metrics import peak_memory_gib
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import naive_blend
@@ -51,22 +51,6 @@ CASES = {
 LORA = {"small": LoraConfig(rank=128, dropout=0.0), "1b": LoraConfig(rank=128, dropout=0.0)}
 FORMS = ("fast", "naive", "none")
 PROMPT = 32
-
-
-def naive_map(self: Blender, hidden, features) -> Blended:
-    """``Blender.blend_map``, window by window."""
-    complete = jnp.asarray(has_context(*hidden.shape[1:3]))[None, :, None, None]
-    kernels, weights = self.kernels()
-    enter, leave = self.gate
-    gate = lambda x: jax.nn.sigmoid(leave(jax.nn.relu(enter(x))))  # noqa: E731
-    value = naive_blend.blend(
-        kernels,
-        weights,
-        gate,
-        hidden,
-        jnp.where(complete, self.norm(features), 0) * self.norm_scale[...][None, None, None],
-    )
-    return Blended(value.mean(-2), value, jnp.zeros(()))
 
 
 def make_model(case: str, dtype: str) -> Janus:
@@ -89,18 +73,18 @@ def make_model(case: str, dtype: str) -> Janus:
     return model
 
 
-def measure(case: str, form: str, steps: int, dtype: str) -> dict[str, float]:
-    """Median seconds and peak GiB of a step; the loss, to compare forms by."""
+def measure(case: str, form: str, images: int, steps: int, dtype: str) -> dict[str, float | str]:
+    """The device; median seconds and peak GiB of a step; the loss, to compare forms by."""
     if form == "naive":
-        Blender.blend_map = naive_map
+        Blender.blend_map = naive_blend.blend_map
     model, rng = make_model(case, dtype), np.random.default_rng(1)
     graph, adapters, frozen = nnx.split(model, Adapter, ...)
     adapters = jax.tree.map(lambda x: x.astype(jnp.float32), adapters)
     del model
     cells, size = BASE.grid[0] * BASE.grid[1], BASE.vision.codebook_size
-    ids = jnp.asarray(rng.integers(0, 1000, (1, PROMPT)), jnp.int32)
-    codes = jnp.asarray(rng.integers(0, size, (1, cells)), jnp.int32)
-    neighbors = jnp.asarray(rng.integers(0, size, (1, cells, 10)), jnp.int32)
+    ids = jnp.asarray(rng.integers(0, 1000, (images, PROMPT)), jnp.int32)
+    codes = jnp.asarray(rng.integers(0, size, (images, cells)), jnp.int32)
+    neighbors = jnp.asarray(rng.integers(0, size, (images, cells, 10)), jnp.int32)
 
     @jax.jit
     @jax.value_and_grad
@@ -117,8 +101,8 @@ def measure(case: str, form: str, steps: int, dtype: str) -> dict[str, float]:
         seconds.append(time.perf_counter() - start)
         norm = float(optax.global_norm(grads))
         del grads
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": statistics.median(seconds[1:]), "gib": peak, "loss": float(loss), "grad_norm": norm}
+    middle, peak = statistics.median(seconds[1:]), peak_memory_gib()
+    return {"device": jax.devices()[0].device_kind, "seconds": middle, "gib": peak, "loss": float(loss), "norm": norm}
 
 
 def main() -> None:
@@ -126,12 +110,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, default="small")
     parser.add_argument("--forms", default=",".join(FORMS), help=f"of {', '.join(FORMS)}")
+    parser.add_argument("--images", type=int, default=1, help="a step")
     parser.add_argument("--steps", type=int, default=5, help="timed steps a form")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(args.case, args.forms, args.steps, args.dtype)))
+        print(json.dumps(measure(args.case, args.forms, args.images, args.steps, args.dtype)))
         return
     # Freshly mapped pages cost a tenth of a step; large ones cost less.
     results, env = {}, os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -142,17 +127,21 @@ def main() -> None:
             "--child",
             f"--case={args.case}",
             f"--forms={form}",
+            f"--images={args.images}",
             f"--steps={args.steps}",
             f"--dtype={args.dtype}",
         ]
         results[form] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
-    print(f"{args.case}, {args.dtype}: {jax.devices()[0].device_kind}, median of {args.steps} steps\n")
-    print("| blenders | s a step | of it blenders | peak GiB | loss | gradient norm |\n" + "| --- |" + " ---: |" * 5)
+    device = next(iter(results.values()))["device"]
+    print(f"{args.case}, {args.dtype}, {args.images} images a step: {device}, median of {args.steps} steps\n")
+    print("| blenders | s a step | of it blenders | images/s | peak GiB | loss | gradient norm |")
+    print("| --- |" + " ---: |" * 6)
     bare = results.get("none", {}).get("seconds", float("nan"))
     for form, row in results.items():
+        seconds = row["seconds"]
         print(
-            f"| {form} | {row['seconds']:.2f} | {row['seconds'] - bare:.2f} | {row['gib']:.2f} "
-            f"| {row['loss']:.5f} | {row['grad_norm']:.5f} |"
+            f"| {form} | {seconds:.2f} | {seconds - bare:.2f} s, {1 - bare / seconds:.0%} "
+            f"| {args.images / seconds:.2f} | {row['gib']:.2f} | {row['loss']:.5f} | {row['norm']:.5f} |"
         )
 
 

@@ -1,5 +1,7 @@
 """FAiD's blending in its cheap form is the paper's window-by-window form: values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import naive_blend
@@ -7,76 +9,19 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from jaxprs import equations
 from safetensors.numpy import load_file
 
 from arrag_jax.errors import UserError
 from arrag_jax.models.weights import to_ours
-from arrag_jax.nn.faid import Blender, FaidConfig, FoldedBlender, window_cells
+from arrag_jax.nn.faid import Blended, Blender, FaidConfig, FoldedBlender, window_cells
 from arrag_jax.ops import blend
 from arrag_jax.ops.grid import has_context
 
-HOPS = [(1,), (3,), (1, 2), (1, 2, 3)]
-WIDTH, HEIGHT, ACROSS, BATCH, SLOTS = 8, 3, 4, 2, 3
-
-
-def kernels_of(hops: tuple[int, ...], seed: int = 0):
-    """Random convolutions and hop weights."""
-    rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape) / WIDTH, jnp.float32)  # noqa: E731
-    square = lambda hop: normal(hop + 1, hop + 1, WIDTH, WIDTH)  # noqa: E731
-    kernels = [blend.HopKernels(square(hop), normal(WIDTH), square(hop), normal(WIDTH)) for hop in hops]
-    return kernels, jax.nn.softmax(jnp.asarray(rng.normal(size=len(hops)), jnp.float32))
-
-
-def inputs(seed: int = 1):
-    """Hidden states of a map and features of every slot."""
-    rng = np.random.default_rng(seed)
-    hidden = rng.normal(size=(BATCH, HEIGHT, ACROSS, WIDTH))
-    features = rng.normal(size=(BATCH, HEIGHT * ACROSS, SLOTS, WIDTH))
-    return jnp.asarray(hidden, jnp.float32), jnp.asarray(features, jnp.float32)
-
-
-def cheap(form, kernels, weights, hidden, features):
-    """The value before the gate, in stages or composed."""
-    if form == "staged":
-        around = blend.around_staged(kernels, weights, hidden)
-    else:
-        offsets = blend.live_offsets(max(kernel.hop for kernel in kernels))
-        around = blend.around_composed(blend.compose(kernels, weights), offsets, hidden)
-    centre = blend.centre(kernels, weights)
-    around = around.reshape(BATCH, -1, 1, WIDTH) + centre.bias.reshape(1, 1, 1, -1)
-    return around + jnp.einsum("btki,oi->btko", features, centre.matrix)
-
-
-@pytest.mark.parametrize("hops", HOPS, ids=str)
-def test_cheap_is_naive_in_values_and_gradients(hops):
-    arguments = (*kernels_of(hops), *inputs())
-    pull = jnp.asarray(np.random.default_rng(2).normal(size=(BATCH, HEIGHT * ACROSS, SLOTS, WIDTH)), jnp.float32)
-
-    def value_and_gradients(function):
-        def both(*arguments):
-            value, gradients = jax.vjp(function, *arguments)
-            return value, gradients(pull)
-
-        return jax.jit(both)(*arguments)
-
-    expected = value_and_gradients(lambda *a: naive_blend.blend(*a[:2], None, *a[2:]))
-    for form in ("staged", "composed"):
-        jax.tree.map(assert_close, value_and_gradients(lambda *a, form=form: cheap(form, *a)), expected)
-
-
-def assert_close(value, expected):
-    """1e-5 of the largest number."""
-    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
-
-
-def test_the_form_is_chosen_by_multiply_adds():
-    """At the 1B shape one image is worked off in stages, a large batch composed."""
-    assert not blend.cheaper_composed((1, 2), 576, 2048)
-    assert blend.cheaper_composed((1, 2), 576 * 64, 2048)
-    for hop in (1, 2, 3):
-        assert len(blend.live_offsets(hop)) == ((2 * hop + 1) ** 2 - 1) // 2
-        assert len({offset for _, _, offset in blend.live_pairs(hop)}) == len(blend.live_offsets(hop))
+# Every subset of hops, and K.
+CASES = [((1,), 1), ((2,), 3), ((3,), 2), ((1, 2), 3), ((1, 3), 1), ((2, 3), 2), ((1, 2, 3), 4)]
+# As large as hop 3 needs it for each of its taps to meet a cell. Only the nine cells inside have a context.
+WIDTH, HEIGHT, ACROSS, BATCH, SLOTS = 8, 4, 5, 2, 3
 
 
 def blender(hops=(1, 2), width=WIDTH, seed=3) -> Blender:
@@ -86,18 +31,65 @@ def blender(hops=(1, 2), width=WIDTH, seed=3) -> Blender:
     return model
 
 
-@pytest.mark.parametrize("hops", HOPS, ids=str)
-def test_a_cell_alone_is_the_cell_in_the_map(hops):
-    hidden, features = inputs()
-    model, complete = blender(hops), has_context(HEIGHT, ACROSS)
-    whole = model.blend_map(hidden, features)
-    folded, windows = model.fold(), window_cells(hops, HEIGHT, ACROSS)
-    flat, blend_cell = hidden.reshape(BATCH, -1, WIDTH), nnx.jit(FoldedBlender.blend_cell)
+def inputs(slots: int = SLOTS):
+    """Hidden states of a map and features of every slot."""
+    rng = np.random.default_rng(1)
+    hidden = rng.normal(size=(BATCH, HEIGHT, ACROSS, WIDTH))
+    features = rng.normal(size=(BATCH, HEIGHT * ACROSS, slots, WIDTH))
+    return jnp.asarray(hidden, jnp.float32), jnp.asarray(features, jnp.float32)
+
+
+def with_gradients(blend_map, model: Blender, *inputs):
+    """What a form gives, and for a random pull at it gradients of all parameters, hidden states and features.
+
+    Not jitted: the subsets of hops share most operations, but no program.
+    """
+    graph, state = nnx.split(model)
+    blended, gradients = jax.vjp(lambda state, *inputs: blend_map(nnx.merge(graph, state), *inputs), state, *inputs)
+    rng = np.random.default_rng(2)
+    return blended, gradients(jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), blended))
+
+
+def assert_close(value, expected):
+    """1e-5 of the largest number."""
+    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+@functools.cache
+def naive_with_gradients(hops, slots):
+    """Of the random blender."""
+    return with_gradients(naive_blend.blend_map, blender(hops), *inputs(slots))
+
+
+@pytest.mark.parametrize("hops, slots", CASES, ids=str)
+@pytest.mark.parametrize("composed", [False, True], ids=["staged", "composed"])
+def test_the_map_is_the_naive_map_in_values_and_gradients(hops, slots, composed, monkeypatch):
+    monkeypatch.setattr(blend, "cheaper_composed", lambda *_: composed)
+    found = with_gradients(Blender.blend_map, blender(hops), *inputs(slots))
+    jax.tree.map(assert_close, found, naive_with_gradients(hops, slots))
+
+
+@pytest.mark.parametrize("hops, slots", CASES, ids=str)
+def test_a_cell_alone_is_the_cell_in_the_naive_map(hops, slots):
+    hidden, features = inputs(slots)
+    complete, windows = has_context(HEIGHT, ACROSS), window_cells(hops, HEIGHT, ACROSS)
+    folded, blend_cell = FoldedBlender(blender(hops)), nnx.jit(FoldedBlender.blend_cell)
+    flat, cells = hidden.reshape(BATCH, -1, WIDTH), []
     for cell in range(HEIGHT * ACROSS):
         window = jnp.where(windows[cell][None, :, None] >= 0, flat[:, np.maximum(windows[cell], 0)], 0)
-        alone = blend_cell(folded, window, features[:, cell], jnp.asarray(complete[cell]))
-        np.testing.assert_allclose(alone.features, whole.features[:, cell], atol=1e-5)
-        np.testing.assert_allclose(alone.added, whole.added[:, cell], atol=1e-5)
+        cells.append(blend_cell(folded, window, features[:, cell], jnp.asarray(complete[cell])))
+    added, blended, gate = (np.stack(values) for values in zip(*cells, strict=True))
+    found = Blended(np.moveaxis(added, 0, 1), np.moveaxis(blended, 0, 1), gate.mean())
+    jax.tree.map(assert_close, found, naive_with_gradients(hops, slots)[0])
+
+
+def test_the_form_is_chosen_by_multiply_adds():
+    """At the 1B shape one image is worked off in stages, a large batch composed."""
+    assert not blend.cheaper_composed((1, 2), 576, 2048)
+    assert blend.cheaper_composed((1, 2), 576 * 64, 2048)
+    for hop in (1, 2, 3):
+        assert len(blend.live_offsets(hop)) == ((2 * hop + 1) ** 2 - 1) // 2
+        assert len({offset for _, _, offset in blend.live_pairs(hop)}) == len(blend.live_offsets(hop))
 
 
 def test_folding_is_done_once_and_again_for_other_weights():
@@ -136,15 +128,50 @@ def test_a_silent_start_adds_nothing_and_can_learn():
     assert np.abs(nnx.to_pure_dict(grads)["conv12"]["kernel"]).max() > 0
 
 
-def test_bfloat16_sums_in_float32():
-    """The error against float32 is that of rounding the inputs and the result, not of adding up 24 products."""
-    kernels, weights = kernels_of((3,))
-    hidden, _ = inputs()
-    rounded, exact = (jax.tree.map(lambda x, t=t: x.astype(jnp.bfloat16).astype(t), (kernels, hidden))
-                      for t in (jnp.bfloat16, jnp.float32))  # fmt: skip
-    value, expected = (blend.around_staged(kernels, weights, hidden) for kernels, hidden in (rounded, exact))
-    assert value.dtype == jnp.float32
-    np.testing.assert_allclose(value, expected, rtol=0, atol=2**-8 * float(jnp.abs(expected).max()))
+def traced(function, *arguments):
+    """Every operation of a function and its gradients, everything given in bfloat16."""
+
+    def both(*arguments):
+        value, gradients = jax.vjp(function, *arguments)
+        return value, gradients(value)
+
+    arguments = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arguments)
+    return list(equations(jax.make_jaxpr(both)(*arguments).jaxpr))
+
+
+@pytest.mark.parametrize("form", ["staged", "composed", "cell"])
+def test_all_products_of_bfloat16_are_summed_in_float32(form, monkeypatch):
+    monkeypatch.setattr(blend, "cheaper_composed", lambda *_: form == "composed")
+    (hidden, features), (graph, state) = inputs(), nnx.split(blender((1, 2, 3)))
+
+    def run(state, hidden, features):
+        model = nnx.merge(graph, state)
+        if form != "cell":
+            return model.blend_map(hidden, features)
+        return FoldedBlender(model).blend_cell(hidden.reshape(BATCH, -1, WIDTH), features[:, 0], jnp.asarray(True))
+
+    hidden = hidden if form != "cell" else jnp.ones((BATCH, len(blend.live_offsets(3)), WIDTH))
+    products = [e for e in traced(run, state, hidden, features) if e.primitive.name == "dot_general"]
+    types = {tuple(str(x.aval.dtype) for x in (*e.invars, *e.outvars)) for e in products}
+    assert types == {("bfloat16", "bfloat16", "float32")}
+
+
+@pytest.mark.parametrize("form", ["staged", "composed", "centre"])
+def test_what_products_give_is_added_up_in_float32(form):
+    """Shifted taps, hops, and the gradients of a number that many products take."""
+
+    kernels, weights = blender((1, 2, 3)).kernels()
+
+    def run(kernels, hidden):
+        if form == "staged":
+            return blend.around_staged(kernels, weights, hidden)
+        if form == "composed":
+            return blend.around_composed(blend.compose(kernels, weights), blend.live_offsets(3), hidden)
+        return blend.centre(kernels, weights)
+
+    sums = {"add", "add_any", "sub", "reduce_sum"}
+    found = [e for e in traced(run, kernels, inputs()[0]) if e.primitive.name in sums]
+    assert {str(e.outvars[0].aval.dtype) for e in found} == {"float32"}
 
 
 def test_the_mean_over_neighbours_is_summed_in_float32():
@@ -155,7 +182,7 @@ def test_the_mean_over_neighbours_is_summed_in_float32():
     model = blender()
     for _, value in nnx.to_flat_state(nnx.state(model)):
         value.set_value(value[...].astype(jnp.bfloat16))
-    blended = model.blend_map(hidden, features)
+    blended = nnx.jit(Blender.blend_map)(model, hidden, features)
     terms = np.asarray(blended.features, np.float32)
     off = np.abs(np.asarray(blended.added, np.float32) - terms.mean(2))
     assert blended.added.dtype == jnp.bfloat16

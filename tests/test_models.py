@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from jaxprs import equations
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, processors
 
@@ -272,13 +273,9 @@ def test_the_unconditional_prompt_keeps_its_ends():
 
 def operands(jaxpr) -> set[str]:
     """Types of what is multiplied in products, also in the bodies of loops and calls."""
-    found = set()
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
-            found |= {str(operand.aval.dtype) for operand in equation.invars}
-        for body in jax.core.jaxprs_in_params(equation.params):
-            found |= operands(body)
-    return found
+    names = ("dot_general", "conv_general_dilated")
+    products = [equation for equation in equations(jaxpr) if equation.primitive.name in names]
+    return {str(operand.aval.dtype) for equation in products for operand in equation.invars}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

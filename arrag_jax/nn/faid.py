@@ -173,7 +173,8 @@ def _gated(gate: nnx.List, around: Array, incoming: Array, centre: blend.Centre)
     opened = jax.nn.sigmoid(leave(jax.nn.relu(enter(value))))
     # As products, not broadcasts: the gate's gradient is then a product too, where a CPU is slow to reduce.
     added = (products.einsum("...kd,...k->...d", value, opened[..., 0]) / value.shape[-2]).astype(value.dtype)
-    return Blended(added, value * jnp.dot(opened, jnp.ones_like(value, shape=(1, value.shape[-1]))), jnp.mean(opened))
+    across = products.einsum("...k,kd->...d", opened, jnp.ones_like(value, shape=(1, value.shape[-1])))
+    return Blended(added, value * across.astype(value.dtype), jnp.mean(opened))
 
 
 def window_cells(hops: tuple[int, ...], height: int, width: int) -> Int[np.ndarray, "T n"]:

@@ -11,13 +11,15 @@ hop. *Composed*, the two kernels are multiplied with each other first: one matri
 hop 2, 24 for hop 3, shared by the hops), paid for with D rows for every pair of kernel taps. ``cheaper_composed``
 says which costs less; decoding, which uses the same kernels for every cell, always composes.
 
-Kernels and what they are composed to are [in, out]. Products are summed in float32 whatever the inputs are.
+Kernels and what they are composed to are [in, out]. Products are summed in float32 whatever the inputs are. So are
+the gradients of a number that several products take: it is widened first, and rounded back for each of them.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from arrag_jax.ops import products
@@ -80,8 +82,9 @@ def centre(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Cen
     for weight, (first, first_bias, second, second_bias) in zip(weights, kernels, strict=True):
         # The pairs that reach the centre are a tap and its mirror image. The first bias, which every tap of the second
         # kernel meets, goes along as one more row.
-        row = jnp.broadcast_to(first_bias, (*first.shape[:2], 1, len(first_bias)))
-        product = products.einsum("uvio,uvop->pi", jnp.concatenate([first[::-1, ::-1], row], axis=2), second)
+        row = jnp.broadcast_to(first_bias.astype(jnp.float32), (*first.shape[:2], 1, len(first_bias)))
+        rows = jnp.concatenate([first[::-1, ::-1], row.astype(first.dtype)], axis=2)
+        product = products.einsum("uvio,uvop->pi", rows, second)
         matrix += weight * product[:, :-1]
         bias += weight * (product[:, -1] + second_bias)
     return Centre(matrix.astype(first.dtype), bias)
@@ -96,11 +99,13 @@ def around_staged(
       hidden: of the cells themselves; cells outside the map count as zeros.
     """
     _, height, width, _ = hidden.shape
-    total = 0.0
+    wide, total = hidden.astype(jnp.float32), 0.0
     for weight, kernel in zip(weights, kernels, strict=True):
         hop, pairs = kernel.hop, live_pairs(kernel.hop)
+        first, second = _taps(kernel.first), _taps(kernel.second)
         taps = sorted({a for a, _, _ in pairs})
-        of_cells = products.einsum("bhwi,io->bhwo", hidden, jnp.concatenate([kernel.first[a] for a in taps], axis=1))
+        stacked = jnp.concatenate([first[a].astype(hidden.dtype) for a in taps], axis=1)
+        of_cells = products.einsum("bhwi,io->bhwo", wide.astype(hidden.dtype), stacked)
         # Padded tap by tap: the gradient of a slice is as large as what it was cut from.
         around = ((0, 0), (hop, 0), (hop, hop), (0, 0))
         of_tap = {a: jnp.pad(x, around) for a, x in zip(taps, jnp.split(of_cells, len(taps), axis=-1), strict=True)}
@@ -108,7 +113,7 @@ def around_staged(
         for a, u, (row, column) in pairs:
             rows, columns = slice(hop + row, hop + row + height), slice(hop + column, hop + column + width)
             summed[u] = summed.get(u, 0.0) + of_tap[a][:, rows, columns]
-        stacked = jnp.concatenate([kernel.second[u] for u in summed])
+        stacked = jnp.concatenate([second[u].astype(hidden.dtype) for u in summed])
         sums = jnp.concatenate(list(summed.values()), axis=-1).astype(hidden.dtype)
         total += weight * products.einsum("bhwi,io->bhwo", sums, stacked)
     return total
@@ -116,15 +121,16 @@ def around_staged(
 
 def compose(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Float[Array, "n D D"]:
     """One matrix a live offset of the largest hop, in the order of ``live_offsets``."""
-    matrices = {}
+    matrices, dtype = {}, kernels[0].first.dtype
     for weight, kernel in zip(weights, kernels, strict=True):
         pairs = live_pairs(kernel.hop)
+        of_first, of_second = _taps(kernel.first), _taps(kernel.second)
         for offset in live_offsets(kernel.hop):
-            first = jnp.stack([kernel.first[a] for a, _, reached in pairs if reached == offset])
-            second = jnp.stack([kernel.second[u] for _, u, reached in pairs if reached == offset])
+            first = jnp.stack([of_first[a].astype(dtype) for a, _, reached in pairs if reached == offset])
+            second = jnp.stack([of_second[u].astype(dtype) for _, u, reached in pairs if reached == offset])
             matrices[offset] = matrices.get(offset, 0.0) + weight * products.einsum("nio,nop->ip", first, second)
     largest = max(kernel.hop for kernel in kernels)
-    return jnp.stack([matrices[offset] for offset in live_offsets(largest)]).astype(kernels[0].first.dtype)
+    return jnp.stack([matrices[offset] for offset in live_offsets(largest)]).astype(dtype)
 
 
 def around_composed(
@@ -133,6 +139,14 @@ def around_composed(
     """``around_staged`` from the matrices of ``compose`` and their offsets."""
     _, height, width, _ = hidden.shape
     hop = -min(row for row, _ in offsets)
-    padded = jnp.pad(hidden, ((0, 0), (hop, 0), (hop, hop), (0, 0)))
-    windows = [padded[:, hop + r : hop + r + height, hop + c : hop + c + width] for r, c in offsets]
-    return products.einsum("bhwi,io->bhwo", jnp.concatenate(windows, axis=-1), matrices.reshape(-1, matrices.shape[-1]))
+    padded = jnp.pad(hidden.astype(jnp.float32), ((0, 0), (hop, 0), (hop, hop), (0, 0)))
+    cells = [padded[:, hop + r : hop + r + height, hop + c : hop + c + width] for r, c in offsets]
+    windows = jnp.concatenate([x.astype(hidden.dtype) for x in cells], axis=-1)
+    return products.einsum("bhwi,io->bhwo", windows, matrices.reshape(-1, matrices.shape[-1]))
+
+
+def _taps(kernel: Float[Array, "k k D D"]) -> dict[Offset, Float[Array, "D D"]]:
+    """By row and column, in raster order, widened."""
+    side, _, width, _ = kernel.shape
+    taps = jnp.split(kernel.astype(jnp.float32).reshape(-1, width), side * side)
+    return dict(zip(np.ndindex(side, side), taps, strict=True))
