@@ -1,7 +1,9 @@
 """Looks up the neighbours of training and validation images, which FAiD is trained on.
 
 python -m arrag_jax.build_neighbors --config configs/emoji_neighbors.py --workdir runs/neighbors
+python -m arrag_jax.build_neighbors --config configs/janus_pro_1b_neighbors.py --config.source=pairs --workdir runs/own
 
+Images come from whatever ``build_datastore`` takes, with captions; a folder is listed once, when the sets are begun.
 Run again with the same flags, it goes on where it stopped, and says so when nothing is left to do.
 """
 

@@ -12,8 +12,8 @@ import pytest
 from stored import assert_nearest, one_cell_off
 
 from arrag_jax import build_datastore, build_neighbors, files
-from arrag_jax.config import NeighborsConfig, RetrievalConfig
-from arrag_jax.data.images import LISTING, encoder
+from arrag_jax.config import DatastoreConfig, NeighborsConfig, RetrievalConfig
+from arrag_jax.data.images import LISTING, encoder, names_below, names_in
 from arrag_jax.data.scenes import scene
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import fingerprint, load_model
@@ -106,6 +106,19 @@ def test_an_image_encoded_a_little_differently_is_still_itself(config, tmp_path,
         assert_nearest(example, store, own)
 
 
+def test_names_tell_equal_paths_below_two_sources_apart(config, tmp_path):
+    """A store of two folders that hold files of the same name; a subset has the names of its images."""
+    for name, numbers in (("one", range(3)), ("two", range(2))):
+        folders.write_scenes(tmp_path / name, numbers)
+        store = DatastoreConfig(config.model, str(tmp_path / name), batch_size=4, indexes=())
+        build_datastore.run(store, str(tmp_path / "store"), append=name == "two")
+    ids = [("one", 0), ("one", 1), ("one", 2), ("two", 0), ("two", 1)]
+    names = [f"{tmp_path.resolve()}/{folder}/scene_{i:02d}.png" for folder, i in ids]
+    assert names_in(Datastore.open(tmp_path / "store")) == names
+    assert names_in(Datastore.open(tmp_path / "store").subset(4)) == names[:4]
+    assert names_below(str(tmp_path / "two"))("scene_00.png") == names_below(str(tmp_path))("two/scene_00.png")
+
+
 def interrupted(config: NeighborsConfig, workdir: Path, writes: int) -> bool:
     """Runs the command until it has written so often, unless it is done before; tells which."""
     left, sync = iter(range(writes)), files.sync
@@ -123,14 +136,14 @@ def interrupted(config: NeighborsConfig, workdir: Path, writes: int) -> bool:
     return True
 
 
-def test_killed_at_any_write_it_goes_on_to_the_same_bytes(config, whole, tmp_path, monkeypatch):
-    """Also when a picture has come into the folder meanwhile: the list made at the start counts."""
+def test_killed_before_any_file_it_goes_on_to_the_same_bytes(config, whole, tmp_path, monkeypatch):
+    """Also if a picture has come into the folder meanwhile: the list made at the start counts."""
     tokenizer = load_model(config.model, parts=VISION)
     encode, found = encoder(tokenizer), load_retriever(config.retrieval, fingerprint(tokenizer))
     for name, made in (("load_model", tokenizer), ("encoder", encode), ("load_retriever", found)):  # once for all runs
         monkeypatch.setattr(build_neighbors, name, lambda *_, made=made, **__: made)
     expected, late = folders.contents(whole), Path(config.source) / "a_new.png"
-    for moment in itertools.count():
+    for moment in itertools.count(0, 2):  # a file is synced, then its folder
         workdir = tmp_path / str(moment)
         if not interrupted(config, workdir, moment):
             break

@@ -1,5 +1,6 @@
 """Neighbour sets: own patches are left out; killed and resumed = uninterrupted, to the byte; damage is told."""
 
+import json
 from pathlib import Path
 
 import grain
@@ -14,6 +15,7 @@ from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval import building, neighbor_writer, others, shards, writer
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.dense import DenseRetriever
+from arrag_jax.retrieval.encoding import BadImage
 from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings, from_record, to_record
 from arrag_jax.retrieval.others import OtherImages
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever
@@ -124,6 +126,19 @@ def test_a_context_is_asked_for_once_unless_too_few_are_left(stores, monkeypatch
     monkeypatch.undo()
     whole = others_of(stores[name]).search(QUERIES, UNKNOWN)
     np.testing.assert_allclose(found.distance, whole.distance, atol=2e-6)  # whatever the size of a call
+
+
+def test_an_image_is_left_out_by_its_name_wherever_a_code_differs(stores):
+    """One cell off, its grid is not in the store; its name is, twice: what is left is what the others alone give."""
+    altered = QUERIES.copy()
+    altered[:, 1, 1] = (altered[:, 1, 1] + 1) % 3
+    store = stores["twice"]
+    names = [f"query/{i % 26}" for i in range(len(STORED["twice"]))]  # the last six are the first six again
+    found = OtherImages(store, names, retriever(store, "dense")).search(altered, names[:6])
+    rest = [np.delete(STORED["twice"], [i, i + 26], 0) for i in range(6)]
+    expected = [np.sort(away)[:K] for i in range(6) for away in oracle(altered[i : i + 1], rest[i])[0]]
+    np.testing.assert_allclose(found.distance, expected, atol=2e-6)
+    assert (others_of(store).search(altered, UNKNOWN).distance < found.distance - 1e-3).any()
 
 
 def test_record_holds_what_was_put_in():
@@ -270,6 +285,37 @@ def test_other_settings_touch_nothing(copied, search, changes):
     with pytest.raises(UserError, match=f"neighbor set of other settings.*{next(iter(changes))}"):
         build(copied.directory, search, **changes)
     assert base.contents(copied.directory) == before
+
+
+def test_a_set_from_before_storage_was_recorded_is_read_and_goes_on_if_by_scann(whole, copied, search, tmp_path):
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["settings"]["storage"], manifest["sha256"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    np.testing.assert_array_equal(NeighborSet.open(tmp_path)[22]["neighbors"], whole[22]["neighbors"])
+    with pytest.raises(UserError, match=r"other settings \(storage: '', not 'float32'\); choose another --workdir"):
+        build(tmp_path, search)
+    manifest["settings"]["search"] = "scann"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert len(build(tmp_path, search, search="scann", storage="")) == 23
+
+
+def test_bad_images_are_left_out_and_listed(search, tmp_path):
+    """Also where they are a whole shard; the others are as without them."""
+
+    class Spoilt(Grids):
+        def __getitem__(self, i: int) -> dict:
+            if 10 <= i < 20:
+                raise BadImage("gone")
+            return super().__getitem__(i) | ({"caption": b" "} if i == 2 else {})
+
+    arguments = (tmp_path, Spoilt(SET_IMAGES), base.encode, search, settings(), 4, "noise/{}".format)
+    with pytest.raises(UserError, match="11 of 23 images cannot be read"):
+        neighbor_writer.build(*arguments, 0.45)
+    found = neighbor_writer.build(*arguments, 0.5)
+    assert found.bad == [("noise/2", "it has no caption"), *((f"noise/{i}", "gone") for i in range(10, 20))]
+    for i, example in zip([0, 1, *range(3, 10), 20, 21, 22], found, strict=True):
+        np.testing.assert_array_equal(example["codes"], SET_IMAGES[i].reshape(-1))
+    found.verify()
 
 
 def test_damage_and_foreign_files_are_told(copied, search, tmp_path):
