@@ -36,16 +36,16 @@ def run(config: NeighborsConfig, workdir: str) -> None:
     start, tokenizer = time.perf_counter(), load_model(config.model, parts=VISION)
     store, retriever = load_retriever(config.retrieval, fingerprint(tokenizer))
     splits = {Path(workdir) / "train": config.train_split, Path(workdir) / "valid": config.valid_split}
-    lying = {directory: state_of(NeighborSet, directory) for directory in splits}
-    states = {state for state, _ in lying.values()}
+    there = {directory: state_of(NeighborSet, directory) for directory in splits}
+    states = {state for state, _ in there.values()}
     state = states.pop() if len(states) == 1 else "begun"
-    spelt = sources.spelt_alike(config.source, [settings.source for _, settings in lying.values() if settings])
+    spelt = sources.spelt_alike(config.source, [settings.source for _, settings in there.values() if settings])
     config = dataclasses.replace(config, source=spelt)
     source = ImageSource(config.source, config.data_dir, True, tokenizer, state, Path(workdir) / LISTING)
     jobs = {}
     for directory, split in splits.items():
         images = source.images(split)
-        number = lying[directory][1].num_images if state == "whole" else len(images)
+        number = there[directory][1].num_images if state == "whole" else len(images)
         jobs[directory] = images, settings_of(config, store, tokenizer, split, number)
     for directory, (_, settings) in jobs.items():
         require_same_settings(NeighborSet, directory, settings)  # of both, before the first is begun

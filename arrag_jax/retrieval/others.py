@@ -21,10 +21,10 @@ WIDER = 4  # how many times more neighbours are asked for where too few are left
 class OtherImages:
     """Searches a store on behalf of whole images, none of which is given patches of itself.
 
-    Left out are the stored images of its name, for encoded in another batch or on another device the same image may
-    differ in a code, and its exact duplicates: those of the same code grid. A context that
-    many cells of the images have is asked for once. Where too few neighbours are left, it is asked for
-    again with ``WIDER`` times the k, until K others remain or the search finds no more.
+    Left out are the stored images of its name, for the same image encoded in another batch or on another device may
+    differ in a code, and its exact duplicates: those of the same code grid. A context that many cells of the images
+    have is asked for once. Where too few neighbours are left, it is asked for again with ``WIDER`` times the k, until
+    K others remain or the search finds no more.
     """
 
     def __init__(self, store: Datastore, names: Sequence[str], retriever: DenseRetriever | ScannRetriever):
