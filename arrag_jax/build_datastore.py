@@ -25,13 +25,15 @@ import numpy as np
 
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import DatastoreConfig, ScannOptions
-from arrag_jax.data.images import LISTING, encoder, images_to_store, is_data_set
+from arrag_jax.data import sources
+from arrag_jax.data.images import LISTING, ImageSource, encoder, is_data_set
 from arrag_jax.errors import UserError
 from arrag_jax.mesh import start_distributed
 from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.models.janus import VISION, Janus
 from arrag_jax.retrieval import index, parts, writer
 from arrag_jax.retrieval import report as measure
+from arrag_jax.retrieval.bad_images import NONE, Tally
 from arrag_jax.retrieval.building import state_of
 from arrag_jax.retrieval.datastore import Datastore, StoreSettings
 from arrag_jax.retrieval.scann import BY_RULE
@@ -91,7 +93,7 @@ def build(
     tokenizer: Janus,
     team: Team,
     known: Collection[str] = (),
-    others: writer.Tally = writer.NONE,
+    others: Tally = NONE,
 ) -> Datastore | None:
     """The store of the config's images but for the ``known`` ones, built by the whole team; None if there are none.
 
@@ -107,9 +109,11 @@ def build(
             return None
     begun, found = state()
     config = spelt_alike(config, [found] if found else [])
-    images = images_to_store(config, tokenizer, begun, directory, known)
+    source = ImageSource(config.source, config.data_dir, config.captions, tokenizer, begun, directory / LISTING)
+    images = source.images(split_of(config), known)
     if begun == "nothing" and len(images) == 0:
         return None
+    source.keep_listing()
     count = config.num_images or (found.num_images if begun == "whole" else len(images))
     store = writer.build(
         directory,
@@ -142,7 +146,7 @@ def add(config: DatastoreConfig, directory: Path, tokenizer: Janus, team: Team) 
         raise UserError(f"{part} is what is left of adding {found.source}; run that command again first, or delete it")
     same = [x for x in whole if x.settings.source == config.source]
     known = {source for x in same for source in (*x.sources, *(name for name, _ in x.bad))}
-    others = writer.Tally(sum(x.settings.num_images for x in whole), store.num_bad)
+    others = Tally(sum(x.settings.num_images for x in whole), store.num_bad)
     if build(config, part, tokenizer, team, known, others) is None:
         print(f"nothing to add: {directory} holds every image of {config.source}")
         return store
@@ -151,9 +155,12 @@ def add(config: DatastoreConfig, directory: Path, tokenizer: Janus, team: Team) 
 
 def spelt_alike(config: DatastoreConfig, known: Collection[StoreSettings]) -> DatastoreConfig:
     """The config, its source spelt as in the first of these settings that mean the same file or folder by theirs."""
-    where = Path(config.source).resolve()
-    same = [x.source for x in known if x.source == config.source or Path(x.source).resolve() == where]
-    return dataclasses.replace(config, source=same[0]) if same else config
+    return dataclasses.replace(config, source=sources.spelt_alike(config.source, [x.source for x in known]))
+
+
+def split_of(config: DatastoreConfig) -> str:
+    """The split of a data set; files have none."""
+    return config.split if is_data_set(config.source) else ""
 
 
 def settings_of(config: DatastoreConfig, tokenizer: Janus, num_images: int) -> StoreSettings:
@@ -168,7 +175,7 @@ def settings_of(config: DatastoreConfig, tokenizer: Janus, num_images: int) -> S
         num_images=num_images,
         shard_size=config.shard_size,
         source=config.source,
-        split=config.split if is_data_set(config.source) else "",
+        split=split_of(config),
         command=" ".join(["python -m arrag_jax.build_datastore", *sys.argv[1:]]),
     )
 

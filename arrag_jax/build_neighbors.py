@@ -1,21 +1,31 @@
 """Looks up the neighbours of training and validation images, which FAiD is trained on.
 
 python -m arrag_jax.build_neighbors --config configs/emoji_neighbors.py --workdir runs/neighbors
+python -m arrag_jax.build_neighbors --config configs/janus_pro_1b_neighbors.py --config.source=pairs --workdir runs/own
 
+Images come from whatever ``build_datastore`` takes, with captions; a folder is listed once, when the sets are begun.
 Run again with the same flags, it goes on where it stopped, and says so when nothing is left to do.
 """
 
+import dataclasses
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import NeighborsConfig
-from arrag_jax.data.images import encoder, load_images
+from arrag_jax.data import sources
+from arrag_jax.data.images import LISTING, ImageSource, encoder, names_below, names_in
 from arrag_jax.models.checkpoint import fingerprint, load_model
-from arrag_jax.models.janus import VISION
+from arrag_jax.models.janus import VISION, Janus
+from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval import neighbor_writer
-from arrag_jax.retrieval.building import require_same_settings
+from arrag_jax.retrieval.building import require_same_settings, state_of
+from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings
 from arrag_jax.retrieval.others import OtherImages
@@ -25,36 +35,75 @@ def run(config: NeighborsConfig, workdir: str) -> None:
     """Looks up the neighbours of two splits, in --workdir/train and --workdir/valid; run again to continue."""
     start, tokenizer = time.perf_counter(), load_model(config.model, parts=VISION)
     store, retriever = load_retriever(config.retrieval, fingerprint(tokenizer))
+    splits = {Path(workdir) / "train": config.train_split, Path(workdir) / "valid": config.valid_split}
+    there = {directory: state_of(NeighborSet, directory) for directory in splits}
+    states = {state for state, _ in there.values()}
+    state = states.pop() if len(states) == 1 else "begun"
+    spelt = sources.spelt_alike(config.source, [settings.source for _, settings in there.values() if settings])
+    config = dataclasses.replace(config, source=spelt)
+    source = ImageSource(config.source, config.data_dir, True, tokenizer, state, Path(workdir) / LISTING)
     jobs = {}
-    for name, split in (("train", config.train_split), ("valid", config.valid_split)):
-        directory, examples = Path(workdir) / name, load_images(config.source, split, config.data_dir, tokenizer)
-        settings = NeighborSettings(
-            fingerprint=store.settings.fingerprint,
-            grid=tokenizer.grid,
-            codebook_size=tokenizer.codebook_size,
-            k=config.retrieval.k,
-            keys=config.retrieval.keys,
-            search=config.retrieval.search,
-            scann=config.retrieval.scann,
-            datastore=store.fingerprint,
-            store_images=store.num_images,
-            source=config.source,
-            split=split,
-            num_images=len(examples),
-            shard_size=config.shard_size,
-            store=config.retrieval.store,
-            command=" ".join(["python -m arrag_jax.build_neighbors", *sys.argv[1:]]),
-        )
+    for directory, split in splits.items():
+        images = source.images(split)
+        number = there[directory][1].num_images if state == "whole" else len(images)
+        jobs[directory] = images, settings_of(config, store, tokenizer, split, number)
+    for directory, (_, settings) in jobs.items():
         require_same_settings(NeighborSet, directory, settings)  # of both, before the first is begun
-        jobs[directory] = examples, settings
-    search = OtherImages(store, retriever).search
-    for directory, (examples, settings) in jobs.items():
-        found = neighbor_writer.build(directory, examples, encoder(tokenizer), search, settings, config.batch_size)
-        size = sum(path.stat().st_size for path in directory.iterdir())
-        print(
-            f"neighbor set {directory} is complete: {len(found):,} images, {found.k} neighbours a cell, "
-            f"{size:,} bytes, {time.perf_counter() - start:.1f} s"
+    source.keep_listing()
+    encode, name_of = encoder(tokenizer), names_below(config.source)
+    others = OtherImages(store, names_in(store), retriever)
+
+    def search(codes: np.ndarray, ids: Sequence[str], count: Callable[[int], Any]) -> Neighbors:
+        return others.search(codes, [name_of(id_) for id_ in ids], count)
+
+    for directory, (images, settings) in jobs.items():
+        found = neighbor_writer.build(
+            directory,
+            images,
+            encode,
+            search,
+            settings,
+            config.batch_size,
+            images.source_id,
+            config.max_bad_fraction,
         )
+        tell(found, start)
+    (Path(workdir) / LISTING).unlink(missing_ok=True)
+
+
+def settings_of(
+    config: NeighborsConfig, store: Datastore, tokenizer: Janus, split: str, num_images: int
+) -> NeighborSettings:
+    """What the set of a split is to hold."""
+    search = config.retrieval
+    return NeighborSettings(
+        fingerprint=store.settings.fingerprint,
+        grid=tokenizer.grid,
+        codebook_size=tokenizer.codebook_size,
+        k=search.k,
+        keys=search.keys,
+        search=search.search,
+        scann=search.scann,
+        storage=search.storage if search.search == "dense" else "",
+        datastore=store.fingerprint,
+        store_images=store.num_images,
+        source=config.source,
+        split=split,
+        num_images=num_images,
+        shard_size=config.shard_size,
+        store=search.store,
+        command=" ".join(["python -m arrag_jax.build_neighbors", *sys.argv[1:]]),
+    )
+
+
+def tell(found: NeighborSet, start: float) -> None:
+    """Says what a set holds."""
+    size = sum(path.stat().st_size for path in found.directory.iterdir())
+    bad = f" ({found.num_bad:,} without caption or that cannot be read are left out)" if found.num_bad else ""
+    print(
+        f"neighbor set {found.directory} is complete: {len(found):,} images{bad}, {found.k} neighbours a cell, "
+        f"{size:,} bytes, {time.perf_counter() - start:.1f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,11 @@ def _in_range(name: str, value: int | float, low: int | float, high: int | float
         raise UserError(f"{name}={value} is outside [{low:g}, {high:g}]")
 
 
+def _given_source(source: str) -> None:
+    if not source:
+        raise UserError("source is empty; give a folder of images, a .tar or a data set's name")
+
+
 def _below_one(name: str, value: float) -> None:
     """Of the decay of a running mean: at 1 it would never move."""
     if not 0 <= value < 1:
@@ -155,8 +160,7 @@ class DatastoreConfig:
             _in_range(name, getattr(self, name), 1)
         _in_range("num_images", self.num_images, 0)
         _in_range("max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
-        if not self.source:
-            raise UserError("source is empty; give a folder of images, a .tar or a data set's name")
+        _given_source(self.source)
         if not set(self.indexes) <= set(self.keys):
             raise UserError(f"indexes={list(self.indexes)} names kinds that are not among keys={list(self.keys)}")
 
@@ -191,16 +195,21 @@ class NeighborsConfig:
 
     model: str  # checkpoint folder that holds the tokenizer
     retrieval: RetrievalConfig
-    train_split: str  # TFDS slices such as "store[60000:84000]" work
+    # Of a data set its splits, or TFDS slices of them such as "store[60000:84000]". The images of a folder or a tar, in
+    # the order of their paths, are one split, "train", sliced alike: "train[:-512]" and "train[-512:]"
+    train_split: str
     valid_split: str
-    source: str = "emoji_scenes/full"  # TFDS name, with its config
+    source: str = "emoji_scenes/full"  # as ``DatastoreConfig.source``; with captions
     data_dir: str = "data"  # where TFDS keeps it; built there when absent
+    max_bad_fraction: float = 0.01  # share of images without caption or that cannot be read above which a set fails
     batch_size: int = 64  # images encoded together
     shard_size: int = 4096  # images a file; they are searched for together
 
     def __post_init__(self):
         for name in ("batch_size", "shard_size"):
             _in_range(name, getattr(self, name), 1)
+        _in_range("max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
+        _given_source(self.source)
 
 
 @dataclasses.dataclass(frozen=True)

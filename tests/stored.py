@@ -1,11 +1,15 @@
 """A small datastore on disk, of the codes that a ``tiny`` model draws."""
 
+from collections import Counter
+from typing import Any
+
 import numpy as np
 import tiny
 
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval import writer
 from arrag_jax.retrieval.datastore import Datastore, StoreSettings, keys_of_maps, unit_norm
+from arrag_jax.retrieval.encoding import Encode
 
 GRID, CODES, IMAGES = tiny.CONFIG.grid, tiny.CONFIG.vision.codebook_size, 12
 
@@ -32,6 +36,18 @@ def encode(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes, noise.astype(np.float32)
 
 
+def one_cell_off(encode: Encode) -> Encode:
+    """A tokenizer's answers with another code in the cell of the second row and third column."""
+
+    def changed(images: np.ndarray) -> tuple[np.ndarray, Any]:
+        codes, latents = encode(images)
+        codes = np.array(codes)
+        codes[:, 1, 2] = (codes[:, 1, 2] + 1) % CODES
+        return codes, latents
+
+    return changed
+
+
 def build(folder, captions: list[str] | None = None, kept: bool = False, shard_size: int = 4) -> Datastore:
     """A store of ``IMAGES`` pictures, or one a caption, with keys of both kinds; ``kept``: and with its captions."""
     rng = np.random.default_rng(0)
@@ -52,3 +68,21 @@ def keys_of(store: Datastore, kind: str) -> np.ndarray:
 def values_of(store: Datastore) -> np.ndarray:
     """The code that each stored patch offers, int32 [N]."""
     return grid_ops.next_codes_of_grids(store.codes.astype(np.int32)).reshape(-1)
+
+
+def assert_nearest(example: dict, store: Datastore, own: int) -> None:
+    """An image of a neighbour set has what brute force finds, up to ties, among all stored images but ``own``.
+
+    Also left out are those of the same codes.
+    """
+    codes = example["codes"].reshape(store.settings.grid)
+    others = [i for i, grid in enumerate(store.codes) if i != own and (grid != codes).any()]
+    book, stored = store.codebook.astype(np.float64), store.codes[others]
+    keys = book[grid_ops.contexts_of_grids(stored)].reshape(-1, 4 * book.shape[1])
+    values = grid_ops.next_codes_of_grids(stored.astype(np.int32)).reshape(-1)
+    cells = grid_ops.cells_with_context(*codes.shape)
+    for context, found in zip(grid_ops.contexts_of_grids(codes[None])[0], example["neighbors"][cells], strict=True):
+        away = ((keys - book[context].reshape(-1)) ** 2).sum(1)
+        farthest = np.sort(away)[len(found) - 1]
+        nearer, tied = Counter(values[away < farthest - 1e-5]), Counter(values[abs(away - farthest) <= 1e-5])
+        assert nearer <= Counter(found) <= nearer + tied

@@ -6,20 +6,28 @@ import json
 import numpy as np
 import pytest
 import tiny
+from stored import assert_nearest, one_cell_off
 from test_datastore import contents
 
 from arrag_jax import build_datastore, build_neighbors
 from arrag_jax.config import DatastoreConfig, NeighborsConfig, RetrievalConfig, ScannOptions
 from arrag_jax.data import scenes
+from arrag_jax.data.images import encoder
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import fingerprint, save_model
 from arrag_jax.models.janus import VISION
-from arrag_jax.ops import grid as grid_ops
+from arrag_jax.retrieval import others
 from arrag_jax.retrieval.building import BUILDING
 from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings
-from arrag_jax.retrieval.others import OtherImages
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_calls():
+    """Three hundred contexts a call of the search, not thousands."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(others, "ANSWERS", 900)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +52,27 @@ def test_the_command_end_to_end(world, tmp_path, capsys):
     build_neighbors.run(config, str(tmp_path))
     train, valid = NeighborSet.open(tmp_path / "train"), NeighborSet.open(tmp_path / "valid")
     assert (len(train), len(valid), train.settings.store_images) == (4, 3, 9)
-    assert train.settings.datastore == store.fingerprint
-    _, retriever = load_retriever(config.retrieval, store.settings.fingerprint)
+    assert (train.settings.datastore, train.settings.storage) == (store.fingerprint, "float32")
     for i, example in enumerate(train):
         np.testing.assert_array_equal(example["codes"], store.codes[4 + i].reshape(-1))
         assert example["caption"] == scenes.scene("store", 4 + i).caption
-        found = OtherImages(store, retriever).search(store.codes[4 + i][None].astype(np.int32))
-        assert not (found.id // store.settings.patches_per_image == 4 + i).any()
-        cells = grid_ops.cells_with_context(*store.settings.grid)
-        np.testing.assert_array_equal(example["neighbors"][cells], found.code)
+        assert_nearest(example, store, 4 + i)
     before = contents(tmp_path)
     build_neighbors.run(config, str(tmp_path))
     assert contents(tmp_path) == before
     assert capsys.readouterr().out.count("is complete") == 4
+
+
+def test_an_image_encoded_a_little_differently_is_still_itself(world, tmp_path, monkeypatch):
+    """As in another batch or on another device: the store's images, and those of a slice of their split."""
+    config, store = world
+    monkeypatch.setattr(build_neighbors, "encoder", lambda tokenizer: one_cell_off(encoder(tokenizer)))
+    build_neighbors.run(dataclasses.replace(config, valid_split="store[2:4]+store[8:10]"), str(tmp_path))
+    for name, numbers in (("train", [4, 5, 6, 7]), ("valid", [2, 3, 8, 9])):
+        for number, example in zip(numbers, NeighborSet.open(tmp_path / name), strict=True):
+            if number < 9:
+                assert (example["codes"] != store.codes[number].reshape(-1)).sum() == 1
+            assert_nearest(example, store, number)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +90,7 @@ def test_a_bad_second_split_is_told_before_the_first_is_begun(world, tmp_path, c
         keys="codebook",
         search="dense",
         scann=ScannOptions(),
+        storage="float32",
         datastore=store.fingerprint,
         store_images=9,
         source=config.source,

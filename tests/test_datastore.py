@@ -206,7 +206,7 @@ def test_what_was_bad_when_a_build_was_killed_may_be_good_by_now(whole, tmp_path
                 raise BadImage("not yet there")
             return super().__getitem__(i)
 
-    write_lines = writer._write_lines
+    write_lines = building.write_lines
 
     def stopping(path: Path, lines: list[str]) -> None:
         if path.name.startswith("sources"):
@@ -214,7 +214,7 @@ def test_what_was_bad_when_a_build_was_killed_may_be_good_by_now(whole, tmp_path
         write_lines(path, lines)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_write_lines", stopping)
+        patch.setattr(building, "write_lines", stopping)
         with pytest.raises(KeyboardInterrupt):
             writer.build(tmp_path, Spoilt(23), encode, CODEBOOK, settings(), 4, max_bad_fraction=0.5)
     assert [path.name for path in tmp_path.glob("bad-*")] == ["bad-00000-of-00003.txt"]

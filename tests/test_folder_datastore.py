@@ -24,7 +24,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.nn.vq import from_uint8
-from arrag_jax.retrieval import index, report, writer
+from arrag_jax.retrieval import building, index, report, writer
 from arrag_jax.retrieval.datastore import Datastore, unit_norm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,7 +145,7 @@ def test_the_list_made_at_the_start_counts(whole, config, tmp_path, monkeypatch)
     """Stopped after two shards; then an image is added to the folder, one is changed and one taken away."""
     source = write_scenes(tmp_path / "photos", range(23))
     moved = dataclasses.replace(config, source=str(source), max_bad_fraction=0.5)
-    write_lines, calls = writer._write_lines, []
+    write_lines, calls = building.write_lines, []
 
     def stopping(path: Path, lines: list[str]) -> None:
         calls.append(path)
@@ -154,7 +154,7 @@ def test_the_list_made_at_the_start_counts(whole, config, tmp_path, monkeypatch)
         write_lines(path, lines)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_write_lines", stopping)
+        patch.setattr(building, "write_lines", stopping)
         with pytest.raises(KeyboardInterrupt):
             build_datastore.run(moved, str(tmp_path / "store"))
     assert (tmp_path / "store" / LISTING).exists()

@@ -1,5 +1,6 @@
 """Neighbour sets: own patches are left out; killed and resumed = uninterrupted, to the byte; damage is told."""
 
+import json
 from pathlib import Path
 
 import grain
@@ -14,6 +15,7 @@ from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval import building, neighbor_writer, others, shards, writer
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.dense import DenseRetriever
+from arrag_jax.retrieval.encoding import BadImage
 from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings, from_record, to_record
 from arrag_jax.retrieval.others import OtherImages
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever
@@ -49,6 +51,7 @@ def grids(count: int, seed: int, codes: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, codes, (count, *GRID))
 
 
+UNKNOWN = [f"unknown/{i}" for i in range(6)]  # names of the queries that no stored image has
 QUERIES = np.concatenate([grids(5, 1), np.full((1, *GRID), 2)])  # the last: one context in every cell
 STORED = {
     "absent": grids(20, 2),
@@ -72,6 +75,10 @@ def retriever(store: Datastore, search: str, k: int = K) -> DenseRetriever | Sca
     return DenseRetriever.create(*arrays) if search == "dense" else ScannRetriever.create(*arrays, EXHAUSTIVE)
 
 
+def others_of(store: Datastore, search: str = "dense") -> OtherImages:
+    return OtherImages(store, store.sources, retriever(store, search))
+
+
 def oracle(codes: np.ndarray, stored: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """For every query: distances, in float64, to all patches of stored images that differ, and their codes."""
     book, distances, values = CODEBOOK.astype(np.float64), [], []
@@ -88,7 +95,7 @@ def oracle(codes: np.ndarray, stored: np.ndarray) -> tuple[list[np.ndarray], lis
 @pytest.mark.parametrize("name", STORED)
 def test_equals_the_exact_search_without_own_images(stores, name, search):
     store = stores[name]
-    found = OtherImages(store, retriever(store, search)).search(QUERIES)
+    found = others_of(store, search).search(QUERIES, UNKNOWN)
     for q, (away, value) in enumerate(zip(*oracle(QUERIES, STORED[name]), strict=True)):
         expected = np.full(K, np.inf)
         expected[: len(away)] = np.sort(away)[:K]
@@ -109,7 +116,7 @@ def test_a_context_is_asked_for_once_unless_too_few_are_left(stores, monkeypatch
     monkeypatch.setattr(others, "ANSWERS", 5 * K)  # five contexts a call
     monkeypatch.setattr(others, "_search", lambda who, context: asked.append((who.k, context)) or search(who, context))
     told = []
-    found = OtherImages(stores[name], retriever(stores[name], "dense")).search(QUERIES, told.append)
+    found = others_of(stores[name]).search(QUERIES, UNKNOWN, told.append)
     first = np.concatenate([context for k, context in asked if k == K])
     distinct = np.unique(grid_ops.contexts_of_grids(QUERIES).reshape(-1, 4), axis=0)
     np.testing.assert_array_equal(np.unique(first[first[:, 0] >= 0], axis=0), distinct)
@@ -117,8 +124,21 @@ def test_a_context_is_asked_for_once_unless_too_few_are_left(stores, monkeypatch
     assert len({k for k, _ in asked}) >= rounds and (rounds > 1 or {k for k, _ in asked} == {K})
     assert sum(told) == len(QUERIES) and len(told) > 5
     monkeypatch.undo()
-    whole = OtherImages(stores[name], retriever(stores[name], "dense")).search(QUERIES)
+    whole = others_of(stores[name]).search(QUERIES, UNKNOWN)
     np.testing.assert_allclose(found.distance, whole.distance, atol=2e-6)  # whatever the size of a call
+
+
+def test_an_image_is_left_out_by_its_name_wherever_a_code_differs(stores):
+    """One cell off, its grid is not in the store; its name is, twice: what is left is what the others alone give."""
+    altered = QUERIES.copy()
+    altered[:, 1, 1] = (altered[:, 1, 1] + 1) % 3
+    store = stores["twice"]
+    names = [f"query/{i % 26}" for i in range(len(STORED["twice"]))]  # the last six are the first six again
+    found = OtherImages(store, names, retriever(store, "dense")).search(altered, names[:6])
+    rest = [np.delete(STORED["twice"], [i, i + 26], 0) for i in range(6)]
+    expected = [np.sort(away)[:K] for i in range(6) for away in oracle(altered[i : i + 1], rest[i])[0]]
+    np.testing.assert_allclose(found.distance, expected, atol=2e-6)
+    assert (others_of(store).search(altered, UNKNOWN).distance < found.distance - 1e-3).any()
 
 
 def test_record_holds_what_was_put_in():
@@ -148,6 +168,7 @@ def settings(**changes) -> NeighborSettings:
         "keys": "codebook",
         "search": "dense",
         "scann": ScannOptions(),
+        "storage": "float32",
         "datastore": "store-a",
         "store_images": 20,
         "source": "noise",
@@ -162,12 +183,12 @@ def settings(**changes) -> NeighborSettings:
 
 @pytest.fixture(scope="module")
 def search(stores):
-    return OtherImages(stores["absent"], retriever(stores["absent"], "dense")).search
+    return others_of(stores["absent"]).search
 
 
 def build(directory: Path, search, /, **changes) -> NeighborSet:
     changed = settings(**changes)
-    return neighbor_writer.build(directory, Grids(SET_IMAGES), base.encode, search, changed, batch_size=4)
+    return neighbor_writer.build(directory, Grids(SET_IMAGES), base.encode, search, changed, 4, "noise/{}".format)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +207,8 @@ def copied(whole, tmp_path) -> NeighborSet:
 def test_a_set_reads_as_it_was_searched(whole, search):
     """In any order, from Grain's threads; cells without a context have no neighbours."""
     expected = np.full((23, CELLS, K), -1)
-    expected[:, grid_ops.cells_with_context(*GRID)] = search(SET_IMAGES).code.reshape(23, PATCHES, K)
+    found = search(SET_IMAGES, [f"noise/{i}" for i in range(23)])
+    expected[:, grid_ops.cells_with_context(*GRID)] = found.code.reshape(23, PATCHES, K)
     dataset = grain.MapDataset.source(whole).map_with_index(lambda i, x: {**x, "number": i}).shuffle(seed=0).repeat(3)
     options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=16)
     read = list(dataset.to_iter_dataset(options))
@@ -206,11 +228,11 @@ def test_killed_and_resumed_is_uninterrupted(whole, search, tmp_path, moment):
     """Stopped while a shard is searched: only whole shards are kept, and the end is the same, to the byte."""
     searches = []
 
-    def failing(codes, count):
+    def failing(codes, names, count):
         searches.append(len(codes))
         if len(searches) == moment:
             raise KeyboardInterrupt
-        return search(codes, count)
+        return search(codes, names, count)
 
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, failing)
@@ -250,6 +272,7 @@ def test_manifest_comes_last_and_a_whole_set_is_not_built_again(whole, search, t
         {"keys": "latent"},
         {"search": "scann"},
         {"scann": ScannOptions(leaves=7)},
+        {"storage": "bfloat16"},
         {"source": "other"},
         {"split": "valid"},
         {"num_images": 22},
@@ -262,6 +285,37 @@ def test_other_settings_touch_nothing(copied, search, changes):
     with pytest.raises(UserError, match=f"neighbor set of other settings.*{next(iter(changes))}"):
         build(copied.directory, search, **changes)
     assert base.contents(copied.directory) == before
+
+
+def test_a_set_from_before_storage_was_recorded_is_read_and_goes_on_if_by_scann(whole, copied, search, tmp_path):
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["settings"]["storage"], manifest["sha256"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    np.testing.assert_array_equal(NeighborSet.open(tmp_path)[22]["neighbors"], whole[22]["neighbors"])
+    with pytest.raises(UserError, match=r"other settings \(storage: '', not 'float32'\); choose another --workdir"):
+        build(tmp_path, search)
+    manifest["settings"]["search"] = "scann"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert len(build(tmp_path, search, search="scann", storage="")) == 23
+
+
+def test_bad_images_are_left_out_and_listed(search, tmp_path):
+    """Also where they are a whole shard; the others are as without them."""
+
+    class Spoilt(Grids):
+        def __getitem__(self, i: int) -> dict:
+            if 10 <= i < 20:
+                raise BadImage("gone")
+            return super().__getitem__(i) | ({"caption": b" "} if i == 2 else {})
+
+    arguments = (tmp_path, Spoilt(SET_IMAGES), base.encode, search, settings(), 4, "noise/{}".format)
+    with pytest.raises(UserError, match="11 of 23 images cannot be read"):
+        neighbor_writer.build(*arguments, 0.45)
+    found = neighbor_writer.build(*arguments, 0.5)
+    assert found.bad == [("noise/2", "it has no caption"), *((f"noise/{i}", "gone") for i in range(10, 20))]
+    for i, example in zip([0, 1, *range(3, 10), 20, 21, 22], found, strict=True):
+        np.testing.assert_array_equal(example["codes"], SET_IMAGES[i].reshape(-1))
+    found.verify()
 
 
 def test_damage_and_foreign_files_are_told(copied, search, tmp_path):

@@ -10,15 +10,18 @@ import malformed
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from stored import assert_nearest, one_cell_off
 
-from arrag_jax import build_datastore
-from arrag_jax.config import DatastoreConfig
+from arrag_jax import build_datastore, build_neighbors
+from arrag_jax.config import DatastoreConfig, NeighborsConfig, RetrievalConfig
 from arrag_jax.data import pixels
+from arrag_jax.data.images import encoder
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.retrieval.datastore import Datastore
+from arrag_jax.retrieval.neighbor_set import NeighborSet
 
 FILES = [malformed.encoded("PNG", malformed.photo(size=(20 + i, 31), seed=i)) for i in range(6)]
 FILES[4] = b"no image"
@@ -77,6 +80,24 @@ def test_a_prepared_set_becomes_a_store(config, tmp_path, source):
     assert "tensorflow" not in sys.modules
     build_datastore.run(dataclasses.replace(config, source=source), str(tmp_path / "store"), append=True)
     assert not list(Path(tmp_path / "store").glob("part-*"))
+
+
+def test_neighbors_of_a_prepared_set(config, tmp_path, monkeypatch):
+    """A slice's images go by their numbers in the whole split, so that each is left out, however it is encoded."""
+    build_datastore.run(config, str(tmp_path / "store"))
+    store = Datastore.open(tmp_path / "store")
+    monkeypatch.setattr(build_neighbors, "encoder", lambda tokenizer: one_cell_off(encoder(tokenizer)))
+    retrieval, source = RetrievalConfig(str(tmp_path / "store"), k=2, search="dense"), (config.source, config.data_dir)
+    sets = NeighborsConfig(
+        config.model, retrieval, "train[2:]", "train[:2]", *source, max_bad_fraction=0.3, batch_size=4
+    )
+    build_neighbors.run(sets, str(tmp_path / "sets"))
+    for name, numbers in (("train", [2, 3, 5]), ("valid", [0, 1])):
+        for i, example in zip(numbers, NeighborSet.open(tmp_path / "sets" / name), strict=True):
+            assert example["caption"] == f"pet {i}"
+            assert_nearest(example, store, store.sources.index(f"tfds:pets/small/train/{i}"))
+    with pytest.raises(UserError, match="it has no Text feature 'caption'"):
+        build_neighbors.run(dataclasses.replace(sets, source="tfds:pets/wordless"), str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(

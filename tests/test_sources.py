@@ -186,7 +186,7 @@ def test_a_source_that_does_not_do_is_told_before_work(tmp_path):
     for name in ("photo.jpg", "x.tar.gz", "pipe.tar"):
         with pytest.raises(UserError, match=rf"source=.*{name} is neither a folder nor a plain \.tar; give one"):
             sources.list_images(str(tmp_path / name))
-    with pytest.raises(UserError, match=r"has no captions \(a \.txt or \.json beside an image\); leave"):
+    with pytest.raises(UserError, match=r"has no captions \(a \.txt or \.json beside an image\); add them"):
         sources.list_images(str(tmp_path), captions=True)
 
 

@@ -1,38 +1,39 @@
 """Images that go through a model's tokenizer: what the commands that encode a source share."""
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from tensorflow_datasets.core.splits import SplitInfo
 
-from arrag_jax.config import DatastoreConfig
 from arrag_jax.data import sources
 from arrag_jax.data.emoji_scenes import NAMES, load_source
-from arrag_jax.data.prepared import PREFIX, PreparedImages
+from arrag_jax.data.prepared import PREFIX, PreparedImages, places
 from arrag_jax.errors import UserError
 from arrag_jax.models.janus import Janus, encode_split
 from arrag_jax.nn.vq import from_uint8
+from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.encoding import Encode, Examples
 
-LISTING = ".listing.jsonl"  # in the folder of an unfinished store: the images as they were when it was begun
+LISTING = ".listing.jsonl"  # in the folder of an unfinished build: the images as they were when it was begun
 
 
 class DataSetImages:
-    """Some images of a split as a random-access source of examples (``retrieval.encoding.Examples``).
+    """Some images of a data set as a random-access source of examples (``retrieval.encoding.Examples``).
 
     Args:
-      examples: of the whole split.
-      name: of the split, "emoji_scenes/full/store".
-      known: ids ("emoji_scenes/full/store/17") to leave out.
+      examples: of a split or a slice.
+      ids: theirs ("emoji_scenes/full/store/17").
+      known: ids to leave out.
     """
 
-    def __init__(self, examples: Examples, name: str, known: Collection[str] = ()):
-        self.examples, self.name = examples, name
-        self.numbers = [number for number in range(len(examples)) if f"{name}/{number}" not in known]
+    def __init__(self, examples: Examples, ids: Sequence[str], known: Collection[str] = ()):
+        self.examples, self.ids = examples, ids
+        self.numbers = [number for number, id_ in enumerate(ids) if id_ not in known]
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -42,7 +43,79 @@ class DataSetImages:
 
     def source_id(self, index: int) -> str:
         """The id of an image."""
-        return f"{self.name}/{self.numbers[index]}"
+        return self.ids[self.numbers[index]]
+
+
+class ImageSource:
+    """Where a command takes its images from: a data set, a folder or a tar.
+
+    A folder is listed when what is made of it is begun, and the list kept until that is whole: what is added to the
+    folder meanwhile is not taken, what is taken away or changed is a bad image.
+
+    Args:
+      name: as ``DatastoreConfig.source``.
+      data_dir: where TFDS keeps data sets.
+      captions: must it have captions?
+      tokenizer: tells the size.
+      state: of what is made of the images, "nothing", "begun" or "whole"; what is whole needs none.
+      listing: file for the list.
+
+    Raises:
+      UserError: the source is not there, or has no captions where they are asked for.
+    """
+
+    def __init__(self, name: str, data_dir: str, captions: bool, tokenizer: Janus, state: str, listing: Path):
+        self.name, self.data_dir, self.captions, self.tokenizer = name, data_dir, captions, tokenizer
+        self.state, self.listing, self.entries = state, listing, []
+        if state == "begun" and not is_data_set(name):
+            self.entries = sources.load_listing(listing)
+        elif state == "nothing" and not is_data_set(name):
+            self.entries = sources.list_images(name, captions)
+
+    def images(self, split: str = "", known: Collection[str] = ()) -> DataSetImages | sources.FileImages:
+        """The images of a split.
+
+        Args:
+          split: of a data set; of the files a slice of "train", which are all of them ("": all).
+          known: ids of images to leave out.
+
+        Raises:
+          UserError: no such split, an empty one, or images that do not fit the tokenizer.
+        """
+        size = self.tokenizer.config.image_size
+        if self.state == "whole":
+            return sources.FileImages(Path(), [], size)
+        if not is_data_set(self.name):
+            entries = [entry for entry in self._entries_of(split) if entry.id not in known]
+            return sources.FileImages(sources.root_of(self.name), entries, size)
+        if self.name in NAMES:
+            examples = load_images(self.name, split, self.data_dir, self.tokenizer)
+            splits = examples.dataset_info.splits
+        else:
+            examples = PreparedImages(self.name, split, self.data_dir, size, self.captions)
+            splits = examples.splits
+        ids = [f"{self.name}/{whole}/{number}" for whole, number in places(split, splits)]
+        return DataSetImages(examples, ids, known)
+
+    def _entries_of(self, split: str) -> list[sources.Entry]:
+        """Listed files of a slice of "train"."""
+        number = len(self.entries)
+        try:
+            whole = SplitInfo(name="train", shard_lengths=[number], num_bytes=0)
+            entries = [self.entries[i] for _, i in places(split or "train", {"train": whole})]
+            if not entries:
+                raise ValueError("it is empty")
+        except (ValueError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())
+            held = f'its {number:,} images are one split, "train", to take slices of'
+            raise UserError(f"{self.name} has no {split}: {held} ({reason})") from error
+        return entries
+
+    def keep_listing(self) -> None:
+        """Writes the list, if there is one to begin with."""
+        if self.state == "nothing" and self.entries:
+            self.listing.parent.mkdir(parents=True, exist_ok=True)
+            sources.save_listing(self.listing, self.entries)
 
 
 def load_images(source: str, split: str, data_dir: str | Path, tokenizer: Janus) -> Sequence[dict[str, Any]]:
@@ -67,42 +140,20 @@ def is_data_set(source: str) -> bool:
     return source in NAMES or source.startswith(PREFIX)
 
 
-def images_to_store(
-    config: DatastoreConfig, tokenizer: Janus, state: str, directory: Path, known: Collection[str] = ()
-) -> DataSetImages | sources.FileImages:
-    """The images of a store that is to be built, none of one that is whole.
+def names_below(source: str) -> Callable[[str], str]:
+    """From the id of an image of this source to a name that no other image has, by whatever source it is found.
 
-    A folder is listed when its store is begun, and the list kept in ``LISTING`` until the store is whole: what is
-    added to the folder meanwhile is not taken, what is taken away or changed is a bad image.
-
-    Args:
-      config: tells the source.
-      tokenizer: tells the size.
-      state: of the store, "nothing", "begun" or "whole".
-      directory: of the store.
-      known: ids of images to leave out.
-
-    Raises:
-      UserError: the source is not there, has no captions where the config wants some, or does not fit the tokenizer.
+    A data set's ids are such names; a file's path below the source becomes its whole path.
     """
-    if is_data_set(config.source):
-        where, size = (config.source, config.split, config.data_dir), tokenizer.config.image_size
-        if state == "whole":
-            examples: Examples = []
-        elif config.source in NAMES:
-            examples = load_images(*where, tokenizer)
-        else:
-            examples = PreparedImages(*where, size, config.captions)
-        return DataSetImages(examples, f"{config.source}/{config.split}", known)
-    entries, listing = [], directory / LISTING
-    if state == "nothing":
-        entries = [entry for entry in sources.list_images(config.source, config.captions) if entry.id not in known]
-        if entries:
-            directory.mkdir(parents=True, exist_ok=True)
-            sources.save_listing(listing, entries)
-    elif state == "begun":
-        entries = sources.load_listing(listing)
-    return sources.FileImages(sources.root_of(config.source), entries, tokenizer.config.image_size)
+    below = "" if is_data_set(source) else f"{sources.root_of(source).resolve()}/"
+    return lambda id_: f"{below}{id_}"
+
+
+def names_in(store: Datastore) -> list[str]:
+    """The names of a store's images, in order."""
+    counts = [(names_below(x.settings.source), x.count_images(x.settings, x.manifest)) for x in (store, *store.parts)]
+    name_of = itertools.chain.from_iterable(itertools.repeat(*count) for count in counts)
+    return [name(id_) for name, id_ in zip(name_of, store.sources, strict=False)]  # of a subset the first alone
 
 
 def encoder(tokenizer: Janus) -> Encode:

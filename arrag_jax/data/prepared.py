@@ -1,10 +1,12 @@
 """Any data set that TFDS has prepared as ArrayRecord files, read without TensorFlow and without the set's own code."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import naming, read_only_builder
+from tensorflow_datasets.core.splits import SplitInfo
 
 from arrag_jax.data import pixels
 from arrag_jax.errors import UserError
@@ -37,7 +39,7 @@ class PreparedImages:
                     raise ValueError(f"it has no {kind.__name__} feature {feature!r} among {', '.join(features)}")
             if not builder.info.splits[split].num_examples:
                 raise ValueError(f"split {split} is empty")
-            self.size = size
+            self.size, self.splits = size, builder.info.splits
             self.examples = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         except (ValueError, KeyError, NotImplementedError) as error:
             reason = " ".join(str(error).split()).strip('"')
@@ -50,3 +52,14 @@ class PreparedImages:
         """The example, its "image" as uint8 [h, w, 3]; or ``BadImage``."""
         example = self.examples[index]
         return {**example, "image": pixels.decode(example["image"], self.size)}
+
+
+def places(split: str, splits: Mapping[str, SplitInfo]) -> list[tuple[str, int]]:
+    """Where the examples of a TFDS slice stand: "store[7:9]" → [("store", 7), ("store", 8)].
+
+    Raises:
+      ValueError, NotImplementedError: TFDS knows no such slice of these splits.
+    """
+    found = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
+    wholes = [(x.splitname, range(splits[x.splitname].num_examples)[x.from_ : x.to]) for x in found]
+    return [(name, number) for name, numbers in wholes for number in numbers]

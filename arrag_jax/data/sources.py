@@ -79,6 +79,11 @@ def root_of(source: str) -> Path:
     return Path(source) if Path(source).is_dir() else Path(source).parent
 
 
+def spelt_alike(source: str, known: Iterable[str]) -> str:
+    """The source, spelled as the first of the known ones that means the same file or folder."""
+    return next((x for x in known if x == source or Path(x).resolve() == Path(source).resolve()), source)
+
+
 def list_images(source: str, captions: bool = False) -> list[Entry]:
     """Every image of a folder (with all folders and tars in it) or of one tar, in the order of their ids.
 
@@ -98,7 +103,8 @@ def list_images(source: str, captions: bool = False) -> list[Entry]:
         raise UserError(f"config.source={source} holds no image (endings are {', '.join(pixels.SUFFIXES)}) and no .tar")
     if captions and not any(entry.caption for entry in entries):
         raise UserError(
-            f"config.source={source} has no captions (a .txt or .json beside an image); leave config.captions out"
+            f"config.source={source} has no captions (a .txt or .json beside an image); add them. A datastore "
+            "can do without: config.captions=False"
         )
     return entries
 

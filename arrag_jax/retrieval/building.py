@@ -138,6 +138,12 @@ def write_records(path: Path, records: Iterable[bytes], options: str) -> None:
         writer.close()
 
 
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """A text file of these lines, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
 def _write_shards(
     directory: Path, settings: ShardSettings, write_shard: Callable[[int, tqdm], None], team: Team
 ) -> None:

@@ -24,7 +24,7 @@ import functools
 import zipfile
 from collections.abc import Iterator, Sized
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
@@ -32,11 +32,10 @@ from jaxtyping import Float, UInt16
 
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
-from arrag_jax.retrieval.shards import ShardFolder, ShardSettings
+from arrag_jax.retrieval.shards import ShardFolder, ShardSettings, read_lines
 
 KEY_KINDS = ("codebook", "latent")
 CODEBOOK = "codebook.npz"
-BAD_FILES = "bad-*.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,18 +78,6 @@ class StoreSettings(ShardSettings):
             files["latents"] = f"latents-{place}.arrayrecord"
         return files
 
-    def bad_file(self, shard: int) -> str:
-        """Name of the file that tells which images of a shard are bad; there if any are."""
-        return BAD_FILES.replace("*", self.place(shard))
-
-    def shard_counts(self, directory: Path, shard: int) -> dict[str, dict[str, int]]:
-        """Images in each file of a shard, and in the file of bad ones how many those are."""
-        files = self.shard_files(shard)
-        images = len(read_lines(directory / files["sources"]))
-        counts = {name: {"images": images} for name in files.values()}
-        bad = directory / self.bad_file(shard)
-        return counts | ({bad.name: {"images": 0, "bad": len(read_lines(bad))}} if bad.exists() else {})
-
 
 @dataclasses.dataclass(frozen=True)
 class Datastore(ShardFolder):
@@ -122,13 +109,6 @@ class Datastore(ShardFolder):
             raise UserError(f"{part.directory} is not the part that {store.directory} was given; {cls.rebuild}")
         return part
 
-    @classmethod
-    def count_images(cls, settings: StoreSettings, manifest: dict[str, Any]) -> int:
-        """Images in the store's own shards."""
-        return sum(
-            manifest["files"][settings.shard_files(shard)["codes"]]["images"] for shard in range(settings.num_shards)
-        )
-
     def verify(self) -> None:
         """Checks every file's SHA-256, those of all parts too; as ``ShardFolder.verify``."""
         super().verify()
@@ -149,14 +129,12 @@ class Datastore(ShardFolder):
     @property
     def num_bad(self) -> int:
         """Images that could not be read."""
-        return sum(facts.get("bad", 0) for facts in self.files.values()) + sum(part.num_bad for part in self.parts)
+        return super().num_bad + sum(part.num_bad for part in self.parts)
 
     @property
     def bad(self) -> list[tuple[str, str]]:
         """What could not be read, and why."""
-        names = [name for name, facts in self.files.items() if "bad" in facts]
-        own = [line for name in names for line in read_bad(self.directory / name)]
-        return own + [line for part in self.parts for line in part.bad]
+        return super().bad + [line for part in self.parts for line in part.bad]
 
     @functools.cached_property
     def codebook(self) -> Float[np.ndarray, "V C"]:
@@ -258,16 +236,6 @@ def require_count(found: Sized, expected: int) -> None:
     """Raises ValueError unless a file holds as many images as its manifest says."""
     if len(found) != expected:
         raise ValueError(f"it holds {len(found)} images, not {expected}")
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file of ours, each of which ends in a newline."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
-
-
-def read_bad(path: Path) -> list[tuple[str, str]]:
-    """Image and reason from each line of a file of bad images."""
-    return [(name, reason) for name, _, reason in (line.partition("\t") for line in read_lines(path))]
 
 
 def unit_norm(vectors: Float[np.ndarray, "*dims C"]) -> Float[np.ndarray, "*dims C"]:

@@ -42,6 +42,18 @@ def require_images(examples: Examples, settings: ShardSettings) -> None:
         raise UserError(f"{settings.num_images} images asked of {where}: it has {len(examples)}")
 
 
+def caption_of(example: Example) -> str:
+    """An example's caption in one line.
+
+    Raises:
+      UserError: it has none.
+    """
+    if "caption" not in example:
+        raise UserError("these images have no captions; leave config.captions out")
+    caption = example["caption"]
+    return " ".join((caption.decode() if isinstance(caption, bytes) else caption).split())
+
+
 def encoded(
     examples: Examples,
     numbers: range,

@@ -4,6 +4,7 @@ FAiD trains on it, so that no search stands in the training loop. One directory:
 
   manifest.json                              what the set is; written last, so a set is whole when it is there
   neighbors-00000-of-00006.arrayrecord       one image a record
+  bad-00000-of-00006.txt                     only where there are any: what could not be read, a tab, and why
 
 A record is little-endian uint16 [T] codes and [T, K] neighbours as code + 1 (0 = empty), then the caption in
 UTF-8. A 12 x 12 grid with K = 16 has 4.9 KB and its caption, before compression.
@@ -33,6 +34,7 @@ class NeighborSettings(ShardSettings):
       keys, search, scann: how they were searched; see ``config.RetrievalConfig``.
       datastore: fingerprint of the store that was searched.
       store_images: how many of its images, the first ones.
+      storage: what a dense search held of a key; "" of ScaNN, and of sets made before this was recorded.
       store, command: folder of the store and the command that began the build; records, never compared.
     """
 
@@ -42,6 +44,7 @@ class NeighborSettings(ShardSettings):
     scann: ScannOptions
     datastore: str
     store_images: int
+    storage: str = ""
     store: str = dataclasses.field(default="", compare=False)
     command: str = dataclasses.field(default="", compare=False)
 

@@ -1,6 +1,6 @@
 """Builds a neighbour set shard by shard (``building.build``)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,14 @@ from tqdm import tqdm
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval import building
-from arrag_jax.retrieval.encoding import Encode, Examples, encoded, require_images
+from arrag_jax.retrieval.bad_images import BadImages
+from arrag_jax.retrieval.encoding import BadImage, Encode, Example, Examples, caption_of, encoded, require_images
 from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings, to_record
 
 # One record a group, as random access wants it; 3 to 4 times smaller than uncompressed, for neighbours agree.
 RECORD_OPTIONS = "group_size:1,zstd"
-# int [B, H, W] codes, and whom to tell of images done → [B·M, K]; see ``others.OtherImages.search``
-Search = Callable[[np.ndarray, Callable[[int], Any]], Neighbors]
+# int [B, H, W] codes, where the images came from, whom to tell of images done → [B·M, K]; ``others.OtherImages.search``
+Search = Callable[[np.ndarray, Sequence[str], Callable[[int], Any]], Neighbors]
 
 
 def build(
@@ -26,39 +27,65 @@ def build(
     search: Search,
     settings: NeighborSettings,
     batch_size: int,
+    source_id: Callable[[int], str],
+    max_bad_fraction: float = 0.0,
 ) -> NeighborSet:
     """Builds the set in ``directory``, or goes on with it, or finds it whole.
 
     A shard's images are searched for together, which is quicker the more they are. All depends on the shard
     alone, so that a resumed build gives the same bytes as long as ``search`` gives the same answers (a ScaNN
-    tree made anew does not: it starts at random).
+    tree made anew does not: it starts at random). An image without a caption is a bad one: FAiD learns from both.
 
     Args:
       directory: made if absent.
-      examples: with "caption" (UTF-8, as TFDS gives it) beside "image"; the first ``settings.num_images`` are taken.
+      examples: with "caption" beside "image"; the first ``settings.num_images`` (any, if the set is whole) are taken.
       encode: called with batches of exactly ``batch_size``.
       search: of the store and by the means that ``settings`` tell.
       settings: what to build.
       batch_size: images a call of ``encode``.
+      source_id: image number → one line that tells where it came from.
+      max_bad_fraction: share of bad images above which the build fails.
 
     Raises:
-      UserError: too few images, another set or build in the directory (nothing is touched), a code outside
-        the codebook, or a disk that is full.
+      UserError: too few images or too many bad ones, another set or build in the directory (nothing is touched), a
+        code outside the codebook, or a disk that is full.
     """
     directory = Path(directory)
-    require_images(examples, settings)
+    if building.require_same_settings(NeighborSet, directory, settings) != "whole":
+        require_images(examples, settings)
+    left_out = BadImages(directory, settings, source_id, max_bad_fraction)
 
     def write_shard(shard: int, bar: tqdm) -> None:
-        codes, captions = [], []
-        for batch, batch_codes, _ in encoded(examples, settings.shard_images(shard), encode, batch_size, settings):
+        bad, skip = left_out.of_shard(shard, bar)
+        numbers, codes, captions = settings.shard_images(shard), [], []
+        for batch, batch_codes, _ in encoded(_Captioned(examples), numbers, encode, batch_size, settings, skip):
             codes.append(batch_codes)
-            captions += [example["caption"] for example in batch]
-        grids = np.concatenate(codes)
-        found = neighbors_of_cells(search(grids, bar.update).code, settings.grid)
-        records = map(to_record, grids.reshape(len(grids), -1), found, captions)
+            captions += [caption_of(example).encode() for example in batch]
+        names, records = left_out.write(shard, bad), []
+        if names:
+            grids = np.concatenate(codes)
+            found = neighbors_of_cells(search(grids, names, bar.update).code, settings.grid)
+            records = map(to_record, grids.reshape(len(grids), -1), found, captions)
         building.write_records(directory / settings.shard_files(shard)["neighbors"], records, RECORD_OPTIONS)
+        left_out.require_few()
 
-    return building.build(NeighborSet, directory, settings, write_shard)
+    return building.build(NeighborSet, directory, settings, write_shard, finish=left_out.require_few)
+
+
+class _Captioned:
+    """Examples of which those without a caption are bad."""
+
+    def __init__(self, examples: Examples):
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.examples[index]
+        if not caption_of(example):
+            raise BadImage("it has no caption")
+        return example
 
 
 def neighbors_of_cells(code: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

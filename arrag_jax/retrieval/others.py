@@ -1,6 +1,6 @@
 """Nearest patches of other images: a search that leaves out what the store holds of the query's own image."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,17 +21,21 @@ WIDER = 4  # how many times more neighbours are asked for where too few are left
 class OtherImages:
     """Searches a store on behalf of whole images, none of which is given patches of itself.
 
-    An image is left out with its exact duplicates: the stored images of the same code grid. A context that
-    many cells of the images have is asked for once. Where too few neighbours are left, it is asked for
-    again with ``WIDER`` times the k, until K others remain or the search finds no more.
+    Left out are the stored images of its name, for the same image encoded in another batch or on another device may
+    differ in a code, and its exact duplicates: those of the same code grid. A context that many cells of the images
+    have is asked for once. Where too few neighbours are left, it is asked for again with ``WIDER`` times the k, until
+    K others remain or the search finds no more.
     """
 
-    def __init__(self, store: Datastore, retriever: DenseRetriever | ScannRetriever):
+    def __init__(self, store: Datastore, names: Sequence[str], retriever: DenseRetriever | ScannRetriever):
         """
         Args:
           store: of at most 2**16 codes.
+          names: of its images, in order.
           retriever: over that store; its k is K.
         """
+        self.numbers: dict[str, int] = {}
+        self.stored = np.array([self.numbers.setdefault(name, len(self.numbers)) for name in names], np.int32)
         self.codes, self.k, self.rows = store.codes, retriever.k, store.num_patches
         self.patches = store.settings.patches_per_image
         self.retrievers = {retriever.k: retriever}
@@ -39,15 +43,20 @@ class OtherImages:
         self.sums = self._sums(store.codes)
 
     def search(
-        self, codes: Integer[np.ndarray, "B H W"], count: Callable[[int], Any] = lambda images: None
+        self,
+        codes: Integer[np.ndarray, "B H W"],
+        names: Sequence[str],
+        count: Callable[[int], Any] = lambda images: None,
     ) -> Neighbors:
         """Neighbours of every cell that has a context, [B·M, K], nearest first, as numpy arrays.
 
         Args:
           codes: the images' grids.
+          names: of the images; one that no stored image has is fine.
           count: told of images as they are done; its numbers sum to B.
         """
         context, sums = grid_ops.contexts_of_grids(codes.astype(np.int32)).reshape(-1, 4), self._sums(codes)
+        asked = np.array([self.numbers.get(name, -1) for name in names], np.int32)
         numbers, best = packed(context), no_neighbors(len(context), self.k)
         left, k, untold = np.arange(len(context)), self.k, len(codes)
         while len(left):
@@ -57,7 +66,9 @@ class OtherImages:
             for start in range(0, len(left), max(1, ANSWERS // k)):
                 part = slice(start, start + max(1, ANSWERS // k))
                 queries, answer = left[part], Neighbors(*(x[which[part]] for x in found))
-                own = self._own(answer.id, codes, sums, queries // self.patches)
+                image, stored = queries // self.patches, answer.id // self.patches
+                own = self._equal(stored, codes, sums, image) | (self.stored[stored] == asked[image][:, None])
+                own &= answer.id >= 0
                 others = _nearest_others(answer, own, self.k)
                 for all_, new in zip(best, others, strict=True):
                     all_[queries] = new
@@ -80,19 +91,18 @@ class OtherImages:
             count(images * (start + len(part)) // number - images * start // number)
         return Neighbors(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
-    def _own(
+    def _equal(
         self,
-        id_: Int[np.ndarray, "n k"],
+        stored: Int[np.ndarray, "n k"],
         codes: Integer[np.ndarray, "B H W"],
         sums: UInt64[np.ndarray, " B"],
         image: Int[np.ndarray, " n"],
     ) -> Bool[np.ndarray, "n k"]:
-        """Which stored rows stand in an image equal to the query's, ``codes[image]``."""
-        stored = id_ // self.patches
-        own = (id_ >= 0) & (self.sums[stored] == sums[image][:, None])
-        query, slot = np.nonzero(own)  # so few that they can be compared in full
-        own[query, slot] = (self.codes[stored[query, slot]] == codes[image[query]]).all((1, 2))
-        return own
+        """Which stored images have the grid of the query's, ``codes[image]``."""
+        equal = self.sums[stored] == sums[image][:, None]
+        query, slot = np.nonzero(equal)  # so few that they can be compared in full
+        equal[query, slot] = (self.codes[stored[query, slot]] == codes[image[query]]).all((1, 2))
+        return equal
 
     def _sums(self, grids: Integer[np.ndarray, "n H W"]) -> UInt64[np.ndarray, " n"]:
         """A number a grid that equal grids share and others hardly ever."""

@@ -16,6 +16,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.files import sha256_of, write_json
 
 MANIFEST = "manifest.json"
+BAD_FILES = "bad-*.txt"
 
 Folder = TypeVar("Folder")
 
@@ -30,7 +31,7 @@ class ShardSettings:
       fingerprint: of the tokenizer that made the codes.
       grid: [H, W].
       codebook_size: V.
-      num_images: images gone through, all shards together (a datastore leaves out the bad ones).
+      num_images: images gone through, all shards together; the bad ones are left out.
       shard_size: images a shard; the last may hold fewer.
       source, split: the dataset the images came from.
       other_files: names of the files that belong to no shard.
@@ -61,10 +62,17 @@ class ShardSettings:
         """File name of each part of a shard; a shard is done when all are there."""
         raise NotImplementedError
 
+    def bad_file(self, shard: int) -> str:
+        """Name of the file that tells which images of a shard are bad; there if any are."""
+        return BAD_FILES.replace("*", self.place(shard))
+
     def shard_counts(self, directory: Path, shard: int) -> dict[str, dict[str, int]]:
-        """What the manifest says of each file of a shard that is done: at least "images", how many are in it."""
-        del directory  # where a subclass looks it up
-        return {name: {"images": len(self.shard_images(shard))} for name in self.shard_files(shard).values()}
+        """What the manifest says of a shard that is done: images in each file, in the file of bad ones how many."""
+        bad = directory / self.bad_file(shard)
+        number = len(read_lines(bad)) if bad.exists() else 0
+        images = len(self.shard_images(shard)) - number
+        counts = {name: {"images": images} for name in self.shard_files(shard).values()}
+        return counts | ({bad.name: {"images": 0, "bad": number}} if number else {})
 
     def place(self, shard: int) -> str:
         """How a shard is numbered in its files' names."""
@@ -121,14 +129,25 @@ class ShardFolder:
 
     @classmethod
     def count_images(cls, settings: ShardSettings, manifest: dict[str, Any]) -> int:
-        """Images in the folder's own shards."""
-        del manifest  # where a subclass looks it up
-        return settings.num_images
+        """Images in the folder's own shards, without the bad ones."""
+        names = [next(iter(settings.shard_files(shard).values())) for shard in range(settings.num_shards)]
+        return sum(manifest["files"][name]["images"] for name in names)
 
     @property
     def files(self) -> dict[str, dict]:
         """Name → {"sha256", "bytes", "images"} of every file but the manifest."""
         return self.manifest["files"]
+
+    @property
+    def num_bad(self) -> int:
+        """Images that could not be read."""
+        return sum(facts.get("bad", 0) for facts in self.files.values())
+
+    @property
+    def bad(self) -> list[tuple[str, str]]:
+        """What could not be read, and why."""
+        names = [name for name, facts in self.files.items() if "bad" in facts]
+        return [line for name in names for line in read_bad(self.directory / name)]
 
     def verify(self) -> None:
         """Checks every file's SHA-256 (reads them all).
@@ -156,6 +175,16 @@ class ShardFolder:
     def fingerprint(self) -> str:
         """SHA-256 of the manifest: two folders share it only if they hold the same bytes."""
         return sha256_of(self.directory / MANIFEST)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file of ours, each of which ends in a newline."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def read_bad(path: Path) -> list[tuple[str, str]]:
+    """Image and reason from each line of a file of bad images."""
+    return [(name, reason) for name, _, reason in (line.partition("\t") for line in read_lines(path))]
 
 
 def content_hash(manifest: dict[str, Any]) -> str:
