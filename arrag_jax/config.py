@@ -26,6 +26,12 @@ def _in_range(name: str, value: int | float, low: int | float, high: int | float
         raise UserError(f"{name}={value} is outside [{low:g}, {high:g}]")
 
 
+def _seed(value: int) -> None:
+    """Of an order or a draw: jax and grain take 32 bits of it, and no sign."""
+    if not 0 <= value < 2**32:
+        raise UserError(f"seed={value} is outside [0, 2^32)")
+
+
 def _below_one(name: str, value: float) -> None:
     """Of the decay of a running mean: at 1 it would never move."""
     if not 0 <= value < 1:
@@ -107,6 +113,7 @@ class TrainConfig:
         _one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
         for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "accumulate"):
             _in_range(name, getattr(self, name), 1)
+        _seed(self.seed)
         _below_one("ema_decay", self.ema_decay)
 
 
@@ -272,6 +279,7 @@ class DrawConfig:
     def __post_init__(self):
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
         _in_range("batch_size", self.batch_size, 1)
+        _seed(self.seed)
 
 
 def parse(cls: type[T], config: Any, where: str = "config") -> T:
