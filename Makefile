@@ -31,7 +31,7 @@ demo: $(CORE)  ## Build a small datastore and draw with it, plain and with retri
 	$(BIN)/python -m arrag_jax.build_datastore --config=configs/emoji_datastore.py --workdir=demo/store \
 	  --config.source=emoji_scenes/small --config.num_images=12000
 	$(BIN)/python -m arrag_jax.generate --config=configs/emoji_daid.py --workdir=demo/pictures \
-	  --config.retrieval.store=demo/store --test_prompts=8 --provenance
+	  --config.retrieval.store=demo/store --test_prompts=8
 
 test: lint  ## Run lint, then every test.
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile

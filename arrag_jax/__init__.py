@@ -5,6 +5,7 @@ The API in two names: ``load_model(directory)`` gives a model with ``score``, ``
 """
 
 import importlib
+import sys
 from typing import Any
 
 _API = {"load_model": "arrag_jax.models.checkpoint", "sample": "arrag_jax.decode.loop"}
@@ -16,3 +17,15 @@ def __getattr__(name: str) -> Any:
     if name in _API:
         return getattr(importlib.import_module(_API[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    print("error: interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
+# While a command is being imported, which takes seconds; once it runs, ``errors.run_command`` sees to interrupts.
+if sys.argv[:1] == ["-m"]:
+    sys.excepthook = _excepthook

@@ -4,7 +4,10 @@ A command is a function ``main(config, **flags)``; see ``arrag_jax/train.py`` fo
 """
 
 import dataclasses
+import errno
+import keyword
 import os
+import re
 import runpy
 import sys
 import typing
@@ -17,11 +20,12 @@ from absl import flags as absl_flags
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, FieldReference, config_flags
 
-from arrag_jax import config as config_lib
 from arrag_jax.errors import UserError, run_command
 from arrag_jax.files import FULL_DISK, tells_of_a_full_disk
+from arrag_jax.parsing import parse
 
 REQUIRED: Any = object()
+REFUSED = {errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS}  # of a path that cannot be written
 
 
 class Flag(NamedTuple):
@@ -38,7 +42,8 @@ def main_with_config(main: Callable[..., int | None], config_class: type | None,
     ``config_class``, and the named flags beside it; then calls ``main(config, **flags)``, or
     ``main(**flags)`` for a command without a config. A flag named "config" with a default of "" makes
     the config one that may be left out; ``main`` then gets None. Bad flags, bad configs and every other
-    ``UserError`` print one line and exit with code 2, and so does a full disk; else ``main``'s result is the exit code.
+    ``UserError`` print one line and exit with code 2, and so do a full disk and a --workdir that cannot be written;
+    else ``main``'s result is the exit code.
     """
 
     def run(argv: list[str]) -> int | None:
@@ -48,15 +53,15 @@ def main_with_config(main: Callable[..., int | None], config_class: type | None,
         arguments = []
         if config_class is not None:
             given = values.pop("config")
-            arguments = [config_lib.parse(config_class, given) if given else None]
+            arguments = [parse(config_class, given) if given else None]
         enable_compilation_cache()
         try:
             result = main(*arguments, **values)
         except Exception as error:  # wherever it comes from: data sets, checkpoints, metrics, pictures
-            if not tells_of_a_full_disk(error):
+            explanation = _cannot_write(error, values.get("workdir"))
+            if explanation is None:
                 raise
-            where = getattr(error, "filename", None) or values.get("workdir") or "the result"
-            raise UserError(f"cannot write {where}: {FULL_DISK}") from error
+            raise UserError(explanation) from error
         if jax.distributed.is_initialized():  # whoever is done first waits here, with no time limit
             multihost_utils.sync_global_devices("the command's end")
         return result
@@ -71,6 +76,19 @@ def enable_compilation_cache() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "arrag_jax" / "xla"))
+
+
+def _cannot_write(error: Exception, workdir: str | None) -> str | None:
+    """What to say of a full disk, or of a refused path in the workdir or on the way to it; None of other errors."""
+    where = getattr(error, "filename", None)
+    if tells_of_a_full_disk(error):
+        return f"cannot write {where or workdir or 'the result'}: {FULL_DISK}"
+    if not workdir or where is None or getattr(error, "errno", None) not in REFUSED:
+        return None
+    folder, path = Path(workdir).absolute(), Path(where).absolute()
+    if folder in (path, *path.parents) or path in folder.parents:
+        return f"cannot write {where}: {error.strerror}; choose another --workdir"
+    return None
 
 
 def _parse(argv: list[str], doc: str, config_class: type | None, flags: dict[str, Flag]) -> dict[str, Any]:
@@ -129,21 +147,34 @@ def _open_up(config: ConfigDict, config_class: type) -> None:
             if isinstance(config[name], ConfigDict):
                 _open_up(config[name], hint)
         elif name in config and type(None) in typing.get_args(hint):
-            config[name] = FieldReference(config[name], field_type=object)  # any literal; config.parse checks its type
+            config[name] = FieldReference(config[name], field_type=object)  # any literal; parse checks its type
 
 
 def _override(config: ConfigDict, argv: list[str]) -> tuple[ConfigDict, list[str]]:
     """The config after its ``--config.key=value`` arguments, and the arguments that are left."""
+    for argument in argv[1:]:
+        if re.match(r"--?(no)?config\.", argument):
+            _require_section(config, argument)
     values = absl_flags.FlagValues()
     values.set_gnu_getopt()
     try:
-        # Unknown keys are let in here; config.parse names them, with the nearest known one.
+        # Unknown keys are let in here; parse names them, with the nearest known one.
         config_flags.DEFINE_config_dict(
             "config", config, flag_values=values, lock_config=False, accept_new_attributes=True, sys_argv=argv
         )
         rest = values(argv, known_only=True)
-    except KeyError as error:
-        raise UserError(f"unknown section in a --config override: {' '.join(error.args[0].split())}") from error
     except TypeError as error:
         raise UserError(f"a --config override has the wrong type: {error}") from error
     return values["config"].value, rest
+
+
+def _require_section(config: ConfigDict, argument: str) -> None:
+    """That an override ``--config.section.key=value`` is of that form, and its sections are the config's."""
+    path = argument.partition("=")[0]
+    names = path.split(".")[1:]
+    if not all(name.isidentifier() and not keyword.iskeyword(name) for name in names):
+        raise UserError(f"{path!r} names no key; overrides are written --config.key=value, lists as a whole")
+    for name in names[:-1]:
+        config = config.get(name) if isinstance(config, ConfigDict) else None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"unknown section in {path!r}; overrides are written --config.section.key=value")

@@ -52,7 +52,7 @@ if __name__ == "__main__":
         run,
         DrawConfig,
         benchmark=Flag("what to measure on: emoji_scenes", "emoji_scenes"),
-        workdir=Flag("folder for results.json and pictures; made when absent"),
+        workdir=Flag("folder for results.json and pictures; made when absent", "runs/eval"),
         split=Flag("test, or valid to choose settings on", "test"),
         num_prompts=Flag("prompts to draw, each with three seeds; 0 = likelihood alone", 600),
         num_scenes=Flag("held-out scenes whose likelihood is measured", 1500),

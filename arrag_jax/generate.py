@@ -2,10 +2,10 @@
 
 python -m arrag_jax.generate --config configs/emoji_daid.py --prompt "a cat" --prompt "two dogs" --workdir demo
 
-Leaves in --workdir: a picture a prompt and method, and ``grid.png`` (prompt, one column a method, same seeds). With
---provenance also, for every method that retrieves, ``provenance_NN_METHOD.png`` (from which stored image each cell's
-code came, and how far that moved the draw) and ``provenance.json`` (the same in numbers, and a copy audit; its keys
-are those of ``evaluation.provenance.write_pages``).
+Leaves in --workdir: a picture a prompt and method, and ``grid.png`` (prompt, one column a method, same seeds). For
+every method that retrieves also, unless --noprovenance, ``provenance_NN_METHOD.png`` (from which stored image each
+cell's code came, and how far that moved the draw) and ``provenance.json`` (the same in numbers, and a copy audit; its
+keys are those of ``evaluation.provenance.write_pages``).
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ def run(
     test_prompts: int,
     method: str,
     scale: int,
-    provenance: bool = False,
+    provenance: bool = True,
 ) -> None:
     """Draws every --prompt with every method (or --method alone), same seeds, into --workdir."""
     start_distributed()
@@ -55,13 +55,13 @@ def run(
             save(out / f"{i:02d}_{name}.png", upscale(image, scale))
     rows = [(text, [drawn[name][0][i] for name in studio.methods]) for i, text in enumerate(prompt)]
     save(out / "grid.png", labelled_grid(rows, studio.methods, scale))
-    if provenance:
-        records = []
-        for name in studio.methods:
-            if studio.policy(name).uses_retrieval:
-                pages = write_pages(out, studio, name, prompt, *drawn[name])
-                print(f"{name}: {summary(pages)}")
-                records += pages
+    records = []
+    for name in studio.methods:
+        if provenance and studio.policy(name).uses_retrieval:
+            pages = write_pages(out, studio, name, prompt, *drawn[name])
+            print(f"{name}: {summary(pages)}")
+            records += pages
+    if records:
         write_json(out / "provenance.json", records)
     print(f"drew {len(prompt)} prompts x {', '.join(studio.methods)}: {out / 'grid.png'}")
 
@@ -80,5 +80,5 @@ if __name__ == "__main__":
         test_prompts=Flag("draw the first N captions of the test split of emoji_scenes as well", 0),
         method=Flag(f"one of {', '.join(METHODS)}; default: all that the models can do, side by side", ""),
         scale=Flag("how many times a picture is enlarged", 3),
-        provenance=Flag("write where the codes came from, and how much is copied", False),
+        provenance=Flag("of methods that retrieve, write where the codes came from, and how much is copied", True),
     )

@@ -2,14 +2,19 @@
 
 import dataclasses
 import errno
+import os
+import subprocess
 import sys
 
+import children
 import pytest
 from ml_collections import ConfigDict
 
 from arrag_jax.command import Flag, main_with_config
-from arrag_jax.config import DrawConfig, MeshConfig, OptimizerConfig, TrainConfig, parse
+from arrag_jax.config import DrawConfig, MeshConfig, OptimizerConfig, TrainConfig
 from arrag_jax.errors import UserError
+from arrag_jax.parsing import parse
+from arrag_jax.training.prior import PriorOptions
 
 GOOD = {"task": "prior", "steps": 3, "batch_size": 4, "options": {}}
 
@@ -53,11 +58,25 @@ def test_the_only_conversions_are_int_to_float_and_list_to_tuple():
         ({"optimizer": {"clip_norm": 0}}, r"optimizer\.clip_norm=0\.0 must be above 0"),
         ({"ema_decay": 1.0}, r"ema_decay=1\.0 is outside \[0, 1\)"),
         ({"data": {"eval_examples": 0}}, r"eval_examples=0 is outside"),
+        ({"seed": -1}, r"config: seed=-1 is outside \[0, 2\^32\)"),
+        ({"seed": 2**32}, r"seed=4294967296 is outside"),
     ],
 )
 def test_a_bad_key_is_named(changes, message):
     with pytest.raises(UserError, match=message):
         parse(TrainConfig, GOOD | changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "message"),
+    [
+        (DrawConfig, {"model": "m", "retrieval": {"store": "s"}, "seed": -1}, "seed=-1 is outside"),
+        (PriorOptions, {"preset": "janus-emoji", "tokenizer": "t", "caption_dropout": 1.5}, "caption_dropout=1.5"),
+    ],
+)
+def test_a_value_out_of_range_is_named(kind, config, message):
+    with pytest.raises(UserError, match=message):
+        parse(kind, config)
 
 
 def test_every_error_is_told_at_once():
@@ -111,7 +130,12 @@ def test_a_command_gets_its_config_and_flags(monkeypatch, tmp_path):
         (["--config=good.py", "--workdir=w", "--count=x"], "--count=x"),
         (["--config=good.py", "--workdir=w", "--config.stepz=3"], "unknown key config.stepz (did you mean 'steps'?)"),
         (["--config=good.py", "--workdir=w", "--config.steps=x"], "--config.steps=x"),
-        (["--config=good.py", "--workdir=w", "--config.optimzer.b1=0.5"], "unknown section"),
+        (["--config=good.py", "--workdir=w", "--config.optimzer.b1=0.5"], "unknown section in '--config.optimzer.b1'"),
+        (["--config=good.py", "--workdir=w", "--config.seed.real=1"], "unknown section in '--config.seed.real'"),
+        (["--config=good.py", "--workdir=w", "--config.=1"], "'--config.' names no key"),
+        (["--config=good.py", "--workdir=w", "--config.0=1"], "'--config.0' names no key"),
+        (["--config=good.py", "--workdir=w", "--config.se ed=1"], "'--config.se ed' names no key"),
+        (["--config=good.py", "--workdir=w", "--config.seed[0]=1"], "'--config.seed[0]' names no key"),
         (["--config=good.py", "--workdir=w", "--config.optimizer=3"], "--config.optimizer=3"),
     ],
 )
@@ -159,6 +183,38 @@ def test_a_full_disk_is_one_line_wherever_it_is_met(monkeypatch, tmp_path, capsy
     assert capsys.readouterr().err == f"error: cannot write {named}: {said}\n"
 
 
-def test_other_failures_are_not_taken_for_a_full_disk(monkeypatch, tmp_path):
-    with pytest.raises(PermissionError):
-        command(monkeypatch, tmp_path, "--config=good.py", "--workdir=w", failure=PermissionError(errno.EACCES, "no"))
+@pytest.mark.parametrize(
+    "failure",
+    [
+        FileExistsError(errno.EEXIST, "no", "a/w"),  # a file
+        NotADirectoryError(errno.ENOTDIR, "no", "a/w/pictures"),
+        PermissionError(errno.EACCES, "no", "a"),  # on the way to it
+        OSError(errno.EROFS, "no", "a/w/grid.png"),
+    ],
+)
+def test_a_workdir_that_cannot_be_written_is_one_line(monkeypatch, tmp_path, capsys, failure):
+    code, called = command(monkeypatch, tmp_path, "--config=good.py", "--workdir=a/w", failure=failure)
+    assert (code, len(called)) == (2, 1)
+    assert capsys.readouterr().err == f"error: cannot write {failure.filename}: no; choose another --workdir\n"
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        PermissionError(errno.EACCES, "no"),
+        PermissionError(errno.EACCES, "no", "elsewhere"),
+        FileNotFoundError(errno.ENOENT, "no", "w/x"),
+    ],
+)
+def test_other_failures_are_not_taken_for_a_full_disk_or_workdir(monkeypatch, tmp_path, failure):
+    with pytest.raises(type(failure)):
+        command(monkeypatch, tmp_path, "--config=good.py", "--workdir=w", failure=failure)
+
+
+def test_an_interrupt_while_a_command_is_imported_is_one_line(tmp_path):
+    (tmp_path / "jax.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = children.alone()
+    environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}"
+    words = [sys.executable, "-m", "arrag_jax.generate"]
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (130, "error: interrupted\n")

@@ -203,7 +203,7 @@ def test_eval_measures_what_training_measures_and_generate_draws_it(folder, tmp_
         open_studio(config, ["lora"])
     with pytest.raises(UserError, match="no FAiD blenders"):
         open_studio(DrawConfig(plain, retrieval, plain, mesh=MeshConfig(1, 1)), ["faid"])
-    generate.run(config, str(tmp_path / "out"), ["a cat"], 0, "faid+daid", 1, provenance=True)
+    generate.run(config, str(tmp_path / "out"), ["a cat"], 0, "faid+daid", 1)
     assert (tmp_path / "out" / "00_faid+daid.png").is_file() and (tmp_path / "out" / "provenance.json").is_file()
 
 

@@ -87,7 +87,7 @@ def test_generate_in_two_processes_writes_what_one_writes(tmp_path):
     workshop.build(tmp_path)
     command = ["-m", "arrag_jax.generate", "--config=configs/emoji_daid.py", "--prompt=a cat", "--prompt=two dogs"]
     command += [f"--config.model={tmp_path / 'model'}", f"--config.retrieval.store={tmp_path / 'store'}"]
-    command += ["--config.retrieval.search=dense", "--config.daid.weight=0.5", "--provenance", "--method=daid"]
+    command += ["--config.retrieval.search=dense", "--config.daid.weight=0.5", "--method=daid"]
     together = start(
         2,
         *command,

@@ -42,7 +42,7 @@ def write_pages(
     for i, prompt in enumerate(prompts):
         one = jax.tree.map(lambda x, i=i: np.asarray(x[i]), drawn)
         record = {"prompt": prompt, "method": method, **picture_record(one, studio.store.codes, studio.store.sources)}
-        thumbnails = {source["image"]: _stored_picture(studio, source["image"]) for source in record["sources"]}
+        thumbnails = _stored_pictures(studio, [source["image"] for source in record["sources"]])
         image, _ = image_and_cell(one.source, *studio.model.grid)
         maps = (x.reshape(studio.model.grid) for x in (image, one.log_p - one.log_p_model))
         page = provenance_page(images[i], *maps, thumbnails, top=THUMBNAILS)
@@ -114,6 +114,9 @@ def _runs(
     return copied_runs(codes.reshape(height, width), stored[looked_at[:, 0]], looked_at[:, 1:])
 
 
-def _stored_picture(studio: Studio, image: int) -> UInt8[np.ndarray, "h w 3"]:
-    codes = studio.store.codes[image].reshape(1, -1).astype(np.int32)
-    return np.asarray(to_uint8(studio.model.decode_codes(codes, *studio.model.grid)))[0]
+def _stored_pictures(studio: Studio, images: Sequence[int]) -> dict[int, UInt8[np.ndarray, "h w 3"]]:
+    """At most ``THUMBNAILS`` stored images, by number; decoded as a batch of just so many: one shape is compiled."""
+    rows = np.resize(np.asarray(images, np.int64), THUMBNAILS)
+    codes = studio.store.codes[rows].reshape(THUMBNAILS, -1).astype(np.int32)
+    pictures = np.asarray(to_uint8(studio.model.decode_codes(codes, *studio.model.grid)))
+    return dict(zip(images, pictures, strict=False))

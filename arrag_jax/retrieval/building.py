@@ -14,9 +14,9 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from arrag_jax import config as config_lib
 from arrag_jax.errors import UserError
 from arrag_jax.files import explained, only_writer, sha256_of, whole_file, write_json
+from arrag_jax.parsing import parse
 from arrag_jax.retrieval.shards import MANIFEST, ShardFolder, ShardSettings, write_manifest
 from arrag_jax.retrieval.team import Team
 
@@ -118,7 +118,7 @@ def read_building(kind: type[ShardFolder], directory: Path) -> Any:
     """
     path = directory / BUILDING
     try:
-        return config_lib.parse(kind.settings_class, json.loads(path.read_text(encoding="utf-8")), str(path))
+        return parse(kind.settings_class, json.loads(path.read_text(encoding="utf-8")), str(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error!r}); choose another --workdir") from error
 

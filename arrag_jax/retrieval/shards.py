@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from arrag_jax import config as config_lib
 from arrag_jax.errors import UserError
 from arrag_jax.files import sha256_of, write_json
+from arrag_jax.parsing import parse
 
 MANIFEST = "manifest.json"
 BAD_FILES = "bad-*.txt"
@@ -116,7 +116,7 @@ class ShardFolder:
             version = manifest["format_version"]
             if version != cls.format_version:
                 raise UserError(f"{path} has format {version}, this code reads {cls.format_version}; {cls.rebuild}")
-            settings = config_lib.parse(cls.settings_class, manifest["settings"], f"{path}: settings")
+            settings = parse(cls.settings_class, manifest["settings"], f"{path}: settings")
             sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
             num_images = cls.count_images(settings, manifest)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:

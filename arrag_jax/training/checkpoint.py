@@ -20,9 +20,10 @@ from absl import logging
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from arrag_jax.config import TrainConfig, parse
+from arrag_jax.config import TrainConfig
 from arrag_jax.errors import UserError
 from arrag_jax.files import only_writer, write_json
+from arrag_jax.parsing import parse
 
 State = TypeVar("State")
 KEEP = 2  # the newest, and the one before it in case the newest is damaged; the best one is kept besides

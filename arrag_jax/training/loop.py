@@ -333,6 +333,7 @@ class StopSignal:
 
     def _receive(self, number: int, _) -> None:
         self._received = number
+        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be what was interrupted
         self.__exit__()
 
     def requested(self, step: int) -> bool:

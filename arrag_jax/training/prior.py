@@ -50,6 +50,8 @@ class PriorOptions:
 
     def __post_init__(self):
         check_preset(self.preset)
+        if not 0 <= self.caption_dropout <= 1:
+            raise UserError(f"caption_dropout={self.caption_dropout} is outside [0, 1]")
 
 
 class PriorTask:

@@ -1,6 +1,7 @@
 """What can be trained: from a config's ``task`` to its task object."""
 
-from arrag_jax.config import TrainConfig, parse
+from arrag_jax.config import TrainConfig
+from arrag_jax.parsing import parse
 from arrag_jax.training.faid import FaidOptions, FaidTask
 from arrag_jax.training.loop import Task
 from arrag_jax.training.prior import PriorOptions, PriorTask
