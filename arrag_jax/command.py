@@ -154,7 +154,7 @@ def _override(config: ConfigDict, argv: list[str]) -> tuple[ConfigDict, list[str
     """The config after its ``--config.key=value`` arguments, and the arguments that are left."""
     for argument in argv[1:]:
         if re.match(r"--?(no)?config\.", argument):
-            _require_section(config, argument)
+            _prepare(config, argument)
     values = absl_flags.FlagValues()
     values.set_gnu_getopt()
     try:
@@ -168,8 +168,12 @@ def _override(config: ConfigDict, argv: list[str]) -> tuple[ConfigDict, list[str
     return values["config"].value, rest
 
 
-def _require_section(config: ConfigDict, argument: str) -> None:
-    """That an override ``--config.section.key=value`` is of that form, and its sections are the config's."""
+def _prepare(config: ConfigDict, argument: str) -> None:
+    """Makes way for an override ``--config.section.key=value``.
+
+    Raises:
+      UserError: it is not of that form, or the config has no such section.
+    """
     path = argument.partition("=")[0]
     names = path.split(".")[1:]
     if not all(name.isidentifier() and not keyword.iskeyword(name) for name in names):
@@ -178,3 +182,5 @@ def _require_section(config: ConfigDict, argument: str) -> None:
         config = config.get(name) if isinstance(config, ConfigDict) else None
     if not isinstance(config, ConfigDict):
         raise UserError(f"unknown section in {path!r}; overrides are written --config.section.key=value")
+    if hasattr(ConfigDict, names[-1]) and names[-1] in config:
+        del config[names[-1]]  # "keys" is a method as well, which flags would take for the value that is there

@@ -92,7 +92,7 @@ def command(
     """Exit code of a command run with these arguments, and what its main function was called with."""
     (tmp_path / "good.py").write_text(f"def get_config(base='tiny'):\n    return {GOOD} | dict(init_from=base)\n")
     (tmp_path / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
-    draw = {"model": "m", "retrieval": {"store": "s"}, "sampling": {"cfg_scale": 1.5}}
+    draw = {"model": "m", "retrieval": {"store": "s", "keys": "codebook"}, "sampling": {"cfg_scale": 1.5}}
     (tmp_path / "draw.py").write_text(f"def get_config():\n    return {draw}\n")
     called = []
 
@@ -164,6 +164,8 @@ def test_what_may_be_none_can_be_switched_off_and_keeps_its_type(monkeypatch, tm
     assert drawn_with("--config.sampling.cfg_scale=3", "--config.sampling.top_k=None").sampling.cfg_scale == 3.0
     assert "config.sampling.cfg_scale must be float | None, got 'x'" in drawn_with("--config.sampling.cfg_scale=x")
     assert "config.seed" in drawn_with("--config.seed=None")
+    # ConfigDict has a method of this name.
+    assert drawn_with("--config.retrieval.keys=latent").retrieval.keys == "latent"
     # A section within a section may be left out of the file, too.
     assert drawn_with("--config.caption.daid.weight=0.25").caption.daid.weight == 0.25
 
