@@ -270,7 +270,7 @@ def test_settings_that_cannot_be(config, tmp_path, where, fields, message):
         ([], "", "nothing to draw"),
         ([" "], "", "empty"),
         (["a zebra"], "", "does not know 'zebra'; it knows: a above"),
-        (["a cat " * 300], "plain", "too long"),
+        (["a cat " * 6], "plain", "prompt too long: 18 tokens, at most 16"),
         (["a cat"], "faid", "--method='faid' is not what these models can do: plain, static, daid, caption; give"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -246,15 +247,34 @@ class TestPrompts:
 
     @pytest.mark.parametrize(
         ("prompt", "message"),
-        [("", "empty"), ("  ", "empty"), ("a zebra", "does not know 'zebra'; it knows: a cat dogs two")],
+        [
+            ("", "empty"),
+            ("  ", "empty"),
+            ("a zebra", "does not know 'zebra'; it knows: a cat dogs two"),
+            ("<|User|> a cat", "a prompt holds '<|User|>', a special token of the model"),
+            ("a cat<begin_of_image>", "a prompt holds '<begin_of_image>', a special token of the model"),
+        ],
     )
     def test_prompts_that_cannot_be_read(self, prompt, message):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=re.escape(message)):
             self.text([prompt])
 
     def test_too_long(self):
         with pytest.raises(UserError, match="prompt too long: 12 tokens, at most 9"):
             self.text(["a cat a cat a cat"], length=9)
+
+    def test_a_folder_may_say_how_long(self, tmp_path):
+        """In all positions, of which the picture takes its cells; it outlasts being read and written."""
+        height, width = tiny.CONFIG.grid
+        for said, limit in ((8 + height * width, 8), (None, 512)):
+            config = dataclasses.replace(tiny.CONFIG, max_positions=said)
+            save_model(tiny.janus(config=config), tmp_path)
+            save_model(load_model(tmp_path), tmp_path)
+            self.text.save(tmp_path)
+            text = PromptTokenizer.load(tmp_path)
+            assert text(["a cat"])[1].sum() == 8
+            with pytest.raises(UserError, match=f"prompt too long: {6 + limit} tokens, at most {limit}"):
+                text(["cat " * limit])
 
     def test_no_tokenizer(self, tmp_path):
         with pytest.raises(UserError, match=r"tokenizer\.json is not there"):

@@ -93,6 +93,7 @@ def test_training_the_prior_leaves_the_tokenizer_bit_identical(workshop, tmp_pat
     assert isinstance(task, PriorTask)
     model = task.init_model(nnx.Rngs(0))
     np.testing.assert_array_equal(model.gen_embed.embedding[...], model.codebook)
+    assert model.config.max_positions == 16 + 144  # prompt and picture
     frozen = nnx.to_flat_state(nnx.state(model.gen_vision_model, nnx.Param))
     assert not len(frozen) and len(nnx.to_flat_state(nnx.state(model.gen_vision_model, Frozen)))
     train(config("prior"), task, tmp_path)

@@ -6,6 +6,7 @@ image-understanding tower's image size gives, else 24 x 24) and, in ``gen_vision
 """
 
 import json
+import operator
 import re
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def _from_published(config: dict[str, Any], path: Path) -> JanusConfig:
         aligner_depth=aligner.get("depth", base.aligner_depth),
         head_width=config["gen_head_config"].get("params", {}).get("image_token_embed", language.width),
         pad_id=_pad_id(text, language, path),
+        max_positions=_max_positions(text),
         faid=_faid(text),
     ).with_grid(config.get("image_grid") or (side, side))
 
@@ -114,6 +116,7 @@ def _from_transformers(config: dict[str, Any], path: Path) -> JanusConfig:
         aligner_depth=vq.get("num_hidden_layers", base.aligner_depth),
         head_width=vq.get("projection_dim", base.head_width),
         pad_id=_pad_id(text, language, path),
+        max_positions=_max_positions(text),
         faid=_faid(text),
     )
 
@@ -157,6 +160,11 @@ def _pad_id(text: dict[str, Any], language: LlamaConfig, path: Path) -> int:
     usual = min(JanusConfig.pad_id, language.vocab_size - 1)
     pad = next((i for i in given if i is not None and i >= 0), None)
     return _tokenizers_pad(path.parent / "tokenizer.json", usual) if pad is None else pad
+
+
+def _max_positions(text: dict[str, Any]) -> int | None:
+    given = text.get("max_position_embeddings")
+    return None if given is None else operator.index(given)
 
 
 def _tokenizers_pad(path: Path, usual: int) -> int:
@@ -233,6 +241,7 @@ def config_to_json(config: JanusConfig) -> dict:
             "rope_theta": language.rope_theta,
             "rms_norm_eps": language.norm_eps,
             "pad_token_id": config.pad_id,
+            **({} if config.max_positions is None else {"max_position_embeddings": config.max_positions}),
             **({} if language.head_dim is None else {"head_dim": language.head_dim}),
             **blending,
         },

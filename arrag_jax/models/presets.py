@@ -22,6 +22,7 @@ class JanusConfig:
     aligner_depth: int = 2
     head_width: int = 2048
     pad_id: int = 100002  # the token that fills the unconditional prompt: ``PAD`` of Janus-Pro's tokenizer
+    max_positions: int | None = None  # longest prompt and picture together that it was trained on; None = not said
     faid: FaidConfig | None = None  # None: no blenders
 
     @property

@@ -4,6 +4,7 @@ Source: reference README "Prompt". Text becomes ``<|User|>: TEXT\\n\\n<|Assistan
 after the begin-of-sentence token; batches are padded on the left.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -32,7 +33,8 @@ class PromptTokenizer:
     Attributes:
       pad_id: fills the left of short prompts; of a checkpoint's tokenizer it is the model's, too.
       vocab_size: ids are below it.
-      max_length: longest prompt in tokens, chat form included.
+      max_length: longest prompt in tokens, chat form included; of a checkpoint's tokenizer what its config leaves
+        beside a picture, where that says how many positions the model was trained on.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_length: int = 512):
@@ -42,22 +44,27 @@ class PromptTokenizer:
         if missing:
             raise UserError(f"this tokenizer has no {missing[0]} token: it is not a Janus tokenizer")
         self.pad_id, self._bos = tokenizer.token_to_id(PAD), tokenizer.token_to_id(BOS)
+        added = tokenizer.get_added_tokens_decoder().values()
+        self._special = dict.fromkeys([*SPECIAL, *(token.content for token in added if token.special)])
 
     @classmethod
-    def load(cls, directory: str | Path, max_length: int = 512) -> "PromptTokenizer":
+    def load(cls, directory: str | Path) -> "PromptTokenizer":
         """Reads ``tokenizer.json`` from a checkpoint folder, or from the export of a training run."""
         directory = checkpoint_folder(Path(directory))
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{path} is not there; copy the checkpoint's tokenizer.json beside its weights")
         try:
-            text = cls(Tokenizer.from_file(str(path)), max_length)
+            text = cls(Tokenizer.from_file(str(path)))
         except UserError:
             raise
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(f"{path} cannot be read as a tokenizer ({error}); copy it again") from error
         if (directory / "config.json").is_file():
-            text.pad_id = read_config(directory).pad_id
+            config = read_config(directory)
+            text.pad_id = config.pad_id
+            if config.max_positions is not None:
+                text.max_length = config.max_positions - math.prod(config.grid)
         return text
 
     @classmethod
@@ -82,7 +89,7 @@ class PromptTokenizer:
         """Ids and mask of prompts, padded on the left to the longest one or to ``length`` tokens.
 
         Raises:
-          UserError: a prompt is empty, too long, or holds a word that the tokenizer does not know.
+          UserError: a prompt is empty, too long, or holds a special token or a word that the tokenizer does not know.
         """
         encodings = [self._encode(prompt) for prompt in prompts]
         width = length or max(len(ids) for ids in encodings)
@@ -98,6 +105,9 @@ class PromptTokenizer:
     def _encode(self, prompt: str) -> list[int]:
         if not prompt.strip():
             raise UserError("a prompt is empty; say what to draw")
+        special = next((token for token in self._special if token in prompt), None)
+        if special is not None:
+            raise UserError(f"a prompt holds {special!r}, a special token of the model; say it in words alone")
         encoding = self.tokenizer.encode(chat_form(prompt.strip()))
         # Published tokenizers leave the first token to the code around them, ours puts it there itself.
         ids = encoding.ids if encoding.ids[0] == self._bos else [self._bos, *encoding.ids]

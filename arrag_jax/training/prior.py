@@ -75,7 +75,9 @@ class PriorTask:
                 f"{self.options.preset}: {tokenizer.config.vision} against {preset.vision}"
             )
         language = dataclasses.replace(preset.language, vocab_size=self.text.vocab_size)
-        model = Janus(dataclasses.replace(preset, language=language, pad_id=self.text.pad_id), rngs)
+        longest = self.options.prompt_length + self.tokens
+        shape = dataclasses.replace(preset, language=language, pad_id=self.text.pad_id, max_positions=longest)
+        model = Janus(shape, rngs)
         model.gen_vision_model = tokenizer.gen_vision_model
         freeze(model.gen_vision_model)
         model.gen_embed.embedding[...] = tokenizer.codebook
