@@ -33,6 +33,7 @@ def workshop(tmp_path_factory):
     PRESETS["tiny"] = PRESET
     folder, data = tmp_path_factory.mktemp("tokenizer"), tmp_path_factory.mktemp("data")
     save_model(tiny.janus(config=PRESET, parts=VISION), folder)
+    (folder / "manifest.json").write_text(json.dumps({"command": "train it", "sha256": "of this alone"}))
 
     def config(task: str, **options) -> TrainConfig:
         options = {"preset": "tiny", **options}
@@ -104,6 +105,7 @@ def test_training_the_prior_leaves_the_tokenizer_bit_identical(workshop, tmp_pat
     assert np.abs(trained - initial).max() > 0
     manifest = json.loads((tmp_path / "export" / "manifest.json").read_text())
     assert manifest["tokenizer_fingerprint"] == fingerprint(start)
+    assert manifest["tokenizer"] == {"command": "train it"}
 
 
 def test_a_dropped_caption_is_never_read(workshop):

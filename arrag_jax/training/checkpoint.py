@@ -31,7 +31,7 @@ TOLD = 8  # differences that a message names
 
 # Keys that may differ between a run and its continuation: they change when, where or how long, not what, or its sample
 # grids alone. A run that has a checkpoint of its own no longer reads init_from. Folders may move: base.json knows what
-# was in them.
+# was in them. Prompts are padded to prompt_length.
 FREE_KEYS = (
     "steps", "log_every", "eval_every", "checkpoint_every", "mesh", "init_from", "data.data_dir", "data.eval_examples",
     "options.base", "options.neighbors", "options.tokenizer", "options.retrieval", "options.daid", "options.sampling",

@@ -31,6 +31,7 @@ from arrag_jax.training.shared import (
     BITS,
     check_preset,
     held_out,
+    made_by,
     mean_bits,
     rows_of_a_device,
     tokenizer_figures,
@@ -140,5 +141,5 @@ class PriorTask:
         model = load_model(directory)
         self.text.save(directory)
         batches = list(self.eval_batches(rows_of_a_device(self.config)))
-        mean = mean_bits(self, model, batches)
-        write_manifest(directory, model, run, valid_bits_per_code=mean, **tokenizer_figures(model, batches))
+        figures = {"valid_bits_per_code": mean_bits(self, model, batches), **tokenizer_figures(model, batches)}
+        write_manifest(directory, model, run | {"tokenizer": made_by(self.options.tokenizer)}, **figures)

@@ -1,6 +1,7 @@
 """What the tasks have in common: presets, held-out batches, figures of a tokenizer, the manifest of an export."""
 
 import functools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from arrag_jax.mesh import make_mesh
 from arrag_jax.models.checkpoint import fingerprint
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.presets import PRESETS
+from arrag_jax.models.tensor_files import checkpoint_folder
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.training.loop import Batch, Task, mean_over_examples
 
@@ -75,6 +77,13 @@ def tokenizer_figures(model: Janus, batches: Iterable[Batch]) -> dict[str, float
         total += float(psnr(model, images, codes.reshape(latents.shape[:3]))) * len(images)
         count += len(images)
     return {"psnr_db": total / count, "codes_used": float(used.mean())}
+
+
+def made_by(folder: str) -> dict[str, Any]:
+    """What a model folder's own manifest says of its training; {} where it has none."""
+    path = checkpoint_folder(Path(folder)) / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {key: manifest[key] for key in ("command", "training_minutes", "hardware", "config") if key in manifest}
 
 
 def write_manifest(directory: Path, model: Janus, run: dict[str, Any], **figures: float) -> None:
