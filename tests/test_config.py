@@ -214,7 +214,9 @@ def test_other_failures_are_not_taken_for_a_full_disk_or_workdir(monkeypatch, tm
 
 
 def test_an_interrupt_while_a_command_is_imported_is_one_line(tmp_path):
-    (tmp_path / "jax.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    # A process begun in a shell's background ignores the signal, and so do its children unless they say otherwise.
+    lines = "import signal", "signal.signal(signal.SIGINT, signal.default_int_handler)", "signal.raise_signal(2)"
+    (tmp_path / "jax.py").write_text("\n".join(lines))
     environment = children.alone()
     environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}"
     words = [sys.executable, "-m", "arrag_jax.generate"]
