@@ -222,6 +222,14 @@ class DaidConfig:
     temperature: float = 0.05  # τ, squared L2
     copies: str = "nearest"  # "nearest" (the paper) | "sum"
 
+    def __post_init__(self):
+        if not 0 <= self.weight <= 1:
+            raise UserError(f"DAiD's weight λ = {self.weight} is outside [0, 1]")
+        if not self.temperature > 0:
+            raise UserError(f"DAiD's temperature τ = {self.temperature} must be above 0")
+        if self.copies not in ("nearest", "sum"):
+            raise UserError(f"DAiD's copies = {self.copies!r} is unknown; choose nearest (the paper) or sum")
+
 
 @dataclasses.dataclass(frozen=True)
 class CaptionConfig:

@@ -26,6 +26,8 @@ install_import_hook("arrag_jax", "beartype.beartype")
 import jax
 import pytest
 
+from arrag_jax.retrieval import others
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -47,3 +49,11 @@ def photos() -> Path:
     if not path.is_dir():
         pytest.skip("real photos are not on this machine (../shared/data)")
     return path
+
+
+@pytest.fixture(scope="module")
+def small_calls():
+    """A hundred contexts a call of the search for neighbours (K 3), not thousands."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(others, "ANSWERS", 300)
+        yield

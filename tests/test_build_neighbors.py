@@ -16,18 +16,11 @@ from arrag_jax.data.images import encoder
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import fingerprint, save_model
 from arrag_jax.models.janus import VISION
-from arrag_jax.retrieval import others
 from arrag_jax.retrieval.building import BUILDING
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings
 
-
-@pytest.fixture(autouse=True, scope="module")
-def small_calls():
-    """Three hundred contexts a call of the search, not thousands."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(others, "ANSWERS", 900)
-        yield
+pytestmark = pytest.mark.usefixtures("small_calls")
 
 
 @pytest.fixture(scope="module")

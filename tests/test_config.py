@@ -71,6 +71,11 @@ def test_a_bad_key_is_named(changes, message):
     ("kind", "config", "message"),
     [
         (DrawConfig, {"model": "m", "retrieval": {"store": "s"}, "seed": -1}, "seed=-1 is outside"),
+        (
+            DrawConfig,
+            {"model": "m", "retrieval": {"store": "s"}, "caption": {"daid": {"weight": 2.0}}},
+            r"config\.caption\.daid: DAiD's weight λ = 2\.0 is outside",
+        ),
         (PriorOptions, {"preset": "janus-emoji", "tokenizer": "t", "caption_dropout": 1.5}, "caption_dropout=1.5"),
     ],
 )

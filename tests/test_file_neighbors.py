@@ -18,11 +18,12 @@ from arrag_jax.data.scenes import scene
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.models.janus import VISION
-from arrag_jax.retrieval import others
 from arrag_jax.retrieval.building import BUILDING
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.retrieval.neighbor_set import NeighborSet
+
+pytestmark = pytest.mark.usefixtures("small_calls")
 
 BAD = [
     ("scene_05.png", "empty file"),
@@ -36,14 +37,6 @@ VALID = [*(f"scene_{i}.png" for i in range(20, 23)), *IN_TAR]
 
 def caption(id_: str) -> str:
     return scene("store", int(id_.removesuffix(".png")[-2:])).caption
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_calls():
-    """A hundred contexts a call of the search, not thousands."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(others, "ANSWERS", 300)
-        yield
 
 
 @pytest.fixture(scope="module")

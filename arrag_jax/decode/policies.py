@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from arrag_jax.errors import UserError
+from arrag_jax.config import DaidConfig
 from arrag_jax.interfaces import Backbone
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.ops.sampling import mix, neighbor_log_probs
@@ -55,12 +55,9 @@ class Daid:
     blends = False
 
     def __post_init__(self):
-        if isinstance(self.weight, numbers.Real) and not 0 <= self.weight <= 1:
-            raise UserError(f"DAiD's weight λ = {self.weight} is outside [0, 1]")
-        if isinstance(self.temperature, numbers.Real) and not self.temperature > 0:
-            raise UserError(f"DAiD's temperature τ = {self.temperature} must be above 0")
-        if self.copies not in ("nearest", "sum"):
-            raise UserError(f"DAiD's copies = {self.copies!r} is unknown; choose nearest (the paper) or sum")
+        given = {"weight": self.weight, "temperature": self.temperature}
+        plain = {name: number for name, number in given.items() if isinstance(number, numbers.Real)}
+        DaidConfig(**plain, copies=self.copies)  # which refuses what cannot be
 
     def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> None:
         """Nothing for the backbone."""

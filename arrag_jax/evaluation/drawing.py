@@ -144,7 +144,6 @@ def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
     Raises:
       UserError: a method that they can't do, a checkpoint that can't be read, a store of another tokenizer, …
     """
-    Daid(**dataclasses.asdict(config.daid))
     mesh = make_mesh(config.mesh)
     mesh = mesh if mesh.size > 1 else None
     blended = config.faid_model or (config.model if read_config(Path(config.model)).faid is not None else "")

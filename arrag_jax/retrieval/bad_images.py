@@ -43,9 +43,8 @@ class BadImages:
 
     def of_shard(self, shard: int, bar: tqdm) -> tuple[dict[int, str], Callable[[int, BadImage], None]]:
         """Begins a shard: its bad images (number → line), and whom to tell of each (``encoding.encoded``)."""
-        (self.directory / self.settings.bad_file(shard)).unlink(
-            missing_ok=True
-        )  # a killed run's: it may be good by now
+        # A killed run's file: what was bad then may be good by now.
+        (self.directory / self.settings.bad_file(shard)).unlink(missing_ok=True)
         bad: dict[int, str] = {}
 
         def skip(number: int, reason: BadImage) -> None:

@@ -60,7 +60,7 @@ def build(
         numbers, codes, captions = settings.shard_images(shard), [], []
         for batch, batch_codes, _ in encoded(_Captioned(examples), numbers, encode, batch_size, settings, skip):
             codes.append(batch_codes)
-            captions += [caption_of(example).encode() for example in batch]
+            captions += [example["caption"].encode() for example in batch]
         names, records = left_out.write(shard, bad), []
         if names:
             grids = np.concatenate(codes)
@@ -73,7 +73,7 @@ def build(
 
 
 class _Captioned:
-    """Examples of which those without a caption are bad."""
+    """Examples with their captions as they are kept; those without one are bad."""
 
     def __init__(self, examples: Examples):
         self.examples = examples
@@ -83,9 +83,10 @@ class _Captioned:
 
     def __getitem__(self, index: int) -> Example:
         example = self.examples[index]
-        if not caption_of(example):
+        caption = caption_of(example)
+        if not caption:
             raise BadImage("it has no caption")
-        return example
+        return {**example, "caption": caption}
 
 
 def neighbors_of_cells(code: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
