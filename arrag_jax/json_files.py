@@ -1,0 +1,49 @@
+"""Reads JSON that may come from anybody: bounded, and one line where it is not what it should be."""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from arrag_jax.errors import UserError
+
+MAX_BYTES = 64 * 2**20  # the weights index of a model of 10^6 tensors is smaller
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Returns the value that a JSON text holds.
+
+    Args:
+      text: the text, or its bytes in UTF-8 (a byte order mark is skipped).
+      where: how the error calls it: a file, or a member of an archive.
+
+    Raises:
+      UserError: it is not UTF-8 or not JSON, holds NaN or an infinity, or is nested too deeply.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply to be JSON of this kind") from None
+    except ValueError as error:  # UnicodeDecodeError, JSONDecodeError and numbers of too many digits are ValueErrors
+        raise UserError(f"{where} is not valid JSON ({error})") from None
+
+
+def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
+    """Returns the value that a JSON file holds.
+
+    Raises:
+      UserError: as ``parse_json``, or the file cannot be read or is larger than ``max_bytes``.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if len(content) > max_bytes:
+        raise UserError(f"{path} is larger than {max_bytes:,} bytes; it is not a JSON file of this kind")
+    return parse_json(content, str(path))
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a number of JSON")
