@@ -14,7 +14,6 @@ all of them see.
 """
 
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Collection
@@ -28,9 +27,9 @@ from arrag_jax.config import DatastoreConfig, ScannOptions
 from arrag_jax.data import sources
 from arrag_jax.data.images import LISTING, ImageSource, encoder, is_data_set
 from arrag_jax.errors import UserError
-from arrag_jax.mesh import start_distributed
 from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.models.janus import VISION, Janus
+from arrag_jax.processes import require_same
 from arrag_jax.retrieval import index, parts, writer
 from arrag_jax.retrieval import report as measure
 from arrag_jax.retrieval.bad_images import NONE, Tally
@@ -49,6 +48,8 @@ def run(
     report: bool = False,
 ) -> None:
     """Builds the datastore that the config describes, in --workdir; run again to continue."""
+    if jax.process_index() > 0 and (merge or verify or report):
+        return  # the first process does these alone
     if sum(map(bool, (append, merge, verify, report))) > 1:
         raise UserError("--append, --merge, --verify and --report exclude one another; give one of them")
     if config is None and not (merge or verify or report):
@@ -66,20 +67,14 @@ def run(
     elif merge:
         finish(parts.merge([Datastore.open(store) for store in merge], directory), config, start)
     else:
-        start_distributed()
-        try:
-            build_or_add(config, directory, append, start)
-        except UserError as error:
-            if jax.process_count() == 1:
-                raise
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            os._exit(2)  # a plain exit would have jax wait for processes that may be dead
+        build_or_add(config, directory, append, start)
 
 
 def build_or_add(config: DatastoreConfig, directory: Path, append: bool, start: float) -> None:
     """This process's part in building the store, or in adding to it."""
     with team_in(directory, jax.process_index(), jax.process_count()) as team:
         tokenizer = load_model(config.model, parts=VISION)
+        require_same({f"tokenizer of {config.model}": fingerprint(tokenizer)}, "model")
         store = (add if append else build)(config, directory, tokenizer, team)
         if team.leads:
             finish(store, config, start)
@@ -208,6 +203,7 @@ if __name__ == "__main__":
     main_with_config(
         run,
         DatastoreConfig,
+        "apart",
         config=Flag("config file, path.py or path.py:argument; --config.key=value overrides a key", ""),
         workdir=Flag("folder of the datastore; made when absent"),
         report=Flag("measure the index in --workdir, print the figures and write them to report.json", False),

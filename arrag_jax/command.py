@@ -17,15 +17,18 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags as absl_flags
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from arrag_jax.errors import UserError, run_command
 from arrag_jax.files import FULL_DISK, tells_of_a_full_disk
 from arrag_jax.parsing import parse
+from arrag_jax.processes import WAIT, described, start_distributed
 
 REQUIRED: Any = object()
 REFUSED = {errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS}  # of a path that cannot be written
+
+
+OWN_FLAGS = {"progress"}  # which each process of a run may have as it likes
 
 
 class Flag(NamedTuple):
@@ -35,7 +38,9 @@ class Flag(NamedTuple):
     default: Any = REQUIRED  # left out: a required string
 
 
-def main_with_config(main: Callable[..., int | None], config_class: type | None, **flags: Flag) -> None:
+def main_with_config(
+    main: Callable[..., int | None], config_class: type | None, processes: str = "", **flags: Flag
+) -> None:
     """Runs a command from the command line and exits.
 
     Reads ``--config path.py`` (with overrides ``--config.key=value``) into the frozen dataclass
@@ -44,17 +49,31 @@ def main_with_config(main: Callable[..., int | None], config_class: type | None,
     the config one that may be left out; ``main`` then gets None. Bad flags, bad configs and every other
     ``UserError`` print one line and exit with code 2, and so do a full disk and a --workdir that cannot be written;
     else ``main``'s result is the exit code.
+
+    Args:
+      processes: whether a run may have several of them: "together" if each needs all others all the time, "apart" if
+        not, as ``start_distributed`` has it; "": one alone. Several are started before ``main`` is called, and have
+        a flag ``--wait`` more.
     """
+    if processes:
+        flags["wait"] = Flag("of several processes: seconds in which all must have come", WAIT)
 
     def run(argv: list[str]) -> int | None:
         values = _parse(argv, main.__doc__ or "", config_class, flags)
         if "://" in (values.get("workdir") or ""):
             raise UserError(f"--workdir={values['workdir']} is an address; mount it, and give the folder")
-        arguments = []
+        arguments, given = [], None
         if config_class is not None:
             given = values.pop("config")
             arguments = [parse(config_class, given) if given else None]
         enable_compilation_cache()
+        if processes:
+            wait = values.pop("wait")
+            start_distributed(wait=wait, settings=_settings(given, values), together=processes == "together")
+        elif described() is not None:
+            raise UserError(
+                "this command runs in one process; start it once, without JAX_COORDINATOR_ADDRESS and the like"
+            )
         try:
             result = main(*arguments, **values)
         except Exception as error:  # wherever it comes from: data sets, checkpoints, metrics, pictures
@@ -62,11 +81,25 @@ def main_with_config(main: Callable[..., int | None], config_class: type | None,
             if explanation is None:
                 raise
             raise UserError(explanation) from error
-        if jax.distributed.is_initialized():  # whoever is done first waits here, with no time limit
-            multihost_utils.sync_global_devices("the command's end")
         return result
 
     run_command(run, sys.argv)
+
+
+def _settings(config: ConfigDict | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """Every key of a config and every flag by name: what all processes of a run must have in common."""
+    flat = {f"--{name}": value for name, value in flags.items() if name not in OWN_FLAGS}
+
+    def add(section: ConfigDict, prefix: str) -> None:
+        for key, value in section.items():
+            if isinstance(value, ConfigDict):
+                add(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value if isinstance(value, str | int | float | None) else repr(value)
+
+    if config is not None:
+        add(config, "config.")
+    return flat
 
 
 def enable_compilation_cache() -> None:

@@ -23,7 +23,6 @@ from arrag_jax.evaluation.drawing import METHODS, open_studio
 from arrag_jax.evaluation.pictures import labelled_grid
 from arrag_jax.evaluation.provenance import summary, write_pages
 from arrag_jax.files import write_json
-from arrag_jax.mesh import start_distributed
 
 
 def run(
@@ -36,7 +35,6 @@ def run(
     provenance: bool = True,
 ) -> None:
     """Draws every --prompt with every method (or --method alone), same seeds, into --workdir."""
-    start_distributed()
     if scale < 1:
         raise UserError(f"--scale={scale} must be at least 1")
     prompt = [*prompt, *(scene.caption for scene in scenes.test_prompts(test_prompts))]
@@ -75,6 +73,7 @@ if __name__ == "__main__":
     main_with_config(
         run,
         DrawConfig,
+        "together",
         workdir=Flag("folder for the pictures; made when absent", "pictures"),
         prompt=Flag("what to draw; give it once or several times", ()),
         test_prompts=Flag("draw the first N captions of the test split of emoji_scenes as well", 0),

@@ -1,14 +1,10 @@
-"""The device mesh: its two axes, where each parameter lives, and the start-up of several processes.
+"""The device mesh: its two axes, and where each parameter lives.
 
 Axes: the batch is split over "data" and "fsdp" together; large parameters (and their optimizer
 state) are split over "fsdp" and gathered by XLA where they are used. One device is the mesh 1 x 1.
 """
 
-import atexit
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +17,8 @@ from jaxtyping import PyTree
 
 from arrag_jax.config import MeshConfig
 from arrag_jax.errors import UserError
+from arrag_jax.processes import PATIENCE as PATIENCE
+from arrag_jax.processes import start_distributed as start_distributed
 
 BATCH = P(("data", "fsdp"))
 
@@ -31,53 +29,6 @@ SHARDING_RULES: tuple[tuple[str, P], ...] = (
     (r"embed\w*/embedding$", P(None, "fsdp")),  # rows are gathered by id: split the width instead
 )
 SMALLEST_SHARDED = 2**16  # elements; below it a gather costs more than the copies
-
-
-PATIENCE = 40  # seconds after which a process that is not heard of counts as dead, and all others end
-
-
-def start_distributed(patience: int = PATIENCE) -> None:
-    """Joins the processes of a multi-host run; does nothing in a run of one process.
-
-    Called before anything else touches jax. A run has several processes where JAX_COORDINATOR_ADDRESS
-    is set (with JAX_NUM_PROCESSES and JAX_PROCESS_ID), or where SLURM, Open MPI or a TPU pod says so.
-    When one of them dies, jax ends the others after ``patience`` seconds, and their last line says so.
-    """
-    env = os.environ
-    seconds = {"heartbeat_timeout_seconds": patience, "shutdown_timeout_seconds": patience}
-    if "JAX_COORDINATOR_ADDRESS" in env:
-        try:
-            place = env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
-        except KeyError as error:
-            raise UserError(f"JAX_COORDINATOR_ADDRESS is set, so {error.args[0]} must be set too") from error
-        _watch_over_this_process()
-        jax.distributed.initialize(*place, **seconds)
-    elif (
-        int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-        or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
-        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
-    ):
-        _watch_over_this_process()
-        jax.distributed.initialize(**seconds)  # finds the coordinator from the cluster's own variables
-
-
-def _watch_over_this_process() -> None:
-    """Lets another process say why this one is gone, should it end without a word of its own.
-
-    jax ends a process whose peer has died from a thread in C++, after which no line of Python runs.
-    """
-    line = (
-        "error: this process ended before its work was done, because it was killed or because another process of the "
-        "run died (its own output says why); start all processes again with the same command to continue"
-    )
-    program = f"import sys; sys.stdin.read() or print({line!r}, file=sys.stderr)"
-    watcher = subprocess.Popen([sys.executable, "-S", "-c", program], stdin=subprocess.PIPE, start_new_session=True)
-
-    def end() -> None:
-        jax.distributed.shutdown()  # waits for the others; does not return where one of them is dead
-        watcher.communicate(b"ended by itself")
-
-    atexit.register(end)
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

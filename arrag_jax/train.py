@@ -7,16 +7,14 @@ from pathlib import Path
 
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import TrainConfig
-from arrag_jax.mesh import start_distributed
 from arrag_jax.training.loop import train
 from arrag_jax.training.tasks import make_task
 
 
 def run(config: TrainConfig, workdir: str) -> None:
     """Trains what the config says, in --workdir; run again to continue."""
-    start_distributed()
     train(config, make_task(config), Path(workdir))
 
 
 if __name__ == "__main__":
-    main_with_config(run, TrainConfig, workdir=Flag("folder of the run; made when absent"))
+    main_with_config(run, TrainConfig, "together", workdir=Flag("folder of the run; made when absent"))

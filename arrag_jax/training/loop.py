@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
+from arrag_jax import processes
 from arrag_jax.config import TrainConfig
 from arrag_jax.data.pipeline import make_loader
 from arrag_jax.errors import UserError
@@ -317,13 +318,12 @@ def _cast(params: PyTree, dtype: str) -> PyTree:
 class StopSignal:
     """While open, the first SIGTERM or SIGINT asks the loop to stop after its step; a second acts at once.
 
-    In a run of several processes jax's own preemption service listens for SIGTERM, on whichever process
-    it comes, and agrees on one step for all; SIGINT there ends a process as usual.
+    In a run of several processes all stop at one step, on whichever of them the signal comes.
     """
 
     def __enter__(self) -> "StopSignal":
         self._received: int | None = None
-        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        numbers = signal.SIGTERM, signal.SIGINT
         self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
@@ -333,18 +333,21 @@ class StopSignal:
 
     def _receive(self, number: int, _) -> None:
         self._received = number
-        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be what was interrupted
+        processes.request_stop(number)
+        os.write(
+            sys.stderr.fileno(), b"\nstopping after this step; once more stops at once\n"
+        )  # print may be what was interrupted
         self.__exit__()
 
     def requested(self, step: int) -> bool:
         """Should this step be the last? The same answer on every process of the run."""
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return processes.stopping(step)
         return self._received is not None
 
     def leave(self, step: int) -> NoReturn:
         """Ends the program after the save; says how to go on."""
-        if self._received == signal.SIGINT:
+        if signal.SIGINT in (self._received, processes.stop_requested()):
             raise KeyboardInterrupt
         print(f"\nstopped and saved at step {step}; run the same command again to continue", file=sys.stderr)
         sys.exit(0)

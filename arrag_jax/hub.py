@@ -1,0 +1,297 @@
+"""The hub of a run of several processes: a helper program that the first process starts.
+
+It listens at the coordinator's address until every process has come, checks that they belong together, then hosts
+jax's coordination service at the same address. The connections stay open: through them each process tells how it ends,
+and a connection that closes without a word is a process that died. The hub is a program of its own so that it outlives
+the first process when that one is killed, and can tell the others.
+
+Messages are JSON objects, one a line, with a "kind". As a program it is ``python -P hub.py``; it imports nothing of
+this package.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+MAX_BYTES = 2**20  # of one message
+PING = 1.0  # seconds between two messages to each process
+SETTLE = 10.0  # seconds for late processes to hear a refusal
+LINGER = 120.0  # seconds after the end of the run at which the hub goes, whoever is still connected
+DIFFERENCES = 3  # fields that a refusal names
+
+
+class Peer:
+    """One connection. ``index`` is None until the process has introduced itself."""
+
+    def __init__(self, connection: socket.socket):
+        self.connection, self.buffer = connection, b""
+        self.index: int | None = None
+        self.hello: dict[str, Any] = {}
+        self.state = "joining"  # then working, done or ended
+        self.heard = time.monotonic()
+
+    def send(self, kind: str, **content: Any) -> None:
+        """Sends a message; that the process is gone shows when its connection is read."""
+        with contextlib.suppress(OSError):
+            self.connection.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """The messages that have come; None once the connection is closed or carries something else."""
+        try:
+            received = self.connection.recv(2**16)
+        except TimeoutError:
+            return []
+        except OSError:
+            return None
+        self.buffer += received
+        if not received or len(self.buffer) > MAX_BYTES:
+            return None
+        *lines, self.buffer = self.buffer.split(b"\n")
+        try:
+            messages = [json.loads(line) for line in lines]
+        except (ValueError, RecursionError):
+            return None
+        if not all(isinstance(message, dict) for message in messages):
+            return None
+        self.heard = time.monotonic()
+        return messages
+
+
+class Hub:
+    """Who is there, and what became of them.
+
+    Args:
+      listener: a listening socket at the coordinator's port.
+      count: of processes.
+      patience: seconds of silence after which a process counts as dead.
+      serve: starts jax's service once the listener is closed.
+    """
+
+    def __init__(self, listener: socket.socket, count: int, patience: float, serve: Callable[[], None]):
+        self.listener: socket.socket | None = listener
+        self.count, self.patience, self.serve = count, patience, serve
+        self.peers: list[Peer] = []
+        self.failures: dict[int, dict[str, Any]] = {}
+        self.values: dict[str, dict[int, Any]] = {}
+        self.stop: dict[str, Any] | None = None
+        self.steps: dict[int, int] | None = None
+        self.over_since: float | None = None
+        self.fault_since: float | None = None
+        self.pinged = 0.0
+
+    def run(self) -> None:
+        """Returns when the run is over, or when nobody is left."""
+        while self.listener or (self.peers and not self._lingers()):
+            sockets = [peer.connection for peer in self.peers] + ([self.listener] if self.listener else [])
+            lifeline = [sys.stdin] if self.listener else []  # the first process, while it may not have connected yet
+            readable = select.select([*sockets, *lifeline], [], [], PING / 4)[0]
+            if sys.stdin in readable and not sys.stdin.buffer.read1(1):
+                return
+            if self.listener in readable:
+                self._accept()
+            for peer in [peer for peer in self.peers if peer.connection in readable]:
+                self._hear(peer)
+            if self.listener:
+                self._judge()
+            self._tick()
+
+    def _lingers(self) -> bool:
+        return self.over_since is not None and time.monotonic() - self.over_since > LINGER
+
+    def _accept(self) -> None:
+        connection, _ = self.listener.accept()
+        connection.settimeout(5)
+        keep_alive(connection, self.patience)
+        self.peers.append(Peer(connection))
+        self.peers[-1].send("hub")
+
+    def _hear(self, peer: Peer) -> None:
+        messages = peer.receive()
+        for message in messages or ():
+            self._take(peer, message)
+        if messages is None:
+            self.peers.remove(peer)
+            peer.connection.close()
+            if peer.state == "working":
+                self._failed(peer.index, f"process {peer.index} of {self.count} died")
+            self._settle()
+
+    def _take(self, peer: Peer, message: dict[str, Any]) -> None:
+        kind = message.get("kind")
+        if peer.state == "joining":
+            if kind == "hello" and isinstance(message.get("index"), int) and isinstance(message.get("settings"), dict):
+                peer.index, peer.hello = message["index"], message
+        elif kind == "ended":
+            peer.state = "ended"
+            peer.send("noted")
+            self._failed(peer.index, message["line"], message["code"])
+        elif kind == "done":
+            peer.state = "done"
+            self._settle()
+        elif kind == "same":
+            values = self.values.setdefault(message["name"], {})
+            values[peer.index] = message["value"]
+            if len(values) == self.count:
+                self._tell_all("values", name=message["name"], values=[values[i] for i in range(self.count)])
+        elif kind == "stop" and self.stop is None:
+            self.stop, self.steps = {"number": message["number"], "index": peer.index}, {}
+            self._tell_all("stop", **self.stop)
+        elif kind == "step" and self.steps is not None:
+            self.steps[peer.index] = message["step"]
+            if {other.index for other in self.peers if other.state == "working"} <= self.steps.keys():
+                self._tell_all("stop_at", step=max(self.steps.values()) + 1)
+
+    def _tell_all(self, kind: str, **content: Any) -> None:
+        for peer in self.peers:
+            if peer.state in ("working", "done"):
+                peer.send(kind, **content)
+
+    # Before the run: who has come, and do they belong together?
+
+    def _judge(self) -> None:
+        """Begins the run, or refuses it, once all have come."""
+        came = [peer for peer in self.peers if peer.index is not None]
+        fault = disagreement({id(peer): peer.hello for peer in came}, self.count)
+        if fault and self.fault_since is None:
+            self.fault_since = time.monotonic()
+        settled = self.fault_since is not None and time.monotonic() - self.fault_since > SETTLE
+        if fault and (len(came) >= self.count or settled):
+            for peer in came:
+                peer.send("refused", why=fault)
+            self._close_listener()
+            self.over_since = time.monotonic()
+        elif not fault and len(came) == self.count:
+            self._close_listener()
+            for peer in [peer for peer in self.peers if peer.index is None]:
+                self.peers.remove(peer)
+                peer.connection.close()
+            self.serve()
+            for peer in self.peers:
+                peer.state = "working"
+                peer.send("go")
+
+    def _close_listener(self) -> None:
+        self.listener.close()
+        self.listener = None
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if now - self.pinged < PING:
+            return
+        self.pinged = now
+        missing = sorted(set(range(self.count)) - {peer.index for peer in self.peers})
+        for peer in self.peers:
+            if peer.index is not None:
+                peer.send("ping", missing=missing if self.listener else [])
+            silent = now - peer.heard > self.patience
+            if silent and peer.state == "working" and peer.hello.get("together") and peer.index not in self.failures:
+                words = f"process {peer.index} of {self.count} gave no sign of life for {self.patience:.0f} s"
+                self._failed(peer.index, words)
+
+    # During and after it
+
+    def _failed(self, index: int, line: str, code: int | None = None) -> None:
+        """Notes that a process ended before its work was done, and tells the others; ``code`` None: it died."""
+        self.failures[index] = {"index": index, "line": line, "code": code}
+        if not any(peer.index == 0 and peer.state == "done" for peer in self.peers):  # else the result is whole
+            self._tell_all("failed", **self.failures[index])
+        self._settle()
+
+    def _settle(self) -> None:
+        """Lets those go who are done, once nobody is at work."""
+        working = [peer for peer in self.peers if peer.state == "working" and peer.index not in self.failures]
+        if self.listener is None and not working and any(peer.state == "done" for peer in self.peers):
+            self.over_since = time.monotonic()
+            clean = len([peer for peer in self.peers if peer.state == "done"]) == self.count
+            for peer in self.peers:
+                if peer.state == "done":
+                    peer.send("over", clean=clean)
+
+
+def disagreement(hellos: dict[Any, dict[str, Any]], count: int) -> str:
+    """Why these processes do not belong together; "" where nothing says so."""
+    seen: dict[int, dict[str, Any]] = {}
+    for hello in hellos.values():
+        index = hello["index"]
+        if hello.get("count") != count:
+            return (
+                f"process {index} is told of {hello.get('count')} processes, process 0 of {count}; give all one number"
+            )
+        if index in seen:
+            hosts = sorted({str(seen[index].get("host")), str(hello.get("host"))})
+            return f"two processes (on {' and '.join(hosts)}) have the number {index} of {count}; give each its own"
+        seen[index] = hello
+    for index in sorted(seen.keys() - {0}) if 0 in seen else ():
+        told = differences(seen[0]["settings"], seen[index]["settings"], index)
+        if told:
+            return f"process {index} of {count} has other settings than process 0: {told}; give all the same command"
+    return ""
+
+
+def differences(first: dict[str, Any], other: dict[str, Any], index: int) -> str:
+    """ "key (1 in process 0, 2 in process 3), …": the first keys whose values differ; "" where none does."""
+    absent = object()
+    keys = [key for key in sorted(first.keys() | other.keys()) if first.get(key, absent) != other.get(key, absent)]
+
+    def told(values: dict[str, Any], key: str) -> str:
+        text = repr(values[key]) if key in values else "absent"
+        return text if len(text) <= 80 else f"{text[:60]}…{text[-19:]}"
+
+    words = [f"{key} ({told(first, key)} in process 0, {told(other, key)} in process {index})" for key in keys]
+    return ", ".join(words if len(keys) <= DIFFERENCES else [*words[:DIFFERENCES], "…"])
+
+
+def keep_alive(connection: socket.socket, patience: float) -> None:
+    """Lets the system find out within so many seconds that the other machine is gone."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", patience / 4), ("TCP_KEEPINTVL", patience / 4), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), max(1, int(value)))
+
+
+def jax_patience(patience: float) -> int:
+    """Seconds after which jax itself ends all processes: the last resort, because it does so without a word."""
+    return max(60, int(3 * patience))
+
+
+def listen(port: int) -> socket.socket:
+    """A socket that listens at this port of every interface."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+    return socket.create_server(("", port), backlog=1024)
+
+
+def main() -> None:
+    """Args: the port, the number of processes, patience in seconds, the address that jax's service binds to."""
+    port, count, patience, bind = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes' own affair: they tell how they end
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        listener = listen(port)
+    except OSError as error:
+        print(error.strerror, flush=True)
+        return
+    print("listening", flush=True)
+    service = []
+
+    def serve() -> None:
+        from jaxlib import _jax
+
+        seconds = jax_patience(patience)
+        service.append(_jax.get_distributed_runtime_service(bind, count, seconds, shutdown_timeout=seconds))
+
+    Hub(listener, count, patience, serve).run()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Where a process stands among those of its run, and how it waits for the others at the coordinator's address."""
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+from jax._src import clusters, distributed  # how jax starts; its public function cannot be told how to fail
+from jax._src.lib import _jax
+
+from arrag_jax import hub
+from arrag_jax.errors import UserError, say
+
+REMINDER = 10.0  # seconds between two lines that say who is waited for
+GREETING = 3.0  # seconds in which a hub greets
+
+
+class Place(NamedTuple):
+    """Where a process stands in its run."""
+
+    address: str  # of the coordinator, host:port
+    count: int
+    index: int
+    devices: list[int] | None = None  # of this host that are this process's; None: all
+
+
+def described(seconds: float = 60) -> Place | None:
+    """What the environment says of this process's place in a run; None in a run of one process.
+
+    Args:
+      seconds: for a cluster's own services to answer.
+
+    Raises:
+      UserError: it says too little, or what cannot be.
+    """
+    env = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        try:
+            place = Place(env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"]))
+            if env.get("JAX_LOCAL_DEVICE_IDS"):
+                place = place._replace(devices=[int(number) for number in env["JAX_LOCAL_DEVICE_IDS"].split(",")])
+        except KeyError as error:
+            raise UserError(f"JAX_COORDINATOR_ADDRESS is set, so {error.args[0]} must be set too") from error
+        except ValueError as error:
+            raise UserError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers ({error})") from error
+    elif (
+        int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+        or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+    ):
+        detect = clusters.ClusterEnv.auto_detect_unset_distributed_params  # from the cluster's own variables
+        place = Place(*detect(None, None, None, None, None, int(seconds)))
+    else:
+        return None
+    host, _, port = place.address.rpartition(":")
+    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 2**16:
+        raise UserError(f"JAX_COORDINATOR_ADDRESS={place.address!r} is not of the form host:port")
+    if not 0 <= place.index < place.count:
+        numbers = f"0 to {place.count - 1}" if place.count > 0 else "none"
+        raise UserError(f"JAX_PROCESS_ID={place.index} is not among JAX_NUM_PROCESSES={place.count} numbers: {numbers}")
+    return place if place.count > 1 else None
+
+
+class Channel:
+    """Messages to and from the hub: JSON objects, one a line."""
+
+    def __init__(self, connection: socket.socket):
+        self._socket, self._buffer = connection, b""
+        connection.settimeout(10)
+
+    def send(self, kind: str, **content: Any) -> None:
+        """Raises OSError where the hub is gone."""
+        self._socket.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
+
+    def receive(self, seconds: float) -> list[dict[str, Any]]:
+        """What comes within so many seconds, at least one message or none.
+
+        Raises:
+          OSError: the hub is gone, or this is none.
+        """
+        if not select.select([self._socket], [], [], max(0.0, seconds))[0]:
+            return []
+        received = self._socket.recv(2**16)
+        self._buffer += received
+        *lines, self._buffer = self._buffer.split(b"\n")
+        if not received or len(self._buffer) > 2 * hub.MAX_BYTES:
+            raise ConnectionError("closed")
+        try:
+            messages = [json.loads(line) for line in lines]
+        except (ValueError, RecursionError) as error:
+            raise ConnectionError("no hub") from error
+        if not all(isinstance(message, dict) for message in messages):
+            raise ConnectionError("no hub")
+        return messages
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Waiting:
+    """Says from time to time who is waited for, and ends the wait at its limit."""
+
+    def __init__(self, place: Place, seconds: float):
+        self.place, self.seconds = place, seconds
+        self._since = self._said = time.monotonic()
+
+    @property
+    def left(self) -> float:
+        return self._since + self.seconds - time.monotonic()
+
+    def for_(self, missing: list[int], state: str) -> None:
+        """Notes that these processes are still missing, and in which state.
+
+        Raises:
+          UserError: the limit is reached.
+        """
+        if not missing:
+            missing = [0]  # all have come, and the first does not say so
+        names = ("process " if len(missing) == 1 else "processes ") + ", ".join(map(str, missing))
+        where = f"{names} of {self.place.count}"
+        if self.left <= 0:
+            raise UserError(
+                f"{where} {state} {self.place.address} within {self.seconds:g} s; start all processes with one "
+                "JAX_COORDINATOR_ADDRESS and each with its own JAX_PROCESS_ID, or wait longer with --wait=SECONDS"
+            )
+        now = time.monotonic()
+        if now - self._said >= REMINDER:
+            self._said = now
+            say(f"waiting for {where} at {self.place.address} ({now - self._since:.0f} of {self.seconds:g} s)")
+
+
+def meet(place: Place, patience: float, wait: float, **hello: Any) -> tuple[Channel, list[dict[str, Any]]]:
+    """The channel to the hub once all processes have come and belong together, and messages that came after that.
+
+    Raises:
+      UserError: not within ``wait`` seconds, or they do not.
+    """
+    hindrance = start_hub(place, patience) if place.index == 0 else ""
+    waiting = Waiting(place, wait)
+    while True:
+        channel, state = None, "did not come to"
+        try:
+            channel = knock(place.address, waiting.left)
+            state = "did not answer (another program does, or the run has begun already) at"
+            greeting = channel.receive(min(GREETING, waiting.left))
+            if greeting and greeting[0].get("kind") == "hub":
+                hindrance = ""
+                channel.send("hello", index=place.index, count=place.count, host=socket.gethostname(), **hello)
+                return channel, wait_for_go(channel, waiting)
+        except OSError:
+            pass
+        if channel is not None:
+            channel.close()
+        if hindrance:
+            raise UserError(f"process 0 cannot listen at {place.address}: {hindrance}; choose another port")
+        waiting.for_([0], state)
+        time.sleep(max(0.0, min(0.2, waiting.left)))
+
+
+def knock(address: str, seconds: float) -> Channel:
+    """A connection to this address. Raises OSError where nobody answers."""
+    host, _, port = address.rpartition(":")
+    return Channel(socket.create_connection((host.strip("[]"), int(port)), timeout=max(0.1, min(5.0, seconds))))
+
+
+def wait_for_go(channel: Channel, waiting: Waiting) -> list[dict[str, Any]]:
+    """Returns once the hub lets the run begin: what it has sent after that.
+
+    Raises:
+      UserError: it does not. OSError: it is gone.
+    """
+    missing: list[int] = []
+    while True:
+        messages = channel.receive(min(1.0, waiting.left))
+        for number, message in enumerate(messages):
+            if message["kind"] == "go":
+                return messages[number + 1 :]
+            if message["kind"] == "refused":
+                raise UserError(message["why"])
+            missing = message.get("missing", missing)
+        waiting.for_(missing, "did not come to")
+
+
+def start_hub(place: Place, patience: float) -> str:
+    """Starts the hub beside process 0: "", or why it cannot listen."""
+    port = place.address.rpartition(":")[2]
+    bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", f"[::]:{port}")
+    # -P: what lies beside hub.py is no module of its own. Its stderr is the file of ``native_output``.
+    command = [sys.executable, "-P", hub.__file__, port, str(place.count), str(patience), bind]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    global _hub
+    _hub = subprocess.Popen(command, **pipes, start_new_session=True)
+    word = _hub.stdout.readline().decode().strip()
+    return "" if word == "listening" else word or "its helper program did not start"
+
+
+_hub: subprocess.Popen | None = None  # kept, because its end of the pipe tells the hub that this process lives
+
+
+def start_jax(place: Place, patience: float) -> None:
+    """Connects jax to its coordination service, which the hub hosts.
+
+    As ``jax.distributed.initialize`` does, but for the service and for jax's listening to SIGTERM.
+    """
+    from jax._src import config
+
+    if place.devices is not None:
+        visible = ",".join(map(str, place.devices))
+        config.config.update("jax_cuda_visible_devices", visible)
+        config.config.update("jax_rocm_visible_devices", visible)
+    state, seconds = distributed.global_state, hub.jax_patience(patience)
+    state.coordinator_address, state.process_id, state.num_processes = place.address, place.index, place.count
+    state.client = _jax.get_distributed_runtime_client(
+        place.address, place.index, init_timeout=60, heartbeat_timeout=seconds, use_compression=True
+    )
+    try:
+        state.client.connect()
+    except Exception as error:
+        state.client = None
+        raise UserError(f"process {place.index} cannot join jax's service at {place.address} ({error})") from error
