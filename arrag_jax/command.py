@@ -11,7 +11,7 @@ import re
 import runpy
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +21,9 @@ from ml_collections import ConfigDict, FieldReference, config_flags
 
 from arrag_jax.errors import UserError, run_command
 from arrag_jax.files import FULL_DISK, tells_of_a_full_disk
+from arrag_jax.meeting import is_one_of_several
 from arrag_jax.parsing import parse
-from arrag_jax.processes import WAIT, described, start_distributed
+from arrag_jax.processes import WAIT, start_distributed
 
 REQUIRED: Any = object()
 REFUSED = {errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS}  # of a path that cannot be written
@@ -62,15 +63,16 @@ def main_with_config(
         values = _parse(argv, main.__doc__ or "", config_class, flags)
         if "://" in (values.get("workdir") or ""):
             raise UserError(f"--workdir={values['workdir']} is an address; mount it, and give the folder")
-        arguments, given = [], None
+        arguments = []
         if config_class is not None:
             given = values.pop("config")
             arguments = [parse(config_class, given) if given else None]
         enable_compilation_cache()
         if processes:
             wait = values.pop("wait")
-            start_distributed(wait=wait, settings=_settings(given, values), together=processes == "together")
-        elif described() is not None:
+            config = arguments[0] if arguments else None
+            start_distributed(wait=wait, settings=_settings(config, values), together=processes == "together")
+        elif is_one_of_several():
             raise UserError(
                 "this command runs in one process; start it once, without JAX_COORDINATOR_ADDRESS and the like"
             )
@@ -86,19 +88,19 @@ def main_with_config(
     run_command(run, sys.argv)
 
 
-def _settings(config: ConfigDict | None, flags: dict[str, Any]) -> dict[str, Any]:
+def _settings(config: Any, flags: dict[str, Any]) -> dict[str, Any]:
     """Every key of a config and every flag by name: what all processes of a run must have in common."""
     flat = {f"--{name}": value for name, value in flags.items() if name not in OWN_FLAGS}
 
-    def add(section: ConfigDict, prefix: str) -> None:
+    def add(section: Mapping[str, Any], prefix: str) -> None:
         for key, value in section.items():
-            if isinstance(value, ConfigDict):
+            if isinstance(value, Mapping | ConfigDict):
                 add(value, f"{prefix}{key}.")
             else:
                 flat[prefix + key] = value if isinstance(value, str | int | float | None) else repr(value)
 
     if config is not None:
-        add(config, "config.")
+        add(dataclasses.asdict(config), "config.")
     return flat
 
 

@@ -162,7 +162,8 @@ class Hub:
         if fault and self.fault_since is None:
             self.fault_since = time.monotonic()
         settled = self.fault_since is not None and time.monotonic() - self.fault_since > SETTLE
-        if fault and (len(came) >= self.count or settled):
+        told = [peer.hello.get("count") for peer in came]
+        if fault and (len(came) >= max([self.count, *(n for n in told if isinstance(n, int))]) or settled):
             for peer in came:
                 peer.send("refused", why=fault)
             self._close_listener()
@@ -221,12 +222,11 @@ def disagreement(hellos: dict[Any, dict[str, Any]], count: int) -> str:
     for hello in hellos.values():
         index = hello["index"]
         if hello.get("count") != count:
-            return (
-                f"process {index} is told of {hello.get('count')} processes, process 0 of {count}; give all one number"
-            )
+            words = f"process {index} is told of {hello.get('count')} processes, process 0 of {count}"
+            return f"{words}; give all one number (JAX_NUM_PROCESSES)"
         if index in seen:
-            hosts = sorted({str(seen[index].get("host")), str(hello.get("host"))})
-            return f"two processes (on {' and '.join(hosts)}) have the number {index} of {count}; give each its own"
+            hosts = " and ".join(sorted({str(seen[index].get("host")), str(hello.get("host"))}))
+            return f"two processes (on {hosts}) have the number {index} of {count}; give each its own (JAX_PROCESS_ID)"
         seen[index] = hello
     for index in sorted(seen.keys() - {0}) if 0 in seen else ():
         told = differences(seen[0]["settings"], seen[index]["settings"], index)
@@ -278,7 +278,7 @@ def main() -> None:
     try:
         listener = listen(port)
     except OSError as error:
-        print(error.strerror, flush=True)
+        print(os.strerror(error.errno) if error.errno else error, flush=True)
         return
     print("listening", flush=True)
     service = []

@@ -65,6 +65,12 @@ def described(seconds: float = 60) -> Place | None:
     return place if place.count > 1 else None
 
 
+def is_one_of_several() -> bool:
+    """Was this process started as one of several? A machine of a TPU pod says nothing of that."""
+    names = "JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"
+    return any(os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 1 for name in names)
+
+
 class Channel:
     """Messages to and from the hub: JSON objects, one a line."""
 

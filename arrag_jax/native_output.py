@@ -27,7 +27,7 @@ if os.path.exists(log) and os.path.getsize(log):
     line += "; details in " + log
 elif os.path.exists(log):
     os.unlink(log)
-print("\\n" * sys.stderr.isatty() + line, file=sys.stderr)
+print("\\n" + line, file=sys.stderr)  # a progress bar may stand in the line
 """
 LINE = (
     "error: this process ended before its work was done, because it was killed or it crashed; start all processes "
