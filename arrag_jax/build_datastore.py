@@ -23,6 +23,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from arrag_jax import signals
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import DatastoreConfig, ScannOptions
 from arrag_jax.data import sources
@@ -67,6 +68,7 @@ def run(
         finish(parts.merge([Datastore.open(store) for store in merge], directory), config, start)
     else:
         start_distributed()
+        signals.together(None)  # shards are taken in turn, not in step: ``Team`` tells the others
         try:
             build_or_add(config, directory, append, start)
         except UserError as error:

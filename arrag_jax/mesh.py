@@ -15,10 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+from arrag_jax import signals
 from arrag_jax.config import MeshConfig
 from arrag_jax.errors import UserError
 
@@ -52,6 +54,7 @@ def start_distributed(patience: int = PATIENCE) -> None:
             raise UserError(f"JAX_COORDINATOR_ADDRESS is set, so {error.args[0]} must be set too") from error
         _watch_over_this_process()
         jax.distributed.initialize(*place, **seconds)
+        signals.together(multihost_utils.reached_preemption_sync_point)
     elif (
         int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1
         or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
@@ -59,6 +62,7 @@ def start_distributed(patience: int = PATIENCE) -> None:
     ):
         _watch_over_this_process()
         jax.distributed.initialize(**seconds)  # finds the coordinator from the cluster's own variables
+        signals.together(multihost_utils.reached_preemption_sync_point)
 
 
 def _watch_over_this_process() -> None:
@@ -78,6 +82,7 @@ def _watch_over_this_process() -> None:
         watcher.communicate(b"ended by itself")
 
     atexit.register(end)
+    signals.before_the_end(lambda: watcher.communicate(b"ended by itself"))
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from arrag_jax.errors import UserError
 from arrag_jax.files import whole_file, write_json
+from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import ArrayLike
 from arrag_jax.models.config_json import config_to_json, layout_of, parse_config, read_json, read_lora
 from arrag_jax.models.janus import PARTS, VISION, Janus
@@ -38,6 +39,7 @@ def load_model(
     Raises:
       UserError: the folder, its config or its weights are not a Janus; the message names what is wrong.
     """
+    require_own_process()
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     directory = checkpoint_folder(Path(directory))

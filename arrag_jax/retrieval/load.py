@@ -3,6 +3,7 @@
 from jax.sharding import Mesh
 
 from arrag_jax.config import RetrievalConfig
+from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import Retriever
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.dense import DenseRetriever
@@ -42,6 +43,7 @@ def load_retriever(
     Raises:
       UserError: no such store or index, one of another tokenizer, or k larger than the store.
     """
+    require_own_process()
     store, whole = open_store(config, fingerprint)
 
     def patches(rows: tuple[int, int]) -> Patches:
