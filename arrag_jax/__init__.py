@@ -8,6 +8,8 @@ import importlib
 import sys
 from typing import Any
 
+from arrag_jax import forks  # noqa: F401 - from here on it notes forks
+
 _API = {"load_model": "arrag_jax.models.checkpoint", "sample": "arrag_jax.decode.loop"}
 __all__ = list(_API)
 
@@ -26,6 +28,9 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> 
     sys.exit(130)
 
 
-# While a command is being imported, which takes seconds; once it runs, ``errors.run_command`` sees to interrupts.
-if sys.argv[:1] == ["-m"]:
-    sys.excepthook = _excepthook
+# In a command: before its imports, which take seconds.
+if sys.argv[:1] == ["-m"] and any(word.startswith("arrag_jax.") for word in sys.orig_argv):
+    from arrag_jax import signals
+
+    signals.start_command()
+    sys.excepthook = _excepthook  # a library may take the signals while it is imported

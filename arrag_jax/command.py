@@ -19,6 +19,7 @@ import jax
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
+from arrag_jax import progress
 from arrag_jax.errors import UserError, run_command
 from arrag_jax.files import FULL_DISK, tells_of_a_full_disk
 from arrag_jax.meeting import is_one_of_several
@@ -39,15 +40,19 @@ class Flag(NamedTuple):
     default: Any = REQUIRED  # left out: a required string
 
 
+PROGRESS = Flag("show progress bars, which appear on a terminal alone; --noprogress: not", True)
+
+
 def main_with_config(
     main: Callable[..., int | None], config_class: type | None, processes: str = "", **flags: Flag
 ) -> None:
     """Runs a command from the command line and exits.
 
     Reads ``--config path.py`` (with overrides ``--config.key=value``) into the frozen dataclass
-    ``config_class``, and the named flags beside it; then calls ``main(config, **flags)``, or
-    ``main(**flags)`` for a command without a config. A flag named "config" with a default of "" makes
-    the config one that may be left out; ``main`` then gets None. Bad flags, bad configs and every other
+    ``config_class``, and the named flags beside it (--noprogress is every command's); then calls
+    ``main(config, **flags)``, or ``main(**flags)`` for a command without a config. A flag named "config"
+    with a default of "" makes the config one that may be left out; ``main`` then gets None. Bad flags, bad
+    configs and every other
     ``UserError`` print one line and exit with code 2, and so do a full disk and a --workdir that cannot be written;
     else ``main``'s result is the exit code.
 
@@ -60,9 +65,10 @@ def main_with_config(
         flags["wait"] = Flag("of several processes: seconds in which all must have come", WAIT)
 
     def run(argv: list[str]) -> int | None:
-        values = _parse(argv, main.__doc__ or "", config_class, flags)
+        values = _parse(argv, main.__doc__ or "", config_class, {**flags, "progress": PROGRESS})
         if "://" in (values.get("workdir") or ""):
             raise UserError(f"--workdir={values['workdir']} is an address; mount it, and give the folder")
+        progress.show(values.pop("progress"))
         arguments = []
         if config_class is not None:
             given = values.pop("config")

@@ -10,6 +10,7 @@ stay as they are, unless a LoRA is merged into them; a run is written as its own
 
 from pathlib import Path
 
+from arrag_jax import signals
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.errors import UserError
 from arrag_jax.models.conversion import TARGETS, convert, require_new
@@ -18,6 +19,7 @@ from arrag_jax.models.tensor_files import is_run
 
 def run(source: str, target: str, to: str, merge_lora: bool, last: bool) -> None:
     """Converts the checkpoint in --source into a new folder --target."""
+    signals.begins_anew()
     if is_run(Path(source)):
         _export(source, target, to, merge_lora, last)
         return

@@ -5,32 +5,55 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from arrag_jax import signals
+
 
 class UserError(ValueError):
     """Bad input from outside (a flag, a config key, a file). The message names it and the mend."""
 
     code = 2  # with which the command exits
 
+    @property
+    def line(self) -> str:
+        """The command's last line."""
+        return f"error: {self}"
+
 
 def run_command(main: Callable[[list[str]], int | None], argv: list[str]) -> None:
-    """Runs a command's main function: a ``UserError`` becomes one line on stderr and exit code 2."""
+    """Runs a command's main function and exits with its code.
+
+    A ``UserError`` becomes one line on stderr and exit code 2. SIGINT and SIGTERM end the command as ``signals`` says.
+    """
     try:
-        code = main(argv)
+        with signals.listening():
+            signals.begin()
+            code = main(argv) or 0
     except UserError as error:
-        leave(f"error: {error}", error.code, error)
-    except KeyboardInterrupt as error:
-        leave("error: interrupted; run the same command again to continue", 130, error)
-    leave("", code or 0)
+        leave(error.line, error.code, error)
+    except BaseException as error:
+        number = signals.cause(error)
+        if number is None:
+            raise
+        if _partners is None:
+            signals.leave(number)
+        signals.settle()
+        leave(signals.closing_line(number), signals.code_of(number), signals.Stop(number))
+    signals.finished(code)
+    leave("", code)
 
 
 def leave(line: str, code: int, error: BaseException | None = None) -> NoReturn:
     """Exits with this code after this last line on stderr ("": none).
 
     A run of several processes takes leave of its partners first, see ``processes``.
+
+    Args:
+      error: because of which the command ends.
     """
     if _partners is not None:
-        _partners(line, code, error)
-    say(line)
+        _partners(line, code, error)  # prints the line, too
+    else:
+        say(line)
     sys.exit(code)
 
 
@@ -45,10 +68,10 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-_partners: Callable[[str, int, BaseException | None], NoReturn] | None = None
+_partners: Callable[[str, int, BaseException | None], None] | None = None
 
 
-def take_leave_by(partners: Callable[[str, int, BaseException | None], NoReturn] | None) -> None:
+def take_leave_by(partners: Callable[[str, int, BaseException | None], None] | None) -> None:
     """Sets how this process ends in a run of several; None: as one that runs alone."""
     global _partners
     _partners = partners

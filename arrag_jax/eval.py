@@ -9,6 +9,7 @@ split instead (heat maps and ``sweep.json``); with --scaling it prints how the g
 import dataclasses
 from pathlib import Path
 
+from arrag_jax import signals
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import DrawConfig, MeshConfig
 from arrag_jax.errors import UserError
@@ -23,6 +24,7 @@ def run(
     config: DrawConfig, workdir: str, benchmark: str, split: str, num_prompts: int, num_scenes: int, **modes: bool
 ) -> None:
     """Runs --benchmark on a checkpoint and its datastore; prints tables, writes results.json."""
+    signals.begins_anew()
     if benchmark not in BENCHMARKS:
         raise UserError(f"--benchmark={benchmark!r} is unknown; choose one of {', '.join(BENCHMARKS)}")
     if split not in ("test", "valid"):

@@ -2,27 +2,33 @@
 
 python -m arrag_jax.generate --config configs/emoji_daid.py --prompt "a cat" --prompt "two dogs" --workdir demo
 
-Leaves in --workdir: a picture a prompt and method, and ``grid.png`` (prompt, one column a method, same seeds). For
-every method that retrieves also, unless --noprovenance, ``provenance_NN_METHOD.png`` (from which stored image each
-cell's code came, and how far that moved the draw) and ``provenance.json`` (the same in numbers, and a copy audit; its
-keys are those of ``evaluation.provenance.write_pages``).
+Leaves in --workdir: a picture a prompt and method, and ``grid.png`` (prompt, one column a method, same seeds). A PNG
+holds prompt, seed, method, model and store as text. Pictures are written batch by batch: the same command goes on
+where it was (``run.json`` says what is drawn), and another one replaces the pictures of the run before it. For every
+method that retrieves also, unless --noprovenance, ``provenance_NN_METHOD.png`` (from which stored image each cell's
+code came, and how far that moved the draw) and ``provenance.json`` (the same in numbers, and a copy audit; its keys
+are those of ``evaluation.provenance.page_and_record``).
 """
 
+import contextlib
+import itertools
 from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
+from jax.experimental import multihost_utils
 
+from arrag_jax import progress, signals
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import DrawConfig
 from arrag_jax.data import scenes
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.canvas import upscale
-from arrag_jax.evaluation.drawing import METHODS, open_studio
+from arrag_jax.evaluation.drawing import METHODS, Batch, Studio, open_studio
 from arrag_jax.evaluation.pictures import labelled_grid
-from arrag_jax.evaluation.provenance import summary, write_pages
-from arrag_jax.files import write_json
+from arrag_jax.evaluation.provenance import page_and_record, summary
+from arrag_jax.evaluation.run_folder import GRID, RunFolder, settings_of, texts_of
+from arrag_jax.files import only_writer
 
 
 def run(
@@ -34,7 +40,7 @@ def run(
     scale: int,
     provenance: bool = True,
 ) -> None:
-    """Draws every --prompt with every method (or --method alone), same seeds, into --workdir."""
+    """Draws every --prompt with every method (or --method alone), same seeds, into --workdir; run again to continue."""
     if scale < 1:
         raise UserError(f"--scale={scale} must be at least 1")
     prompt = [*prompt, *(scene.caption for scene in scenes.test_prompts(test_prompts))]
@@ -42,31 +48,79 @@ def run(
         raise UserError('nothing to draw; give at least one --prompt "…" or --test_prompts=N')
     studio = open_studio(config, [method] if method else [])
     studio.text(prompt)  # so that a bad prompt is said before anything is drawn
+    names = [name_of(i, name) for name in studio.methods for i in range(len(prompt))]
+    if jax.process_index() > 0:  # all draw, one writes
+        draw_missing(studio, prompt, missing_for_all(None, len(names)), None)
+        return
     out = Path(workdir)
     out.mkdir(parents=True, exist_ok=True)
-    seeds = config.seed + np.arange(len(prompt))
-    drawn = {name: studio.draw(prompt, name, seeds) for name in studio.methods}
-    if jax.process_index() > 0:  # all have the pictures, one writes them
-        return
-    for name, (images, _) in drawn.items():
-        for i, image in enumerate(images):
-            save(out / f"{i:02d}_{name}.png", upscale(image, scale))
-    rows = [(text, [drawn[name][0][i] for name in studio.methods]) for i, text in enumerate(prompt)]
-    save(out / "grid.png", labelled_grid(rows, studio.methods, scale))
-    records = []
-    for name in studio.methods:
-        if provenance and studio.policy(name).uses_retrieval:
-            pages = write_pages(out, studio, name, prompt, *drawn[name])
-            print(f"{name}: {summary(pages)}")
-            records += pages
-    if records:
-        write_json(out / "provenance.json", records)
-    print(f"drew {len(prompt)} prompts x {', '.join(studio.methods)}: {out / 'grid.png'}")
+    folder = RunFolder(out, settings_of(studio, prompt, scale, provenance), names)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(only_writer(out))
+        whole = folder.begin()
+        missing = missing_for_all(np.array([name not in whole for name in names]), len(names))
+        if folder.earlier:
+            progress.tell(f"{out} held pictures of another run ({', '.join(folder.earlier)} differ); they are replaced")
+        elif whole and missing.any():
+            progress.tell(f"continuing: {len(whole)} of {len(names)} pictures are drawn already")
+        draw_missing(studio, prompt, missing, folder)
+        if not folder.complete:
+            finish(studio, prompt, folder)
+        what = "nothing to do: there are" if folder.complete else "drew"
+        print(f"{what} {len(prompt)} prompts x {', '.join(studio.methods)}: {out / GRID}")
 
 
-def save(path: Path, image: np.ndarray) -> None:
-    """Writes a PNG."""
-    Image.fromarray(image).save(path)
+def name_of(number: int, method: str) -> str:
+    """Returns the name of a prompt's picture by a method."""
+    return f"{number:02d}_{method}"
+
+
+def missing_for_all(missing: np.ndarray | None, count: int) -> np.ndarray:
+    """Returns in every process of the run what the first one knows: which of ``count`` pictures are missing.
+
+    The others give None.
+    """
+    known = np.zeros(count, np.int64) if missing is None else missing.astype(np.int64)
+    return known.astype(bool) if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(known).astype(bool)
+
+
+def draw_missing(studio: Studio, prompts: list[str], missing: np.ndarray, folder: RunFolder | None) -> None:
+    """Draws the pictures that are missing and writes them into the folder (None: another process does), in batches.
+
+    Raises:
+      signals.Stop: after the batch in which a signal comes.
+    """
+    seeds, steps = studio.config.seed + np.arange(len(prompts)), itertools.count(1)
+    with signals.held("batch") as point:
+        for name, wanted in zip(studio.methods, missing.reshape(-1, len(prompts)), strict=True):
+            for batch in studio.draw(prompts, name, seeds, wanted):
+                if folder is not None:
+                    write(studio, prompts, name, batch, wanted, folder)
+                point.check(next(steps))
+
+
+def write(studio: Studio, prompts: list[str], method: str, batch: Batch, wanted: np.ndarray, folder: RunFolder) -> None:
+    """Writes the wanted pictures of a batch, with their pages where they were retrieved."""
+    settings = folder.settings
+    told = settings["provenance"] and studio.policy(method).uses_retrieval
+    for place, number in enumerate(batch.numbers.tolist()):
+        if wanted[number]:
+            image, drawn = batch.images[place], jax.tree.map(lambda x, place=place: x[place], batch.drawn)
+            page, record = page_and_record(studio, method, prompts[number], image, drawn) if told else (None, None)
+            texts = texts_of(settings, number, method)
+            folder.add(name_of(number, method), upscale(image, settings["scale"]), texts, page, record)
+
+
+def finish(studio: Studio, prompts: list[str], folder: RunFolder) -> None:
+    """Writes the grid and the records of all pictures, and prints the methods' shares."""
+    rows = [(text, [folder.picture(name_of(i, method)) for method in studio.methods]) for i, text in enumerate(prompts)]
+    shares: dict[str, list[dict[str, float]]] = {}
+    for record in folder.records():
+        kept = {key: value for key, value in record.items() if key.startswith("share_")}
+        shares.setdefault(record["method"], []).append(kept)
+    folder.finish(labelled_grid(rows, studio.methods, folder.settings["scale"]))
+    for method, records in shares.items():
+        print(f"{method}: {summary(records)}")
 
 
 if __name__ == "__main__":

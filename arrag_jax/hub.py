@@ -131,7 +131,7 @@ class Hub:
         elif kind == "ended":
             peer.state = "ended"
             peer.send("noted")
-            self._failed(peer.index, message["line"], message["code"])
+            self._failed(peer.index, message["line"], message["code"], message.get("stopped", False))
         elif kind == "done":
             peer.state = "done"
             self._settle()
@@ -139,6 +139,7 @@ class Hub:
             values = self.values.setdefault(message["name"], {})
             values[peer.index] = message["value"]
             if len(values) == self.count:
+                del self.values[message["name"]]
                 self._tell_all("values", name=message["name"], values=[values[i] for i in range(self.count)])
         elif kind == "stop" and self.stop is None:
             self.stop, self.steps = {"number": message["number"], "index": peer.index}, {}
@@ -198,9 +199,14 @@ class Hub:
 
     # During and after it
 
-    def _failed(self, index: int, line: str, code: int | None = None) -> None:
-        """Notes that a process ended before its work was done, and tells the others; ``code`` None: it died."""
-        self.failures[index] = {"index": index, "line": line, "code": code}
+    def _failed(self, index: int, line: str, code: int | None = None, stopped: bool = False) -> None:
+        """Notes that a process ended before its work was done, and tells the others.
+
+        Args:
+          code: with which it exits; None: it died.
+          stopped: it was told to.
+        """
+        self.failures[index] = {"index": index, "line": line, "code": code, "stopped": stopped}
         if not any(peer.index == 0 and peer.state == "done" for peer in self.peers):  # else the result is whole
             self._tell_all("failed", **self.failures[index])
         self._settle()

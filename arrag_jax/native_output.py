@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from arrag_jax import signals
+
 _log: Path | None = None
 _watcher: subprocess.Popen | None = None
 
@@ -48,6 +50,7 @@ def redirect(name: str) -> None:
     os.close(file)
     _log = Path(path)
     encoding, errors = getattr(sys.stderr, "encoding", "utf-8"), getattr(sys.stderr, "errors", "backslashreplace")
+    signals.write_to(terminal)
     sys.stderr = io.TextIOWrapper(os.fdopen(terminal, "wb", 0), encoding, errors, write_through=True)
     command = [sys.executable, "-S", "-c", WATCHER, path, LINE]
     # a session of its own: a signal to the whole group of this process does not reach it

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from arrag_jax import errors, hub, native_output
+from arrag_jax import errors, hub, native_output, signals
 from arrag_jax.errors import UserError, say
 from arrag_jax.meeting import Place, described, meet, start_jax
 
@@ -28,12 +28,17 @@ class PartnerEnded(UserError):
     """Another process of the run has ended before its work was done."""
 
     def __init__(self, failure: Mapping[str, Any], count: int):
-        if failure["code"] is None:
-            because = failure["line"]
-        else:
-            because = f"process {failure['index']} of {count} ended with: {failure['line'].removeprefix('error: ')}"
+        because = failure["line"].removeprefix("error: ")
+        if failure["code"] is not None:
+            because = f"process {failure['index']} of {count} ended with: {because}"
             self.code = failure["code"]
-        super().__init__(f"this process ended before its work was done, because {because}; {AGAIN}")
+        line = f"error: this process ended before its work was done, because {because}; {AGAIN}"
+        self._line = failure["line"] if failure.get("stopped") else line
+        super().__init__(self._line.removeprefix("error: "))
+
+    @property
+    def line(self) -> str:
+        return self._line
 
 
 def start_distributed(
@@ -66,6 +71,8 @@ def start_distributed(
     channel, messages = meet(place, patience, wait, settings=versions | dict(settings or {}), together=together)
     _run = Run(place, channel, patience, together)
     errors.take_leave_by(_run.leave)
+    signals.together(_run.stopping if together else None, _run.ask_to_stop)
+    signals.before_the_end(_run.end_at_once)
     sys.excepthook = _run.fail
     threading.Thread(target=_run.listen, args=(messages,), name="partners", daemon=True).start()
     start_jax(place, patience)
@@ -92,33 +99,13 @@ def require_partner(index: int) -> None:
         raise PartnerEnded(_run.failures[index], _run.place.count)
 
 
-def request_stop(number: int) -> None:
-    """Asks all processes of the run to stop because of a signal; its handler may call this."""
-    if _run is not None:
-        _run.stop_asked = number
-
-
-def stop_requested() -> int | None:
-    """The signal because of which the run is to stop; None: none. Processes hear of it at different times."""
-    return None if _run is None else _run.stop_number
-
-
-def stopping(step: int = 0) -> bool:
-    """Is the run to stop here? Processes that call this equally often get True at the same call.
-
-    Where processes do not work together, each gets True as soon as it knows.
-    """
-    return _run is not None and _run.stopping()
-
-
 class Run:
     """The run of several processes that this one belongs to. ``listen`` has a thread of its own."""
 
     def __init__(self, place: Place, channel: Any, patience: float, together: bool):
         self.place, self.patience, self.together = place, patience, together
         self.failures: dict[int, dict[str, Any]] = {}  # by process, in the order in which they came
-        self.stop_asked: int | None = None
-        self.stop_number: int | None = None
+        self._stop_asked: int | None = None
         self._channel, self._sending = channel, threading.Lock()
         self._steps, self._stop_at, self._stepping = 0, None, threading.Lock()
         self._news = threading.Condition()
@@ -134,8 +121,8 @@ class Run:
             while True:
                 for message in messages:
                     self._take(message)
-                if self.stop_asked is not None:
-                    number, self.stop_asked = self.stop_asked, None
+                if self._stop_asked is not None:
+                    number, self._stop_asked = self._stop_asked, None
                     self._send("stop", number=number)
                 messages = self._channel.receive(0.2)
         except OSError:
@@ -149,7 +136,7 @@ class Run:
         elif kind == "failed":
             self._note_failure(message)
         elif kind == "stop":
-            self.stop_number = message["number"]
+            signals.hand_over(message["number"])
             if self.together:
                 self._stepping.acquire()  # no further step until all have said where they are
                 self._send("step", step=self._steps)
@@ -197,10 +184,12 @@ class Run:
                     "give all processes the same files"
                 )
 
-    def stopping(self) -> bool:
-        """See the function of this name."""
-        if not self.together:
-            return self.stop_number is not None
+    def ask_to_stop(self, number: int) -> None:
+        """Asks all processes of the run to stop because of this signal; its handler calls this."""
+        self._stop_asked = number
+
+    def stopping(self, step: int = 0) -> bool:
+        """Is the run to stop here? Processes that call this equally often get True at the same call."""
         with self._stepping:
             self._steps += 1
             return self._stop_at is not None and self._steps >= self._stop_at
@@ -216,13 +205,18 @@ class Run:
           error: because of which it ends.
         """
         self._begin_to_leave()
-        if code == 0 or (self.stop_number is not None and isinstance(error, KeyboardInterrupt)):
+        stopped = isinstance(error, KeyboardInterrupt)
+        if error is None or (stopped and self._stop_at is not None):
             say(line)
             self._leave_together(code)
             return
         if isinstance(getattr(error, "__cause__", None), RuntimeError) and self.together and self._partner_failed():
             line, code = self._partner_line()  # an error about files that is one of the connection
-        self._end(line, code)
+        self._end(line, code, stopped)
+
+    def end_at_once(self) -> None:
+        """Tells that this process ends without a wait, because of a second signal."""
+        native_output.farewell()
 
     def leave_at_exit(self) -> None:
         """``leave`` for a program that exits without it: its work is done."""
@@ -251,17 +245,17 @@ class Run:
 
     def _partner_line(self) -> tuple[str, int]:
         ended = PartnerEnded(next(iter(self.failures.values())), self.place.count)
-        return f"error: {ended}", ended.code
+        return ended.line, ended.code
 
     def _end_for_partner(self) -> None:
         """Ends this process from another thread, because its work may hang in compiled code for ever."""
         if self._leaving.acquire(blocking=False):
             self._end(*self._partner_line())
 
-    def _end(self, line: str, code: int) -> NoReturn:
+    def _end(self, line: str, code: int, stopped: bool = False) -> NoReturn:
         """Tells the others, and ends where it stands: jax's own end would wait for processes that may be dead."""
         with contextlib.suppress(OSError):
-            self._send("ended", line=line, code=code)
+            self._send("ended", line=line, code=code, stopped=stopped)
             self._wait(lambda: self._noted, 2)
         self._exit(line + native_output.account(), code, keep=True)
 
@@ -281,7 +275,7 @@ class Run:
             if failure is None:  # an impatient user
                 self._end("error: interrupted; run the same command again to continue", 130)
             ended = PartnerEnded(failure, self.place.count)
-            self._end(f"error: {ended}", ended.code)
+            self._end(ended.line, ended.code, failure.get("stopped", False))
         if not self._over:
             self._exit("", code)
         last = threading.Timer(LAST_STEPS, os._exit, [code])

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from arrag_jax import progress
 from arrag_jax.data import scenes
 from arrag_jax.errors import UserError
 from arrag_jax.files import explained, only_writer
@@ -145,6 +146,8 @@ def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = T
                 builder = tfds.builder(name, data_dir=str(data_dir))
                 if not builder.is_prepared():
                     logging.info("building %s in %s", name, data_dir)
+                    if not progress.shown():
+                        tfds.disable_progress_bar()
                     builder.download_and_prepare()
     try:
         return builder.as_data_source(split, decoders=None if images else {"image": tfds.decode.SkipDecoding()})

@@ -19,9 +19,11 @@ from jaxtyping import Array, Float, Int, Key
 from arrag_jax.config import SamplingConfig
 from arrag_jax.decode.policies import Plain
 from arrag_jax.errors import UserError
+from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import ArrayLike, Backbone, DecodePolicy, Retriever
 from arrag_jax.mesh import put_everywhere, put_rows
 from arrag_jax.ops.grid import context_cells, context_codes, has_context
+from arrag_jax.ops.host import awaited
 from arrag_jax.ops.neighbors import empty_neighbors
 from arrag_jax.ops.sampling import draw, guide, truncate
 
@@ -183,8 +185,10 @@ def sample(
       return_log_probs: keep whole distributions, [B, T, V], too.
 
     Raises:
-      UserError: if parts that belong together are missing or do not fit.
+      UserError: if parts that belong together are missing or do not fit; in a process that was forked after JAX had
+        been used, which would hang.
     """
+    require_own_process()
     model = model if grid is None else model.with_grid(grid)
     policy = Plain() if policy is None else policy
     if policy.uses_retrieval and retriever is None:
@@ -206,4 +210,5 @@ def sample(
         cond, uncond, keys = put_rows((cond, uncond, keys), mesh)
         state = put_everywhere(state, mesh)
     drawn = _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, on_cell, return_log_probs)
+    awaited(drawn.codes)
     return drawn if mesh is None else put_everywhere(drawn, mesh)

@@ -1,28 +1,29 @@
 """From a ``DrawConfig`` to pictures: what ``generate`` and ``eval`` have in common."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int, UInt8
-from tqdm import tqdm
+from jaxtyping import Bool, Int, UInt8
 
+from arrag_jax import progress
 from arrag_jax.config import DrawConfig
 from arrag_jax.decode.loop import Drawn, require_blenders, sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import DecodePolicy, Retriever
 from arrag_jax.mesh import make_mesh
-from arrag_jax.models.checkpoint import fingerprint, load_model
+from arrag_jax.models.checkpoint import fingerprint, load_model, sample_hashes
 from arrag_jax.models.config_json import read_config
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.models.weights import parameters
 from arrag_jax.nn.vq import from_uint8, to_uint8
+from arrag_jax.processes import require_same
 from arrag_jax.retrieval.captions import CaptionIndex, LimitedRetriever
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.load import load_retriever, open_store
@@ -30,6 +31,20 @@ from arrag_jax.retrieval.load import load_retriever, open_store
 METHODS = ("plain", "static", "daid", "caption", "lora", "faid", "faid+daid")
 LARGE_MODEL = 10**8  # parameters from which drawing a picture takes minutes on a CPU
 LIMITED = ("static", "caption")  # choose images by their captions; drawn only where they are asked for
+
+
+class Batch(NamedTuple):
+    """Pictures that were drawn together.
+
+    Attributes:
+      numbers: of their prompts.
+      images: their pixels.
+      drawn: how they came about, one row a picture.
+    """
+
+    numbers: Int[np.ndarray, " n"]
+    images: UInt8[np.ndarray, "n h w 3"]
+    drawn: Drawn
 
 
 class CellBar:
@@ -56,6 +71,7 @@ class Studio:
       retriever: over the whole store; None if no method asked for searches that.
       captions: of the store; None if no method asked for reads them.
       mesh: None = one device.
+      folders: of the methods' models, by method.
     """
 
     config: DrawConfig
@@ -67,6 +83,7 @@ class Studio:
     retriever: Retriever | None
     captions: CaptionIndex | None = None
     mesh: Mesh | None = None
+    folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
     bar: CellBar = dataclasses.field(default_factory=CellBar)
 
     def policy(self, method: str) -> DecodePolicy:
@@ -100,37 +117,43 @@ class Studio:
         return (retrieves and self.config.retrieval.search == "scann") or size >= LARGE_MODEL
 
     def draw(
-        self, prompts: Sequence[str], method: str, seeds: Int[np.ndarray, " N"]
-    ) -> tuple[UInt8[np.ndarray, "N h w 3"], Drawn]:
-        """Pictures of prompts, drawn in batches of ``config.batch_size``, and how they came about.
+        self,
+        prompts: Sequence[str],
+        method: str,
+        seeds: Int[np.ndarray, " N"],
+        wanted: Bool[np.ndarray, " N"] | None = None,
+    ) -> Iterator[Batch]:
+        """Pictures of prompts, batch by batch of ``config.batch_size``, and how they came about.
 
         A picture depends on its prompt, method and seed alone. Shows a progress bar over the cells, which moves with
         each of them or batch by batch: see ``tells_every_cell``.
+
+        Args:
+          wanted: a batch without a wanted picture is left out; None = all are wanted.
         """
         ways, cells = 1 if self.mesh is None else self.mesh.shape["data"], int(np.prod(self.model.grid))
         size = -(-min(self.config.batch_size, len(prompts)) // ways) * ways
         ids, mask = self.text(prompts)
-        images, drawn = [], []
         on_cell = self.bar if self.tells_every_cell(method) else None
-        total = -(-len(prompts) // size) * cells
-        self.bar.bar = tqdm(total=total, desc=f"drawing {method}", unit="cell", disable=jax.process_index() > 0)
-        for start in range(0, len(prompts), size):
-            # The last batch is filled up with its own rows over again, so that one shape is compiled.
-            rows = np.resize(np.arange(start, min(start + size, len(prompts))), size)
-            retriever = self.retriever_for(method, [prompts[i] for i in rows])
-            result = sample(
-                self.model_of(method), ids[rows], self.policy(method), retriever, seed=seeds[rows],
-                prompt_mask=mask[rows], on_cell=on_cell, mesh=self.mesh, **dataclasses.asdict(self.config.sampling),
-            )  # fmt: skip
-            keep = len(np.unique(rows))
-            drawn.append(jax.tree.map(lambda x, keep=keep: np.asarray(x)[:keep], result))
-            pixels = to_uint8(self.model.decode_codes(np.asarray(result.codes), *self.model.grid))
-            images.append(np.asarray(pixels)[:keep])
-            if on_cell is None:
-                self.bar.bar.update(cells)
-        jax.effects_barrier()
-        self.bar.bar.close()
-        return np.concatenate(images), jax.tree.map(lambda *x: np.concatenate(x), *drawn)
+        batches = [np.arange(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
+        batches = [numbers for numbers in batches if wanted is None or wanted[numbers].any()]
+        leads, total = jax.process_index() == 0, len(batches) * cells
+        with progress.bar(wanted=leads, total=total, desc=f"drawing {method}", unit="cell") as bar:
+            self.bar.bar = bar
+            for numbers in batches:
+                # The last batch is filled up with its own rows over again, so that one shape is compiled.
+                rows, keep = np.resize(numbers, size), len(numbers)
+                retriever = self.retriever_for(method, [prompts[i] for i in rows])
+                result = sample(
+                    self.model_of(method), ids[rows], self.policy(method), retriever, seed=seeds[rows],
+                    prompt_mask=mask[rows], on_cell=on_cell, mesh=self.mesh, **dataclasses.asdict(self.config.sampling),
+                )  # fmt: skip
+                drawn = jax.tree.map(lambda x, keep=keep: np.asarray(x)[:keep], result)
+                pixels = to_uint8(self.model.decode_codes(np.asarray(result.codes), *self.model.grid))
+                jax.effects_barrier()
+                if on_cell is None:
+                    bar.update(cells)
+                yield Batch(numbers, np.asarray(pixels)[:keep], drawn)
 
 
 def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
@@ -155,9 +178,12 @@ def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
         mend = f"; give config.{unable[0].removesuffix('+daid')}_model" if unable[0] in METHODS else ""
         raise UserError(f"--method={unable[0]!r} is not what these models can do: {', '.join(able)}{mend}")
     chosen = tuple(method for method in able if method in methods or not (methods or method in LIMITED))
+    used = {config.model, *(folders[name] for name in chosen if name in folders)}
+    if jax.process_count() > 1:
+        require_same({name: value for folder in used for name, value in sample_hashes(folder).items()}, "model")
     model = load_model(config.model, config.dtype)
     text, loaded = PromptTokenizer.load(config.model), {config.model: model}
-    for folder in {folders[name] for name in chosen if name in folders} - {config.model}:
+    for folder in used - {config.model}:
         loaded[folder] = load_model(folder, config.dtype)
         if fingerprint(loaded[folder]) != fingerprint(model):
             raise UserError(f"{folder} has another image tokenizer than {config.model}; tune it from that model")
@@ -172,7 +198,8 @@ def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
         store, retriever = load_retriever(config.retrieval, fingerprint(model), mesh, "fsdp", "data")
         for name in set(chosen) & {"faid", "faid+daid"}:
             require_blenders(tuned[name], retriever)
-    return Studio(config, chosen, model, tuned, text, store, retriever, captions, mesh)
+    where = {name: folders.get(name, config.model) for name in chosen}
+    return Studio(config, chosen, model, tuned, text, store, retriever, captions, mesh, where)
 
 
 def reconstruct(model: Janus, images: UInt8[np.ndarray, "N h w 3"]) -> UInt8[np.ndarray, "N h w 3"]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from arrag_jax import progress
 from arrag_jax.data.emoji_scenes import load_source
 from arrag_jax.data.scenes import FAMILIES, Scene, render, scene
 from arrag_jax.decode.policies import Daid, Plain
@@ -80,7 +80,8 @@ def object_scores(studio: Studio, split: str, num_prompts: int) -> dict[str, dic
         for seed in range(SEEDS):
             # Far apart, so that no picture of one seed is drawn with a key of another.
             seeds = studio.config.seed + seed * 1_000_003 + np.arange(len(scenes))
-            drawn.append(studio.draw([s.caption for s in scenes], method, seeds)[0])
+            batches = studio.draw([s.caption for s in scenes], method, seeds)
+            drawn.append(np.concatenate([batch.images for batch in batches]))
         scores[method] = _summary(drawn, scenes)
     return scores
 
@@ -132,7 +133,7 @@ def sweep(studio: Studio, num_scenes: int, out: Path) -> str:
     scored = score_scenes(studio.model, found)
     plain = bits_per_code(scored, Plain())
     records, rows = [], []
-    for copies, k in tqdm(list(itertools.product(("nearest", "sum"), NEIGHBORS)), desc="sweep", unit="map"):
+    for copies, k in progress.bar(list(itertools.product(("nearest", "sum"), NEIGHBORS)), desc="sweep", unit="map"):
         gain = np.array(
             [
                 [plain - bits_per_code(scored, Daid(w, t, copies), k) for t in TEMPERATURES]

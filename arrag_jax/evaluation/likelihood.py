@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
-from tqdm import tqdm
 
+from arrag_jax import progress
 from arrag_jax.interfaces import DecodePolicy, Retriever
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.text import PromptTokenizer
@@ -60,7 +60,7 @@ def look_up(
     ids, mask = text(captions)
     images = np.stack([example["image"] for example in examples])
     found = []
-    for start in tqdm(range(0, len(examples), batch_size), desc="searching", unit="batch", dynamic_ncols=True):
+    for start in progress.bar(range(0, len(examples), batch_size), desc="searching", unit="batch"):
         rows = slice(start, start + batch_size)
         searched = limit(captions[rows]) if limit else retriever
         codes, neighbors = _look_up(graph, state, from_uint8(images[rows]), searched)
@@ -84,7 +84,7 @@ def score_scenes(model: Janus, found: Sequence[Found], blend: bool = False) -> l
       blend: give the neighbours to FAiD's blenders, too.
     """
     graph, state = nnx.split(model)
-    bar = tqdm(found, desc="scoring", unit="batch", dynamic_ncols=True)
+    bar = progress.bar(found, desc="scoring", unit="batch")
     return [Scored(part.codes.reshape(-1), _score(graph, state, part, blend), part.neighbors) for part in bar]
 
 

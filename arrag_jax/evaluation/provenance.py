@@ -1,13 +1,10 @@
 """Where drawn pictures came from: a figure and a record a picture, from what the decode loop kept of each draw."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Integer, UInt8
-from PIL import Image
 
 from arrag_jax.decode.loop import Drawn
 from arrag_jax.evaluation.copies import copied_runs, equal_in_place
@@ -19,10 +16,10 @@ from arrag_jax.ops.grid import image_and_cell
 THUMBNAILS = 5  # stored images shown beside a picture
 
 
-def write_pages(
-    out: Path, studio: Studio, method: str, prompts: list[str], images: UInt8[np.ndarray, "N h w 3"], drawn: Drawn
-) -> list[dict[str, Any]]:
-    """Writes ``provenance_NN_METHOD.png``, a picture each, into ``out``; returns their records.
+def page_and_record(
+    studio: Studio, method: str, prompt: str, image: UInt8[np.ndarray, "h w 3"], drawn: Drawn
+) -> tuple[UInt8[np.ndarray, "_ _ 3"], dict[str, Any]]:
+    """Returns the page of one picture (fields of ``drawn``: [T]), and its record.
 
     Thumbnails are the store's own codes decoded by the model, so that no original file is needed. Keys of a record:
 
@@ -38,21 +35,15 @@ def write_pages(
         stored "image" and "image_cell" of the nearest neighbour that holds the code, all null if none does;
         "log_p" of the draw; "log_p_moved", less what it was before retrieval: null if the model never draws the code.
     """
-    records = []
-    for i, prompt in enumerate(prompts):
-        one = jax.tree.map(lambda x, i=i: np.asarray(x[i]), drawn)
-        record = {"prompt": prompt, "method": method, **picture_record(one, studio.store.codes, studio.store.sources)}
-        thumbnails = _stored_pictures(studio, [source["image"] for source in record["sources"]])
-        image, _ = image_and_cell(one.source, *studio.model.grid)
-        maps = (x.reshape(studio.model.grid) for x in (image, one.log_p - one.log_p_model))
-        page = provenance_page(images[i], *maps, thumbnails, top=THUMBNAILS)
-        Image.fromarray(page).save(out / f"provenance_{i:02d}_{method}.png")
-        records.append(record)
-    return records
+    record = {"prompt": prompt, "method": method, **picture_record(drawn, studio.store.codes, studio.store.sources)}
+    thumbnails = _stored_pictures(studio, [source["image"] for source in record["sources"]])
+    origin, _ = image_and_cell(drawn.source, *studio.model.grid)
+    maps = (x.reshape(studio.model.grid) for x in (origin, drawn.log_p - drawn.log_p_model))
+    return provenance_page(image, *maps, thumbnails, top=THUMBNAILS), record
 
 
 def picture_record(drawn: Drawn, stored: Integer[np.ndarray, "n H W"], sources: Sequence[str]) -> dict[str, Any]:
-    """The record of one picture (fields of ``drawn``: [T]), drawn from these stored images; see ``write_pages``."""
+    """The record of one picture (fields of ``drawn``: [T]), drawn from these stored images; see ``page_and_record``."""
     height, width = stored.shape[1:]
     image, cell = image_and_cell(drawn.source, height, width)
     found, moved = image >= 0, drawn.log_p - drawn.log_p_model

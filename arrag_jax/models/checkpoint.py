@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 from arrag_jax.errors import UserError
-from arrag_jax.files import whole_file, write_json
+from arrag_jax.files import sample_hash, whole_file, write_json
+from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import ArrayLike
 from arrag_jax.models.config_json import config_to_json, layout_of, parse_config, read_json, read_lora
 from arrag_jax.models.janus import PARTS, VISION, Janus
@@ -38,6 +39,7 @@ def load_model(
     Raises:
       UserError: the folder, its config or its weights are not a Janus; the message names what is wrong.
     """
+    require_own_process()
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     directory = checkpoint_folder(Path(directory))
@@ -83,6 +85,17 @@ def save_model(model: Janus, directory: str | Path, dtype: str = "float32") -> N
     with whole_file(directory / "model.safetensors") as temporary:
         write_weights(model, temporary, dtype)
     write_json(directory / "config.json", config_to_json(model.config))
+
+
+def sample_hashes(directory: str | Path) -> dict[str, str]:
+    """``files.sample_hash`` of each file that ``load_model`` and the text tokenizer read, by name.
+
+    Raises:
+      UserError: this is no checkpoint folder.
+    """
+    folder = checkpoint_folder(Path(directory))
+    files = {tensor.file for tensor in stored_tensors(folder).values()} | set(folder.glob("*.json"))
+    return {f"{directory}/{path.name}": sample_hash(path) for path in sorted(files)}
 
 
 def fingerprint(model: Janus) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from arrag_jax import progress
 from arrag_jax.errors import UserError
 from arrag_jax.files import explained, sync, write_json
 from arrag_jax.models.checkpoint import abstract_model
@@ -129,7 +129,7 @@ class _Merge:
 def _write_tensors(folder: Path, files: dict[str, dict[str, Stored]], merge: _Merge | None) -> None:
     """Writes the files one after another, and an index where the model has several; shows a bar over the bytes."""
     total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="converting") as bar:
+    with progress.bar(total=total, unit="B", unit_scale=True, desc="converting") as bar:
         for name, tensors in files.items():
             arrays = {}
             for key, value in read_tensors(tensors):

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.errors import UserError
+from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import ArrayLike
 from arrag_jax.models.presets import JanusConfig
 from arrag_jax.nn.linear import Linear, embedding
@@ -179,6 +180,7 @@ class Janus(nnx.Module):
         Raises:
           UserError: if a shape or an id does not fit the model.
         """
+        require_own_process()
         prompt_ids, prompt_mask = self.check_prompt(prompt_ids, prompt_mask)
         codes = np.asarray(codes)
         if codes.ndim != 2 or len(codes) != len(prompt_ids):
@@ -220,6 +222,7 @@ class Janus(nnx.Module):
         Raises:
           UserError: if it does not divide them, or they are integers.
         """
+        require_own_process()
         images = images if isinstance(images, Array) else np.asarray(images)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(f"images must be floats in [-1, 1], got {images.dtype}; of 0 … 255 make x / 127.5 - 1")
@@ -235,6 +238,7 @@ class Janus(nnx.Module):
         Raises:
           UserError: if the codes do not fill that grid, or are not of this codebook.
         """
+        require_own_process()
         codes = np.asarray(codes)
         if codes.ndim != 2 or codes.shape[1] != height * width:
             raise UserError(f"codes must be [B, {height * width}] for a {height} x {width} grid, got {codes.shape}")

@@ -1,14 +1,12 @@
 """The images that a build leaves out: said at once, listed beside their shard, and no more of them than allowed."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from arrag_jax.errors import UserError
+from arrag_jax.progress import Bar, tell
 from arrag_jax.retrieval import building
 from arrag_jax.retrieval.encoding import BadImage
 from arrag_jax.retrieval.shards import BAD_FILES, ShardSettings, read_bad
@@ -41,7 +39,7 @@ class BadImages:
     most: float
     others: Tally = NONE
 
-    def of_shard(self, shard: int, bar: tqdm) -> tuple[dict[int, str], Callable[[int, BadImage], None]]:
+    def of_shard(self, shard: int, bar: Bar) -> tuple[dict[int, str], Callable[[int, BadImage], None]]:
         """Begins a shard: its bad images (number → line), and whom to tell of each (``encoding.encoded``)."""
         # A killed run's file: what was bad then may be good by now.
         (self.directory / self.settings.bad_file(shard)).unlink(missing_ok=True)
@@ -49,7 +47,7 @@ class BadImages:
 
         def skip(number: int, reason: BadImage) -> None:
             bad[number] = f"{self.source_id(number)}\t{reason}"
-            bar.write(f"skipped {self.source_id(number)}: {reason}", file=sys.stderr)
+            tell(f"skipped {self.source_id(number)}: {reason}")
             bar.update()
 
         return bad, skip

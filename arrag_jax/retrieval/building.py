@@ -12,22 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordWriter
-from tqdm import tqdm
 
+from arrag_jax import progress, signals
 from arrag_jax.errors import UserError
 from arrag_jax.files import explained, only_writer, sha256_of, whole_file, write_json
 from arrag_jax.parsing import parse
+from arrag_jax.progress import Bar
 from arrag_jax.retrieval.shards import MANIFEST, ShardFolder, ShardSettings, write_manifest
 from arrag_jax.retrieval.team import Team
 
 BUILDING = "building.json"
+SHARD_SECONDS = 60.0  # most that a shard is given to be finished in after a signal; batch systems wait twice as long
 
 
 def build(
     kind: type[ShardFolder],
     directory: str | Path,
     settings: ShardSettings,
-    write_shard: Callable[[int, tqdm], None],
+    write_shard: Callable[[int, Bar], None],
     begin: Callable[[], None] = lambda: None,
     finish: Callable[[], None] = lambda: None,
     team: Team | None = None,
@@ -145,16 +147,21 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def _write_shards(
-    directory: Path, settings: ShardSettings, write_shard: Callable[[int, tqdm], None], team: Team
+    directory: Path, settings: ShardSettings, write_shard: Callable[[int, Bar], None], team: Team
 ) -> None:
     """Writes every shard of this process that is not there yet."""
     own = team.share(range(settings.num_shards))
     missing = sorted(set(own) & set(missing_shards(directory, settings)))
     total, left = (sum(len(settings.shard_images(shard)) for shard in shards) for shards in (own, missing))
     label = str(directory) + (f" (process {team.index} of {team.count})" if team.count > 1 else "")
-    with tqdm(total=total, initial=total - left, unit="image", desc=label, dynamic_ncols=True) as bar:
+    with (
+        progress.bar(total=total, initial=total - left, unit="image", desc=label) as bar,
+        signals.held("shard", SHARD_SECONDS) as point,
+    ):
         for shard in missing:
             write_shard(shard, bar)
+            point.check()
+            team.check()
 
 
 def _manifest(kind: type[ShardFolder], directory: Path, settings: ShardSettings) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from arrag_jax.errors import UserError
+from arrag_jax.forks import require_own_process
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.datastore import Datastore, keys_of_maps, unit_norm
@@ -108,6 +109,7 @@ class LimitedRetriever:
 
     def search(self, context: Int[Array, "n 4"]) -> Neighbors:
         """Neighbours of n contexts given as code ids; see ``interfaces.Retriever``."""
+        require_own_process()
         prompts, patches = self.rows.shape
         each = len(context) // prompts
 

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.errors import UserError
+from arrag_jax.forks import require_own_process
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.patches import Patches
 
@@ -104,6 +105,7 @@ class DenseRetriever:
 
     def search(self, context: Int[Array, "B 4"]) -> Neighbors:
         """Neighbours of B contexts given as code ids; see ``interfaces.Retriever``."""
+        require_own_process()
         batch, entries = len(context), len(self.contexts if self.keys is None else self.keys)
         query = jnp.take(self.codebook, jnp.maximum(context, 0), axis=0)
         exact = self.keys is None or self.keys.dtype == jnp.float32

@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from arrag_jax import progress
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.files import explained, sha256_of, sync, write_json
@@ -82,7 +81,7 @@ def _leftovers(final: Path) -> list[Path]:
 def _write_index(directory: Path, store: Datastore, kind: str, options: ScannOptions, shards: int) -> None:
     bounds, entries = shard_bounds(store.num_patches, shards), []
     # one shard's float32 keys at a time: what bounds the memory of a build
-    for shard, rows in enumerate(tqdm(bounds, unit="shard", desc=f"indexing {kind} keys", dynamic_ncols=True)):
+    for shard, rows in enumerate(progress.bar(bounds, unit="shard", desc=f"indexing {kind} keys")):
         place, patches = directory / _shard_name(shard), stored_patches(store, kind, rows)
         place.mkdir(parents=True)
         # without relative paths a moved index does not load

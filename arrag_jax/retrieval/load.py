@@ -3,7 +3,9 @@
 from jax.sharding import Mesh
 
 from arrag_jax.config import RetrievalConfig
+from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import Retriever
+from arrag_jax.processes import require_same
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.index import load_index
@@ -16,9 +18,10 @@ def open_store(config: RetrievalConfig, fingerprint: str) -> tuple[Datastore, bo
     """Opens the images of a datastore that a config asks for, and tells whether these are all it holds.
 
     Raises:
-      UserError: no such store, or one of another tokenizer.
+      UserError: no such store, one of another tokenizer, or not the same in all processes of a run.
     """
     store = Datastore.open(config.store)
+    require_same({f"{config.store}/manifest.json": store.fingerprint}, "store")
     store.require_tokenizer(fingerprint)
     whole = config.num_images in (0, store.num_images)
     return store if whole else store.subset(config.num_images), whole
@@ -42,6 +45,7 @@ def load_retriever(
     Raises:
       UserError: no such store or index, one of another tokenizer, or k larger than the store.
     """
+    require_own_process()
     store, whole = open_store(config, fingerprint)
 
     def patches(rows: tuple[int, int]) -> Patches:

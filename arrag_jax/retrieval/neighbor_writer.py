@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.neighbors import Neighbors
+from arrag_jax.progress import Bar
 from arrag_jax.retrieval import building
 from arrag_jax.retrieval.bad_images import BadImages
 from arrag_jax.retrieval.encoding import BadImage, Encode, Example, Examples, caption_of, encoded, require_images
@@ -55,7 +55,7 @@ def build(
         require_images(examples, settings)
     left_out = BadImages(directory, settings, source_id, max_bad_fraction)
 
-    def write_shard(shard: int, bar: tqdm) -> None:
+    def write_shard(shard: int, bar: Bar) -> None:
         bad, skip = left_out.of_shard(shard, bar)
         numbers, codes, captions = settings.shard_images(shard), [], []
         for batch, batch_codes, _ in encoded(_Captioned(examples), numbers, encode, batch_size, settings, skip):

@@ -8,8 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from arrag_jax import progress
 from arrag_jax.errors import UserError
 from arrag_jax.files import only_writer, sha256_of, whole_file, write_json
 from arrag_jax.retrieval.building import state_of
@@ -92,7 +91,7 @@ def _copy(parts: list[Datastore], directory: Path, merged: list[str]) -> None:
         target.mkdir(exist_ok=True)
         contents[target] = {key: value for key, value in part.manifest.items() if key not in ("parts", "sha256")}
         jobs += [(part.directory / name, target / name) for name in part.files]
-    for source, target in tqdm(jobs, unit="file", desc=str(directory), dynamic_ncols=True):
+    for source, target in progress.bar(jobs, unit="file", desc=str(directory)):
         if not target.exists():
             with whole_file(target) as temporary:
                 temporary.write_bytes(source.read_bytes())

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
+from arrag_jax.forks import require_own_process
 from arrag_jax.ops.host import host_call
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.dense import require_k
@@ -297,6 +298,7 @@ class ScannRetriever:
 
     def search(self, context: Int[Array, "B 4"]) -> Neighbors:
         """Neighbours of B contexts given as code ids; see ``interfaces.Retriever``."""
+        require_own_process()
         shape = (len(context), self.k)
         result = tuple(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.int32))
         # a callback has no derivative, and none is wanted

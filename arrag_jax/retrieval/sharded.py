@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from arrag_jax.errors import UserError
+from arrag_jax.forks import require_own_process
 from arrag_jax.ops.neighbors import Neighbors, merge_neighbors
 from arrag_jax.retrieval.dense import DenseRetriever, leaves_of, require_k
 from arrag_jax.retrieval.patches import Patches
@@ -48,6 +49,7 @@ class ShardedRetriever:
 
     def search(self, context: Int[Array, "B 4"]) -> Neighbors:
         """Neighbours of B contexts given as code ids; see ``interfaces.Retriever``."""
+        require_own_process()
 
         def search_shard(local: Any, first_row: Array, context: Array) -> Neighbors:
             local = jax.tree.map(lambda leaf: leaf[0], local)

@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
+from arrag_jax import signals
 from arrag_jax.errors import UserError
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 30.0  # seconds without one after which a process counts as dead
 AGAIN = "run the same command again, in all processes, to continue"
+STOPPING = " stopping"  # ends the sign of a process that was told to end
+STOP_SECONDS = 90.0  # most that such a process waits for the others: they finish their shards
 
 
 class Team:
@@ -30,6 +33,8 @@ class Team:
     def __init__(self, directory: Path, index: int, count: int):
         self.directory, self.index, self.count = directory, index, count
         self._seen = {other: (self._sign_of(other), None) for other in range(count)}
+        self._before = {other: sign for other, (sign, _) in self._seen.items()}  # what a killed run may have left
+        self._stopping = False
 
     @property
     def leads(self) -> bool:
@@ -48,7 +53,8 @@ class Team:
         """
         started = time.monotonic()
         while not condition():
-            for other in set(range(self.count)) - {self.index}:
+            self.check()
+            for other in self._others:
                 self._require_alive(other, started, condition)
             time.sleep(BEAT / 10)
 
@@ -59,7 +65,33 @@ class Team:
     def wait_for_leader_to_leave(self) -> None:
         """Returns once the first process has left, however silent: building an index may stop its threads."""
         while self._sign_of(0) is not None:
+            self.check()
             time.sleep(BEAT)
+
+    def check(self) -> None:
+        """Raises ``signals.Stop`` where this process or another one of the team was told to end."""
+        signals.check()
+        if any(self._stops(other) for other in self._others):
+            raise signals.Stop
+
+    def stop(self) -> None:
+        """Tells the others that this process stops, and waits until they do, too: at most ``STOP_SECONDS``."""
+        self._stopping = True
+        signals.settle()
+        give_up = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < give_up and not all(
+            self._stops(other) or self._sign_of(other) in (None, self._before[other]) for other in self._others
+        ):
+            time.sleep(BEAT / 10)
+        time.sleep(2 * BEAT)  # they read this one's sign before it goes
+
+    @property
+    def _others(self) -> set[int]:
+        return set(range(self.count)) - {self.index}
+
+    def _stops(self, other: int) -> bool:
+        sign = self._sign_of(other)
+        return sign is not None and sign.endswith(STOPPING) and sign != self._before[other]
 
     def _require_alive(self, other: int, started: float, condition: Callable[[], bool]) -> None:
         sign, now = self._sign_of(other), time.monotonic()
@@ -83,7 +115,7 @@ class Team:
     def _give_signs(self, stop: threading.Event) -> None:
         run, beats = uuid4().hex, 0
         while not stop.is_set():
-            self._file(self.index).write_text(f"{run} {beats}")
+            self._file(self.index).write_text(f"{run} {beats}{STOPPING if self._stopping else ''}")
             beats += 1
             stop.wait(BEAT)
 
@@ -104,6 +136,9 @@ def team_in(directory: str | Path, index: int = 0, count: int = 1) -> Iterator[T
     thread.start()
     try:
         yield team
+    except signals.Stop:
+        team.stop()
+        raise
     finally:
         stop.set()
         thread.join()

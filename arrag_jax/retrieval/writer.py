@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
 from arrag_jax.errors import UserError
 from arrag_jax.files import whole_file
+from arrag_jax.progress import Bar
 from arrag_jax.retrieval import building
 from arrag_jax.retrieval.bad_images import NONE, BadImages, Tally
 from arrag_jax.retrieval.datastore import CODEBOOK, Datastore, StoreSettings, unit_norm
@@ -62,7 +62,7 @@ def build(
 
     left_out = BadImages(directory, settings, source_id, max_bad_fraction, others)
 
-    def write_shard(shard: int, bar: tqdm) -> None:
+    def write_shard(shard: int, bar: Bar) -> None:
         bad, skip = left_out.of_shard(shard, bar)
         batches = encoded(examples, settings.shard_images(shard), encode, batch_size, settings, skip)
         files = settings.shard_files(shard)
@@ -80,7 +80,7 @@ def _require_codebook(codebook: np.ndarray, settings: StoreSettings) -> None:
         raise UserError("the codebook's rows are not of unit norm; normalise them")
 
 
-def _write_records(directory: Path, files: dict[str, str], batches: Iterator, bar: tqdm) -> None:
+def _write_records(directory: Path, files: dict[str, str], batches: Iterator, bar: Bar) -> None:
     """Writes a shard's codes and, if it holds them, latents and captions."""
     code_records, latent_records, captions = [], [], []
     for batch, codes, latents in batches:

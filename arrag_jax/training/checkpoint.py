@@ -140,6 +140,12 @@ def read_params(
         return step, reader.restore(path / "state", args=args)[name]
 
 
+def newest_step(workdir: Path) -> int | None:
+    """The step of the newest checkpoint of the run in ``workdir``; None where it has none."""
+    steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
+    return max(steps, default=None)
+
+
 @contextlib.contextmanager
 def claimed(workdir: Path, config: TrainConfig, base: dict[str, str]) -> Iterator[None]:
     """Holds the workdir for this run; writes ``config.json`` and ``base.json``.

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
-from tqdm import trange
 
+from arrag_jax import progress
 from arrag_jax.config import DaidConfig, DataConfig, RetrievalConfig, SamplingConfig, TrainConfig
 from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
@@ -167,7 +167,8 @@ class FaidTask:
           UserError: a caption that cannot be a prompt.
         """
         stored = self.sets["train"]
-        for i in trange(len(stored), desc="reading captions", unit="image", disable=jax.process_index() > 0):
+        leads = jax.process_index() == 0
+        for i in progress.bar(range(len(stored)), leads, desc="reading captions", unit="image"):
             self._prompt(stored[i]["caption"])
         source = grain.MapDataset.source(stored).seed(self.config.seed)
         return source.random_map(lambda example, rng: self._example(example, rng.permutation(stored.k)))

@@ -25,13 +25,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
-from arrag_jax import processes
+from arrag_jax import signals
 from arrag_jax.config import TrainConfig
 from arrag_jax.data.pipeline import make_loader
 from arrag_jax.errors import UserError
 from arrag_jax.mesh import check_batch_size, make_mesh, put_batch, put_everywhere, put_state, put_whole_batch
 from arrag_jax.nn.variables import Frozen
-from arrag_jax.training.checkpoint import Checkpoints, claimed, read_params
+from arrag_jax.processes import require_same
+from arrag_jax.training.checkpoint import Checkpoints, claimed, newest_step, read_params
 from arrag_jax.training.metrics import Journal, training_minutes
 from arrag_jax.training.optimizer import make_optimizer, make_schedule
 
@@ -109,7 +110,7 @@ def train(config: TrainConfig, task: Task, workdir: Path) -> None:
 
     Leaves in ``workdir``: config.json, base.json, checkpoints/, metrics.jsonl, tensorboard/, pictures/ and, at the
     end, export/ with the last weights (the best ones: ``arrag_jax.convert``). SIGTERM finishes the step, saves and
-    exits with code 0; SIGINT does the same and raises KeyboardInterrupt. Either sent twice acts at once.
+    exits with code 0; SIGINT does the same and raises ``signals.Stop``. Either sent twice acts at once.
 
     Raises:
       UserError: for a workdir of another run or in use, a damaged checkpoint, a mesh that does not fit, an
@@ -117,7 +118,9 @@ def train(config: TrainConfig, task: Task, workdir: Path) -> None:
     """
     mesh = make_mesh(config.mesh)
     check_batch_size(config.batch_size, mesh, config.accumulate)
-    with claimed(workdir, config, task.base()):
+    base = task.base()
+    require_same(base | {"newest step in --workdir": str(newest_step(workdir))}, "state")
+    with claimed(workdir, config, base):
         model = take_steps(config, task, workdir, mesh)
         hardware = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores a host"
         export(task, model, workdir / "export", {"hardware": hardware} | origin(workdir, config, config.steps))
@@ -125,7 +128,7 @@ def train(config: TrainConfig, task: Task, workdir: Path) -> None:
 
 def take_steps(config: TrainConfig, task: Task, workdir: Path, mesh: Mesh) -> nnx.Module:
     """From the newest checkpoint to ``config.steps``, evaluated and saved on the way; the model as it is exported."""
-    with Checkpoints(workdir, task.selects) as checkpoints, StopSignal() as stop:
+    with Checkpoints(workdir, task.selects) as checkpoints, signals.held("step") as point:
         optimizer = make_optimizer(config.optimizer, config.steps)
         graph, frozen, state = init_state(task, optimizer, config, mesh)
         data = make_loader(task.train_source(), config.batch_size, config.seed)
@@ -141,7 +144,7 @@ def take_steps(config: TrainConfig, task: Task, workdir: Path, mesh: Mesh) -> nn
                 batch = next(data)
                 state, metrics = train_step(state, frozen, put_batch(batch, mesh, config.accumulate))
                 journal.step_done(step, metrics, batch["example"])
-                stopping, last, held_out = stop.requested(step), step == config.steps, None
+                stopping, last, held_out = point.requested(step), step == config.steps, None
                 if step % config.eval_every == 0 or last:
                     journal.flush()
                     held_out, pictures = evaluate(state)
@@ -151,7 +154,7 @@ def take_steps(config: TrainConfig, task: Task, workdir: Path, mesh: Mesh) -> nn
                     checkpoints.save(step, state, data, held_out)
                 if stopping and not last:
                     checkpoints.wait()
-                    stop.leave(step)
+                    leave(step)
     return whole_model(graph, averaged_params(state), frozen, state.rest, mesh)
 
 
@@ -315,39 +318,9 @@ def _cast(params: PyTree, dtype: str) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
 
 
-class StopSignal:
-    """While open, the first SIGTERM or SIGINT asks the loop to stop after its step; a second acts at once.
-
-    In a run of several processes all stop at one step, on whichever of them the signal comes.
-    """
-
-    def __enter__(self) -> "StopSignal":
-        self._received: int | None = None
-        numbers = signal.SIGTERM, signal.SIGINT
-        self._before = {number: signal.signal(number, self._receive) for number in numbers}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _) -> None:
-        self._received = number
-        processes.request_stop(number)
-        os.write(
-            sys.stderr.fileno(), b"\nstopping after this step; once more stops at once\n"
-        )  # print may be what was interrupted
-        self.__exit__()
-
-    def requested(self, step: int) -> bool:
-        """Should this step be the last? The same answer on every process of the run."""
-        if jax.process_count() > 1:
-            return processes.stopping(step)
-        return self._received is not None
-
-    def leave(self, step: int) -> NoReturn:
-        """Ends the program after the save; says how to go on."""
-        if signal.SIGINT in (self._received, processes.stop_requested()):
-            raise KeyboardInterrupt
-        print(f"\nstopped and saved at step {step}; run the same command again to continue", file=sys.stderr)
-        sys.exit(0)
+def leave(step: int) -> NoReturn:
+    """Ends the program after the save; says how to go on."""
+    if signals.received() == signal.SIGINT:
+        raise signals.Stop(signal.SIGINT)
+    print(f"\nstopped and saved at step {step}; run the same command again to continue", file=sys.stderr)
+    sys.exit(0)

@@ -17,8 +17,8 @@ from PIL import Image
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tqdm import tqdm
 
+from arrag_jax import progress
 from arrag_jax.config import TrainConfig
 from arrag_jax.errors import UserError
 
@@ -42,7 +42,7 @@ class Journal:
         self._seconds, self._mark = 0.0, time.monotonic()  # the window's time so far, up to when
         leads = jax.process_index() == 0
         self._writer = MetricWriter(workdir, done) if leads else None
-        self._bar = tqdm(total=config.steps, initial=done, unit="step", disable=not leads, dynamic_ncols=True)
+        self._bar = progress.bar(wanted=leads, total=config.steps, initial=done, unit="step")
 
     def __enter__(self) -> "Journal":
         return self

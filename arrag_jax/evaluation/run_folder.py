@@ -1,0 +1,242 @@
+"""The folder that a run of ``generate`` fills: it goes on where it was, and shows one run alone.
+
+``run.json`` holds what is drawn and, once all is there, the SHA-256 of every file. Until then ``.parts`` holds one
+record per picture, which is written after the picture itself. So a run that was ended at any moment knows what it has,
+and a run of other settings removes what the one before it has left.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from arrag_jax.errors import UserError
+from arrag_jax.evaluation.canvas import Picture
+from arrag_jax.evaluation.drawing import LIMITED, Studio
+from arrag_jax.files import sha256_of, whole_file, write_json
+from arrag_jax.json_files import read_json
+from arrag_jax.models.tensor_files import checkpoint_folder, stored_tensors
+from arrag_jax.retrieval.index import RECORD as INDEX_RECORD
+from arrag_jax.retrieval.index import index_directory
+
+RECORD, PARTS = "run.json", ".parts"
+GRID, PROVENANCE = "grid.png", "provenance.json"
+VERSION = 1
+NAME = re.compile(r"\d{2,}_[a-z+]+")  # of a picture; nothing else is ever removed
+
+
+def settings_of(studio: Studio, prompts: Sequence[str], scale: int, provenance: bool) -> dict[str, Any]:
+    """Returns all that the files of a run depend on; the size of a batch is not among it."""
+    config = studio.config
+    return {
+        "prompts": list(prompts),
+        "seed": config.seed,
+        "methods": {method: _method(studio, method) for method in studio.methods},
+        "dtype": config.dtype,
+        "sampling": dataclasses.asdict(config.sampling),
+        "mesh": {} if studio.mesh is None else dict(studio.mesh.shape),
+        "scale": scale,
+        "provenance": provenance,
+    }
+
+
+def texts_of(settings: Mapping[str, Any], number: int, method: str) -> dict[str, str]:
+    """Returns the text chunks of a picture: prompt, seed, method, model and store (with what tells them apart)."""
+    facts = settings["methods"][method]
+    return {
+        "prompt": settings["prompts"][number],
+        "seed": str(settings["seed"] + number),
+        "method": method,
+        **{name: facts.get(name, "none") for name in ("model", "model_sha256", "store", "store_fingerprint", "index")},
+    }
+
+
+def _method(studio: Studio, method: str) -> dict[str, Any]:
+    """What a method draws with."""
+    folder, policy, config = studio.folders[method], studio.policy(method), studio.config
+    facts = {"model": folder, "model_sha256": _sha256_of_model(Path(folder))}
+    if not policy.uses_retrieval:
+        return facts
+    facts |= {"store": config.retrieval.store, "store_fingerprint": studio.store.fingerprint}
+    index = index_directory(studio.store, config.retrieval.keys) / INDEX_RECORD
+    if config.retrieval.search == "scann" and method not in LIMITED and index.exists():
+        facts["index"] = sha256_of(index)
+    if method in LIMITED:
+        facts["caption"] = dataclasses.asdict(config.caption)
+    return facts | {"retrieval": dataclasses.asdict(config.retrieval), "policy": dataclasses.asdict(policy)}
+
+
+def _sha256_of_model(folder: Path) -> str:
+    """Of a model folder's config, weights and text tokenizer."""
+    folder, digest = checkpoint_folder(folder), hashlib.sha256()
+    files = {tensor.file for tensor in stored_tensors(folder).values()}
+    files |= {path for path in folder.glob("*.json") if path.is_file()}
+    for path in sorted(files):
+        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()
+
+
+class RunFolder:
+    """A folder of pictures called NN_METHOD; one process writes to it.
+
+    Attributes:
+      directory: where.
+      settings: of this run.
+      names: of its pictures, in the order of ``provenance.json``.
+      complete: whether all was there when the run began.
+      earlier: keys of the settings in which the run that was there before differs; () = there was none.
+    """
+
+    def __init__(self, directory: Path, settings: dict[str, Any], names: Sequence[str]):
+        self.directory, self.names = directory, list(names)
+        self.settings = json.loads(json.dumps(settings))  # as they are read back: tuples become lists
+        self.earlier: tuple[str, ...] = ()
+        self.complete = False
+        self._parts = directory / PARTS
+
+    def begin(self) -> set[str]:
+        """Returns the names of the pictures that are whole already; removes the files of a run of other settings.
+
+        Raises:
+          UserError: ``run.json`` is damaged, or is not of ``generate``.
+        """
+        record = self._read_record()
+        if record is not None and record["settings"] == self.settings:
+            files = record.get("files")
+            if files is not None and self._are_whole(files):
+                self.complete = True
+                return set(self.names)
+            if files is not None:  # somebody has changed a finished run
+                self._reopen(files)
+        else:
+            if record is not None:
+                keys = {**record["settings"], **self.settings}
+                self.earlier = tuple(key for key in keys if record["settings"].get(key) != self.settings.get(key))
+                self._remove(record["pictures"])
+            shutil.rmtree(self._parts, ignore_errors=True)
+            self._write_record()
+        self._parts.mkdir(exist_ok=True)
+        parts = {name: self._part(name)["files"] for name in self.names}
+        return {name for name, files in parts.items() if files and self._are_whole(files)}
+
+    def add(
+        self, name: str, picture: Picture, texts: Mapping[str, str], page: Picture | None, record: dict[str, Any] | None
+    ) -> None:
+        """Writes a picture with its text chunks and, where there are such, its page and record of provenance."""
+        info = PngInfo()
+        for key, text in texts.items():
+            info.add_text(key, text)
+        files = {f"{name}.png": picture} | ({} if page is None else {f"provenance_{name}.png": page})
+        for file, pixels in files.items():
+            save(self.directory / file, pixels, info)
+        hashes = {file: sha256_of(self.directory / file) for file in files}
+        write_json(self._parts / f"{name}.json", {"files": hashes, "record": record})
+
+    def picture(self, name: str) -> Picture:
+        """Returns a picture that was written, as it was drawn."""
+        scale = self.settings["scale"]
+        with Image.open(self.directory / f"{name}.png") as image:
+            return np.asarray(image)[::scale, ::scale]
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yields the pictures' records of provenance, in their order."""
+        for name in self.names:
+            record = self._part(name)["record"]
+            if record is not None:
+                yield record
+
+    def finish(self, grid: Picture) -> None:
+        """Writes the grid and the records, and says that the run is whole."""
+        save(self.directory / GRID, grid)
+        files, count = {GRID: sha256_of(self.directory / GRID)}, 0
+        with whole_file(self.directory / PROVENANCE) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for count, record in enumerate(self.records(), 1):
+                text = json.dumps(record, indent=1, ensure_ascii=False).replace("\n", "\n ")
+                file.write(f"{'[' if count == 1 else ','}\n {text}")
+            file.write("\n]\n")
+        if count:
+            files[PROVENANCE] = sha256_of(self.directory / PROVENANCE)
+        else:
+            (self.directory / PROVENANCE).unlink()
+        for name in self.names:
+            files |= self._part(name)["files"]
+        self._write_record(files)
+        shutil.rmtree(self._parts, ignore_errors=True)
+
+    def _part(self, name: str) -> dict[str, Any]:
+        """What is known of a picture; no files where it is not whole."""
+        try:
+            part = read_json(self._parts / f"{name}.json")
+        except UserError:
+            part = None
+        if isinstance(part, dict) and isinstance(part.get("files"), dict) and "record" in part:
+            return part
+        return {"files": {}, "record": None}
+
+    def _are_whole(self, files: Mapping[str, str]) -> bool:
+        paths = {self.directory / file: digest for file, digest in files.items()}
+        return all(path.is_file() and sha256_of(path) == digest for path, digest in paths.items())
+
+    def _reopen(self, files: dict[str, str]) -> None:
+        """Makes a finished run an unfinished one: parts of the pictures that are still whole."""
+        self._parts.mkdir(exist_ok=True)
+        told, known = [name for name in self.names if f"provenance_{name}.png" in files], {}
+        if told and self._are_whole({PROVENANCE: files.get(PROVENANCE, "")}):
+            known = dict(zip(told, read_json(self.directory / PROVENANCE), strict=True))
+        for name in [name for name in self.names if name in known or name not in told]:
+            own = {file: files[file] for file in (f"{name}.png", f"provenance_{name}.png") if file in files}
+            write_json(self._parts / f"{name}.json", {"files": own, "record": known.get(name)})
+        self._write_record()
+
+    def _remove(self, pictures: Sequence[str]) -> None:
+        names = [name for name in pictures if NAME.fullmatch(name)]
+        for file in (GRID, PROVENANCE, *(f"{kind}{name}.png" for name in names for kind in ("", "provenance_"))):
+            (self.directory / file).unlink(missing_ok=True)
+
+    def _write_record(self, files: dict[str, str] | None = None) -> None:
+        record = {"made_by": "arrag_jax.generate", "version": VERSION, "settings": self.settings}
+        record |= {"pictures": self.names} | ({} if files is None else {"files": dict(sorted(files.items()))})
+        write_json(self.directory / RECORD, record)
+
+    def _read_record(self) -> dict[str, Any] | None:
+        path = self.directory / RECORD
+        if not path.exists():
+            return None
+        mend = "delete it to draw anew, or choose another --workdir"
+        try:
+            record = read_json(path)
+        except UserError as error:
+            raise UserError(f"{error}; {mend}") from None
+        if not _is_record(record):
+            raise UserError(f"{path} is not a record of arrag_jax.generate that this code reads; {mend}")
+        return record
+
+
+def _is_record(record: Any) -> bool:
+    def all_text(values: Any) -> bool:
+        return all(isinstance(value, str) for value in values)
+
+    return (
+        isinstance(record, dict)
+        and record.get("made_by") == "arrag_jax.generate"
+        and record.get("version") == VERSION
+        and isinstance(record.get("settings"), dict)
+        and isinstance(record.get("pictures"), list)
+        and all_text(record["pictures"])
+        and isinstance(record.get("files", {}), dict)
+        and all_text(record.get("files", {}).values())
+    )
+
+
+def save(path: Path, picture: Picture, info: PngInfo | None = None) -> None:
+    """Writes a PNG with its text chunks, whole or not at all."""
+    with whole_file(path) as temporary:
+        Image.fromarray(picture).save(temporary, format="PNG", pnginfo=info)
