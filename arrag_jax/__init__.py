@@ -8,8 +8,6 @@ import importlib
 import sys
 from typing import Any
 
-from arrag_jax import forks  # noqa: F401 - from here on it notes forks
-
 _API = {"load_model": "arrag_jax.models.checkpoint", "sample": "arrag_jax.decode.loop"}
 __all__ = list(_API)
 
@@ -28,9 +26,9 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> 
     sys.exit(130)
 
 
+importlib.import_module("arrag_jax.forks")  # which notes forks from here on
+
 # In a command: before its imports, which take seconds.
 if sys.argv[:1] == ["-m"] and any(word.startswith("arrag_jax.") for word in sys.orig_argv):
-    from arrag_jax import signals
-
-    signals.start_command()
+    importlib.import_module("arrag_jax.signals").start_command()
     sys.excepthook = _excepthook  # a library may take the signals while it is imported

@@ -222,7 +222,7 @@ def test_methods_that_choose_images_need_no_index(config, tmp_path):
 def test_the_dtype_is_that_of_the_model_and_not_of_its_tokenizer(config):
     studio = open_studio(dataclasses.replace(config, dtype="bfloat16"), ["plain", "daid"])
     assert studio.model.gen_head.layers[0].weight.dtype == jnp.bfloat16 and studio.model.codebook.dtype == jnp.float32
-    _, drawn = studio.draw(["a cat"], "plain", np.array([3]))
+    ((_, _, drawn),) = studio.draw(["a cat"], "plain", np.array([3]))
     model, (ids, mask) = load_model(MODEL, "bfloat16"), studio.text(["a cat"])
     expected = sample(model, ids, seed=np.array([3]), cfg_scale=config.sampling.cfg_scale, prompt_mask=mask)
     np.testing.assert_array_equal(drawn.codes, expected.codes)
@@ -238,7 +238,7 @@ def test_a_second_run_finds_the_loops_without_host_calls_compiled(config):
             jax.clear_caches()
             jax.monitoring.register_event_listener(listen)
         for method in ("plain", "daid"):
-            studio.draw(["a cat", "two dogs"], method, np.arange(2))
+            list(studio.draw(["a cat", "two dogs"], method, np.arange(2)))
     jax.monitoring.unregister_event_listener(listen)
     assert events.count("cache_hits") == events.count("compile_requests_use_cache") > 10
 

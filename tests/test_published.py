@@ -155,5 +155,5 @@ def test_the_bar_moves_with_every_cell_of_a_large_model_alone(published, monkeyp
     )
     for smallest, cells in ((drawing.LARGE_MODEL, []), (1, list(range(16)))):
         monkeypatch.setattr(drawing, "LARGE_MODEL", smallest)
-        studio.draw(["a red car"], "plain", np.array([3]))
+        list(studio.draw(["a red car"], "plain", np.array([3])))
         assert sorted(told) == cells
