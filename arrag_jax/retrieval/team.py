@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from arrag_jax import signals
 from arrag_jax.errors import UserError
+from arrag_jax.processes import require_partner
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 30.0  # seconds without one after which a process counts as dead
@@ -66,6 +67,7 @@ class Team:
         """Returns once the first process has left, however silent: building an index may stop its threads."""
         while self._sign_of(0) is not None:
             self.check()
+            require_partner(0)
             time.sleep(BEAT)
 
     def check(self) -> None:
@@ -124,11 +126,13 @@ class Team:
 def team_in(directory: str | Path, index: int = 0, count: int = 1) -> Iterator[Team]:
     """The processes that fill ``directory`` together, of which this is number ``index`` of ``count``.
 
-    One process alone leaves no trace in the folder; several make it where it is absent.
+    One process alone leaves no trace in the folder; several make it where it is absent. Signs that killed processes
+    left there are removed once the work is done.
     """
     directory = Path(directory)
     if count == 1:
         yield Team(directory, 0, 1)
+        _remove_signs(directory, range(0, 0))
         return
     directory.mkdir(parents=True, exist_ok=True)
     team, stop = Team(directory, index, count), threading.Event()
@@ -136,6 +140,8 @@ def team_in(directory: str | Path, index: int = 0, count: int = 1) -> Iterator[T
     thread.start()
     try:
         yield team
+        if team.leads:
+            _remove_signs(directory, range(count))
     except signals.Stop:
         team.stop()
         raise
@@ -143,3 +149,11 @@ def team_in(directory: str | Path, index: int = 0, count: int = 1) -> Iterator[T
         stop.set()
         thread.join()
         team._file(index).unlink(missing_ok=True)
+
+
+def _remove_signs(directory: Path, members: range) -> None:
+    """Removes the signs of processes that are not among the members, and so do not live."""
+    for path in directory.glob(".process-*"):
+        number = path.name.removeprefix(".process-")
+        if number.isdecimal() and int(number) not in members:
+            path.unlink(missing_ok=True)
