@@ -10,6 +10,7 @@ this package.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -165,19 +166,26 @@ class Hub:
         settled = self.fault_since is not None and time.monotonic() - self.fault_since > SETTLE
         told = [peer.hello.get("count") for peer in came]
         if fault and (len(came) >= max([self.count, *(n for n in told if isinstance(n, int))]) or settled):
-            for peer in came:
-                peer.send("refused", why=fault)
             self._close_listener()
-            self.over_since = time.monotonic()
+            self._refuse(fault)
         elif not fault and len(came) == self.count:
             self._close_listener()
             for peer in [peer for peer in self.peers if peer.index is None]:
                 self.peers.remove(peer)
                 peer.connection.close()
-            self.serve()
+            try:
+                self.serve()
+            except Exception as error:
+                self._refuse(f"jax's service cannot start at the coordinator's address: {error}")
+                return
             for peer in self.peers:
                 peer.state = "working"
                 peer.send("go")
+
+    def _refuse(self, why: str) -> None:
+        for peer in self.peers:
+            peer.send("refused", why=why)
+        self.over_since = time.monotonic()
 
     def _close_listener(self) -> None:
         self.listener.close()
@@ -277,7 +285,10 @@ def listen(port: int) -> socket.socket:
 
 
 def main() -> None:
-    """Args: the port, the number of processes, patience in seconds, the address that jax's service binds to."""
+    """Args: port, number of processes, patience in seconds, what jax's service binds to, the module that holds it.
+
+    The module is jax's C++ alone: importing jax itself takes five times as long.
+    """
     port, count, patience, bind = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes' own affair: they tell how they end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -290,10 +301,9 @@ def main() -> None:
     service = []
 
     def serve() -> None:
-        from jaxlib import _jax
-
         seconds = jax_patience(patience)
-        service.append(_jax.get_distributed_runtime_service(bind, count, seconds, shutdown_timeout=seconds))
+        module = importlib.import_module(sys.argv[5])
+        service.append(module.get_distributed_runtime_service(bind, count, seconds, shutdown_timeout=seconds))
 
     Hub(listener, count, patience, serve).run()
     os._exit(0)

@@ -196,7 +196,7 @@ def start_hub(place: Place, patience: float) -> str:
     port = place.address.rpartition(":")[2]
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", f"[::]:{port}")
     # -P: what lies beside hub.py is no module of its own. Its stderr is the file of ``native_output``.
-    command = [sys.executable, "-P", hub.__file__, port, str(place.count), str(patience), bind]
+    command = [sys.executable, "-P", hub.__file__, port, str(place.count), str(patience), bind, _jax.__name__]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     global _hub
     _hub = subprocess.Popen(command, **pipes, start_new_session=True)
