@@ -51,6 +51,7 @@ _unsaid = [True]  # emptied by whoever says what the first signal does
 _leaving = False  # the program is on its way out
 _result: int | None = None  # exit code of a command that is done, while the interpreter is taken down
 _agree: Callable[[int], bool] | None = None  # asks all processes of the run whether they stop at this step
+_several = False  # this is one of several processes of a run
 _again = AGAIN
 _last_words: list[Callable[[], Any]] = []
 
@@ -168,8 +169,8 @@ def together(agree: Callable[[int], bool] | None) -> None:
     Args:
       agree: from the number of a step to whether it is the last; the same answer in every process.
     """
-    global _agree
-    _agree = agree
+    global _agree, _several
+    _agree, _several = agree, True
     if agree is None and _command:
         _take()
 
@@ -201,7 +202,7 @@ def leave(number: int) -> NoReturn:
     code = 130 if number == signal.SIGINT else 0
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    if not _command or _agree:  # several processes take leave of one another
+    if not _command or _several:  # several processes take leave of one another
         print(_closing_line(number), file=sys.stderr)
         sys.exit(code)
     _end(number, code)
