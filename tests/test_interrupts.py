@@ -157,6 +157,10 @@ def main(_):
     print("begun", file=sys.stderr, flush=True)
     if sys.argv[1] == "destructor":
         Careless()
+    if sys.argv[1] == "shard":
+        with signals.held("shard", 1):
+            while True:
+                time.sleep(0.05)
     while True:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(60)
@@ -183,6 +187,14 @@ def test_an_interrupt_that_a_library_swallows_still_ends_the_command(tmp_path, w
         code = 128 + number
     ended, lines = command.end()
     assert (ended, lines[-1]) == (code, line) and not any("Traceback" in words for words in lines), lines
+
+
+def test_a_shard_that_takes_too_long_is_given_up(tmp_path):
+    (tmp_path / "careless.py").write_text(SWALLOWED)
+    command = Running(["careless", "shard"], children.alone() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"})
+    command.wait_for(lambda: command.says("begun"))
+    command.send(signal.SIGTERM)
+    assert command.end() == (0, ["begun", "stopping after this shard, or in 1 s; once more stops at once", STOPPED])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
