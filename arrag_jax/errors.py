@@ -24,21 +24,20 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str]) -> Non
 
     A ``UserError`` becomes one line on stderr and exit code 2. SIGINT and SIGTERM end the command as ``signals`` says.
     """
-    try:
-        with signals.listening():
-            signals.begin()
+    with signals.listening():
+        signals.begin()
+        try:
             code = main(argv) or 0
-    except UserError as error:
-        leave(error.line, error.code, error)
-    except BaseException as error:
-        number = signals.cause(error)
-        if number is None:
-            raise
-        if _partners is None:
-            signals.leave(number)
-        signals.settle()
-        leave(signals.closing_line(number), signals.code_of(number), signals.Stop(number))
-    signals.finished(code)
+        except UserError as error:
+            leave(error.line, error.code, error)
+        except BaseException as error:
+            number = signals.cause(error)
+            if number is None:
+                raise
+            if _partners is None:
+                signals.leave(number)
+            signals.settle()
+            leave(signals.closing_line(number), signals.code_of(number), signals.Stop(number))
     leave("", code)
 
 
@@ -54,6 +53,7 @@ def leave(line: str, code: int, error: BaseException | None = None) -> NoReturn:
         _partners(line, code, error)  # prints the line, too
     else:
         say(line)
+    signals.finished(code)
     sys.exit(code)
 
 

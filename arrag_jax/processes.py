@@ -136,7 +136,8 @@ class Run:
         elif kind == "failed":
             self._note_failure(message)
         elif kind == "stop":
-            signals.hand_over(message["number"])
+            if not self._leaving.locked():
+                signals.hand_over(message["number"])
             if self.together:
                 self._stepping.acquire()  # no further step until all have said where they are
                 self._send("step", step=self._steps)
