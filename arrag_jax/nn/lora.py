@@ -7,11 +7,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from arrag_jax.errors import UserError
+from arrag_jax.fields import Settings
 from arrag_jax.nn.linear import Linear
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Settings):
     """Rank r, scale α (the correction is α/r times B·A) and dropout of the correction's input."""
 
     rank: int = 128
