@@ -70,9 +70,9 @@ class DataSetConfig(Settings):
 class DataConfig(DataSetConfig):
     """Where a training run's examples come from."""
 
-    train_split: str = "train"
-    eval_split: str = "valid"
-    eval_examples: int = 512
+    train_split: str = "train"  # examples that are learned from; a slice such as "train[:1000]" works, too
+    eval_split: str = "valid"  # examples that the run is judged on
+    eval_examples: int = 512  # how many of them, the first ones
 
     def __post_init__(self):
         _in_range("eval_examples", self.eval_examples, 1)
@@ -82,13 +82,13 @@ class DataConfig(DataSetConfig):
 class OptimizerConfig(Settings):
     """An optax chain: clip by global norm → AdamW on a warm-up / hold / decay schedule."""
 
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
+    learning_rate: float = 1e-3  # after the warm-up and before the decay
+    warmup_steps: int = 100  # first steps, in which the rate rises linearly from 0
     decay_fraction: float = 0.3  # last share of the steps, in which the rate falls linearly to 1 %
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.99
-    clip_norm: float = 1.0
+    weight_decay: float = 0.0  # of AdamW
+    b1: float = 0.9  # of AdamW: decay of the mean of gradients
+    b2: float = 0.99  # of AdamW: decay of the mean of squared gradients
+    clip_norm: float = 1.0  # gradients of a larger global norm are scaled down to it
 
     def __post_init__(self):
         for name in ("learning_rate", "warmup_steps", "weight_decay"):
@@ -112,17 +112,17 @@ class MeshConfig(Settings):
 class TrainConfig(Settings):
     """One training run. ``task`` picks the task object, ``options`` are that task's own fields."""
 
-    task: str
-    steps: int
-    batch_size: int
-    options: Any  # dict; parsed by the task into its own dataclass
+    task: str  # what is trained: "tokenizer" | "prior" | "faid"
+    steps: int  # updates, from the first one on
+    batch_size: int  # examples a step, over all devices and microbatches
+    options: Any  # keys of the task's own; parsed by the task into its dataclass
     data: DataConfig = DataConfig()  # task "faid" takes its examples from its options, and reads eval_examples alone
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
-    seed: int = 0
-    log_every: int = 20
-    eval_every: int = 500
-    checkpoint_every: int = 500
+    seed: int = 0  # of initial parameters, of the order of examples and of each step
+    log_every: int = 20  # steps between lines of figures
+    eval_every: int = 500  # steps between evaluations on held-out examples
+    checkpoint_every: int = 500  # steps between checkpoints; an evaluation makes one, too
     ema_decay: float = 0.0  # 0 = off; else the exported weights are the moving average
     accumulate: int = 1  # microbatches a step; memory falls with it, the update stays that of the whole batch
     compute_dtype: str = "float32"  # of the trained parameters in the loss: "float32" | "bfloat16"
@@ -220,7 +220,7 @@ class NeighborsConfig(Settings):
     # Of a data set its splits, or TFDS slices of them such as "store[60000:84000]". The images of a folder or a tar, in
     # the order of their paths, are one split, "train", sliced alike: "train[:-512]" and "train[-512:]"
     train_split: str
-    valid_split: str
+    valid_split: str  # as train_split; held-out images
     source: LocalPath = "emoji_scenes/full"  # as ``DatastoreConfig.source``; with captions
     data_dir: LocalPath = "data"  # where TFDS keeps it; built there when absent
     max_bad_fraction: float = 0.01  # share of images without caption or that cannot be read above which a set fails
@@ -294,7 +294,7 @@ class DrawConfig(Settings):
     """What ``generate`` and ``eval`` draw with."""
 
     model: LocalPath  # checkpoint folder; draws "plain" and "daid"
-    retrieval: RetrievalConfig
+    retrieval: RetrievalConfig  # where neighbours come from
     faid_model: LocalPath = ""  # folder of one tuned from it with blenders; draws "faid" and "faid+daid". "" = model
     lora_model: LocalPath = ""  # folder of one tuned without blenders; draws "lora"
     dtype: str = "float32"  # of the models' parameters: "float32" | "bfloat16"; the tokenizer stays in float32
@@ -304,8 +304,8 @@ class DrawConfig(Settings):
     sampling: SamplingConfig = SamplingConfig()
     data: DataSetConfig = DataSetConfig()  # eval's
     mesh: MeshConfig = MeshConfig()  # generate's: the batch over "data", the store's patches over "fsdp"
-    batch_size: int = 32
-    seed: int = 0
+    batch_size: int = 32  # pictures drawn together
+    seed: int = 0  # of the first picture; the next ones have the next seeds
 
     def __post_init__(self):
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))

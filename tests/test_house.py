@@ -29,7 +29,23 @@ FILE_LINES, FUNCTION_LINES = 350, 60
 
 # Module or package → floor. A file imports from the floors below its own, and from its own package.
 FLOORS = {
-    **dict.fromkeys(("errors", "config", "parsing", "files", "json_files", "command", "mesh", "ops"), 0),
+    **dict.fromkeys(
+        (
+            "errors",
+            "fields",
+            "failures",
+            "console",
+            "usage",
+            "config",
+            "parsing",
+            "files",
+            "json_files",
+            "command",
+            "mesh",
+            "ops",
+        ),
+        0,
+    ),
     **dict.fromkeys(("interfaces", "nn"), 1),
     **dict.fromkeys(("models", "retrieval", "decode"), 2),
     **dict.fromkeys(("data", "training", "evaluation"), 3),
@@ -39,6 +55,14 @@ FLOORS = {
 # and decode meet in `interfaces` alone.
 PEERS = {
     ("config", "errors"),
+    ("config", "fields"),
+    ("fields", "errors"),
+    ("files", "failures"),
+    ("usage", "fields"),
+    ("command", "console"),
+    ("command", "failures"),
+    ("command", "fields"),
+    ("command", "usage"),
     ("parsing", "errors"),
     ("files", "errors"),
     ("json_files", "errors"),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from arrag_jax.data.emoji_scenes import load_source
@@ -144,7 +143,7 @@ def sweep(studio: Studio, num_scenes: int, out: Path) -> str:
             title=f"gain in bits a code, copies: {copies}, K = {k}", row_name="weight", column_name="temperature",
             form="{:.3f}",
         )  # fmt: skip
-        Image.fromarray(page).save(out / f"sweep_{copies}_k{k}.png")
+        pictures.save(out / f"sweep_{copies}_k{k}.png", page)
         best = np.unravel_index(gain.argmax(), gain.shape)
         rows.append([copies, k, WEIGHTS[best[0]], TEMPERATURES[best[1]], float(gain.max())])
         records.append({"copies": copies, "k": k, "gain": gain.tolist()})
