@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from arrag_jax.command import Flag, main_with_config
+from arrag_jax.command import OPTIONAL_CONFIG, Flag, main_with_config
 from arrag_jax.config import DatastoreConfig, ScannOptions
 from arrag_jax.data import sources
 from arrag_jax.data.images import LISTING, ImageSource, encoder, is_data_set
@@ -204,10 +204,10 @@ if __name__ == "__main__":
         run,
         DatastoreConfig,
         "apart",
-        config=Flag("config file, path.py or path.py:argument; --config.key=value overrides a key", ""),
-        workdir=Flag("folder of the datastore; made when absent"),
+        config=OPTIONAL_CONFIG,
+        workdir=Flag("folder of the datastore; made when absent", path=True),
         report=Flag("measure the index in --workdir, print the figures and write them to report.json", False),
         append=Flag("add the images of config.source that the datastore does not hold yet", False),
-        merge=Flag("datastore to copy into --workdir; give it several times, in order", ()),
+        merge=Flag("datastore to copy into --workdir; give it several times, in order", (), path=True),
         verify=Flag("read every file in --workdir: exit 0, or the name of the damaged one", False),
     )

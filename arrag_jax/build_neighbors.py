@@ -20,6 +20,7 @@ from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import NeighborsConfig
 from arrag_jax.data import sources
 from arrag_jax.data.images import LISTING, ImageSource, encoder, names_below, names_in
+from arrag_jax.files import require_within
 from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.models.janus import VISION, Janus
 from arrag_jax.ops.neighbors import Neighbors
@@ -35,7 +36,8 @@ def run(config: NeighborsConfig, workdir: str) -> None:
     """Looks up the neighbours of two splits, in --workdir/train and --workdir/valid; run again to continue."""
     start, tokenizer = time.perf_counter(), load_model(config.model, parts=VISION)
     store, retriever = load_retriever(config.retrieval, fingerprint(tokenizer))
-    splits = {Path(workdir) / "train": config.train_split, Path(workdir) / "valid": config.valid_split}
+    splits = {"train": config.train_split, "valid": config.valid_split}
+    splits = {require_within(Path(workdir), Path(workdir) / name): split for name, split in splits.items()}
     there = {directory: state_of(NeighborSet, directory) for directory in splits}
     states = {state for state, _ in there.values()}
     state = states.pop() if len(states) == 1 else "begun"
@@ -107,4 +109,4 @@ def tell(found: NeighborSet, start: float) -> None:
 
 
 if __name__ == "__main__":
-    main_with_config(run, NeighborsConfig, workdir=Flag("folder of both sets; made when absent"))
+    main_with_config(run, NeighborsConfig, workdir=Flag("folder of both sets; made when absent", path=True))

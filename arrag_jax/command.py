@@ -3,15 +3,16 @@
 A command is a function ``main(config, **flags)``; see ``arrag_jax/train.py`` for the shortest one.
 """
 
+import contextlib
 import dataclasses
-import errno
 import keyword
+import math
 import os
 import re
 import runpy
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +20,16 @@ import jax
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
-from arrag_jax import progress
+from arrag_jax import console, progress
 from arrag_jax.errors import UserError, run_command
-from arrag_jax.files import FULL_DISK, tells_of_a_full_disk
+from arrag_jax.failures import explanation, out_of_memory, tells_of_memory
+from arrag_jax.fields import local_path, paths_in
 from arrag_jax.meeting import is_one_of_several
 from arrag_jax.parsing import parse
 from arrag_jax.processes import WAIT, start_distributed
+from arrag_jax.usage import Sections, keys_text
 
 REQUIRED: Any = object()
-REFUSED = {errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS}  # of a path that cannot be written
 
 
 OWN_FLAGS = {"progress"}  # which each process of a run may have as it likes
@@ -38,13 +40,20 @@ class Flag(NamedTuple):
 
     help: str
     default: Any = REQUIRED  # left out: a required string
+    path: bool = False  # of a file or folder: must be local, and ~ is expanded
 
 
 PROGRESS = Flag("show progress bars, which appear on a terminal alone; --noprogress: not", True)
+CONFIG = Flag("config file, path.py or path.py:argument; --config.key=value overrides a key", path=True)
+OPTIONAL_CONFIG = CONFIG._replace(default="")
 
 
 def main_with_config(
-    main: Callable[..., int | None], config_class: type | None, processes: str = "", **flags: Flag
+    main: Callable[..., int | None],
+    config_class: type | None,
+    processes: str = "",
+    sections: Sections | None = None,
+    **flags: Flag,
 ) -> None:
     """Runs a command from the command line and exits.
 
@@ -52,46 +61,52 @@ def main_with_config(
     ``config_class``, and the named flags beside it (--noprogress is every command's); then calls
     ``main(config, **flags)``, or ``main(**flags)`` for a command without a config. A flag named "config"
     with a default of "" makes the config one that may be left out; ``main`` then gets None. Bad flags, bad
-    configs and every other
-    ``UserError`` print one line and exit with code 2, and so do a full disk and a --workdir that cannot be written;
-    else ``main``'s result is the exit code.
+    configs and every other ``UserError`` print one line and exit with code 2, and so do failures of the file system
+    and of memory; else ``main``'s result is the exit code.
 
     Args:
       processes: whether a run may have several of them: "together" if each needs all others all the time, "apart" if
         not, as ``start_distributed`` has it; "": one alone. Several are started before ``main`` is called, and have
         a flag ``--wait`` more.
+      sections: for --help, dataclasses of the sections that the config leaves free, by key and choice.
     """
     if processes:
         flags["wait"] = Flag("of several processes: seconds in which all must have come", WAIT)
 
     def run(argv: list[str]) -> int | None:
-        values = _parse(argv, main.__doc__ or "", config_class, {**flags, "progress": PROGRESS})
-        if "://" in (values.get("workdir") or ""):
-            raise UserError(f"--workdir={values['workdir']} is an address; mount it, and give the folder")
+        values = _parse(argv, main, config_class, sections or {}, {**flags, "progress": PROGRESS})
         progress.show(values.pop("progress"))
         arguments = []
         if config_class is not None:
             given = values.pop("config")
             arguments = [parse(config_class, given) if given else None]
-        enable_compilation_cache()
-        if processes:
-            wait = values.pop("wait")
-            config = arguments[0] if arguments else None
-            start_distributed(wait=wait, settings=_settings(config, values), together=processes == "together")
-        elif is_one_of_several():
-            raise UserError(
-                "this command runs in one process; start it once, without JAX_COORDINATOR_ADDRESS and the like"
-            )
+        _start(processes, values, *arguments)
         try:
+            for name, path in _paths(flags, values, *arguments):
+                _require_place(name, path)
+            enable_compilation_cache()
             result = main(*arguments, **values)
         except Exception as error:  # wherever it comes from: data sets, checkpoints, metrics, pictures
-            explanation = _cannot_write(error, values.get("workdir"))
-            if explanation is None:
+            if console.is_closed(error):
+                raise BrokenPipeError from error
+            said = _explained(error, values.get("workdir"), *arguments)
+            if said is None:
                 raise
-            raise UserError(explanation) from error
+            raise UserError(said) from error
         return result
 
-    run_command(run, sys.argv)
+    console.prepare()
+    with console.written_out():
+        run_command(run, sys.argv)
+
+
+def _start(processes: str, flags: dict[str, Any], config: Any = None) -> None:
+    """Meets the other processes of the run, if any; takes "wait" out of the flags."""
+    if processes:
+        wait = flags.pop("wait")
+        start_distributed(wait=wait, settings=_settings(config, flags), together=processes == "together")
+    elif is_one_of_several():
+        raise UserError("this command runs in one process; start it once, without JAX_COORDINATOR_ADDRESS and the like")
 
 
 def _settings(config: Any, flags: dict[str, Any]) -> dict[str, Any]:
@@ -113,48 +128,93 @@ def _settings(config: Any, flags: dict[str, Any]) -> dict[str, Any]:
 def enable_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that a second run does not compile them again.
 
-    The folder is ``JAX_COMPILATION_CACHE_DIR`` where that is set, else ``~/.cache/arrag_jax/xla``.
+    The folder is ``JAX_COMPILATION_CACHE_DIR`` where that is set, else ``~/.cache/arrag_jax/xla``. Where there is no
+    home folder, or none that can be written, nothing is kept.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "arrag_jax" / "xla"))
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    with contextlib.suppress(OSError, RuntimeError):  # the latter: no HOME, and no entry in the password file
+        folder = Path.home() / ".cache" / "arrag_jax" / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def _cannot_write(error: Exception, workdir: str | None) -> str | None:
-    """What to say of a full disk, or of a refused path in the workdir or on the way to it; None of other errors."""
-    where = getattr(error, "filename", None)
-    if tells_of_a_full_disk(error):
-        return f"cannot write {where or workdir or 'the result'}: {FULL_DISK}"
-    if not workdir or where is None or getattr(error, "errno", None) not in REFUSED:
+def _paths(flags: dict[str, Flag], values: dict[str, Any], config: Any = None) -> Iterator[tuple[str, str]]:
+    """Name and value of every path that is given."""
+    for name, flag in flags.items():
+        if flag.path and name in values:
+            given = values[name] if isinstance(values[name], list) else [values[name]]
+            yield from ((f"--{name}", path) for path in given if path)
+    if config is not None:
+        yield from paths_in(config)
+
+
+def _require_place(name: str, path: str) -> None:
+    """Refuses a path that the system cannot look at, and a --workdir that is no folder and cannot become one.
+
+    Raises:
+      OSError: as the system says it: a loop of links, a name that is too long, …
+      UserError: of the --workdir.
+    """
+    place = Path(path).absolute()
+    try:
+        os.stat(place)
+    except FileNotFoundError:
+        if os.path.islink(place):  # which leads to nothing
+            raise
+        if name != "--workdir":
+            return  # who needs it says so
+        place = next(parent for parent in place.parents if parent.exists())
+        if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(f"cannot make {name}={path}: {place} cannot be written; choose another --workdir") from None
+    if name == "--workdir" and not place.is_dir():
+        raise UserError(f"{name}={path} cannot be a folder: {place} is none; choose another --workdir")
+
+
+def _explained(error: Exception, workdir: str | None, config: Any = None) -> str | None:
+    """What to say of a failure of the file system or of memory; None of other errors."""
+    if isinstance(error, UserError):
         return None
-    folder, path = Path(workdir).absolute(), Path(where).absolute()
-    if folder in (path, *path.parents) or path in folder.parents:
-        return f"cannot write {where}: {error.strerror}; choose another --workdir"
-    return None
+    if not tells_of_memory(error):
+        return explanation(error, workdir)
+    mends = [f"lower config.batch_size (it is {config.batch_size})"] if hasattr(config, "batch_size") else []
+    if hasattr(config, "accumulate"):
+        mends.append(f"raise config.accumulate (it is {config.accumulate}), which leaves the update as it is")
+    return out_of_memory(error, " or ".join(mends) or "close other programs, or take a machine with more memory")
 
 
-def _parse(argv: list[str], doc: str, config_class: type | None, flags: dict[str, Flag]) -> dict[str, Any]:
+def _parse(
+    argv: list[str], main: Callable, config_class: type | None, sections: Sections, flags: dict[str, Flag]
+) -> dict[str, Any]:
     """The flags' values by name, "config" among them; prints the help and exits when asked for it."""
     values = absl_flags.FlagValues()
     values.set_gnu_getopt()
     define = {bool: absl_flags.DEFINE_bool, int: absl_flags.DEFINE_integer, float: absl_flags.DEFINE_float}
     define[tuple] = absl_flags.DEFINE_multi_string
     if config_class is not None:
-        flags = {
-            "config": Flag("config file, path.py or path.py:argument; --config.key=value overrides a key"),
-            **flags,
-        }
+        flags = {"config": CONFIG, **flags}
     for name, flag in flags.items():
         default = None if flag.default is REQUIRED else flag.default
         define.get(type(default), absl_flags.DEFINE_string)(name, default, flag.help, flag_values=values)
-    if {"-h", "--help"} & set(argv[1:]):
-        print(f"{doc.strip()}\n{values.module_help(__name__)}")
+    if {"-h", "-help", "--help", "-helpfull", "--helpfull"} & set(argv[1:]):
+        text = sys.modules[main.__module__].__doc__ or main.__doc__ or ""
+        about_flags = values.get_help(include_special_flags=False).partition(":\n")[2]  # after the module's name
+        print(f"{text.strip()}\n\nflags:\n{about_flags}")
+        if config_class is not None:
+            print(keys_text(config_class, sections))
         sys.exit(0)
     try:
         rest = values(argv, known_only=True)
         parsed = {name: values[name].value for name in flags}
-        missing = [f"--{name}" for name, flag in flags.items() if flag.default is REQUIRED and parsed[name] is None]
+        missing = [f"--{name}" for name, flag in flags.items() if flag.default is REQUIRED and not parsed[name]]
         if missing:
             raise UserError(f"missing {', '.join(missing)} (see --help)")
+        for name, flag in flags.items():
+            if flag.path and parsed[name]:
+                parsed[name] = _local(parsed[name], f"--{name}")
+            if isinstance(parsed[name], float) and not math.isfinite(parsed[name]):
+                raise UserError(f"--{name}={parsed[name]} must be a finite number")
         if parsed.get("config"):
             parsed["config"], rest = _override(_load(parsed["config"], config_class), rest)
     except absl_flags.Error as error:
@@ -166,11 +226,19 @@ def _parse(argv: list[str], doc: str, config_class: type | None, flags: dict[str
     return parsed
 
 
+def _local(given: str | list[str], name: str) -> str | list[str]:
+    return [local_path(path, name) for path in given] if isinstance(given, list) else local_path(given, name)
+
+
 def _load(value: str, config_class: type) -> ConfigDict:
     """What ``get_config`` of a config file returns, ready for overrides."""
     path, _, argument = value.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"config file {path} does not exist")
+    try:
+        open(path, "rb").close()
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror}; give another --config") from error
     try:
         config = ConfigDict(runpy.run_path(path)["get_config"](*([argument] if argument else [])))
     except Exception as error:  # a config file is the user's code and may raise anything

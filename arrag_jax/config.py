@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from arrag_jax.errors import UserError
+from arrag_jax.fields import LocalPath, Settings
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -38,37 +39,56 @@ def _below_one(name: str, value: float) -> None:
         raise UserError(f"{name}={value} is outside [0, 1)")
 
 
+# Numbers that are finite and yet make infinities of float32 logits and distances are refused, too.
+LEAST_TEMPERATURE = 1e-30
+MOST_GUIDANCE = 1e6
+
+
+def require_temperature(name: str, value: float, mend: str = "") -> None:
+    """Raises UserError unless logits or distances can be divided by a temperature."""
+    if not value > 0:
+        raise UserError(f"{name} = {value} must be above 0{mend}")
+    if value < LEAST_TEMPERATURE:
+        raise UserError(f"{name} = {value} is too small to divide by; give at least {LEAST_TEMPERATURE:g}{mend}")
+
+
+def require_guidance(value: float | None) -> None:
+    """Raises UserError unless logits can be guided by this scale (None: they are not)."""
+    if value is not None:
+        _in_range("cfg_scale", value, -MOST_GUIDANCE, MOST_GUIDANCE)
+
+
 @dataclasses.dataclass(frozen=True)
-class DataSetConfig:
+class DataSetConfig(Settings):
     """Which data set."""
 
     name: str = "emoji_scenes/full"  # TFDS name, with its config
-    data_dir: str = "data"  # where TFDS keeps it; built there when absent
+    data_dir: LocalPath = "data"  # where TFDS keeps it; built there when absent
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(DataSetConfig):
     """Where a training run's examples come from."""
 
-    train_split: str = "train"
-    eval_split: str = "valid"
-    eval_examples: int = 512
+    train_split: str = "train"  # examples that are learned from; a slice such as "train[:1000]" works, too
+    eval_split: str = "valid"  # examples that the run is judged on
+    eval_examples: int = 512  # how many of them, the first ones
 
     def __post_init__(self):
         _in_range("eval_examples", self.eval_examples, 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """An optax chain: clip by global norm → AdamW on a warm-up / hold / decay schedule."""
 
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
+    learning_rate: float = 1e-3  # after the warm-up and before the decay
+    warmup_steps: int = 100  # first steps, in which the rate rises linearly from 0
     decay_fraction: float = 0.3  # last share of the steps, in which the rate falls linearly to 1 %
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.99
-    clip_norm: float = 1.0
+    weight_decay: float = 0.0  # of AdamW
+    b1: float = 0.9  # of AdamW: decay of the mean of gradients
+    b2: float = 0.99  # of AdamW: decay of the mean of squared gradients
+    clip_norm: float = 1.0  # gradients of a larger global norm are scaled down to it
 
     def __post_init__(self):
         for name in ("learning_rate", "warmup_steps", "weight_decay"):
@@ -81,7 +101,7 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Settings):
     """Shape of the device mesh; -1 = every device that is left."""
 
     data: int = -1  # batch over this axis
@@ -89,24 +109,24 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """One training run. ``task`` picks the task object, ``options`` are that task's own fields."""
 
-    task: str
-    steps: int
-    batch_size: int
-    options: Any  # dict; parsed by the task into its own dataclass
+    task: str  # what is trained: "tokenizer" | "prior" | "faid"
+    steps: int  # updates, from the first one on
+    batch_size: int  # examples a step, over all devices and microbatches
+    options: Any  # keys of the task's own; parsed by the task into its dataclass
     data: DataConfig = DataConfig()  # task "faid" takes its examples from its options, and reads eval_examples alone
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
-    seed: int = 0
-    log_every: int = 20
-    eval_every: int = 500
-    checkpoint_every: int = 500
+    seed: int = 0  # of initial parameters, of the order of examples and of each step
+    log_every: int = 20  # steps between lines of figures
+    eval_every: int = 500  # steps between evaluations on held-out examples
+    checkpoint_every: int = 500  # steps between checkpoints; an evaluation makes one, too
     ema_decay: float = 0.0  # 0 = off; else the exported weights are the moving average
     accumulate: int = 1  # microbatches a step; memory falls with it, the update stays that of the whole batch
     compute_dtype: str = "float32"  # of the trained parameters in the loss: "float32" | "bfloat16"
-    init_from: str = ""  # workdir of another run, whose best checkpoint gives the parameters to start from
+    init_from: LocalPath = ""  # workdir of another run, whose best checkpoint gives the parameters to start from
 
     def __post_init__(self):
         _one_of("task", self.task, ("tokenizer", "prior", "faid"))
@@ -118,7 +138,7 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ScannOptions:
+class ScannOptions(Settings):
     """How a ScaNN index is built and searched; 0 = by the rule, measured on 1e5 to 1e7 patches.
 
     The rules go by entries: stored patches, those of equal context counted once (``retrieval.patches``).
@@ -138,14 +158,14 @@ class ScannOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class DatastoreConfig:
+class DatastoreConfig(Settings):
     """One datastore and its indexes."""
 
-    model: str  # checkpoint folder that holds the tokenizer
+    model: LocalPath  # checkpoint folder that holds the tokenizer
     # folder of images and tars, one .tar, "emoji_scenes/full", or any set that TFDS has prepared as ArrayRecord files:
-    source: str  # "tfds:NAME[/config][:version]"
+    source: LocalPath  # "tfds:NAME[/config][:version]"
     split: str = "store"  # of a TFDS data set
-    data_dir: str = "data"  # where TFDS keeps it; built there when absent
+    data_dir: LocalPath = "data"  # where TFDS keeps it; built there when absent
     num_images: int = 0  # the first ones; 0 = all
     max_bad_fraction: float = 0.01  # share of images that cannot be read above which the build fails
     batch_size: int = 64  # images a device encodes together
@@ -168,10 +188,10 @@ class DatastoreConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RetrievalConfig:
+class RetrievalConfig(Settings):
     """Which datastore is searched, and how."""
 
-    store: str  # folder of the datastore
+    store: LocalPath  # folder of the datastore
     k: int = 16  # neighbours a cell
     keys: str = "codebook"  # "codebook" | "latent"
     search: str = "scann"  # "scann" (host) | "dense" (device, exact)
@@ -192,17 +212,17 @@ class RetrievalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class NeighborsConfig:
+class NeighborsConfig(Settings):
     """Neighbours of a training and a validation split, looked up ahead."""
 
-    model: str  # checkpoint folder that holds the tokenizer
+    model: LocalPath  # checkpoint folder that holds the tokenizer
     retrieval: RetrievalConfig
     # Of a data set its splits, or TFDS slices of them such as "store[60000:84000]". The images of a folder or a tar, in
     # the order of their paths, are one split, "train", sliced alike: "train[:-512]" and "train[-512:]"
     train_split: str
-    valid_split: str
-    source: str = "emoji_scenes/full"  # as ``DatastoreConfig.source``; with captions
-    data_dir: str = "data"  # where TFDS keeps it; built there when absent
+    valid_split: str  # as train_split; held-out images
+    source: LocalPath = "emoji_scenes/full"  # as ``DatastoreConfig.source``; with captions
+    data_dir: LocalPath = "data"  # where TFDS keeps it; built there when absent
     max_bad_fraction: float = 0.01  # share of images without caption or that cannot be read above which a set fails
     batch_size: int = 64  # images encoded together
     shard_size: int = 4096  # images a file; they are searched for together
@@ -215,7 +235,7 @@ class NeighborsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DaidConfig:
+class DaidConfig(Settings):
     """Distribution-level mixing; see ``decode.policies.Daid``."""
 
     weight: float = 0.1  # λ
@@ -225,14 +245,13 @@ class DaidConfig:
     def __post_init__(self):
         if not 0 <= self.weight <= 1:
             raise UserError(f"DAiD's weight λ = {self.weight} is outside [0, 1]")
-        if not self.temperature > 0:
-            raise UserError(f"DAiD's temperature τ = {self.temperature} must be above 0")
+        require_temperature("DAiD's temperature τ", self.temperature)
         if self.copies not in ("nearest", "sum"):
             raise UserError(f"DAiD's copies = {self.copies!r} is unknown; choose nearest (the paper) or sum")
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptionConfig:
+class CaptionConfig(Settings):
     """DAiD over the stored images alone whose captions are nearest to the prompt; see ``retrieval.captions``."""
 
     images: int = 256  # that method "caption" searches
@@ -245,7 +264,7 @@ class CaptionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Settings):
     """How the model's distribution is made and drawn from; static in the compiled decode loop.
 
     Attributes:
@@ -262,8 +281,8 @@ class SamplingConfig:
     greedy: bool = False
 
     def __post_init__(self):
-        if not self.temperature > 0:
-            raise UserError(f"temperature = {self.temperature} must be above 0 (for the most probable code: greedy)")
+        require_guidance(self.cfg_scale)
+        require_temperature("temperature", self.temperature, " (for the most probable code: greedy)")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k = {self.top_k} must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -271,13 +290,13 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DrawConfig:
+class DrawConfig(Settings):
     """What ``generate`` and ``eval`` draw with."""
 
-    model: str  # checkpoint folder; draws "plain" and "daid"
-    retrieval: RetrievalConfig
-    faid_model: str = ""  # folder of a model tuned from it with blenders; draws "faid" and "faid+daid". "" = model
-    lora_model: str = ""  # folder of one tuned without blenders; draws "lora"
+    model: LocalPath  # checkpoint folder; draws "plain" and "daid"
+    retrieval: RetrievalConfig  # where neighbours come from
+    faid_model: LocalPath = ""  # folder of one tuned from it with blenders; draws "faid" and "faid+daid". "" = model
+    lora_model: LocalPath = ""  # folder of one tuned without blenders; draws "lora"
     dtype: str = "float32"  # of the models' parameters: "float32" | "bfloat16"; the tokenizer stays in float32
     daid: DaidConfig = DaidConfig()
     caption: CaptionConfig = CaptionConfig()
@@ -285,8 +304,8 @@ class DrawConfig:
     sampling: SamplingConfig = SamplingConfig()
     data: DataSetConfig = DataSetConfig()  # eval's
     mesh: MeshConfig = MeshConfig()  # generate's: the batch over "data", the store's patches over "fsdp"
-    batch_size: int = 32
-    seed: int = 0
+    batch_size: int = 32  # pictures drawn together
+    seed: int = 0  # of the first picture; the next ones have the next seeds
 
     def __post_init__(self):
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))

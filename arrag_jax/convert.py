@@ -13,7 +13,8 @@ from pathlib import Path
 from arrag_jax import signals
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.errors import UserError
-from arrag_jax.models.conversion import TARGETS, convert, require_new
+from arrag_jax.files import require_new
+from arrag_jax.models.conversion import TARGETS, convert
 from arrag_jax.models.tensor_files import is_run
 
 
@@ -36,7 +37,7 @@ def _export(source: str, target: str, to: str, merge_lora: bool, last: bool) -> 
 
     if to != "ours" or not merge_lora:
         raise UserError(f"--source={source} is a training run: export it without --to and --nomerge_lora first")
-    require_new(Path(target))
+    require_new(Path(target), "--target=")
     step = export_run(Path(source), Path(target), last)
     print(f"wrote {target}: step {step} of {source}")
 
@@ -45,8 +46,8 @@ if __name__ == "__main__":
     main_with_config(
         run,
         None,
-        source=Flag("checkpoint folder to read, or workdir of a training run"),
-        target=Flag("folder to make; must not be there yet"),
+        source=Flag("checkpoint folder to read, or workdir of a training run", path=True),
+        target=Flag("folder to make; must not be there yet", path=True),
         to=Flag(f"layout to write, one of {', '.join(TARGETS)}", "ours"),
         merge_lora=Flag("add a LoRA adapter to the weights; --nomerge_lora keeps it beside them", True),
         last=Flag("of a training run: its newest checkpoint, not its best", False),

@@ -15,7 +15,7 @@ from arrag_jax.config import DrawConfig, MeshConfig
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.drawing import open_studio
 from arrag_jax.evaluation.emoji_benchmark import SEEDS, measure, report, scaling, sweep
-from arrag_jax.files import write_json
+from arrag_jax.files import require_writable, write_json
 
 BENCHMARKS = ("emoji_scenes",)
 
@@ -38,7 +38,7 @@ def run(
     config = dataclasses.replace(config, mesh=MeshConfig(1, 1))
     studio = open_studio(config, ("plain", "daid") if modes["sweep"] or modes["scaling"] else ())
     out = Path(workdir)
-    out.mkdir(parents=True, exist_ok=True)
+    require_writable(out)
     if modes["sweep"]:
         print(sweep(studio, num_scenes, out))
     elif modes["scaling"]:
@@ -54,7 +54,7 @@ if __name__ == "__main__":
         run,
         DrawConfig,
         benchmark=Flag("what to measure on: emoji_scenes", "emoji_scenes"),
-        workdir=Flag("folder for results.json and pictures; made when absent", "runs/eval"),
+        workdir=Flag("folder for results.json and pictures; made when absent", "runs/eval", path=True),
         split=Flag("test, or valid to choose settings on", "test"),
         num_prompts=Flag("prompts to draw, each with three seeds; 0 = likelihood alone", 600),
         num_scenes=Flag("held-out scenes whose likelihood is measured", 1500),

@@ -7,13 +7,17 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from arrag_jax.errors import UserError
+from arrag_jax.failures import tells_of_a_full_disk, tells_of_memory, unwritable
 
-FULL_DISK = "the disk is full: free some space and run the same command again to continue"
+# What a file system without locks answers; NFS takes no lock of a folder that is opened for reading.
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
+_told: set[str] = set()  # folders of which it is said that they cannot be locked
 
 
 def sample_hash(path: Path) -> str:
@@ -48,39 +52,164 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with explained(path):
+            temporary.unlink(missing_ok=True)  # it may be a link, which would be written through
             yield temporary
             sync(temporary)
             temporary.rename(path)
             sync(path.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
+
+
+def folder_in(root: Path, *names: str) -> Path:
+    """Returns the folder of this name in ``root``, made where it is absent with all above it.
+
+    Raises:
+      UserError: as ``require_within``, or it cannot be made.
+    """
+    folder = require_within(root, root.joinpath(*names))
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def require_within(root: Path, folder: Path) -> Path:
+    """Returns the folder of ``root``; a UserError if a link leads out of ``root``, where nothing is to be written."""
+    with explained(folder):
+        real, top = os.path.realpath(folder), os.path.realpath(root)
+    if os.path.commonpath([real, top]) != top:
+        raise UserError(f"{folder} is a link that leads out of {root}, to {real}; nothing is written there: remove it")
+    return folder
+
+
+def require_writable(folder: Path) -> None:
+    """Makes a folder where it is absent; a UserError if it cannot be written, said before any long work."""
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
+def removed(path: Path) -> None:
+    """Removes whatever stands at ``path``: a file, a folder with all in it, or a link (not what it leads to)."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, what: str, replace: bool = False) -> Iterator[Path]:
+    """Gives an empty folder beside ``target``; on leaving it becomes ``target``, and vanishes if anything fails.
+
+    Its name is fixed, so that the next run clears away what a killed one left; it is locked, so that of two runs at
+    once the second is refused.
+
+    Args:
+      what: what is written, for messages ("an index").
+      replace: take the place of what stands at ``target``, even of a link; else there must be nothing or an empty
+        folder, perhaps by a link.
+
+    Raises:
+      UserError: another process writes there, there is something already, or the disk is full.
+    """
+    target = target.parent.absolute() / target.name if replace else Path(os.path.realpath(target))
+    temporary, old = (target.with_name(f".{target.name}.{state}") for state in ("tmp", "old"))
+    with explained(target):
+        if temporary.is_symlink() or temporary.is_file():
+            temporary.unlink()
+        temporary.mkdir(parents=True, exist_ok=True)  # perhaps that of another process, see below
+    with only_writer(temporary, refusal=f"another process writes {what} to {target}; wait for it"):
+        for left in (old, *temporary.iterdir()):
+            removed(left)
+        try:
+            if not replace:
+                require_new(target)
+            with explained(target):
+                yield temporary
+                sync(temporary)
+                if replace and os.path.lexists(target):
+                    target.rename(old)
+                temporary.rename(target)
+                sync(target.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if old.exists() and not os.path.lexists(target):
+                old.rename(target)
+            raise
+        finally:
+            removed(old)
+
+
+def clear_leftovers(target: Path) -> None:
+    """Removes what a killed ``whole_folder`` left beside ``target``, unless another process is at work on it."""
+    temporary, old = (target.with_name(f".{target.name}.{state}") for state in ("tmp", "old"))
+    if temporary.is_dir() and not temporary.is_symlink():
+        with contextlib.suppress(UserError, OSError), only_writer(temporary):
+            removed(old)
+            removed(temporary)
+    else:
+        removed(temporary)
+        removed(old)
+
+
+def require_new(target: Path, flag: str = "") -> None:
+    """Raises UserError where there is something at ``target`` already; ``flag``: what gave it, for the message."""
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{flag}{target} is in use; choose a new folder")
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON, whole or not at all; keys in the order given."""
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        # A file's name that is not UTF-8 has half characters, which JSON knows as escapes.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager
-def only_writer(directory: Path, wait: bool = False) -> Iterator[None]:
+def only_writer(directory: Path, wait: bool = False, alone: bool = True, refusal: str = "") -> Iterator[None]:
     """Holds the directory for this process; the lock ends with the process, however it ends.
+
+    Where the file system has no locks, this is said once, and nothing is held.
 
     Args:
       wait: while another process holds it, instead of raising.
+      alone: one process is meant to write; else a file system without locks will not do.
+      refusal: what to say where another process holds it.
 
     Raises:
       UserError: another process holds it.
     """
-    handle = os.open(directory, os.O_RDONLY)
+    refusal = refusal or f"another process is writing to {directory}; wait for it or choose another --workdir"
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        _lock(handle, directory, wait, alone, refusal)
         yield
-    except BlockingIOError:
-        raise UserError(f"another process is writing to {directory}; wait for it or choose another --workdir") from None
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, directory: Path, wait: bool, alone: bool, refusal: str) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise UserError(refusal) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        lacking = f"the file system of {directory} has no locks ({error.strerror})"
+        if not alone:
+            raise UserError(f"{lacking}, which several processes need; choose a folder on another one") from error
+        if str(directory) not in _told:
+            _told.add(str(directory))
+            print(f"{lacking}; take care that one process alone writes there", file=sys.stderr)
+        return
+    there = os.stat(directory) if os.path.exists(directory) else None
+    if there is None or not os.path.samestat(there, os.fstat(handle)):  # another process moved it meanwhile
+        raise UserError(refusal)
 
 
 @contextlib.contextmanager
@@ -88,18 +217,20 @@ def explained(path: Path) -> Iterator[None]:
     """Turns a failure to write ``path`` into one line."""
     try:
         yield
+    except BrokenPipeError:  # of the console
+        raise
     except (OSError, RuntimeError) as error:  # ArrayRecord and ScaNN raise RuntimeError
+        if tells_of_memory(error):
+            raise
         full = tells_of_a_full_disk(error) or _free_bytes(path) < 2**20  # ScaNN says "I/O error" of everything
-        raise UserError(f"cannot write {path}: {FULL_DISK if full else error}") from error
+        raise UserError(unwritable(path, error, full)) from error
 
 
-def tells_of_a_full_disk(error: Exception) -> bool:
-    """Whether that is what an error says; ArrayRecord, Orbax and TFDS tell it in their text alone."""
-    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
-
-
-def _free_bytes(path: Path) -> int:
-    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
+def _free_bytes(path: Path) -> float:
+    for parent in path.absolute().parents:
+        with contextlib.suppress(OSError):  # it is not there, or its name is too long, …
+            return shutil.disk_usage(parent).free
+    return float("inf")
 
 
 def sync(path: Path) -> None:

@@ -128,7 +128,7 @@ if __name__ == "__main__":
         run,
         DrawConfig,
         "together",
-        workdir=Flag("folder for the pictures; made when absent", "pictures"),
+        workdir=Flag("folder for the pictures; made when absent", "pictures", path=True),
         prompt=Flag("what to draw; give it once or several times", ()),
         test_prompts=Flag("draw the first N captions of the test split of emoji_scenes as well", 0),
         method=Flag(f"one of {', '.join(METHODS)}; default: all that the models can do, side by side", ""),

@@ -8,7 +8,7 @@ from pathlib import Path
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import TrainConfig
 from arrag_jax.training.loop import train
-from arrag_jax.training.tasks import make_task
+from arrag_jax.training.tasks import TASKS, make_task
 
 
 def run(config: TrainConfig, workdir: str) -> None:
@@ -17,4 +17,10 @@ def run(config: TrainConfig, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    main_with_config(run, TrainConfig, "together", workdir=Flag("folder of the run; made when absent"))
+    main_with_config(
+        run,
+        TrainConfig,
+        "together",
+        sections={"options": {task: options for task, (_, options) in TASKS.items()}},
+        workdir=Flag("folder of the run; made when absent", path=True),
+    )

@@ -26,7 +26,8 @@
 # It goes on from --workdir, which must be on a disk that all nodes share. Submitting the same line by hand
 # does the same.
 #
-# See what it would run, without Slurm: launch/gpu_slurm.sh --dry_run -- python -m arrag_jax.…
+#   --dry_run   print what would be run, without Slurm: launch/gpu_slurm.sh --dry_run -- python -m arrag_jax.…
+#   --help      print this
 set -euo pipefail
 
 die() {
@@ -34,15 +35,23 @@ die() {
   exit 2
 }
 
+usage() {
+  sed -n '/^# Runs/,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+}
+
 dry_run=""
 while (($#)); do
   case $1 in
     --dry_run) dry_run=yes ;;
+    --help | -h)
+      usage
+      exit
+      ;;
     --)
       shift
       break
       ;;
-    *) die "unknown option $1; the header of launch/gpu_slurm.sh lists them (the command comes after --)" ;;
+    *) die "unknown option $1; launch/gpu_slurm.sh --help lists them (the command comes after --)" ;;
   esac
   shift
 done

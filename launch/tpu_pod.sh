@@ -16,11 +16,16 @@
 #   --spot                                a slice that may be preempted, at a lower price
 #   --delete                              delete the slice; takes no command
 #   --dry_run                             print every command of a first launch, run none
+#   --help                                print this
 set -euo pipefail
 
 die() {
   echo "error: $*" >&2
   exit 2
+}
+
+usage() {
+  sed -n '/^# Runs/,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 }
 
 # Words as a POSIX shell reads them back: the remote shell need not be bash.
@@ -54,11 +59,15 @@ while (($#)); do
       printf -v "${1#--}" yes
       shift
       ;;
+    --help | -h)
+      usage
+      exit
+      ;;
     --)
       shift
       break
       ;;
-    *) die "unknown option $1; the header of launch/tpu_pod.sh lists them (the command comes after --)" ;;
+    *) die "unknown option $1; launch/tpu_pod.sh --help lists them (the command comes after --)" ;;
   esac
 done
 

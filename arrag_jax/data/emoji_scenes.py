@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -141,7 +142,7 @@ def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = T
         sizes = Path(data_dir) / builder.name
         with explained(Path(data_dir)):
             sizes.mkdir(parents=True, exist_ok=True)
-            with only_writer(sizes, wait=True):
+            with only_writer(sizes, wait=True, alone=jax.process_count() == 1):
                 # anew: another process may have built it meanwhile
                 builder = tfds.builder(name, data_dir=str(data_dir))
                 if not builder.is_prepared():

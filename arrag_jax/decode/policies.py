@@ -1,11 +1,11 @@
 """What retrieval does to drawing: nothing (``Plain``), a mixed distribution (``Daid``), blended features (``Faid``)."""
 
 import dataclasses
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from arrag_jax.config import DaidConfig
@@ -32,7 +32,6 @@ class Plain:
         return log_p
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Daid:
     """Distribution-level mixing, training-free: p = (1 − λ) p_model + λ p_retrieved.
@@ -45,19 +44,24 @@ class Daid:
       copies: "nearest" (the paper) or "sum"; see ``ops.sampling.neighbor_log_probs``.
 
     Raises:
-      UserError: λ outside [0, 1], τ ≤ 0 (of plain numbers: those in arrays are not looked at), or an unknown rule.
+      UserError: λ outside [0, 1], τ ≤ 0 or not finite (of tracers nothing is known), or an unknown rule.
     """
 
-    weight: Any  # a number; leaves go untyped, for jax also builds this pytree with tracers in their place
+    weight: Any  # a number or an array of them, one a row of a ``vmap``; untyped, because tracers are numbers, too
     temperature: Any
-    copies: str = dataclasses.field(default="nearest", metadata={"static": True})
+    copies: str = "nearest"
     uses_retrieval = True
     blends = False
 
     def __post_init__(self):
-        given = {"weight": self.weight, "temperature": self.temperature}
-        plain = {name: number for name, number in given.items() if isinstance(number, numbers.Real)}
-        DaidConfig(**plain, copies=self.copies)  # which refuses what cannot be
+        DaidConfig(copies=self.copies)  # which refuses what cannot be
+        for name in ("weight", "temperature"):
+            value = getattr(self, name)
+            if isinstance(value, jax.core.Tracer):
+                continue
+            numbers = np.ravel(value) if np.ndim(value) else [value]
+            for number in numbers:
+                DaidConfig(**{name: number})
 
     def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> None:
         """Nothing for the backbone."""
@@ -69,6 +73,25 @@ class Daid:
         log_q = neighbor_log_probs(neighbors, log_p.shape[1], self.temperature, self.copies)
         found = jnp.any(neighbors.code >= 0, axis=1)
         return mix(log_p, log_q, self.weight, found & has_context)
+
+
+def _unflattened(copies: str, numbers: tuple[Any, Any]) -> Daid:
+    """A ``Daid`` of leaves that may be anything: gradients, shapes, tracers. So they are not checked."""
+    policy = object.__new__(Daid)
+    for name, value in (("weight", numbers[0]), ("temperature", numbers[1]), ("copies", copies)):
+        object.__setattr__(policy, name, value)
+    return policy
+
+
+jax.tree_util.register_pytree_with_keys(
+    Daid,
+    lambda x: (
+        ((jax.tree_util.GetAttrKey("weight"), x.weight), (jax.tree_util.GetAttrKey("temperature"), x.temperature)),
+        x.copies,
+    ),
+    _unflattened,
+    lambda x: ((x.weight, x.temperature), x.copies),
+)
 
 
 @jax.tree_util.register_dataclass

@@ -16,7 +16,6 @@ from arrag_jax.evaluation import pictures
 from arrag_jax.evaluation.drawing import LIMITED, Studio, reconstruct
 from arrag_jax.evaluation.likelihood import bits_per_code, look_up, score_scenes
 from arrag_jax.evaluation.object_score import object_score
-from arrag_jax.evaluation.run_folder import save
 from arrag_jax.files import write_json
 from arrag_jax.retrieval.load import load_retriever
 
@@ -145,7 +144,7 @@ def sweep(studio: Studio, num_scenes: int, out: Path) -> str:
             title=f"gain in bits a code, copies: {copies}, K = {k}", row_name="weight", column_name="temperature",
             form="{:.3f}",
         )  # fmt: skip
-        save(out / f"sweep_{copies}_k{k}.png", page)
+        pictures.save(out / f"sweep_{copies}_k{k}.png", page)
         best = np.unravel_index(gain.argmax(), gain.shape)
         rows.append([copies, k, WEIGHTS[best[0]], TEMPERATURES[best[1]], float(gain.max())])
         records.append({"copies": copies, "k": k, "gain": gain.tolist()})

@@ -1,9 +1,12 @@
 """Figures in plain numpy and PIL, on ``evaluation.canvas``: grids of pictures, heat maps, tables."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from arrag_jax.evaluation.canvas import (
     FAINT,
@@ -18,6 +21,13 @@ from arrag_jax.evaluation.canvas import (
     value_color,
     wrapped,
 )
+from arrag_jax.files import whole_file
+
+
+def save(path: Path, picture: Picture, info: PngInfo | None = None) -> None:
+    """Writes a PNG with its text chunks, whole or not at all."""
+    with whole_file(path) as temporary:
+        Image.fromarray(picture).save(temporary, format="PNG", pnginfo=info)
 
 
 def grid(images: UInt8[np.ndarray, "N h w 3"], columns: int, scale: int = 1, gap: int = 2) -> Picture:

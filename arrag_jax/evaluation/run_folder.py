@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.canvas import Picture
 from arrag_jax.evaluation.drawing import LIMITED, Studio
+from arrag_jax.evaluation.pictures import save
 from arrag_jax.files import sha256_of, whole_file, write_json
 from arrag_jax.json_files import read_json
 from arrag_jax.models.tensor_files import checkpoint_folder, stored_tensors
@@ -234,9 +234,3 @@ def _is_record(record: Any) -> bool:
         and isinstance(record.get("files", {}), dict)
         and all_text(record.get("files", {}).values())
     )
-
-
-def save(path: Path, picture: Picture, info: PngInfo | None = None) -> None:
-    """Writes a PNG with its text chunks, whole or not at all."""
-    with whole_file(path) as temporary:
-        Image.fromarray(picture).save(temporary, format="PNG", pnginfo=info)

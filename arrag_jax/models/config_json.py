@@ -211,7 +211,7 @@ def read_lora(directory: Path) -> LoraConfig | None:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); copy the checkpoint again") from error
     if not isinstance(value, dict):

@@ -5,6 +5,7 @@ folders in ``unused.safetensors``, which is never read otherwise and may be dele
 """
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import numpy as np
 
 from arrag_jax import progress
 from arrag_jax.errors import UserError
-from arrag_jax.files import explained, sync, write_json
+from arrag_jax.files import require_new, sync, whole_folder, write_json
 from arrag_jax.models.checkpoint import abstract_model
 from arrag_jax.models.config_json import config_to_json, layout_of, read_json, read_lora
 from arrag_jax.models.janus import Janus
@@ -63,7 +64,7 @@ def convert(source: Path, target: Path, to: str, merge_lora: bool = True) -> Con
     """
     if to not in TARGETS:
         raise UserError(f"--to={to!r} is unknown; choose one of {', '.join(TARGETS)}")
-    require_new(target)
+    require_new(target, "--target=")  # before any work; once more when the folder is held
     source = checkpoint_folder(source)
     model, layout = abstract_model(source)
     stored = stored_tensors(source, also=(UNUSED,))
@@ -81,12 +82,6 @@ def convert(source: Path, target: Path, to: str, merge_lora: bool = True) -> Con
         _write_companions(folder, source, model, apart=bool(lora) and not merge_lora)
     tensors = [tensor for file in files.values() for tensor in file.values()]
     return Conversion(len(tensors), sum(tensor.nbytes for tensor in tensors), tuple(dropped))
-
-
-def require_new(target: Path) -> None:
-    """Raises UserError where there is something at ``target`` already."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--target={target} is in use; choose a new folder")
 
 
 def _unused(stored: dict[str, Stored], layout: Layout) -> tuple[dict[str, Stored], list[str]]:
@@ -162,22 +157,12 @@ def _overlaid(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _new_folder(target: Path, nbytes: int) -> Iterator[Path]:
-    """A folder under a temporary name, which becomes ``target`` when all is in it and vanishes if anything fails."""
-    target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
+    """``files.whole_folder`` of a new folder, once the disk is known to have room for so many bytes."""
+    place = next(parent for parent in Path(os.path.realpath(target)).parents if parent.is_dir())
+    free = shutil.disk_usage(place).free
     if free < nbytes:
         raise UserError(
             f"{target} needs {nbytes / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} left; free some space"
         )
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    temporary.mkdir()
-    try:
-        with explained(target):
-            yield temporary
-            temporary.rename(target)
-            sync(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with whole_folder(target, "a checkpoint") as folder:
+        yield folder

@@ -25,6 +25,7 @@ from arrag_jax.nn.vq import VQTokenizer
 
 PARTS = ("language_model", "gen_vision_model", "gen_embed", "gen_aligner", "gen_head")
 VISION = ("gen_vision_model",)  # the tokenizer alone
+ROUNDING = 1e-3  # by which pixels may lie outside [-1, 1]: what bfloat16 or a resized image may add
 
 
 class Projector(nnx.Module):
@@ -220,7 +221,7 @@ class Janus(nnx.Module):
           images: float [B, h, w, 3], pixels in [-1, 1]; any height and width that the tokenizer's downsampling divides.
 
         Raises:
-          UserError: if it does not divide them, or they are integers.
+          UserError: if it does not divide them, they are integers, or hold NaN or values outside [-1, 1].
         """
         require_own_process()
         images = images if isinstance(images, Array) else np.asarray(images)
@@ -229,6 +230,7 @@ class Janus(nnx.Module):
         images, cell = jnp.asarray(images, jnp.float32), self.config.vision.downsampling
         if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] % cell or images.shape[2] % cell:
             raise UserError(f"images must be [B, h, w, 3] with h and w multiples of {cell}, got {images.shape}")
+        _check_pixels(images)
         codes, latents = encode_split(*nnx.split(self.gen_vision_model), images)
         return codes.reshape(len(images), -1), latents
 
@@ -260,9 +262,12 @@ class Janus(nnx.Module):
     ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
         """Prompt and mask as device arrays, or a UserError that names what is wrong with them."""
         ids = np.asarray(prompt_ids)
-        mask = np.ones(ids.shape, bool) if prompt_mask is None else np.asarray(prompt_mask).astype(bool)
+        given = np.ones(ids.shape, bool) if prompt_mask is None else np.asarray(prompt_mask)
+        mask = given.astype(bool)
         if ids.ndim != 2 or ids.shape[1] < 2 or mask.shape != ids.shape:
             raise UserError(f"prompts must be [B, L >= 2] with a mask alike, got {ids.shape} and {mask.shape}")
+        if (given != mask).any():  # NaN would count as a token, too
+            raise UserError("prompt_mask must hold 0 and 1 alone, 1 where a real token stands")
         if (mask.sum(1) < 2).any():
             raise UserError("a prompt is empty: it needs at least its first and its image-start token")
         _check_ids("prompt_ids", ids, self.config.language.vocab_size)
@@ -280,6 +285,19 @@ def _check_ids(name: str, ids: np.ndarray, size: int, lowest: int = 0) -> None:
         raise UserError(f"{name} must be integers, got {ids.dtype}")
     if ids.size and (ids.min() < lowest or ids.max() >= size):
         raise UserError(f"{name} must lie in [{lowest}, {size}), got {ids.min()} … {ids.max()}")
+
+
+def _check_pixels(images: Array) -> None:
+    """Raises UserError unless pixels lie in [-1, 1], but for rounding (of tracers nothing is known)."""
+    if isinstance(images, jax.core.Tracer) or not images.size:
+        return
+    low, high = float(images.min()), float(images.max())
+    if math.isnan(low) or math.isnan(high):
+        raise UserError("images hold NaN; pixels must be numbers in [-1, 1]")
+    if low < -1 - ROUNDING or high > 1 + ROUNDING:
+        raise UserError(
+            f"images must be floats in [-1, 1], got {low:g} … {high:g}; of 0 … 255 make x / 127.5 - 1, of 0 … 1 2 x - 1"
+        )
 
 
 # Jitted once a shape; the model travels as (graphdef, state), its arrays as arguments.

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from arrag_jax.errors import UserError
+from arrag_jax.fields import local_path
 from arrag_jax.models.layouts import plain_key
 
 ADAPTER = "adapter_model"  # the PEFT library's name
@@ -125,11 +126,12 @@ def is_run(directory: Path) -> bool:
 
 
 def checkpoint_folder(directory: Path) -> Path:
-    """The folder itself, or the export in it where it is the --workdir of a training run.
+    """The folder itself (``~`` expanded), or the export in it where it is the --workdir of a training run.
 
     Raises:
-      UserError: a run that has no export yet.
+      UserError: an address, or a run that has no export yet.
     """
+    directory = Path(local_path(directory, "checkpoint"))
     if not is_run(directory):
         return directory
     if not (directory / "export" / "config.json").is_file():
@@ -192,7 +194,7 @@ def _weights(directory: Path) -> list[Stored]:
 def _indexed(index: Path) -> list[Stored]:
     """The tensors of the files that an index names, which must hold what it says."""
     try:
-        listed = dict(json.loads(index.read_text())["weight_map"])
+        listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is no index of weights ({error}); copy the checkpoint again") from error
     tensors = [t for name in sorted(set(listed.values())) for t in _open(index.parent / name).tensors()]

@@ -14,13 +14,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.errors import UserError
+from arrag_jax.fields import Settings
 from arrag_jax.nn.linear import Linear
 from arrag_jax.ops import blend, products
 from arrag_jax.ops.grid import has_context
 
 
 @dataclasses.dataclass(frozen=True)
-class FaidConfig:
+class FaidConfig(Settings):
     """Where blenders sit and how far they look.
 
     Attributes:

@@ -7,16 +7,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from arrag_jax.errors import UserError
+from arrag_jax.fields import Settings
 from arrag_jax.nn.linear import Linear
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Settings):
     """Rank r, scale α (the correction is α/r times B·A) and dropout of the correction's input."""
 
-    rank: int = 128
-    alpha: float = 256.0
-    dropout: float = 0.05
+    rank: int = 128  # r
+    alpha: float = 256.0  # α; the correction is scaled by α/r
+    dropout: float = 0.05  # share of the correction's inputs that training drops
 
     def __post_init__(self):
         if self.rank < 1 or not 0 <= self.dropout < 1:

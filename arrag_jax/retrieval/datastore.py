@@ -31,6 +31,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Float, UInt16
 
 from arrag_jax.errors import UserError
+from arrag_jax.failures import is_of_the_machine
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval.shards import ShardFolder, ShardSettings, read_lines
 
@@ -226,6 +227,8 @@ class Datastore(ShardFolder):
         try:
             yield
         except (OSError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:  # each reader has its own
+            if is_of_the_machine(error):
+                raise
             raise UserError(
                 f"{path} is damaged ({' '.join(str(error).split())}); to see what else is, run: python -m "
                 f"arrag_jax.build_datastore --workdir={self.directory} --verify; {self.rebuild}"

@@ -76,11 +76,13 @@ def encoded(
       n ≤ batch_size examples, their codes (little-endian uint16 [n, H, W]) and encoder outputs [n, H, W, C].
 
     Raises:
-      UserError: codes of another grid or outside the codebook.
+      UserError: codes of another grid or outside the codebook, or encoder outputs that are not finite.
     """
 
     def fetched(batch: list[Example], answer: tuple[Any, Any]) -> tuple[list[Example], np.ndarray, np.ndarray]:
         codes, latents = (np.asarray(x)[: len(batch)] for x in answer)
+        if not np.isfinite(latents).all():
+            raise UserError("the tokenizer gave vectors that are not finite; its weights hold NaN or infinite numbers")
         return batch, _checked(codes, settings), latents
 
     unfinished: deque = deque()

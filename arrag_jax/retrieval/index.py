@@ -5,7 +5,6 @@ the size and SHA-256 of every file, and the SHA-256 of all that it says itself. 
 """
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from arrag_jax import progress
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
-from arrag_jax.files import explained, sha256_of, sync, write_json
+from arrag_jax.files import clear_leftovers, sha256_of, sync, whole_folder, write_json
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.patches import stored_patches
 from arrag_jax.retrieval.scann import (
@@ -49,33 +48,17 @@ def build_index(store: Datastore, kind: str, options: ScannOptions, shards: int 
       UserError: the kind is not in the store, ScaNN can't be imported, or the disk is full.
     """
     final = index_directory(store, kind)
-    temporary, old = _leftovers(final)
-    try:
-        with explained(final):
-            _write_index(temporary, store, kind, options, shards)
-            if final.exists():
-                final.rename(old)
-            temporary.rename(final)
-            sync(final.parent)
-    finally:
-        for left in (temporary, old):
-            shutil.rmtree(left, ignore_errors=True)
+    with whole_folder(final, "an index", replace=True) as temporary:
+        _write_index(temporary, store, kind, options, shards)
     return final
 
 
 def refresh_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> None:
     """Builds the index where no current one is there, and removes what a killed build left; as ``build_index``."""
-    _leftovers(index_directory(store, kind))
-    if not is_current(store, kind, options, shards):
+    if is_current(store, kind, options, shards):
+        clear_leftovers(index_directory(store, kind))
+    else:
         build_index(store, kind, options, shards)
-
-
-def _leftovers(final: Path) -> list[Path]:
-    """Where an index stands while it is built, and the one it replaces while they change places; removed first."""
-    found = [final.with_name(f".{final.name}.{state}") for state in ("tmp", "old")]
-    for left in found:
-        shutil.rmtree(left, ignore_errors=True)
-    return found
 
 
 def _write_index(directory: Path, store: Datastore, kind: str, options: ScannOptions, shards: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from arrag_jax import progress
 from arrag_jax.errors import UserError
-from arrag_jax.files import only_writer, sha256_of, whole_file, write_json
+from arrag_jax.files import folder_in, only_writer, require_within, sha256_of, whole_file, write_json
 from arrag_jax.retrieval.building import state_of
 from arrag_jax.retrieval.datastore import Datastore, StoreSettings
 from arrag_jax.retrieval.shards import MANIFEST, write_manifest
@@ -21,7 +21,7 @@ SAME_IN_ALL_PARTS = ("fingerprint", "grid", "codebook_size", "code_dim", "keys",
 
 def next_part(store: Datastore) -> Path:
     """Folder of the first part that the store does not hold yet; perhaps begun or whole already."""
-    return store.directory / _part_name(len(store.parts) + 1)
+    return require_within(store.directory, store.directory / _part_name(len(store.parts) + 1))
 
 
 def require_fits(store: Datastore, settings: StoreSettings) -> None:
@@ -87,8 +87,7 @@ def _copy(parts: list[Datastore], directory: Path, merged: list[str]) -> None:
     contents: dict[Path, dict[str, Any]] = {}
     jobs = []
     for number, part in enumerate(parts):
-        target = directory / _part_name(number) if number else directory
-        target.mkdir(exist_ok=True)
+        target = folder_in(directory, _part_name(number)) if number else directory
         contents[target] = {key: value for key, value in part.manifest.items() if key not in ("parts", "sha256")}
         jobs += [(part.directory / name, target / name) for name in part.files]
     for source, target in progress.bar(jobs, unit="file", desc=str(directory)):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from arrag_jax.errors import UserError
+from arrag_jax.fields import local_path
 from arrag_jax.files import sha256_of, write_json
 from arrag_jax.parsing import parse
 
@@ -107,7 +108,7 @@ class ShardFolder:
         Raises:
           UserError: no such folder here, an unfinished one, another format, or a missing or truncated file.
         """
-        directory = Path(directory)
+        directory = Path(local_path(directory, cls.noun))
         path = directory / MANIFEST
         if not path.is_file():
             raise UserError(f"no finished {cls.noun} in {directory} ({MANIFEST} is missing); {cls.rebuild}")

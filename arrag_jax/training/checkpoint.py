@@ -22,7 +22,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from arrag_jax.config import TrainConfig
 from arrag_jax.errors import UserError
-from arrag_jax.files import only_writer, write_json
+from arrag_jax.failures import is_of_the_machine
+from arrag_jax.files import folder_in, only_writer, write_json
 from arrag_jax.parsing import parse
 
 State = TypeVar("State")
@@ -45,7 +46,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, selects: tuple[str, str]):
         """``selects``: the held-out metric that says which is best, and whether "min" or "max" of it."""
         logging.set_verbosity(logging.ERROR)  # orbax logs a page a save
-        self._directory = (workdir / "checkpoints").resolve()
+        self._directory = folder_in(workdir, "checkpoints").resolve()
         best = _best(selects)
         by_metric = BestN(
             get_metric_fn=best["best_fn"],
@@ -226,6 +227,8 @@ def _reading(path: Path, mend: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # orbax, tensorstore and json raise many kinds for one cause
+        if is_of_the_machine(error):
+            raise
         reason = str(error).strip().splitlines()
         raise UserError(
             f"checkpoint {path} is damaged or belongs to another model "
@@ -249,7 +252,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 def _read_json(path: Path, absent: dict[str, Any]) -> dict[str, Any]:
     """The object in a file, or ``absent`` where there is no such file."""
     try:
-        value = json.loads(path.read_text()) if path.exists() else absent
+        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else absent
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); delete it if this run is the one you mean") from error
     if not isinstance(value, dict):

@@ -23,6 +23,7 @@ from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import pictures
+from arrag_jax.fields import LocalPath, Settings
 from arrag_jax.files import sha256_of
 from arrag_jax.interfaces import DecodePolicy
 from arrag_jax.mesh import make_mesh
@@ -44,7 +45,7 @@ PICTURES = 8  # prompts of a sample grid
 
 
 @dataclasses.dataclass(frozen=True)
-class FaidOptions:
+class FaidOptions(Settings):
     """Settings of the fine-tuning.
 
     Attributes:
@@ -62,8 +63,8 @@ class FaidOptions:
       daid, sampling: of sample grids.
     """
 
-    base: str
-    neighbors: str
+    base: LocalPath
+    neighbors: LocalPath
     retrieval: RetrievalConfig
     blend: bool = True
     faid: FaidConfig = FaidConfig()
@@ -77,6 +78,8 @@ class FaidOptions:
     def __post_init__(self):
         if not 0 <= self.caption_dropout < 1:
             raise UserError(f"caption_dropout={self.caption_dropout} is outside [0, 1)")
+        if self.prompt_length < 1:
+            raise UserError(f"prompt_length={self.prompt_length} must be at least 1")
 
 
 def mark_adapters(model: Janus, blenders: bool = True) -> None:

@@ -8,7 +8,6 @@ started again ends with the same bits as one left alone.
 import dataclasses
 import functools
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +28,7 @@ from arrag_jax import signals
 from arrag_jax.config import TrainConfig
 from arrag_jax.data.pipeline import make_loader
 from arrag_jax.errors import UserError
+from arrag_jax.files import whole_folder
 from arrag_jax.mesh import check_batch_size, make_mesh, put_batch, put_everywhere, put_state, put_whole_batch
 from arrag_jax.nn.variables import Frozen
 from arrag_jax.processes import require_same
@@ -123,7 +123,7 @@ def train(config: TrainConfig, task: Task, workdir: Path) -> None:
     with claimed(workdir, config, base):
         model = take_steps(config, task, workdir, mesh)
         hardware = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores a host"
-        export(task, model, workdir / "export", {"hardware": hardware} | origin(workdir, config, config.steps))
+        export(task, model, workdir / "export", {"hardware": hardware} | origin(workdir, config, config.steps), True)
 
 
 def take_steps(config: TrainConfig, task: Task, workdir: Path, mesh: Mesh) -> nnx.Module:
@@ -274,15 +274,11 @@ def mean_over_examples(metrics_of: Callable[[Batch], Scalars], batches: Iterable
     return {name: total / examples for name, total in totals.items()}
 
 
-def export(task: Task, model: nnx.Module, directory: Path, run: dict[str, Any]) -> None:
-    """The task's export into ``directory``, under another name until it is whole."""
+def export(task: Task, model: nnx.Module, directory: Path, run: dict[str, Any], replace: bool = False) -> None:
+    """The task's export into ``directory``, which is whole or absent; ``replace``: what stands there, as a whole."""
     if jax.process_index() == 0:
-        temporary = directory.with_name(f"{directory.name}.tmp")
-        for stale in (temporary, directory):
-            shutil.rmtree(stale, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        task.export(model, temporary, run)
-        temporary.rename(directory)
+        with whole_folder(directory, "an export", replace) as temporary:
+            task.export(model, temporary, run)
     multihost_utils.sync_global_devices("export")
 
 

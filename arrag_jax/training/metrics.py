@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -13,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Int
-from PIL import Image
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -21,6 +19,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from arrag_jax import progress
 from arrag_jax.config import TrainConfig
 from arrag_jax.errors import UserError
+from arrag_jax.evaluation.pictures import save
+from arrag_jax.files import folder_in, whole_file
 
 SHOWN_EXAMPLES = 8  # of a batch that gave a number which is not finite
 WATCHED = {"loss": "the loss", "grad_norm": "the gradient's norm"}  # a step in which one is not finite is the last
@@ -110,12 +110,11 @@ class MetricWriter:
 
     def __init__(self, workdir: Path, step: int):
         """Opens the files to go on after ``step`` (0: a new run)."""
-        self._pictures = workdir / "pictures"
-        self._pictures.mkdir(parents=True, exist_ok=True)
+        self._pictures = folder_in(workdir, "pictures")
         path = workdir / "metrics.jsonl"
         _drop_lines_after(path, step)
-        self._lines = path.open("a")
-        self._tensorboard = TensorBoardFile(workdir / "tensorboard", step)
+        self._lines = path.open("a", encoding="utf-8")
+        self._tensorboard = TensorBoardFile(folder_in(workdir, "tensorboard"), step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One JSON line {"step": …, name: value} and one TensorBoard point a name."""
@@ -128,7 +127,7 @@ class MetricWriter:
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Each uint8 [H, W, 3] picture as ``pictures/step_XXXXXX_name.png`` and in TensorBoard."""
         for name, picture in pictures.items():
-            Image.fromarray(picture).save(self._pictures / f"step_{step:06d}_{name}.png")
+            save(self._pictures / f"step_{step:06d}_{name}.png", picture)
             self._tensorboard.add(step, summary=summary.image(name, picture, dataformats="HWC"))
         self._tensorboard.flush()
 
@@ -145,7 +144,6 @@ class TensorBoardFile(EventsWriter):
 
     def __init__(self, folder: Path, step: int):
         """A new file in ``folder``; TensorBoard forgets what older ones hold of later steps than ``step``."""
-        folder.mkdir(parents=True, exist_ok=True)
         super().__init__(str(folder / "events"))
         self.add(step + 1, session_log=SessionLog(status=SessionLog.START))
 
@@ -167,7 +165,7 @@ def peak_memory_gib() -> float:
 def training_minutes(workdir: Path, step: int) -> float:
     """Time spent in steps up to this one, restarts included, evaluations not, by the lines of ``metrics.jsonl``."""
     seconds, before = 0.0, 0
-    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+    for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         values = json.loads(line)
         if "steps_per_second" in values and values["step"] <= step:
             seconds += (values["step"] - before) / values["steps_per_second"]
@@ -184,14 +182,14 @@ def _named(examples: Int[np.ndarray, " B"]) -> str:
 def _drop_lines_after(path: Path, step: int) -> None:
     """Keeps the whole lines of steps up to ``step``; a line cut short by a kill goes too."""
     if not path.exists():
+        path.unlink(missing_ok=True)  # a link to nothing, which would be written through
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
         except json.JSONDecodeError:
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")

@@ -14,12 +14,13 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from arrag_jax.config import TrainConfig
+from arrag_jax.config import TrainConfig, require_guidance
 from arrag_jax.data.emoji_scenes import load_source
 from arrag_jax.data.scenes import words
 from arrag_jax.decode.loop import sample
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import pictures
+from arrag_jax.fields import LocalPath, Settings
 from arrag_jax.models.checkpoint import fingerprint, load_model, save_model
 from arrag_jax.models.janus import VISION, Janus
 from arrag_jax.models.presets import PRESETS
@@ -40,11 +41,11 @@ from arrag_jax.training.shared import (
 
 
 @dataclasses.dataclass(frozen=True)
-class PriorOptions:
+class PriorOptions(Settings):
     """Settings of the prior."""
 
     preset: str  # a key of models.presets.PRESETS
-    tokenizer: str  # export folder of a tokenizer run
+    tokenizer: LocalPath  # export folder of a tokenizer run
     caption_dropout: float = 0.1  # share of prompts replaced by the unconditional one, for guidance
     prompt_length: int = 16  # tokens; a longer caption is an error
     cfg_scale: float = 2.0  # of the pictures drawn while training
@@ -53,6 +54,9 @@ class PriorOptions:
         check_preset(self.preset)
         if not 0 <= self.caption_dropout <= 1:
             raise UserError(f"caption_dropout={self.caption_dropout} is outside [0, 1]")
+        if self.prompt_length < 1:
+            raise UserError(f"prompt_length={self.prompt_length} must be at least 1")
+        require_guidance(self.cfg_scale)
 
 
 class PriorTask:

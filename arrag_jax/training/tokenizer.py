@@ -15,8 +15,10 @@ from jaxtyping import Array, Float
 
 from arrag_jax.config import TrainConfig
 from arrag_jax.data.emoji_scenes import load_source
+from arrag_jax.errors import UserError
 from arrag_jax.evaluation import pictures
 from arrag_jax.evaluation.drawing import reconstruct
+from arrag_jax.fields import Settings
 from arrag_jax.models.checkpoint import save_model
 from arrag_jax.models.janus import VISION, Janus
 from arrag_jax.models.presets import PRESETS
@@ -26,7 +28,7 @@ from arrag_jax.training.shared import check_preset, held_out, psnr, rows_of_a_de
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerOptions:
+class TokenizerOptions(Settings):
     """Shape and loss weights of the tokenizer, and when a code counts as dead."""
 
     preset: str  # a key of models.presets.PRESETS
@@ -37,6 +39,11 @@ class TokenizerOptions:
 
     def __post_init__(self):
         check_preset(self.preset)
+        for name in ("commitment", "codebook", "dead_below"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+        if not 0 <= self.usage_decay < 1:
+            raise UserError(f"usage_decay={self.usage_decay} is outside [0, 1)")
 
 
 class TokenizerTask:

@@ -1,0 +1,140 @@
+"""What all settings have in common: their numbers are finite, their paths are local, ``~`` in these is expanded.
+
+A frozen dataclass that derives from ``Settings`` is checked when it is made, by a config or by hand. A field whose type
+is ``LocalPath`` holds the path of a file or folder.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+import os
+import re
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from arrag_jax.errors import UserError
+
+_PATH = "path"  # marks the fields that are paths
+LocalPath = Annotated[str, _PATH]
+# Addresses are also written without slashes ("hf:owner/name"). A file of such a name is given as "./hf:…".
+_ADDRESS = re.compile(
+    r"(gs|gcs|s3|s3a|r2|az|abfss?|adl|wasbs?|hdfs|hf|huggingface|https?|ftps?|sftp|ssh|scp|file|dbfs|oci|oss):", re.I
+)
+
+
+class Settings:
+    """Base of the frozen dataclasses that hold settings.
+
+    Fields of type int and float take any library's number and hold Python's. A subclass's ``__post_init__`` checks
+    the ranges; it sees numbers and paths that are checked already, and need not call this class's.
+
+    Raises:
+      UserError: a field is not of its kind of number, not finite, or a path that cannot be one here.
+    """
+
+    def __post_init__(self):
+        _convert(self)
+        _require_finite(self)
+
+    def __init_subclass__(cls, **keywords: Any):
+        super().__init_subclass__(**keywords)
+        own = cls.__dict__.get("__post_init__")
+        if own is None:
+            return
+
+        @functools.wraps(own)
+        def __post_init__(self):
+            _convert(self)
+            own(self)  # whose messages are about ranges, and so the clearer ones
+            _require_finite(self)
+
+        cls.__post_init__ = __post_init__
+
+
+def local_path(path: str | os.PathLike, name: str) -> str:
+    """Returns a path in this machine's file systems, ``~`` expanded.
+
+    Args:
+      name: how the error calls it: a flag, a config's key.
+
+    Raises:
+      UserError: it is an address, names a home folder that is not known, or cannot be the name of a file.
+    """
+    path = os.fspath(path)
+    if "://" in path or _ADDRESS.match(path):
+        raise UserError(
+            f"{name}={path} is an address; mount it, and give the folder, or copy it here (nothing is downloaded)"
+        )
+    if "\0" in path:
+        raise UserError(f"{name}={path!r} holds a NUL character, which no path can; give another path")
+    try:
+        os.fsencode(path).decode()
+    except UnicodeError:
+        raise UserError(f"{name}={path!r} is not UTF-8, which files are named in here; rename it") from None
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(f"{name}={path}: no home folder is known for that; write the path in full, or as ./{path}")
+    return expanded
+
+
+def is_path(hint: Any) -> bool:
+    """Tells whether a field of this type holds a path."""
+    return _PATH in getattr(hint, "__metadata__", ())
+
+
+def hints(cls: type) -> dict[str, Any]:
+    """Returns the type of each field, marks included."""
+    return _hints(cls)
+
+
+def paths_in(config: Any, where: str = "config") -> Iterator[tuple[str, str]]:
+    """Yields the name ("config.retrieval.store") and value of every path that is given in settings."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{where}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from paths_in(value, name)
+        elif is_path(hints(type(config))[field.name]) and value:
+            yield name, value
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _convert(settings: Any) -> None:
+    """Puts Python's numbers and expanded paths into the fields of these kinds."""
+    for field in dataclasses.fields(settings):
+        hint, value = hints(type(settings))[field.name], getattr(settings, field.name)
+        kinds = typing.get_args(hint) if not is_path(hint) and typing.get_args(hint) else (hint,)
+        if is_path(hint):
+            value = local_path(value, field.name)
+        elif value is None and type(None) in kinds:
+            continue
+        elif float in kinds:
+            value = _number(field.name, value, float)
+        elif int in kinds and typing.get_origin(hint) is not tuple:
+            value = _number(field.name, value, operator.index)
+        else:
+            continue
+        object.__setattr__(settings, field.name, value)
+
+
+def _number(name: str, value: Any, convert: Any) -> int | float:
+    try:
+        if isinstance(value, str | bytes | bool):
+            raise TypeError
+        return convert(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        kind = "one number" if convert is float else "one whole number"
+        raise UserError(f"{name}={value!r} must be {kind}") from error
+
+
+def _require_finite(settings: Any) -> None:
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{field.name}={value} must be a finite number")
