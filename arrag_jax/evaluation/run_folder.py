@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from arrag_jax.errors import UserError
