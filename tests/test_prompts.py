@@ -28,7 +28,7 @@ def text() -> PromptTokenizer:
 
 @functools.cache
 def captions() -> frozenset[str]:
-    """All captions of the scenes' six families without the pairs that training leaves out, by the words of the table."""
+    """All captions of the six families without the pairs that training leaves out."""
     one = lambda name, *tint: ("an " if (tint or [name])[0][0] in "aeiou" else "a ") + " ".join([*tint, name])  # noqa: E731
     names = scenes.CLASSES.values()
     tinted = [(c.name, tint) for c in names for tint in c.tints if (tint, c.name) not in scenes.HELD_OUT_COLOURS]
