@@ -15,17 +15,17 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str]) -> Non
 
     A ``UserError`` becomes one line on stderr and exit code 2. SIGINT and SIGTERM end the command as ``signals`` says.
     """
-    try:
-        with signals.listening():
-            signals.begin()
+    with signals.listening():
+        signals.begin()
+        try:
             code = main(argv) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except BaseException as error:
-        number = signals.cause(error)
-        if number is None:
-            raise
-        signals.leave(number)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+        except BaseException as error:
+            number = signals.cause(error)
+            if number is None:
+                raise
+            signals.leave(number)
     signals.finished(code)
     sys.exit(code)

@@ -57,7 +57,10 @@ _last_words: list[Callable[[], Any]] = []
 
 
 def start_command() -> None:
-    """Takes the signals of this process, which is one of the package's commands, before its imports."""
+    """Takes the signals of this process, which is one of the package's commands, before its imports.
+
+    Also where they are ignored, as a shell has it for jobs in its background: who sends one means it.
+    """
     global _command, _starting
     _command = _starting = True
     _take()

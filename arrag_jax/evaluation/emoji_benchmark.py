@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from arrag_jax import progress
 from arrag_jax.data.emoji_scenes import load_source
@@ -17,6 +16,7 @@ from arrag_jax.evaluation import pictures
 from arrag_jax.evaluation.drawing import LIMITED, Studio, reconstruct
 from arrag_jax.evaluation.likelihood import bits_per_code, look_up, score_scenes
 from arrag_jax.evaluation.object_score import object_score
+from arrag_jax.evaluation.run_folder import save
 from arrag_jax.files import write_json
 from arrag_jax.retrieval.load import load_retriever
 
@@ -145,7 +145,7 @@ def sweep(studio: Studio, num_scenes: int, out: Path) -> str:
             title=f"gain in bits a code, copies: {copies}, K = {k}", row_name="weight", column_name="temperature",
             form="{:.3f}",
         )  # fmt: skip
-        Image.fromarray(page).save(out / f"sweep_{copies}_k{k}.png")
+        save(out / f"sweep_{copies}_k{k}.png", page)
         best = np.unravel_index(gain.argmax(), gain.shape)
         rows.append([copies, k, WEIGHTS[best[0]], TEMPERATURES[best[1]], float(gain.max())])
         records.append({"copies": copies, "k": k, "gain": gain.tolist()})

@@ -1,0 +1,390 @@
+"""Laws of endings: a signal at any moment is one line and one exit code, and the same command ends with the same bytes.
+
+What is interrupted is a real process; ``-X importtime`` and the files that appear tell how far it has come.
+"""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import children
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from arrag_jax import build_datastore, generate, progress, signals
+from arrag_jax.config import DaidConfig, DatastoreConfig, DrawConfig, MeshConfig, RetrievalConfig, SamplingConfig
+from arrag_jax.decode.loop import sample
+from arrag_jax.errors import UserError, run_command
+from arrag_jax.files import only_writer
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = str(ROOT / "arrag_jax" / "assets" / "emoji_janus")
+PROMPTS = ["a cat", "two dogs", "three cats", "a dog"]
+INTERRUPTED = "error: interrupted; run the same command again to continue"
+STOPPED = "stopped; run the same command again to continue"
+ENOUGH = 120  # seconds after which a process is taken to hang
+# The shell of a background job has its children ignore SIGINT, and Python leaves it so until the package is imported.
+HEED = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> str:
+    """Of 24 scenes, with a ScaNN index."""
+    data, store = (str(tmp_path_factory.mktemp(name)) for name in ("data", "store"))
+    config = DatastoreConfig(MODEL, "emoji_scenes/tiny", data_dir=data, num_images=24, captions=True)
+    build_datastore.run(config, workdir=store)
+    return store
+
+
+def drawing(store: str, out: Path) -> list[str]:
+    """The command that draws ``PROMPTS`` with ScaNN, two at a time, into ``out``."""
+    config = ["configs/emoji_daid.py", f"retrieval.store={store}", "retrieval.k=16", "daid.weight=0.3", "batch_size=2"]
+    words = [f"--config={config[0]}", *(f"--config.{word}" for word in config[1:]), "--method=daid"]
+    return ["arrag_jax.generate", *words, *(f"--prompt={prompt}" for prompt in PROMPTS), f"--workdir={out}"]
+
+
+class Running:
+    """A command under way."""
+
+    def __init__(self, words: list[str], env: dict[str, str] | None = None, flags: tuple[str, ...] = ()):
+        command = [sys.executable, "-c", HEED, sys.executable, *flags, "-m", *words]
+        self._child = subprocess.Popen(
+            command, cwd=ROOT, env=env or children.alone(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self._child.stderr), daemon=True)
+        self._reader.start()
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Until it holds, or the command has ended."""
+        give_up = time.monotonic() + ENOUGH
+        while not condition() and self._child.poll() is None:
+            assert time.monotonic() < give_up
+            time.sleep(0.002)
+
+    def says(self, words: str) -> bool:
+        """Whether a line of stderr ends so."""
+        return any(line.rstrip("\n").endswith(words) for line in list(self.lines))
+
+    def send(self, number: int) -> None:
+        self._child.send_signal(number)
+
+    def end(self) -> tuple[int, list[str]]:
+        """Exit code, and stderr without the times of imports and the lines of libraries."""
+        try:
+            code = self._child.wait(ENOUGH)
+        finally:
+            self._child.kill()
+        self._reader.join()
+        self._child.stdout.close()
+        foreign = ("import time:", "WARNING:absl", "W0", "W1", "I0", "I1")
+        return code, [line.rstrip("\n") for line in self.lines if not line.startswith(foreign)]
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    """Every file below a folder, hidden ones too, by its SHA-256."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize("module", ["arrag_jax", "numpy", "jax"])
+def test_an_interrupt_while_a_command_is_imported_ends_it_at_once(tmp_path, module):
+    """Some libraries drop an exception that is raised while they are loaded."""
+    command = Running(drawing("none", tmp_path / "out"), flags=("-X", "importtime"))
+    command.wait_for(lambda: command.says(f" {module}"))
+    command.send(signal.SIGINT)
+    assert command.end() == (130, [INTERRUPTED])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_drawing_that_is_interrupted_again_and_again_ends_with_the_same_bytes(store, tmp_path):
+    """In compilation, in the first batch and between batches; no picture is drawn twice, and none is lost."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert Running(drawing(store, whole)).end() == (0, [])
+    pictures = lambda: {path.name: path.stat().st_mtime_ns for path in parts.glob("[0-9]*.png")}  # noqa: E731
+    seen: dict[str, int] = {}
+    for number, closing, begun in (
+        (signal.SIGINT, INTERRUPTED, lambda: (parts / "run.json").exists()),
+        (signal.SIGTERM, STOPPED, lambda: len(pictures()) > 2),
+    ):
+        command = Running(drawing(store, parts))
+        command.wait_for(begun)
+        command.send(number)
+        code, lines = command.end()
+        assert (code, lines[-1]) == (130 if number == signal.SIGINT else 0, closing), lines
+        said = [line for line in lines[:-1] if not line.startswith("continuing: ")]
+        assert said in ([], ["stopping after this batch; once more stops at once"])
+        assert seen.items() <= pictures().items() and len(pictures()) % 2 == 0
+        seen = pictures()
+    assert len(seen) >= 2  # the first batch was kept
+    code, lines = Running(drawing(store, parts)).end()
+    assert code == 0 and all(line.startswith("continuing: ") for line in lines), lines  # no bar where no terminal is
+    assert seen.items() <= pictures().items()
+    assert bytes_of(parts) == bytes_of(whole)
+
+
+def test_a_second_interrupt_ends_a_compilation_at_once(store, tmp_path):
+    command = Running(drawing(store, tmp_path))
+    command.wait_for(lambda: (tmp_path / "run.json").exists())
+    time.sleep(0.3)  # compiling takes seconds, on however many cores
+    command.send(signal.SIGINT)
+    command.wait_for(lambda: command.says("once more stops at once"))
+    time.sleep(2 * signals.TWICE)
+    command.send(signal.SIGINT)
+    assert command.end() == (130, ["stopping after this batch; once more stops at once", INTERRUPTED])
+    assert not list(tmp_path.glob("[0-9]*.png"))
+
+
+SWALLOWED = """
+import contextlib, sys, time
+from arrag_jax import signals
+from arrag_jax.errors import run_command
+
+class Careless:
+    def __del__(self):
+        time.sleep(60)
+
+def main(_):
+    print("begun", file=sys.stderr, flush=True)
+    if sys.argv[1] == "destructor":
+        Careless()
+    if sys.argv[1] == "shard":
+        with signals.held("shard", 1):
+            while True:
+                time.sleep(0.05)
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(60)
+
+signals.start_command()
+signals.REMIND = 0.1
+run_command(main, [])
+"""
+
+
+@pytest.mark.parametrize("where", ["destructor", "library"])
+@pytest.mark.parametrize(("number", "code", "line"), [(signal.SIGINT, 130, INTERRUPTED), (signal.SIGTERM, 0, STOPPED)])
+def test_an_interrupt_that_a_library_swallows_still_ends_the_command(tmp_path, where, number, code, line):
+    """A destructor's exception is dropped by Python itself; a loop that swallows every one needs the second signal."""
+    (tmp_path / "careless.py").write_text(SWALLOWED)
+    env = children.alone() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    command = Running(["careless", where], env)
+    command.wait_for(lambda: command.says("begun"))
+    command.send(number)
+    if where == "library":
+        command.wait_for(lambda: command.says("once more stops at once"))
+        time.sleep(2 * signals.TWICE)
+        command.send(number)
+        code = 128 + number
+    ended, lines = command.end()
+    assert (ended, lines[-1]) == (code, line) and not any("Traceback" in words for words in lines), lines
+
+
+def test_a_shard_that_takes_too_long_is_given_up(tmp_path):
+    (tmp_path / "careless.py").write_text(SWALLOWED)
+    command = Running(["careless", "shard"], children.alone() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"})
+    command.wait_for(lambda: command.says("begun"))
+    command.send(signal.SIGTERM)
+    assert command.end() == (0, ["begun", "stopping after this shard, or in 1 s; once more stops at once", STOPPED])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_check_of_a_held_block_and_for_nothing_else(capfd, number):
+    done = []
+
+    def main(_) -> None:
+        with signals.held("step") as point:
+            for step in range(5):
+                if step == 2:
+                    os.kill(os.getpid(), number)
+                    os.kill(os.getpid(), number)  # as ``timeout`` does: one signal, sent twice
+                done.append(step)
+                point.check()
+
+    before = [signal.getsignal(number) for number in signals.NUMBERS]
+    with pytest.raises(SystemExit) as stop:
+        run_command(main, [])
+    assert done == [0, 1, 2] and stop.value.code == (130 if number == signal.SIGINT else 0)
+    closing = INTERRUPTED if number == signal.SIGINT else STOPPED
+    assert capfd.readouterr().err.splitlines() == ["stopping after this step; once more stops at once", closing]
+    assert [signal.getsignal(number) for number in signals.NUMBERS] == before
+
+
+def test_an_error_that_an_interrupt_leaves_behind_is_the_interrupt(capfd):
+    """XLA makes an error of its own of an exception in a host call."""
+
+    def main(_) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as stop:
+            raise RuntimeError("INTERNAL: CpuCallback error") from stop
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(main, [])
+    assert (stop.value.code, capfd.readouterr().err) == (130, f"{INTERRUPTED}\n")
+
+
+def building(data: str, store: str) -> list[str]:
+    words = ["source=emoji_scenes/tiny", f"data_dir={data}", "num_images=60", "shard_size=1", "batch_size=1"]
+    config = [f"--config={ROOT / 'configs' / 'emoji_datastore.py'}", f"--config.model={MODEL}", "--config.indexes="]
+    return ["arrag_jax.build_datastore", *config[:2], *(f"--config.{word}" for word in words), f"--workdir={store}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [(True, True), (True, False), (False, True)], ids=["both", "first", "second"])
+def test_processes_that_build_stop_together_at_sigterm(tmp_path, told):
+    """Each finishes its shard, whichever of them is told; one process goes on."""
+    directory = tmp_path / "store"
+    words = building(str(tmp_path / "data"), str(directory))
+    processes = [Running(words, env) for env in children.together(2)]
+    for process in processes:
+        process.wait_for(lambda: len(list(directory.glob("codes-*"))) > 3)
+    for process, tell in zip(processes, told, strict=True):
+        if tell:
+            process.send(signal.SIGTERM)
+    for process in processes:
+        code, lines = process.end()
+        assert (code, lines[-1]) == (0, STOPPED), lines
+    assert not (directory / "manifest.json").exists() and not list(directory.glob(".*"))
+    left = bytes_of(directory)
+    assert 3 < sum(name.startswith("codes-") for name in left) < 60
+    assert Running(words).end()[0] == 0
+    assert left.items() - {("building.json", left["building.json"])} <= bytes_of(directory).items()
+
+
+def config_of(store: str = "") -> DrawConfig:
+    retrieval = RetrievalConfig(store, 16, search="dense")
+    return DrawConfig(
+        MODEL, retrieval, daid=DaidConfig(0.3), sampling=SamplingConfig(1.5), mesh=MeshConfig(1, 1), batch_size=2
+    )
+
+
+def draw(out: Path, prompts: list[str], store: str = "", method: str = "plain") -> None:
+    generate.run(config_of(store), str(out), prompts, test_prompts=0, method=method, scale=2)
+
+
+def test_another_run_in_the_same_folder_leaves_nothing_of_the_one_before(store, tmp_path, capfd):
+    (tmp_path / "notes.txt").write_text("mine")
+    draw(tmp_path, PROMPTS[:3], store, "daid")
+    assert {"02_daid.png", "provenance_02_daid.png", "provenance.json"} <= set(bytes_of(tmp_path))
+    capfd.readouterr()
+    draw(tmp_path, PROMPTS[1:3])
+    assert "of another run (prompts, methods differ)" in capfd.readouterr().err
+    assert set(bytes_of(tmp_path)) == {"00_plain.png", "01_plain.png", "grid.png", "run.json", "notes.txt"}
+
+
+def test_what_is_missing_of_a_finished_run_is_drawn_and_nothing_else(store, tmp_path, monkeypatch):
+    draw(tmp_path, PROMPTS, store, "daid")
+    whole = bytes_of(tmp_path)
+    (tmp_path / "02_daid.png").unlink()
+    (tmp_path / "provenance_03_daid.png").write_bytes(b"damaged")
+    asked = []
+    monkeypatch.setattr(generate, "write", lambda *words, write=generate.write: asked.append(words[3]) or write(*words))
+    draw(tmp_path, PROMPTS, store, "daid")
+    assert [batch.numbers.tolist() for batch in asked] == [[2, 3]]
+    assert bytes_of(tmp_path) == whole
+    draw(tmp_path, PROMPTS, store, "daid")
+    assert len(asked) == 1
+
+
+def test_a_picture_holds_how_it_was_made(store, tmp_path):
+    draw(tmp_path, PROMPTS[:2], store, "daid")
+    for number, prompt in enumerate(PROMPTS[:2]):
+        with Image.open(tmp_path / f"{number:02d}_daid.png") as picture:
+            text = picture.text
+        assert (text["prompt"], text["seed"], text["method"]) == (prompt, str(number), "daid")
+        assert (text["model"], text["store"]) == (MODEL, store)
+
+
+def test_a_folder_that_another_process_draws_into_is_refused(tmp_path):
+    with only_writer(tmp_path), pytest.raises(UserError, match="another process is writing to"):
+        draw(tmp_path, PROMPTS[:1])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"settings": {}}'])
+def test_a_foreign_record_is_left_alone(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run\.json.*choose another --workdir"):
+        draw(tmp_path, PROMPTS[:1])
+    assert (tmp_path / "run.json").read_text() == content
+
+
+def test_a_record_never_has_other_files_removed(tmp_path):
+    """Names come from a file that anybody may have written."""
+    out, outside = tmp_path / "out", tmp_path / "x.png"
+    draw(out, PROMPTS[:1])
+    record = (out / "run.json").read_text()
+    outside.write_bytes(b"mine")
+    (out / "run.json").write_text(record.replace('"00_plain"', '"../x"'))
+    draw(out, PROMPTS[1:2])
+    assert outside.read_bytes() == b"mine"
+
+
+class Terminal:
+    """A stderr that says what it is."""
+
+    def __init__(self, is_terminal: bool):
+        self._is_terminal, self.text = is_terminal, ""
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.fixture
+def bars() -> Iterator[None]:
+    yield
+    progress.show(True)
+
+
+@pytest.mark.parametrize(("is_terminal", "wanted"), [(True, True), (True, False), (False, True)])
+def test_bars_appear_on_a_terminal_alone_and_only_where_wanted(monkeypatch, bars, is_terminal, wanted):
+    monkeypatch.setattr(sys, "stderr", Terminal(is_terminal))
+    progress.show(wanted)
+    assert list(progress.bar(range(3), desc="working")) == [0, 1, 2]
+    assert ("working" in sys.stderr.text) == (is_terminal and wanted)
+
+
+def test_every_bar_comes_from_one_place():
+    own = [path.name for path in (ROOT / "arrag_jax").rglob("*.py") if "tqdm import" in path.read_text()]
+    assert own == ["progress.py"]
+
+
+def test_a_forked_child_is_refused_and_does_not_hang():
+    model, (ids, mask) = tiny.janus(), tiny.prompts((4, 3))
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jax warns of the fork
+        child = os.fork()
+    if not child:
+        signal.alarm(60)
+        for work in (
+            lambda: sample(model, ids, prompt_mask=mask),
+            lambda: model.score(ids, np.zeros((2, 16), int), prompt_mask=mask),
+        ):
+            try:
+                work()
+            except UserError as error:
+                os.write(writing, f"{error}\n".encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as said:
+        lines = said.read().splitlines()
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(lines) == 2 and all("spawn" in line for line in lines)
+    sample(model, ids, prompt_mask=mask)  # the parent goes on
