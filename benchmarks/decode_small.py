@@ -99,7 +99,7 @@ def main(_: list[str]) -> None:
             "DAiD, dense": DenseRetriever.of(folded, codebook, K.value),
         }
         for batch in map(int, BATCHES.value):
-            ids, mask = text(["a red car and a blue fish"] * batch)
+            ids, mask = text(["a blue car and a green fish"] * batch)
             methods = {"plain": (Plain(), None)} | {name: (Daid(0.1, 0.05), s) for name, s in searches.items()}
             times: dict[str, list[float]] = {name: [] for name in methods}
             for turn in range(ROUNDS.value + 1):

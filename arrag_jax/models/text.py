@@ -5,6 +5,8 @@ after the begin-of-sentence token; batches are padded on the left.
 """
 
 import math
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from arrag_jax.models.tensor_files import checkpoint_folder
 BOS, UNKNOWN = "<｜begin▁of▁sentence｜>", "<unk>"
 USER, ASSISTANT, IMAGE_START = "<|User|>", "<|Assistant|>", "<begin_of_image>"
 SPECIAL = [BOS, PAD, UNKNOWN, USER, ASSISTANT, IMAGE_START]
+COLON = ":"  # the one mark of the chat form
 
 
 def chat_form(prompt: str) -> str:
@@ -46,6 +49,9 @@ class PromptTokenizer:
         self.pad_id, self._bos = tokenizer.token_to_id(PAD), tokenizer.token_to_id(BOS)
         added = tokenizer.get_added_tokens_decoder().values()
         self._special = dict.fromkeys([*SPECIAL, *(token.content for token in added if token.special)])
+        # The words of a word-level tokenizer; any other one reads every text as it stands.
+        by_words = isinstance(tokenizer.model, models.WordLevel)
+        self._words = frozenset(tokenizer.get_vocab()) - {*self._special, COLON} if by_words else None
 
     @classmethod
     def load(cls, directory: str | Path) -> "PromptTokenizer":
@@ -71,7 +77,7 @@ class PromptTokenizer:
     def of_words(cls, captions: Iterable[str]) -> "PromptTokenizer":
         """A word-level tokenizer of exactly the words in ``captions``, with Janus' special tokens."""
         words = sorted({word for caption in captions for word in caption.split()})
-        vocabulary = [*SPECIAL, ":", *words]
+        vocabulary = [*SPECIAL, COLON, *words]
         ids = {token: place for place, token in enumerate(vocabulary)}
         tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
         tokenizer.add_special_tokens(SPECIAL)
@@ -87,6 +93,8 @@ class PromptTokenizer:
         self, prompts: Sequence[str], length: int | None = None
     ) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
         """Ids and mask of prompts, padded on the left to the longest one or to ``length`` tokens.
+
+        A word-level tokenizer reads a word that it does not know in lower case, and no marks: "A cat." is "a cat".
 
         Raises:
           UserError: a prompt is empty, too long, or holds a special token or a word that the tokenizer does not know.
@@ -108,18 +116,37 @@ class PromptTokenizer:
         special = next((token for token in self._special if token in prompt), None)
         if special is not None:
             raise UserError(f"a prompt holds {special!r}, a special token of the model; say it in words alone")
-        encoding = self.tokenizer.encode(chat_form(prompt.strip()))
+        words = prompt.strip() if self._words is None else self._in_known_words(prompt)
+        encoding = self.tokenizer.encode(chat_form(words))
         # Published tokenizers leave the first token to the code around them, ours puts it there itself.
         ids = encoding.ids if encoding.ids[0] == self._bos else [self._bos, *encoding.ids]
         unknown = self.tokenizer.token_to_id(UNKNOWN)
         if unknown is not None and unknown in ids:
-            words = [prompt_word for prompt_word in prompt.split() if not self._knows(prompt_word)]
-            raise UserError(f"the model does not know {', '.join(map(repr, words))}; it knows: {self.known_words()}")
+            raise UserError(f"the model's tokenizer cannot write all of the prompt {prompt[:60]!r}; say it otherwise")
         return ids
 
-    def _knows(self, word: str) -> bool:
-        return self.tokenizer.token_to_id(UNKNOWN) not in self.tokenizer.encode(word, add_special_tokens=False).ids
+    def _in_known_words(self, prompt: str) -> str:
+        """Returns a prompt in the words of a word-level tokenizer.
+
+        Raises:
+          UserError: a word is unknown in lower case, too, or nothing but marks is left.
+        """
+        text = "".join(sign for sign in prompt if unicodedata.category(sign) != "Cf")  # signs that nobody sees
+        found = re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", unicodedata.normalize("NFKC", text))
+        words = [word for word in found if word in self._words or not _is_mark(word)]
+        words = [word if word in self._words else word.lower() for word in words]
+        unknown = [word for word in dict.fromkeys(words) if word not in self._words]
+        if unknown:
+            raise UserError(f"the model does not know {', '.join(map(repr, unknown))}; it knows: {self.known_words()}")
+        if not words:
+            raise UserError("a prompt is empty; say what to draw")
+        return " ".join(words)
 
     def known_words(self) -> str:
         """The words of a word-level tokenizer, for messages."""
         return " ".join(sorted(w for w in self.tokenizer.get_vocab() if w.isalpha()))
+
+
+def _is_mark(word: str) -> bool:
+    """Returns whether this is one punctuation mark of any script."""
+    return len(word) == 1 and unicodedata.category(word).startswith("P")

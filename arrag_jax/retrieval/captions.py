@@ -2,7 +2,7 @@
 
 They are chosen once, before anything is drawn. The nearness of two texts is the cosine between their sets of terms
 (words, and pairs of neighbouring words), each term weighted by its inverse document frequency among the stored
-captions: no model is needed, and "red car" tells a red car from a car beside something red.
+captions: no model is needed, and "blue car" tells a blue car from a car beside something blue.
 """
 
 import dataclasses
