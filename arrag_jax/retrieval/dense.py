@@ -31,6 +31,7 @@ from arrag_jax.retrieval.patches import Patches
 from arrag_jax.retrieval.ranking import lay_out, unless
 
 SCORE_BYTES = 64 * 2**20  # most bytes that one block's [B, n] scores may take
+COMPARE_BYTES = 4 * 2**20  # most bytes of keys that are compared with at once; more would slow down what never compares
 CHUNK = 32  # neighbouring scores whose best stands for them in the first stage of the top-k
 TPU_RECALL = 0.99  # expected recall of a block's approx_max_k
 STORAGES = ("codes", "float32", "bfloat16", "int8")
@@ -115,8 +116,8 @@ class DenseRetriever:
         complete, scores_of, error = (context >= 0).all(1), self._scores(query), self._score_error(query)
         widths = sorted({min(self._entries, width) for width in self._widths})
 
-        def nearest(width: int) -> tuple[Neighbors, Array]:
-            score, entry = self._best_scores(scores_of, len(context), width)
+        def nearest(width: int, once: Array | int = 1) -> tuple[Neighbors, Array]:
+            score, entry = self._best_scores(scores_of, len(context), width, once)
             found = self._ranked(query, jnp.where(complete[:, None] & ~jnp.isneginf(score), entry, self._entries))
             if width == self._entries:
                 return found, complete | True
@@ -126,12 +127,11 @@ class DenseRetriever:
 
         found, sure = nearest(widths[0])
         for width in widths[1:]:
-            found, sure = unless(sure, (found, sure), lambda _, width=width: nearest(width))
+            found, sure = unless(sure, (found, sure), lambda _, once, width=width: nearest(width, once))
         if widths[-1] == self._entries:
             return found
-        return unless(
-            sure, found, lambda found: self._compare(query, complete, scores_of, found.distance[:, -1] + error)
-        )
+        compare = functools.partial(self._compare, query, complete, scores_of)
+        return unless(sure, found, lambda found, once: compare(found.distance[:, -1] + error, once))
 
     @property
     def _entries(self) -> int:
@@ -147,7 +147,7 @@ class DenseRetriever:
         return width, WIDER * width
 
     def _best_scores(
-        self, scores_of: Callable[[Array, int], Array], batch: int, kept: int
+        self, scores_of: Callable[[Array, int], Array], batch: int, kept: int, once: Array | int
     ) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
         """The largest scores and their entries; -inf where there are fewer."""
         entries = self._entries
@@ -162,7 +162,7 @@ class DenseRetriever:
             return score, jnp.take_along_axis(entry, order, 1)
 
         none = jnp.full((batch, kept), -jnp.inf), jnp.zeros((batch, kept), jnp.int32)
-        return jax.lax.fori_loop(0, -(-entries // block), search_block, none)
+        return jax.lax.fori_loop(0, once * -(-entries // block), search_block, none)
 
     def _ranked(self, query: Float[Array, "B 4 C"], entry: Int[Array, "B n"]) -> Neighbors:
         """The first k patches of some entries; U in empty slots."""
@@ -180,10 +180,11 @@ class DenseRetriever:
         complete: Bool[Array, " B"],
         scores_of: Callable[[Array, int], Array],
         limit: Float[Array, " B"],
+        once: Int[Array, ""],
     ) -> Neighbors:
         """Neighbours by the distances of all entries whose scores are not beyond a limit."""
         entries, flat, k = self._entries, query.reshape(len(query), 1, -1), min(self.k, self._entries)
-        block = min(entries, max(1, self.score_bytes // (4 * flat.size)))
+        block = min(entries, max(1, min(self.score_bytes, COMPARE_BYTES) // (4 * flat.size)))
 
         def compare_block(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
             start = jnp.minimum(i * block, entries - block)
@@ -202,7 +203,7 @@ class DenseRetriever:
             return jax.lax.cond(near.any(), compared, lambda best: best, best)
 
         none = jnp.full((len(query), k), -jnp.inf), jnp.zeros((len(query), k), jnp.int32)
-        score, entry = jax.lax.fori_loop(0, -(-entries // block), compare_block, none)
+        score, entry = jax.lax.fori_loop(0, once * -(-entries // block), compare_block, none)
         entry = jnp.where(jnp.isneginf(score), -1, entry)
         return lay_out(entry, -score, self.k, self.codes, self.starts, self.rows)
 

@@ -61,10 +61,18 @@ def lay_out(
     return Neighbors(code, away, jnp.where(row == NO_ROW, -1, row))
 
 
-def unless(sure: Bool[Array, " B"], answer: Any, otherwise: Callable[[Any], Any]) -> Any:
+def unless(sure: Bool[Array, " B"], answer: Any, otherwise: Callable[[Any, Array], Any]) -> Any:
     """An answer where all of it is sure, else what ``otherwise`` makes of it, which is computed only then.
 
     A loop, not a condition: under ``vmap`` a condition would always compute both.
+
+    Args:
+      otherwise: given the answer, and the number 1, which multiplies the steps of its loops: XLA would compute ahead
+        what seems to depend on nothing here.
     """
-    state = sure.all(), answer
-    return jax.lax.while_loop(lambda state: ~state[0], lambda state: (state[0] | True, otherwise(state[1])), state)[1]
+
+    def settle(state: tuple[Array, Any]) -> tuple[Array, Any]:
+        settled, answer = state
+        return settled | True, otherwise(answer, 1 - settled.astype(jnp.int32))
+
+    return jax.lax.while_loop(lambda state: ~state[0], settle, (sure.all(), answer))[1]
