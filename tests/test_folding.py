@@ -12,7 +12,7 @@ from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval import sharded
 from arrag_jax.retrieval.datastore import unit_norm
 from arrag_jax.retrieval.dense import STORAGES, DenseRetriever
-from arrag_jax.retrieval.patches import LatentKeys, Patches, packed
+from arrag_jax.retrieval.patches import LatentKeys, Patches
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever, build_host
 
 V, K = 12, 40
@@ -40,11 +40,11 @@ def folded(rows: tuple[int, int] = (0, len(CODES)), codebook: np.ndarray = CODEB
 
 
 def naive(context: np.ndarray, k: int, codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and distances of the k nearest patches; at equal distance by context, then by row."""
+    """Rows and distances of the k nearest patches; at equal distance by row."""
     rows, away = [], []
     for query in context:
         distance = ((codebook[query][None] - codebook[CONTEXTS]) ** 2).sum((1, 2), dtype=np.float64)
-        order = np.lexsort((np.arange(len(CODES)), packed(CONTEXTS), distance))[:k]
+        order = np.lexsort((np.arange(len(CODES)), distance))[:k]
         rows.append(order)
         away.append(distance[order])
     return np.array(rows), np.array(away)
@@ -100,7 +100,7 @@ def test_dense_over_entries_is_the_naive_search(storage, k, score_bytes):
 
 
 @pytest.mark.parametrize("storage", ["codes", "float32"])
-def test_dense_orders_ties_by_context_and_row(storage):
+def test_dense_orders_ties_by_row(storage):
     context = queries()
     retriever = DenseRetriever.of(folded(codebook=HALVES), HALVES, K, storage, 4 * len(context) * 900)
     check(search(retriever, context), context, K, HALVES, ids=True)
@@ -172,9 +172,9 @@ def test_a_part_of_the_latents_is_its_rows():
 
 
 def test_what_an_index_of_entries_holds():
-    """Each entry takes its context and its start, each patch a row and a code: 12 U + 6 N bytes, and 4."""
+    """An entry takes its context, its start and its place by context, a patch a row and a code: 16 U + 6 N + 4."""
     patches = folded()
-    assert patches.nbytes == 12 * len(patches.keys) + 6 * len(CODES) + 4
+    assert patches.nbytes == 16 * len(patches.keys) + 6 * len(CODES) + 4
 
 
 def test_codes_are_held_of_contexts_alone():

@@ -3,14 +3,19 @@
 Queries and keys are four parts of unit norm each, so ‖q − k‖² = 8 − 2 q·k and no norm table is needed. What is
 held of an entry (``retrieval.patches``) is its ``storage``:
 
-  codes     4 code ids, 8 bytes: the score is a sum of four looked-up numbers. Kind "codebook" alone; exact.
-  float32   the key, 128 bytes; exact.
-  bfloat16  the key, 64 bytes; approximate scores. More than k are kept, and their distances computed anew: exactly
-            where code ids are held too (kind "codebook"), from the rounded key where not.
-  int8      the key, 32 bytes, as bfloat16. Kind "codebook" alone: of rounded latents too few of the nearest are found.
+  codes     4 code ids, 8 bytes: the score is a sum of four looked-up numbers. Kind "codebook" alone.
+  float32   the key, 128 bytes.
+  bfloat16  the key, 64 bytes.
+  int8      the key, 32 bytes. Kind "codebook" alone: of rounded latents too few of the nearest are found.
+
+Scores are approximate, and how they are rounded depends on the batch. So more than k entries are kept by their scores,
+and those are ranked by distances that are the same in every batch (``ops.distances``): from code ids where they are
+held, else from the key as it is held. An answer is taken where the scores' error cannot have hidden a nearer entry;
+where it can, more entries are kept, and at last all are compared. All storages of kind "codebook" answer alike.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,13 +26,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
+from arrag_jax.ops.distances import score_error, squared_distances
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.patches import Patches
+from arrag_jax.retrieval.ranking import lay_out, unless
 
 SCORE_BYTES = 64 * 2**20  # most bytes that one block's [B, n] scores may take
+COMPARE_BYTES = 4 * 2**20  # most bytes of keys that are compared with at once; more would slow down what never compares
 CHUNK = 32  # neighbouring scores whose best stands for them in the first stage of the top-k
 TPU_RECALL = 0.99  # expected recall of a block's approx_max_k
 STORAGES = ("codes", "float32", "bfloat16", "int8")
+WIDER = 8  # how many times more entries are kept where rounded keys leave too few beyond doubt
 STEPS = 127  # int8 holds a number x of a unit vector as round(127 x)
 
 
@@ -36,9 +45,8 @@ STEPS = 127  # int8 holds a number x of a unit vector as round(127 x)
 class DenseRetriever:
     """``interfaces.Retriever`` without an index; make one with ``create`` or ``of``.
 
-    Equal distances are ordered by entry, and inside an entry by lower row: where more than k stored patches
-    share the k-th distance, those first in that order are returned.
-    On TPUs a block's top-k is ``approx_max_k`` (recall ``TPU_RECALL``); elsewhere it is exact.
+    Equal distances are ordered by stored row: where more than k stored patches share the k-th distance, those of lowest
+    row are returned. On TPUs a block's top-k is ``approx_max_k`` (recall ``TPU_RECALL``); elsewhere it is exact.
 
     Attributes:
       keys: [U, E] in the storage's type; None where code ids alone are held.
@@ -106,27 +114,100 @@ class DenseRetriever:
     def search(self, context: Int[Array, "B 4"]) -> Neighbors:
         """Neighbours of B contexts given as code ids; see ``interfaces.Retriever``."""
         require_own_process()
-        batch, entries = len(context), len(self.contexts if self.keys is None else self.keys)
         query = jnp.take(self.codebook, jnp.maximum(context, 0), axis=0)
-        exact = self.keys is None or self.keys.dtype == jnp.float32
-        kept = min(entries, self.k if exact else self.k + max(64, self.k // 4))
+        complete, scores_of, error = (context >= 0).all(1), self._scores(query), self._score_error(query)
+        widths = sorted({min(self._entries, width) for width in self._widths})
+
+        def nearest(width: int, once: Array | int = 1) -> tuple[Neighbors, Array]:
+            score, entry = self._best_scores(scores_of, len(context), width, once)
+            found = self._ranked(query, jnp.where(complete[:, None] & ~jnp.isneginf(score), entry, self._entries))
+            if width == self._entries:
+                return found, complete | True
+            # no entry that was left out is nearer than this
+            bound = self._distance_of(score.min(1)) - error
+            return found, ~complete | jnp.isneginf(score.min(1)) | (found.distance[:, -1] < bound)
+
+        found, sure = nearest(widths[0])
+        for width in widths[1:]:
+            found, sure = unless(sure, (found, sure), lambda _, once, width=width: nearest(width, once))
+        if widths[-1] == self._entries:
+            return found
+        compare = functools.partial(self._compare, query, complete, scores_of)
+        return unless(sure, found, lambda found, once: compare(found.distance[:, -1] + error, once))
+
+    @property
+    def _entries(self) -> int:
+        """U."""
+        return len(self.contexts if self.keys is None else self.keys)
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        """How many entries are kept by their scores: at first, and where these do not suffice."""
+        if self.keys is None or self.keys.dtype == jnp.float32:
+            return (self.k + max(32, self.k // 8),)
+        width = self.k + max(64, self.k // 4)
+        return width, WIDER * width
+
+    def _best_scores(
+        self, scores_of: Callable[[Array, int], Array], batch: int, kept: int, once: Array | int
+    ) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
+        """The largest scores and their entries; -inf where there are fewer."""
+        entries = self._entries
         block = min(entries, max(1, self.score_bytes // (4 * batch)))
-        scores_of = self._scores(query)
 
         def search_block(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
             start = jnp.minimum(i * block, entries - block)  # the last block may overlap the one before it
             new = (start + jnp.arange(block) >= i * block) & self._held(start, block)
             score, place = _top_k(jnp.where(new[None], scores_of(start, block), -jnp.inf), min(kept, block))
-            # earlier blocks come first, so that equal distances stay ordered by entry
             score, entry = (jnp.concatenate(x, 1) for x in zip(best, (score, place + start), strict=True))
             score, order = jax.lax.top_k(score, kept)
             return score, jnp.take_along_axis(entry, order, 1)
 
         none = jnp.full((batch, kept), -jnp.inf), jnp.zeros((batch, kept), jnp.int32)
-        score, entry = jax.lax.fori_loop(0, -(-entries // block), search_block, none)
-        score, order = jax.lax.top_k(self._exact(query, score, entry), min(self.k, kept))
-        empty = jnp.isneginf(score) | (context < 0).any(1, keepdims=True)
-        return self._lay_out(jnp.where(empty, -1, jnp.take_along_axis(entry, order, 1)), -score)
+        return jax.lax.fori_loop(0, once * -(-entries // block), search_block, none)
+
+    def _ranked(self, query: Float[Array, "B 4 C"], entry: Int[Array, "B n"]) -> Neighbors:
+        """The first k patches of some entries; U in empty slots."""
+        entry = jnp.sort(entry)  # of equal distances the top-k takes the first
+        flat = query.reshape(len(query), 1, -1)
+        held = jnp.minimum(entry, self._entries - 1)
+        distance = jnp.where(entry < self._entries, squared_distances(flat, self._keys_of(held)), jnp.inf)
+        distance, order = jax.lax.top_k(-distance, min(self.k, entry.shape[1]))
+        entry = jnp.where(jnp.isneginf(distance), -1, jnp.take_along_axis(entry, order, 1))
+        return lay_out(entry, -distance, self.k, self.codes, self.starts, self.rows)
+
+    def _compare(
+        self,
+        query: Float[Array, "B 4 C"],
+        complete: Bool[Array, " B"],
+        scores_of: Callable[[Array, int], Array],
+        limit: Float[Array, " B"],
+        once: Int[Array, ""],
+    ) -> Neighbors:
+        """Neighbours by the distances of all entries whose scores are not beyond a limit."""
+        entries, flat, k = self._entries, query.reshape(len(query), 1, -1), min(self.k, self._entries)
+        block = min(entries, max(1, min(self.score_bytes, COMPARE_BYTES) // (4 * flat.size)))
+
+        def compare_block(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+            start = jnp.minimum(i * block, entries - block)
+            entry = start + jnp.arange(block)
+            new = (entry >= i * block) & self._held(start, block)
+            near = new[None] & complete[:, None] & (self._distance_of(scores_of(start, block)) <= limit[:, None])
+
+            def compared(best: tuple[Array, Array]) -> tuple[Array, Array]:
+                distance = jnp.where(near, squared_distances(flat, self._keys_of(entry)[None]), jnp.inf)
+                score, place = exact_top_k(-distance, min(k, block))
+                # earlier blocks come first, so that equal distances stay ordered by entry
+                score, found = (jnp.concatenate(x, 1) for x in zip(best, (score, place + start), strict=True))
+                score, order = jax.lax.top_k(score, k)
+                return score, jnp.take_along_axis(found, order, 1)
+
+            return jax.lax.cond(near.any(), compared, lambda best: best, best)
+
+        none = jnp.full((len(query), k), -jnp.inf), jnp.zeros((len(query), k), jnp.int32)
+        score, entry = jax.lax.fori_loop(0, once * -(-entries // block), compare_block, none)
+        entry = jnp.where(jnp.isneginf(score), -1, entry)
+        return lay_out(entry, -score, self.k, self.codes, self.starts, self.rows)
 
     def _scores(self, query: Float[Array, "B 4 C"]) -> Callable[[Array, int], Float[Array, "B n"]]:
         """From the first entry and the size of a block to its scores: the nearer, the larger."""
@@ -158,37 +239,31 @@ class DenseRetriever:
             return jax.lax.dynamic_slice_in_dim(self.codes, start, block) >= 0
         return jnp.diff(jax.lax.dynamic_slice_in_dim(self.starts, start, block + 1)) > 0
 
-    def _exact(
-        self, query: Float[Array, "B 4 C"], score: Float[Array, "B n"], entry: Int[Array, "B n"]
-    ) -> Float[Array, "B n"]:
-        """Minus squared distances of found entries, as exactly as what is held of them allows."""
-        if self.keys is None:
-            return score
+    def _keys_of(self, entry: Int[Array, "*dims"]) -> Float[Array, "*dims E"]:
+        """Keys of entries, as exactly as what is held of them allows."""
         if self.contexts is None:
-            key = jnp.take(self.keys, entry, axis=0).astype(jnp.float32).reshape(*entry.shape, *query.shape[1:])
-        else:
-            key = jnp.take(self.codebook, jnp.take(self.contexts, entry, axis=0), axis=0)
-        return jnp.where(jnp.isneginf(score), score, -((query[:, None] - key) ** 2).sum((2, 3)))
+            return jnp.take(self.keys, entry, axis=0).astype(jnp.float32)
+        return jnp.take(self.codebook, jnp.take(self.contexts, entry, axis=0), axis=0).reshape(*entry.shape, -1)
 
-    def _lay_out(self, entry: Int[Array, "B n"], distance: Float[Array, "B n"]) -> Neighbors:
-        """The first k patches of entries, nearest first; -1 in empty slots, which come last."""
-        first, count = entry, (entry >= 0).astype(jnp.int32)
-        if self.starts is not None:
-            first, end = (jnp.take(self.starts, jnp.maximum(entry, 0) + i) for i in (0, 1))
-            count = jnp.where(entry >= 0, end - first, 0)
-        ends = jnp.cumsum(jnp.minimum(count, self.k), 1)
-        slot = jnp.arange(self.k)
-        which = jax.vmap(lambda ends: jnp.searchsorted(ends, slot, side="right"))(ends)
-        full = which < entry.shape[1]
-        which = jnp.minimum(which, entry.shape[1] - 1)
-        offset = slot[None] - jnp.take_along_axis(ends - jnp.minimum(count, self.k), which, 1)
-        place = jnp.where(full, jnp.take_along_axis(first, which, 1) + offset, 0)
-        row = place if self.rows is None else jnp.take(self.rows, place)
-        return Neighbors(
-            jnp.where(full, jnp.take(self.codes, place).astype(jnp.int32), -1),
-            jnp.where(full, jnp.take_along_axis(distance, which, 1), jnp.inf),
-            jnp.where(full, row, -1),
-        )
+    def _distance_of(self, score: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+        """The distances that scores stand for."""
+        if self.keys is None:
+            return -score
+        return 8 - score * (2 / STEPS**2 if self.keys.dtype == jnp.int8 else 2)
+
+    def _score_error(self, query: Float[Array, "B 4 C"]) -> Float[Array, " B"] | float:
+        """Most by which ``_distance_of`` scores differs from distances."""
+        numbers = 4 * query.shape[2]
+        if self.keys is None or self.keys.dtype == jnp.float32:
+            return score_error(numbers)
+        held = lambda x: _stored(x, self.keys.dtype).astype(jnp.float32) / scale  # noqa: E731
+        scale = STEPS if self.keys.dtype == jnp.int8 else 1
+        if self.contexts is None:  # bfloat16 keeps eight bits: numbers and norms are off by 2^-9 of themselves at most
+            away = jnp.sqrt(((query - held(query)) ** 2).sum(2)).sum(1)
+            return 2.01 * away + 4.01 * 2.0**-8 + score_error(numbers)
+        product = functools.partial(jnp.einsum, "bpc,vc->bpv", precision=jax.lax.Precision.HIGHEST)
+        lost = product(query, self.codebook) - product(held(query), held(self.codebook))
+        return 2 * jnp.abs(lost).max(2).sum(1) + 2 * score_error(numbers)
 
 
 def leaves_of(patches: Patches, storage: str) -> dict[str, Any]:

@@ -3,20 +3,25 @@
 Keys of kind "codebook" follow from four code ids, and equal contexts have equal keys: 11.8 million patches of
 ``emoji_scenes`` have 353 thousand different contexts. So each is an *entry*, held once, with the list of its patches; a
 search finds entries and lays them out as patches again. Nothing is lost: ids are stored rows, as without
-folding. Keys of kind "latent" never repeat; there every patch is its own entry.
+folding. Keys of kind "latent" hardly repeat; there every patch is its own entry.
+
+Every search orders patches by distance, then by stored row. Entries are numbered in the order of their first patches,
+so that of entries at one distance the first k hold the k patches of lowest row.
 
 Numpy alone: this runs inside host callbacks.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int, Integer, UInt16, UInt64
+from jaxtyping import Bool, Float, Int, Integer, UInt16, UInt64
 
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
+from arrag_jax.ops.distances import rounded
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.datastore import Datastore, unit_norm
 
@@ -50,6 +55,12 @@ class CodebookKeys:
     def nbytes(self) -> int:
         """Bytes held, the codebook aside."""
         return self.contexts.nbytes
+
+    @functools.cached_property
+    def repeated(self) -> Bool[np.ndarray, " V"]:
+        """Which codes' vectors are another code's as well, as ``ops.distances`` has them."""
+        _, which, count = np.unique(rounded(self.codebook), axis=0, return_inverse=True, return_counts=True)
+        return count[which.reshape(-1)] > 1
 
     def __getitem__(self, entry: Any, /) -> np.ndarray:
         vectors = np.take(self.codebook, self.contexts[entry], 0)
@@ -86,11 +97,12 @@ class Patches:
     """N stored patches as U entries.
 
     Attributes:
-      keys: of every entry.
+      keys: of every entry; ``CodebookKeys`` where folded.
       codes: the code each patch offers; entry by entry, and inside an entry in stored-row order.
-      contexts: code ids of every entry, in ascending order of ``packed``; None: entries are patches, unfolded.
+      contexts: code ids of every entry, in the order of its first patch; None: entries are patches, unfolded.
       starts: where in ``codes`` and ``rows`` each entry begins, and the end; None when unfolded.
       rows: stored row of each patch, in the order of ``codes``; None when unfolded: it is its place.
+      by_context: the entries in ascending order of ``packed`` contexts; None when unfolded.
     """
 
     keys: Keys
@@ -98,6 +110,7 @@ class Patches:
     contexts: UInt16[np.ndarray, "U 4"] | None = None
     starts: Int[np.ndarray, " U+1"] | None = None
     rows: Int[np.ndarray, " N"] | None = None
+    by_context: Int[np.ndarray, " U"] | None = None
 
     @classmethod
     def fold(
@@ -111,47 +124,75 @@ class Patches:
         rows = np.argsort(whole, kind="stable").astype(np.int32)
         whole = whole[rows]
         starts = np.flatnonzero(np.concatenate([[True], whole[1:] != whole[:-1], [True]])).astype(np.int32)
-        distinct = whole[starts[:-1]].view("<u2").reshape(-1, 4)
-        codebook = np.asarray(codebook, np.float32)
-        return cls(CodebookKeys(distinct, codebook), codes.astype(np.uint16)[rows], distinct, starts, rows)
+        distinct, counts = whole[starts[:-1]], np.diff(starts)
+        order = np.argsort(rows[starts[:-1]])  # of the first patches
+        by_context = np.empty(len(order), np.int32)
+        by_context[order] = np.arange(len(order))
+        counts, moved = counts[order], starts[order]
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        rows = rows[np.arange(len(rows)) + np.repeat(moved - starts[:-1], counts)]
+        distinct, codebook = distinct[order].view("<u2").reshape(-1, 4), np.asarray(codebook, np.float32)
+        keys, codes = CodebookKeys(distinct, codebook), codes.astype(np.uint16)[rows]
+        return cls(keys, codes, distinct, starts, rows, by_context)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(held.nbytes for held in (self.keys, self.codes, self.starts, self.rows) if held is not None)
+        arrays = (self.keys, self.codes, self.starts, self.rows, self.by_context)
+        return sum(held.nbytes for held in arrays if held is not None)
 
     def own(self, context: Int[np.ndarray, "n 4"]) -> tuple[np.ndarray, np.ndarray]:
-        """The entry of exactly each context and the number of its patches; (any, 0) where there is none."""
+        """The entry of exactly each context and the number of its patches; (any, 0) where there is none.
+
+        Also 0 where another context may be at distance 0, because two rows of the codebook are equal.
+        """
         if self.contexts is None:
             return np.zeros(len(context), np.int32), np.zeros(len(context), np.int32)
         wanted, held = packed(context), self.contexts.view("<u8")[:, 0]
-        entry = np.minimum(np.searchsorted(held, wanted), len(held) - 1)
-        return entry, np.where(held[entry] == wanted, self.starts[entry + 1] - self.starts[entry], 0)
+        place = np.searchsorted(held, wanted, sorter=self.by_context)
+        entry = self.by_context[np.minimum(place, len(held) - 1)]
+        alone = (held[entry] == wanted) & ~self.keys.repeated[context].any(1)
+        return entry, np.where(alone, self.starts[entry + 1] - self.starts[entry], 0)
 
     def lay_out(
         self, entry: Int[np.ndarray, "n m"], distance: Float[np.ndarray, "n m"], k: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The first k patches of each row of entries: codes, distances and stored rows, [n, k].
+        """The first k patches of each row of entries, by distance and then by stored row.
 
         Args:
-          entry: nearest first; -1 in empty slots, which come last.
+          entry: nearest first, and at one distance in ascending order; -1 in empty slots, which come last.
+
+        Returns:
+          codes, distances and stored rows, [n, k].
         """
         entry, distance = entry[:, :k], distance[:, :k]
-        code, away, row = no_neighbors(len(entry), k)
+        found = no_neighbors(len(entry), k)
         if self.starts is None:
             first, count = entry, (entry >= 0).astype(np.int64)
         else:
             first = self.starts[entry]
             count = np.where(entry >= 0, self.starts[entry + 1] - first, 0).astype(np.int64)
-        slot = np.cumsum(count, 1) - count  # of the entry's first patch
-        count = np.clip(k - slot, 0, count).reshape(-1)
+        equal = np.zeros(entry.shape, bool)  # to the entry before
+        equal[:, 1:] = (distance[:, 1:] == distance[:, :-1]) & (entry[:, 1:] >= 0)
+        nearer = np.cumsum(count, 1) - count
+        nearer = np.maximum.accumulate(np.where(equal, 0, nearer), 1)  # patches at smaller distances
+        count = np.clip(k - nearer, 0, count)  # more than k in all where entries at one distance compete
+        slot = (np.cumsum(count, 1) - count).reshape(-1)
+        count = count.reshape(-1)
         source = np.repeat(np.arange(entry.size), count)
         offset = np.arange(len(source)) - np.repeat(np.cumsum(count) - count, count)
         place = first.reshape(-1)[source] + offset
-        where = source // entry.shape[1], slot.reshape(-1)[source] + offset
-        code[where], away[where] = self.codes[place], distance.reshape(-1)[source]
-        row[where] = place if self.rows is None else self.rows[place]
-        return code, away, row
+        query, slot, away = source // entry.shape[1], slot[source] + offset, distance.reshape(-1)[source]
+        if self.rows is not None:
+            equal[:, :-1] |= equal[:, 1:]
+            tied = np.flatnonzero(equal.reshape(-1)[source])
+            order = np.lexsort((self.rows[place[tied]], away[tied], query[tied]))
+            place[tied] = place[tied[order]]  # queries and distances are in order already
+        kept = slot < k
+        where, place = (query[kept], slot[kept]), place[kept]
+        found.code[where], found.distance[where] = self.codes[place], away[kept]
+        found.id[where] = place if self.rows is None else self.rows[place]
+        return tuple(found)
 
 
 def no_neighbors(queries: int, k: int) -> Neighbors:

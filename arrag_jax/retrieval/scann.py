@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
+from arrag_jax.ops.distances import host_distances, score_error
 from arrag_jax.ops.host import host_call
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.dense import require_k
@@ -40,7 +41,6 @@ SPARE = {4: (16, 0.0), 1: (64, 0.5)}  # entries asked for beyond those expected,
 MORE = 4  # how many times more are asked for where these were too few
 WORTH = 12  # leaves searched hold at least so many times the entries asked for
 FLOAT32_SHARE = 0.25  # up to this share of entries among patches an index holds float32, beyond it int8
-ROUNDING = 2e-5  # most by which ScaNN's float32 distances are off
 BLOCK = 2**16  # keys made at once
 EXACT_NUMBERS = 2**18  # numbers whose distances are computed at once: they stay in a core's cache
 
@@ -133,7 +133,7 @@ class ShardSearch:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Codes, squared distances and stored rows [n, k] of contexts and their vectors.
 
-        Nearest first; equal distances by entry, and inside an entry by lower row.
+        Nearest first; equal distances by stored row.
         """
         entries, rows = len(self.patches.keys), len(self.patches.codes)
         own, count = self.patches.own(context)
@@ -167,7 +167,7 @@ class ShardSearch:
         distance = (order >> 32).astype(np.int32).view(np.float32)
         entry = np.where(np.isfinite(distance), order & 0xFFFFFFFF, -1)
         # int8 holds parts of unit norm in steps of at most 1/127
-        error = ROUNDING if self.bytes_a_number == 4 else np.abs(query).sum(1) / 127 + ROUNDING
+        error = score_error(query.shape[1]) + (0 if self.bytes_a_number == 4 else np.abs(query).sum(1) / 127)
         exhausted = (hit.sum(1) < asked) | (asked == len(self.patches.keys))
         return entry, distance, np.where(exhausted, np.inf, np.where(hit, near, 0).max(1) - error)
 
@@ -177,8 +177,7 @@ class ShardSearch:
         step = max(1, EXACT_NUMBERS // max(1, query.shape[1] * entry.shape[1]))
         for first in range(0, len(entry), step):
             part = slice(first, first + step)
-            away = self.patches.keys[entry[part]] - query[part, None]
-            distance[part] = np.einsum("nme,nme->nm", away, away)
+            distance[part] = host_distances(query[part], self.patches.keys[entry[part]])
         return distance
 
 
@@ -263,7 +262,7 @@ def build_host(
 class ScannRetriever:
     """Approximate ``interfaces.Retriever`` on the host; exact with ``EXHAUSTIVE``. Make one with ``create``.
 
-    Where more than k stored patches share the k-th distance, those of lowest row are returned, context by context.
+    Where more than k stored patches share the k-th distance, those of lowest row are returned.
 
     Attributes:
       shard: which of the host's searchers to ask; int32 scalar, or [S] inside a ``ShardedRetriever``.
