@@ -16,10 +16,11 @@ def open_store(config: RetrievalConfig, fingerprint: str) -> tuple[Datastore, bo
     """Opens the images of a datastore that a config asks for, and tells whether these are all it holds.
 
     Raises:
-      UserError: no such store, or one of another tokenizer.
+      UserError: no such store, one of another tokenizer, or one whose manifest is not what was written.
     """
     store = Datastore.open(config.store)
     store.require_tokenizer(fingerprint)
+    store.require_manifest()
     whole = config.num_images in (0, store.num_images)
     return store if whole else store.subset(config.num_images), whole
 
