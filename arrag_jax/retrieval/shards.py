@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import zipfile
 from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -308,8 +307,7 @@ def reading(path: Path, verify: str, rebuild: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, RuntimeError, ValueError, LookupError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        # each reader has its own errors
+    except Exception as error:  # each reader has its own
         see = f"to see what else is, run: {verify}; " if verify else ""
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); {see}{rebuild}") from error
 
