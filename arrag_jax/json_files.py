@@ -31,7 +31,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
     except RecursionError:
         raise UserError(f"{where} is nested too deeply to be JSON of this kind") from None
     except ValueError as error:  # UnicodeDecodeError, JSONDecodeError and numbers of too many digits are ValueErrors
-        raise UserError(f"{where} is not valid JSON ({error})") from None
+        raise UserError(f"{where} is not JSON ({error})") from None
 
 
 def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:

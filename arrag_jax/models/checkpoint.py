@@ -17,7 +17,7 @@ from arrag_jax.interfaces import ArrayLike
 from arrag_jax.models.config_json import config_to_json, layout_of, parse_config, read_json, read_lora
 from arrag_jax.models.janus import PARTS, VISION, Janus
 from arrag_jax.models.layouts import Layout
-from arrag_jax.models.tensor_files import checkpoint_folder, stored_tensors
+from arrag_jax.models.tensor_files import Stored, checkpoint_folder, stored_tensors
 from arrag_jax.models.weights import DTYPES, match, parameters, read_weights, write_weights
 
 
@@ -41,9 +41,9 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     directory = checkpoint_folder(Path(directory))
-    model, layout = abstract_model(directory, parts)
+    model, layout, stored = abstract_model(directory, parts)
     model = model if grid is None else model.with_grid(grid)
-    read_weights(model, match(model, stored_tensors(directory), layout, directory), dtype)
+    read_weights(model, match(model, stored, layout, directory), dtype)
     if model.gen_vision_model is not None:
         size, dim = model.config.vision.codebook_size, model.config.vision.code_dim
         model.gen_vision_model.usage.set_value(jnp.full((size,), 1.0 / size))
@@ -51,13 +51,31 @@ def load_model(
     return model
 
 
-def abstract_model(directory: Path, parts: tuple[str, ...] = PARTS) -> tuple[Janus, Layout]:
-    """The model that a folder's configs describe, shapes without numbers, and how its tensors are named there."""
+def abstract_model(
+    directory: Path, parts: tuple[str, ...] = PARTS, also: tuple[str, ...] = ()
+) -> tuple[Janus, Layout, dict[str, Stored]]:
+    """The model that a folder's configs describe, shapes without numbers; how its tensors are named there; and these.
+
+    Args:
+      also: further files to look for tensors in.
+
+    Raises:
+      UserError: configs of another model, or of one with more layers than the folder has tensors.
+    """
     config, lora = read_json(directory), read_lora(directory)
     shape = parse_config(config, directory)
     if shape.pad_id >= shape.language.vocab_size:
         raise UserError(
             f"{directory} has a vocabulary of {shape.language.vocab_size}, but its pad token is {shape.pad_id}"
+        )
+    stored = stored_tensors(directory, also)
+    layers = shape.language.layers if "language_model" in parts else 0
+    blocks = len(shape.vision.multipliers) * shape.vision.res_blocks if "gen_vision_model" in parts else 0
+    depth = shape.aligner_depth if "gen_aligner" in parts else 0
+    if layers + blocks + depth > len(stored):  # before they are built, one after another
+        raise UserError(
+            f"{directory / 'config.json'} asks for {layers} layers, {blocks} blocks of the tokenizer and an aligner of "
+            f"{depth}, but the weights beside it are {len(stored)} tensors; copy the checkpoint again"
         )
 
     def build() -> Janus:
@@ -66,7 +84,7 @@ def abstract_model(directory: Path, parts: tuple[str, ...] = PARTS) -> tuple[Jan
             layer.attention.add_lora(lora, nnx.Rngs(0))
         return model
 
-    return nnx.eval_shape(build), layout_of(config)
+    return nnx.eval_shape(build), layout_of(config), stored
 
 
 def save_model(model: Janus, directory: str | Path, dtype: str = "float32") -> None:

@@ -16,11 +16,11 @@ from typing import Any, ClassVar, TypeVar
 from arrag_jax.errors import UserError
 from arrag_jax.files import sha256_of, write_json
 from arrag_jax.json_files import read_object
+from arrag_jax.ops.grid import MOST_SIDE
 from arrag_jax.parsing import in_range, parse, shown
 
 MANIFEST = "manifest.json"
 MOST_IMAGES = 2**40
-MOST_CELLS = 1024  # a side of a grid: what is made of a grid alone is then small
 BAD_FILES = "bad-*.txt"
 
 Folder = TypeVar("Folder")
@@ -57,7 +57,7 @@ class ShardSettings:
         for name in ("num_images", "shard_size"):
             in_range(name, getattr(self, name), 1, MOST_IMAGES)
         for side in self.grid:
-            in_range("a side of grid", side, 1, MOST_CELLS)
+            in_range("a side of grid", side, 1, MOST_SIDE)
         in_range("codebook_size", self.codebook_size, 1, 2**31)
 
     @property
