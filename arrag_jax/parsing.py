@@ -16,6 +16,7 @@ from arrag_jax.errors import UserError
 
 T = TypeVar("T")
 MOST_ERRORS = 20  # that one message names
+LONGEST = 1000  # characters of one of them
 LARGEST = 2**63  # integers are below it: what numpy and the formats of files hold
 
 
@@ -35,7 +36,7 @@ def parse(cls: type[T], config: Any, where: str = "config", ignore_unknown: bool
     value = _parse(cls, config, where, errors, ignore_unknown)
     if errors:
         more = f"; and {len(errors) - MOST_ERRORS} more" if len(errors) > MOST_ERRORS else ""
-        raise UserError("; ".join(errors[:MOST_ERRORS]) + more)
+        raise UserError("; ".join(map(_cut, errors[:MOST_ERRORS])) + more)
     return value
 
 
@@ -43,6 +44,11 @@ def in_range(name: str, value: int | float, low: int | float, high: int | float)
     """Raises UserError unless a number lies within the bounds, both of them allowed."""
     if not low <= value <= high:
         raise UserError(f"{name}={value} is outside [{low:g}, {high:g}]")
+
+
+def _cut(message: str) -> str:
+    """A message short enough to be read: a check of a dataclass gives values as they are."""
+    return message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
 
 
 def shown(value: Any) -> str:

@@ -5,6 +5,7 @@ the former (see ``config_json`` for the keys of our own, ``layouts`` for the nam
 """
 
 import hashlib
+import math
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ from arrag_jax.interfaces import ArrayLike
 from arrag_jax.models.config_json import config_to_json, layout_of, parse_config, read_json, read_lora
 from arrag_jax.models.janus import PARTS, VISION, Janus
 from arrag_jax.models.layouts import Layout
-from arrag_jax.models.tensor_files import Stored, checkpoint_folder, stored_tensors
+from arrag_jax.models.manifest import WEIGHTS, require_weights_written
+from arrag_jax.models.presets import JanusConfig
+from arrag_jax.models.tensor_files import Stored, checkpoint_folder, has_checksums, stored_tensors
 from arrag_jax.models.weights import DTYPES, match, parameters, read_weights, write_weights
 
 
@@ -42,6 +45,8 @@ def load_model(
         raise UserError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     directory = checkpoint_folder(Path(directory))
     model, layout, stored = abstract_model(directory, parts)
+    if not has_checksums(directory / WEIGHTS) and set(parts) == set(PARTS):
+        require_weights_written(directory)  # an export from before tensors had their own
     model = model if grid is None else model.with_grid(grid)
     read_weights(model, match(model, stored, layout, directory), dtype)
     if model.gen_vision_model is not None:
@@ -69,14 +74,7 @@ def abstract_model(
             f"{directory} has a vocabulary of {shape.language.vocab_size}, but its pad token is {shape.pad_id}"
         )
     stored = stored_tensors(directory, also)
-    layers = shape.language.layers if "language_model" in parts else 0
-    blocks = len(shape.vision.multipliers) * shape.vision.res_blocks if "gen_vision_model" in parts else 0
-    depth = shape.aligner_depth if "gen_aligner" in parts else 0
-    if layers + blocks + depth > len(stored):  # before they are built, one after another
-        raise UserError(
-            f"{directory / 'config.json'} asks for {layers} layers, {blocks} blocks of the tokenizer and an aligner of "
-            f"{depth}, but the weights beside it are {len(stored)} tensors; copy the checkpoint again"
-        )
+    _require_room(shape, stored, parts, directory / "config.json")
 
     def build() -> Janus:
         model = Janus(shape, nnx.Rngs(0), parts)
@@ -85,6 +83,27 @@ def abstract_model(
         return model
 
     return nnx.eval_shape(build), layout_of(config), stored
+
+
+def _require_room(shape: JanusConfig, stored: dict[str, Stored], parts: tuple[str, ...], path: Path) -> None:
+    """Raises UserError where a config asks for more than the weights beside it hold, before modules are built for it.
+
+    It counts what is surely there: each layer or block has a tensor of its own, and a layer its seven matrices.
+    """
+    text, vision, layers, blocks, depth = shape.language, shape.vision, 0, 0, 0
+    if "language_model" in parts:
+        layers = text.layers
+    if "gen_vision_model" in parts:
+        blocks = len(vision.multipliers) * vision.res_blocks
+    if "gen_aligner" in parts:
+        depth = shape.aligner_depth
+    numbers = layers * 3 * text.width * text.mlp + blocks * vision.channels**2 + depth * text.width
+    held = sum(math.prod(tensor.shape) for tensor in stored.values())
+    if layers + blocks + depth > len(stored) or numbers > held:
+        raise UserError(
+            f"{path} asks for {layers} layers of width {text.width}, {blocks} blocks of the tokenizer and an aligner "
+            f"of {depth}, more than the {len(stored)} tensors of {held:,} numbers beside it; copy the checkpoint again"
+        )
 
 
 def save_model(model: Janus, directory: str | Path, dtype: str = "float32") -> None:

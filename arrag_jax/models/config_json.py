@@ -12,6 +12,7 @@ from typing import Any
 from arrag_jax.errors import UserError
 from arrag_jax.json_files import read_object
 from arrag_jax.models.layouts import PUBLISHED, TRANSFORMERS, Layout
+from arrag_jax.models.manifest import require_written
 from arrag_jax.models.presets import PAD, JanusConfig
 from arrag_jax.models.schema import (
     AdapterConfig,
@@ -45,6 +46,7 @@ def read_json(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(f"{directory} is no checkpoint folder: it holds no config.json")
+    require_written(path)
     return _object(path)
 
 

@@ -76,6 +76,7 @@ class _Safetensors:
         if not isinstance(self._sums, dict):
             raise UserError(f"{path} is damaged: its {CHECKSUMS} are no object; copy the checkpoint again")
         self._start = 8 + size
+        self.has_checksums = bool(self._sums)
 
     def tensors(self) -> list[Stored]:
         for name, entry in self._entries.items():
@@ -200,6 +201,11 @@ def stored_tensors(directory: Path, also: tuple[str, ...] = ()) -> dict[str, Sto
             raise UserError(f"{directory} holds {key} twice, in {places}; copy the checkpoint again")
         stored[key] = tensor
     return stored
+
+
+def has_checksums(path: Path) -> bool:
+    """Whether a file of weights holds checksums of its tensors."""
+    return path.suffix == ".safetensors" and path.is_file() and _Safetensors(path).has_checksums
 
 
 def read_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, np.ndarray]]:

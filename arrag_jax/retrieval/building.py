@@ -16,7 +16,7 @@ from tqdm import tqdm
 from arrag_jax.errors import UserError
 from arrag_jax.files import explained, only_writer, sha256_of, whole_file, write_json
 from arrag_jax.json_files import read_object
-from arrag_jax.parsing import parse
+from arrag_jax.parsing import parse, shown
 from arrag_jax.retrieval.shards import MANIFEST, ShardFolder, ShardSettings, write_manifest
 from arrag_jax.retrieval.team import Team
 
@@ -80,7 +80,7 @@ def require_same_settings(kind: type[ShardFolder], directory: Path, settings: Sh
     state, found = state_of(kind, directory)
     fields = [field.name for field in dataclasses.fields(settings) if field.compare]
     differ = [
-        f"{x}: {getattr(found, x)!r}, not {getattr(settings, x)!r}"
+        f"{x}: {shown(getattr(found, x))}, not {shown(getattr(settings, x))}"
         for x in fields
         if found and getattr(found, x) != getattr(settings, x)
     ]

@@ -102,6 +102,8 @@ class NeighborSet(ShardFolder):
             codes, neighbors, caption = from_record(self._records[i], self.grid[0] * self.grid[1], self.k)
             if codes.max() >= self.codebook_size or neighbors.max() >= self.codebook_size:
                 raise ValueError(f"image {i} has codes outside a codebook of {self.codebook_size}")
+            if "\0" in caption:  # numbers that the settings do not know of
+                raise ValueError(f"image {i} has more numbers than {self.grid} and k={self.k} tell")
         return {"codes": codes, "neighbors": neighbors, "caption": caption}
 
     def verify(self) -> None:

@@ -249,8 +249,9 @@ class ShardFolder:
     def require_tokenizer(self, fingerprint: str) -> None:
         """Raises UserError unless the tokenizer with this fingerprint made the codes."""
         if fingerprint != self.settings.fingerprint:
+            own = shown(self.settings.fingerprint)[1:-1]
             raise UserError(
-                f"{self.noun} {self.directory} was made by tokenizer {self.settings.fingerprint}, "
+                f"{self.noun} {self.directory} was made by tokenizer {own}, "
                 f"the model has {fingerprint}; use that tokenizer's model, or {self.rebuild}"
             )
 

@@ -23,7 +23,9 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from arrag_jax.config import TrainConfig
 from arrag_jax.errors import UserError
 from arrag_jax.files import only_writer, write_json
-from arrag_jax.parsing import parse
+from arrag_jax.json_files import read_object
+from arrag_jax.parsing import parse, shown
+from arrag_jax.training.sums import digest_of, read_sums, require_finite, require_same, sums_of
 
 State = TypeVar("State")
 KEEP = 2  # the newest, and the one before it in case the newest is damaged; the best one is kept besides
@@ -65,7 +67,11 @@ class Checkpoints:
         ``metrics``: the held-out metrics of this state; None where it was not judged.
         """
         if step not in self._manager.all_steps():
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data.get_state()))
+            position = data.get_state()
+            sums = dataclasses.asdict(sums_of(state, position, metrics))
+            args = ocp.args.Composite(
+                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position), sums=ocp.args.JsonSave(sums)
+            )
             self._manager.save(step, args=args, metrics=metrics)
 
     def best_step(self) -> int | None:
@@ -83,8 +89,13 @@ class Checkpoints:
             return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        with _reading(self._directory / str(step), "delete that folder to continue from the one before it"):
-            saved = self._manager.restore(step, args=args)
+        path = self._directory / str(step)
+        with _reading(path, "delete that folder to continue from the one before it"):
+            saved, sums = self._manager.restore(step, args=args), read_sums(path)
+            if sums is not None:
+                require_same(sums.state, saved["state"])
+                if digest_of(saved["data"]) != sums.data:
+                    raise ValueError("its data position is not what was saved")
             data.set_state(saved["data"])
         return saved["state"]
 
@@ -122,7 +133,7 @@ def read_params(
     if directory.is_dir():
         options = ocp.CheckpointManagerOptions(read_only=True, **_best(selects))
         with contextlib.closing(ocp.CheckpointManager(directory, options=options)) as manager:
-            best = None if last else manager.best_step()
+            best = None if last else _best_step(manager, directory)
             step = manager.latest_step() if best is None else best
     if step is None:
         raise UserError(f"{named}={workdir} holds no checkpoint; give the workdir of a run that has saved one")
@@ -137,7 +148,22 @@ def read_params(
         item = {name: jax.tree.map(ocp.utils.to_shape_dtype_struct, params)}
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-        return step, reader.restore(path / "state", args=args)[name]
+        restored, sums = reader.restore(path / "state", args=args)[name], read_sums(path)
+        if sums is not None:
+            require_same(sums.state, restored, f"{name}/")
+        require_finite(restored)
+        return step, restored
+
+
+def _best_step(manager: ocp.CheckpointManager, directory: Path) -> int | None:
+    """Step of the best checkpoint, once the metrics by which it is chosen are what was saved."""
+    for step in manager.all_steps():
+        path = directory / str(step)
+        with _reading(path, "delete that folder to choose from the others"):
+            sums = read_sums(path)
+            if sums is not None and digest_of(manager.metrics(step)) != sums.metrics:
+                raise ValueError("its metrics are not what was saved")
+    return manager.best_step()
 
 
 @contextlib.contextmanager
@@ -236,19 +262,16 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """ "key (1 there, 2 now), …": the first keys whose values differ; "" where none does."""
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    told = [f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in keys[:TOLD]]
+    told = [f"{key} ({shown(old.get(key))} there, {shown(new.get(key))} now)" for key in keys[:TOLD]]
     return ", ".join(told if len(keys) <= TOLD else [*told, "…"])
 
 
 def _read_json(path: Path, absent: dict[str, Any]) -> dict[str, Any]:
     """The object in a file, or ``absent`` where there is no such file."""
     try:
-        value = json.loads(path.read_text()) if path.exists() else absent
-    except ValueError as error:
+        return read_object(path) if path.exists() else absent
+    except UserError as error:
         raise UserError(f"{path} is damaged ({error}); delete it if this run is the one you mean") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged (it holds no JSON object); delete it if this run is the one you mean")
-    return value
 
 
 def _free(key: str) -> bool:
