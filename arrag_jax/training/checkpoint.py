@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
+from logging import getLogger
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from arrag_jax.parsing import parse, shown
 from arrag_jax.training.sums import digest_of, read_sums, require_finite, require_same, sums_of
 
 State = TypeVar("State")
+asyncio_log = getLogger("asyncio")
 KEEP = 2  # the newest, and the one before it in case the newest is damaged; the best one is kept besides
 TOLD = 8  # differences that a message names
 
@@ -57,7 +59,9 @@ class Checkpoints:
         )
         policy = AnyPreservationPolicy([LatestN(KEEP), by_metric])
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True, **best)
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        _require_metrics(self._directory)
+        with _reading(self._directory, "delete what is damaged there to continue without it"):
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(
         self, step: int, state: Any, data: grain.DatasetIterator, metrics: Mapping[str, float] | None = None
@@ -131,9 +135,12 @@ def read_params(
     directory = (workdir / "checkpoints").resolve()
     step = None
     if directory.is_dir():
+        _require_metrics(directory)
         options = ocp.CheckpointManagerOptions(read_only=True, **_best(selects))
-        with contextlib.closing(ocp.CheckpointManager(directory, options=options)) as manager:
-            best = None if last else _best_step(manager, directory)
+        with _reading(directory, f"choose another {named}"):
+            manager = ocp.CheckpointManager(directory, options=options)
+        with contextlib.closing(manager):
+            best = None if last else manager.best_step()
             step = manager.latest_step() if best is None else best
     if step is None:
         raise UserError(f"{named}={workdir} holds no checkpoint; give the workdir of a run that has saved one")
@@ -155,15 +162,14 @@ def read_params(
         return step, restored
 
 
-def _best_step(manager: ocp.CheckpointManager, directory: Path) -> int | None:
-    """Step of the best checkpoint, once the metrics by which it is chosen are what was saved."""
-    for step in manager.all_steps():
-        path = directory / str(step)
-        with _reading(path, "delete that folder to choose from the others"):
-            sums = read_sums(path)
-            if sums is not None and digest_of(manager.metrics(step)) != sums.metrics:
+def _require_metrics(directory: Path) -> None:
+    """Raises UserError unless the metrics by which the best checkpoint is chosen are what was saved."""
+    for file in sorted(directory.glob("*/metrics/metrics")):
+        path = file.parent.parent
+        with _reading(path, "delete that folder to go on without it"):
+            metrics, sums = json.loads(file.read_bytes()), read_sums(path)
+            if sums is not None and digest_of(metrics) != sums.metrics:
                 raise ValueError("its metrics are not what was saved")
-    return manager.best_step()
 
 
 @contextlib.contextmanager
@@ -246,6 +252,8 @@ def _reading(path: Path, mend: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # orbax, tensorstore and json raise many kinds for one cause
+        # the other reads that were under way fail alike, and asyncio would print a traceback of each
+        asyncio_log.setLevel("CRITICAL")
         reason = str(error).strip().splitlines()
         raise UserError(
             f"checkpoint {path} is damaged or belongs to another model "
