@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 from arrag_jax.errors import UserError
 
 MAX_BYTES = 64 * 2**20  # the weights index of a model of 10^6 tensors is smaller
+MAX_DEPTH = 64  # objects and lists within one another
+LFS_POINTER = b"version https://git-lfs"
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
@@ -17,16 +19,19 @@ def parse_json(text: str | bytes, where: str) -> Any:
       where: how the error calls it: a file, or a member of an archive.
 
     Raises:
-      UserError: it is not UTF-8 or not JSON, holds NaN or an infinity, or is nested too deeply.
+      UserError: it is not UTF-8 or not JSON, holds NaN, an infinity or half a character, or is nested too deeply.
     """
     try:
         if isinstance(text, bytes):
+            require_no_pointer(text, where)
             text = text.decode("utf-8-sig")
-        return json.loads(text, parse_constant=_refuse)
+        value = json.loads(text, parse_constant=_refuse)
+        _require_plain(value)
+        return value
     except RecursionError:
         raise UserError(f"{where} is nested too deeply to be JSON of this kind") from None
     except ValueError as error:  # UnicodeDecodeError, JSONDecodeError and numbers of too many digits are ValueErrors
-        raise UserError(f"{where} is not valid JSON ({error})") from None
+        raise UserError(f"{where} is not JSON ({error})") from None
 
 
 def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
@@ -43,6 +48,41 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
     if len(content) > max_bytes:
         raise UserError(f"{path} is larger than {max_bytes:,} bytes; it is not a JSON file of this kind")
     return parse_json(content, str(path))
+
+
+def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Returns the object that a JSON file holds; errors as ``read_json``, and where it holds no object."""
+    value = read_json(path, max_bytes)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+def require_no_pointer(head: bytes, where: str) -> None:
+    """Raises UserError where the first bytes of a file are those of a pointer of Git LFS."""
+    if head.startswith(LFS_POINTER):
+        raise UserError(
+            f"{where} is not the file itself but a pointer of Git LFS to it; fetch it: run git lfs pull where it was "
+            "cloned, or download the file"
+        )
+
+
+def _require_plain(value: Any) -> None:
+    """Raises RecursionError or ValueError where a value is nested too deeply or holds half of a surrogate pair."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise RecursionError
+        inner = []
+        for item in level:
+            if isinstance(item, str):
+                item.encode()  # a UnicodeEncodeError is a ValueError
+            elif isinstance(item, dict):
+                inner += (*item, *item.values())
+            elif isinstance(item, list):
+                inner += item
+        level = inner
 
 
 def _refuse(constant: str) -> NoReturn:

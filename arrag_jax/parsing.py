@@ -1,10 +1,13 @@
 """From mappings to frozen dataclasses, strictly: an ml_collections config, or JSON that was written from one.
 
-An unknown, missing or mistyped key is an error that names every such key at once.
+An unknown, missing or mistyped key is an error that names every such key at once. A dataclass of this kind is the
+schema of a file: ``parse`` checks the types that its fields declare, its ``__post_init__`` checks their ranges.
 """
 
 import dataclasses
 import difflib
+import math
+import reprlib
 import types
 import typing
 from typing import Any, TypeVar
@@ -12,42 +15,69 @@ from typing import Any, TypeVar
 from arrag_jax.errors import UserError
 
 T = TypeVar("T")
+MOST_ERRORS = 20  # that one message names
+LONGEST = 1000  # characters of one of them
+LARGEST = 2**63  # integers are below it: what numpy and the formats of files hold
 
 
-def parse(cls: type[T], config: Any, where: str = "config") -> T:
+def parse(cls: type[T], config: Any, where: str = "config", ignore_unknown: bool = False) -> T:
     """Reads a ConfigDict (or dict) into the frozen dataclass ``cls``.
 
     Args:
-      cls: a dataclass; its fields may be numbers, strings, bools, tuples, Optionals and dataclasses.
+      cls: a dataclass; its fields may be numbers, strings, bools, tuples, dicts by string, Optionals and dataclasses.
       config: a mapping with exactly that class's fields.
       where: how error messages call this mapping ("config", "config.optimizer").
+      ignore_unknown: pass over keys that are no fields, as in files of others, who write more than is read here.
 
     Raises:
-      UserError: naming every unknown, missing and mistyped key, with the nearest known key.
+      UserError: naming unknown, missing and mistyped keys, with the nearest known key.
     """
     errors: list[str] = []
-    value = _parse(cls, config, where, errors)
+    value = _parse(cls, config, where, errors, ignore_unknown)
     if errors:
-        raise UserError("; ".join(errors))
+        more = f"; and {len(errors) - MOST_ERRORS} more" if len(errors) > MOST_ERRORS else ""
+        raise UserError("; ".join(map(_cut, errors[:MOST_ERRORS])) + more)
     return value
 
 
-def _parse(cls: type, config: Any, where: str, errors: list[str]) -> Any:
+def in_range(name: str, value: int | float, low: int | float, high: int | float) -> None:
+    """Raises UserError unless a number lies within the bounds, both of them allowed."""
+    if not low <= value <= high:
+        raise UserError(f"{name}={value} is outside [{low:g}, {high:g}]")
+
+
+def _cut(message: str) -> str:
+    """A message short enough to be read: a check of a dataclass gives values as they are."""
+    return message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
+
+
+def shown(value: Any) -> str:
+    """A value as error messages give it: one line, cut where it is long."""
+    return _Shown().repr(value)
+
+
+class _Shown(reprlib.Repr):
+    def __init__(self):
+        super().__init__()
+        self.maxstring = self.maxother = 120
+        self.maxlevel = 3
+
+
+def _parse(cls: type, config: Any, where: str, errors: list[str], ignore_unknown: bool) -> Any:
     if not hasattr(config, "items"):
-        errors.append(f"{where} must hold keys, not {config!r}")
+        errors.append(f"{where} must hold keys, not {shown(config)}")
         return None
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     values, before = {}, len(errors)
     for key, value in config.items():
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
+        if key in fields:
+            values[key] = _check(hints[key], value, f"{where}.{key}", errors, ignore_unknown)
+        elif not ignore_unknown:
+            name = key if len(key) <= 80 and key.isprintable() else shown(key)
+            near = difflib.get_close_matches(key[:80], fields, 1) if len(errors) < MOST_ERRORS else []
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-            errors.append(f"unknown key {where}.{key} ({hint})")
-        elif dataclasses.is_dataclass(hints[key]):
-            values[key] = _parse(hints[key], value, f"{where}.{key}", errors)
-        else:
-            values[key] = _check(hints[key], value, f"{where}.{key}", errors)
+            errors.append(f"unknown key {where}.{name} ({hint})")
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if key not in config and required:
@@ -61,18 +91,52 @@ def _parse(cls: type, config: Any, where: str, errors: list[str]) -> Any:
         return None
 
 
-def _check(hint: Any, value: Any, where: str, errors: list[str]) -> Any:
+def _check(hint: Any, value: Any, where: str, errors: list[str], ignore_unknown: bool) -> Any:
     """The value as the field's type takes it: int → float and list → tuple are the only conversions."""
     if hint is Any:  # a section that its owner parses later
         return value.to_dict() if hasattr(value, "to_dict") else value
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         base = typing.get_origin(option) or option
-        if base is float and type(value) is int:
-            return float(value)
+        if dataclasses.is_dataclass(base) and (hasattr(value, "items") or len(options) == 1):
+            return _parse(base, value, where, errors, ignore_unknown)
+        if base is dict and hasattr(value, "items"):
+            inner = (*typing.get_args(option), Any, Any)[1]
+            return {key: _check(inner, x, f"{where}.{shown(key)}", errors, ignore_unknown) for key, x in value.items()}
         if base is tuple and isinstance(value, list | tuple):
-            return tuple(value)
-        if isinstance(value, base) and not (base is int and isinstance(value, bool)):
+            return _tuple(option, tuple(value), where, errors, ignore_unknown)
+        if base in (int, float) and type(value) in (int, base):
+            return _number(base, value, where, errors)
+        if base not in (int, float, dict, tuple) and isinstance(value, base):
             return value
-    errors.append(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+    errors.append(f"{where} must be {getattr(hint, '__name__', hint)}, got {shown(value)}")
     return None
+
+
+def _number(base: type, value: int | float, where: str, errors: list[str]) -> Any:
+    """An int or a finite float of a size that arrays hold."""
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        errors.append(f"{where}={shown(value)} is too large")
+        return None
+    if not math.isfinite(value):
+        errors.append(f"{where} must be a finite number, got {value}")
+        return None
+    return base(value)
+
+
+def _tuple(hint: Any, value: tuple, where: str, errors: list[str], ignore_unknown: bool) -> tuple | None:
+    """A tuple whose elements are of the declared types, as many as declared."""
+    inner = typing.get_args(hint)
+    if not inner:
+        return value
+    if inner[-1] is ...:
+        inner = inner[:1] * len(value)
+    if len(inner) != len(value):
+        errors.append(f"{where} must hold {len(inner)} values, got {shown(value)}")
+        return None
+    before, found = len(errors), []
+    for i, (kind, x) in enumerate(zip(inner, value, strict=True)):
+        found.append(_check(kind, x, f"{where}[{i}]", errors, ignore_unknown))
+        if len(errors) > before:
+            return None
+    return tuple(found)

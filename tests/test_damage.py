@@ -67,8 +67,8 @@ AGAIN, ANEW = "; delete .*index-latent and build it again", r"; run: python -m a
 # What is done to which file (None: it is removed), who finds it, and what is said.
 DAMAGE = {
     "no manifest": ("manifest.json", None, use, r"no finished datastore in .* \(manifest.json is missing\)" + BUILD),
-    "cut manifest": ("manifest.json", lambda x: x[:99], use, r"is not the manifest of a datastore \(JSONDecodeE"),
-    "empty manifest": ("manifest.json", lambda _: b"{}", use, r"is not the manifest of a datastore \(KeyError\("),
+    "cut manifest": ("manifest.json", lambda x: x[:99], use, r"manifest.json is not JSON \("),
+    "empty manifest": ("manifest.json", lambda _: b"{}", use, "of a datastore: it has format_version None" + BUILD),
     "format": ("manifest.json", swap(b'_version": 1', b'_version": 9'), use, "has format 9, this code reads 1" + BUILD),
     "setting": ("manifest.json", swap(b'"split"', b'"spilt"'), use, r"unknown key .*spilt \(did you mean 'split'\?\)"),
     "changed manifest": ("manifest.json", swap(b'"all"', b'"any"'), verify, "manifest.json is damaged: it is not what"),

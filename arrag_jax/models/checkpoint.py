@@ -5,6 +5,7 @@ the former (see ``config_json`` for the keys of our own, ``layouts`` for the nam
 """
 
 import hashlib
+import math
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ from arrag_jax.interfaces import ArrayLike
 from arrag_jax.models.config_json import config_to_json, layout_of, parse_config, read_json, read_lora
 from arrag_jax.models.janus import PARTS, VISION, Janus
 from arrag_jax.models.layouts import Layout
-from arrag_jax.models.tensor_files import checkpoint_folder, stored_tensors
+from arrag_jax.models.manifest import WEIGHTS, require_weights_written
+from arrag_jax.models.presets import JanusConfig
+from arrag_jax.models.tensor_files import Stored, checkpoint_folder, has_checksums, stored_tensors
 from arrag_jax.models.weights import DTYPES, match, parameters, read_weights, write_weights
 
 
@@ -43,9 +46,11 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     directory = checkpoint_folder(Path(directory))
-    model, layout = abstract_model(directory, parts)
+    model, layout, stored = abstract_model(directory, parts)
+    if not has_checksums(directory / WEIGHTS) and set(parts) == set(PARTS):
+        require_weights_written(directory)  # an export from before tensors had their own
     model = model if grid is None else model.with_grid(grid)
-    read_weights(model, match(model, stored_tensors(directory), layout, directory), dtype)
+    read_weights(model, match(model, stored, layout, directory), dtype)
     if model.gen_vision_model is not None:
         size, dim = model.config.vision.codebook_size, model.config.vision.code_dim
         model.gen_vision_model.usage.set_value(jnp.full((size,), 1.0 / size))
@@ -53,14 +58,25 @@ def load_model(
     return model
 
 
-def abstract_model(directory: Path, parts: tuple[str, ...] = PARTS) -> tuple[Janus, Layout]:
-    """The model that a folder's configs describe, shapes without numbers, and how its tensors are named there."""
+def abstract_model(
+    directory: Path, parts: tuple[str, ...] = PARTS, also: tuple[str, ...] = ()
+) -> tuple[Janus, Layout, dict[str, Stored]]:
+    """The model that a folder's configs describe, shapes without numbers; how its tensors are named there; and these.
+
+    Args:
+      also: further files to look for tensors in.
+
+    Raises:
+      UserError: configs of another model, or of one with more layers than the folder has tensors.
+    """
     config, lora = read_json(directory), read_lora(directory)
     shape = parse_config(config, directory)
     if shape.pad_id >= shape.language.vocab_size:
         raise UserError(
             f"{directory} has a vocabulary of {shape.language.vocab_size}, but its pad token is {shape.pad_id}"
         )
+    stored = stored_tensors(directory, also)
+    _require_room(shape, stored, parts, directory / "config.json")
 
     def build() -> Janus:
         model = Janus(shape, nnx.Rngs(0), parts)
@@ -68,7 +84,28 @@ def abstract_model(directory: Path, parts: tuple[str, ...] = PARTS) -> tuple[Jan
             layer.attention.add_lora(lora, nnx.Rngs(0))
         return model
 
-    return nnx.eval_shape(build), layout_of(config)
+    return nnx.eval_shape(build), layout_of(config), stored
+
+
+def _require_room(shape: JanusConfig, stored: dict[str, Stored], parts: tuple[str, ...], path: Path) -> None:
+    """Raises UserError where a config asks for more than the weights beside it hold, before modules are built for it.
+
+    It counts what is surely there: each layer or block has a tensor of its own, and a layer its seven matrices.
+    """
+    text, vision, layers, blocks, depth = shape.language, shape.vision, 0, 0, 0
+    if "language_model" in parts:
+        layers = text.layers
+    if "gen_vision_model" in parts:
+        blocks = len(vision.multipliers) * vision.res_blocks
+    if "gen_aligner" in parts:
+        depth = shape.aligner_depth
+    numbers = layers * 3 * text.width * text.mlp + blocks * vision.channels**2 + depth * text.width
+    held = sum(math.prod(tensor.shape) for tensor in stored.values())
+    if layers + blocks + depth > len(stored) or numbers > held:
+        raise UserError(
+            f"{path} asks for {layers} layers of width {text.width}, {blocks} blocks of the tokenizer and an aligner "
+            f"of {depth}, more than the {len(stored)} tensors of {held:,} numbers beside it; copy the checkpoint again"
+        )
 
 
 def save_model(model: Janus, directory: str | Path, dtype: str = "float32") -> None:

@@ -5,26 +5,30 @@ image-understanding tower's image size gives, else 24 x 24) and, in ``gen_vision
 ``nn.vq.VQConfig`` (absent = VQ-16's). A LoRA kept apart has the PEFT library's ``adapter_config.json``.
 """
 
-import json
-import operator
 import re
 from pathlib import Path
 from typing import Any
 
 from arrag_jax.errors import UserError
+from arrag_jax.json_files import read_object
 from arrag_jax.models.layouts import PUBLISHED, TRANSFORMERS, Layout
+from arrag_jax.models.manifest import require_written
 from arrag_jax.models.presets import PAD, JanusConfig
+from arrag_jax.models.schema import (
+    AdapterConfig,
+    GenerationConfig,
+    ImageSize,
+    PublishedConfig,
+    TextSection,
+    TokenizerFile,
+    TransformersConfig,
+)
 from arrag_jax.models.tensor_files import ADAPTER, checkpoint_folder
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.transformer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
-
-# Both forms leave out what is the default of transformers' LlamaConfig (Janus-Pro-7B's gives little but its depth).
-_LLAMA = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-}  # fmt: skip
+from arrag_jax.parsing import parse, shown
 
 
 def read_config(directory: Path) -> JanusConfig:
@@ -42,6 +46,7 @@ def read_json(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(f"{directory} is no checkpoint folder: it holds no config.json")
+    require_written(path)
     return _object(path)
 
 
@@ -51,97 +56,98 @@ def layout_of(config: dict[str, Any]) -> Layout:
 
 
 def parse_config(config: dict[str, Any], directory: Path) -> JanusConfig:
-    """Shape of the model that a config describes; ``directory`` holds it and, where it is silent, the pad id."""
+    """Shape of the model that a config describes; ``directory`` holds it and, where it is silent, the pad id.
+
+    Raises:
+      UserError: the config of another kind of model, or values of the wrong type, out of range or at odds.
+    """
     path = directory / "config.json"
     try:
         return _from_transformers(config, path) if layout_of(config) is TRANSFORMERS else _from_published(config, path)
-    except (TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{path} holds a value of the wrong kind ({error}); copy the checkpoint again") from error
+    except UserError as error:
+        message = str(error)
+        raise UserError(message if str(directory) in message else f"{path}: {message}") from error
 
 
 def _from_published(config: dict[str, Any], path: Path) -> JanusConfig:
     missing = [k for k in ("language_config", "gen_vision_config", "gen_head_config") if k not in config]
     if missing:
-        kind = config.get("model_type", "unknown")
-        raise UserError(f"{path} is the config of another model (model_type {kind!r}): it has no {missing[0]}")
-    base, text, params = JanusConfig(), config["language_config"], config["gen_vision_config"].get("params", {})
-    default, language = base.vision, _language(text, path)
-    aligner = config.get("gen_aligner_config", {}).get("params", {})
-    if aligner.get("projector_type", "mlp_gelu") != "mlp_gelu":
-        raise UserError(f"{path} asks for the aligner {aligner['projector_type']!r} of codes; only 'mlp_gelu' is known")
-    multipliers = tuple(params.get("encoder_ch_mult", default.multipliers))
+        kind = shown(config.get("model_type", "unknown"))
+        raise UserError(f"{path} is the config of another model (model_type {kind}): it has no {missing[0]}")
+    given = _schema(PublishedConfig, config, path)
+    text, params, aligner = given.language_config, given.gen_vision_config.params, given.gen_aligner_config.params
+    language = _language(text, path)
+    if aligner.projector_type != "mlp_gelu":
+        raise UserError(
+            f"{path} asks for the aligner {shown(aligner.projector_type)} of codes; only 'mlp_gelu' is known"
+        )
     vision = VQConfig(
-        codebook_size=params.get("image_token_size", default.codebook_size),
-        code_dim=params.get("n_embed", default.code_dim),
-        channels=params.get("ch", default.channels),
-        multipliers=multipliers,
-        decoder_multipliers=_unless_equal(tuple(params.get("decoder_ch_mult", multipliers)), multipliers),
-        z_channels=params.get("z_channels", default.z_channels),
-        res_blocks=params.get("num_res_blocks", default.res_blocks),
-        norm_scope=params.get("norm_scope", default.norm_scope),
-        encoder_kernel=params.get("encoder_kernel", default.encoder_kernel),
-        middle=params.get("middle", default.middle),
+        codebook_size=params.image_token_size,
+        code_dim=params.n_embed,
+        channels=params.ch,
+        multipliers=params.encoder_ch_mult,
+        decoder_multipliers=_unless_equal(params.decoder_ch_mult or params.encoder_ch_mult, params.encoder_ch_mult),
+        z_channels=params.z_channels,
+        res_blocks=params.num_res_blocks,
+        norm_scope=params.norm_scope,
+        encoder_kernel=params.encoder_kernel,
+        middle=params.middle,
     )
-    size = ((config.get("vision_config") or {}).get("params") or {}).get("image_size")
-    side = size // vision.downsampling if size else base.grid[0]
+    tower = given.vision_config and given.vision_config.params
+    side = tower.image_size // vision.downsampling if tower and tower.image_size else JanusConfig.grid[0]
     return JanusConfig(
         language=language,
         vision=vision,
-        aligner_depth=aligner.get("depth", base.aligner_depth),
-        head_width=config["gen_head_config"].get("params", {}).get("image_token_embed", language.width),
+        aligner_depth=aligner.depth,
+        head_width=given.gen_head_config.params.image_token_embed or language.width,
         pad_id=_pad_id(text, language, path),
-        max_positions=_max_positions(text),
+        max_positions=text.max_position_embeddings,
         faid=_faid(text),
-    ).with_grid(config.get("image_grid") or (side, side))
+    ).with_grid(given.image_grid or (side, side))
 
 
 def _from_transformers(config: dict[str, Any], path: Path) -> JanusConfig:
-    base, text, vq = JanusConfig(), config.get("text_config") or {}, config["vq_config"]
-    tower = config.get("vision_config") or {}
-    vision, language = base.vision, _language(text, path)
-    if vq.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"{path} asks for the activation {vq['hidden_act']!r} before image codes; only gelu is known")
-    side = tower.get("image_size", 384) // tower.get("patch_size", 16)
+    given = _schema(TransformersConfig, config, path)
+    text, vq, tower = given.text_config or TextSection(), given.vq_config, given.vision_config or ImageSize()
+    language = _language(text, path)
+    if vq.hidden_act != "gelu":
+        raise UserError(f"{path} asks for the activation {shown(vq.hidden_act)} before image codes; only gelu is known")
+    side = (384 if tower.image_size is None else tower.image_size) // tower.patch_size
     return JanusConfig(
         language=language,
         vision=VQConfig(
-            codebook_size=vq.get("num_embeddings", vision.codebook_size),
-            code_dim=vq.get("embed_dim", vision.code_dim),
-            channels=vq.get("base_channels", vision.channels),
-            multipliers=tuple(vq.get("channel_multiplier", vision.multipliers)),
-            z_channels=vq.get("latent_channels", vision.z_channels),
-            res_blocks=vq.get("num_res_blocks", vision.res_blocks),
+            codebook_size=vq.num_embeddings,
+            code_dim=vq.embed_dim,
+            channels=vq.base_channels,
+            multipliers=vq.channel_multiplier,
+            z_channels=vq.latent_channels,
+            res_blocks=vq.num_res_blocks,
         ),
-        grid=(side, side),
-        aligner_depth=vq.get("num_hidden_layers", base.aligner_depth),
-        head_width=vq.get("projection_dim", base.head_width),
+        aligner_depth=vq.num_hidden_layers,
+        head_width=vq.projection_dim,
         pad_id=_pad_id(text, language, path),
-        max_positions=_max_positions(text),
+        max_positions=text.max_position_embeddings,
         faid=_faid(text),
-    )
+    ).with_grid((side, side))
 
 
-def _language(text: dict[str, Any], path: Path) -> LlamaConfig:
-    """The language model; the library's newer configs put the rotary numbers into a section of their own."""
-    text = {**_LLAMA, **text}
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or text["hidden_act"] != "silu":
+def _language(text: TextSection, path: Path) -> LlamaConfig:
+    """The language model."""
+    if text.rope.kind != "default" or text.hidden_act != "silu":
         raise UserError(
-            f"{path} asks for rotary positions {kind!r} and the activation {text['hidden_act']!r}; "
+            f"{path} asks for rotary positions {shown(text.rope.kind)} and the activation {shown(text.hidden_act)}; "
             "only 'default' and 'silu' are known"
         )
-    head_dim = text["hidden_size"] // text["num_attention_heads"]
     return LlamaConfig(
-        vocab_size=text["vocab_size"],
-        width=text["hidden_size"],
-        layers=text["num_hidden_layers"],
-        heads=text["num_attention_heads"],
-        kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
-        head_dim=_unless_equal(text.get("head_dim"), head_dim),
-        mlp=text["intermediate_size"],
-        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", LlamaConfig.rope_theta))),
-        norm_eps=text["rms_norm_eps"],
+        vocab_size=text.vocab_size,
+        width=text.hidden_size,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads or text.num_attention_heads,
+        head_dim=_unless_equal(text.head_dim, text.hidden_size // text.num_attention_heads),
+        mlp=text.intermediate_size,
+        rope_theta=text.rope_theta if text.rope.rope_theta is None else text.rope.rope_theta,
+        norm_eps=text.rms_norm_eps,
     )
 
 
@@ -150,37 +156,28 @@ def _unless_equal(value: Any, usual: Any) -> Any:
     return None if value == usual else value
 
 
-def _pad_id(text: dict[str, Any], language: LlamaConfig, path: Path) -> int:
+def _pad_id(text: TextSection, language: LlamaConfig, path: Path) -> int:
     """The config's, else that of the files beside it; published configs name none.
 
     Janus-Pro's is 100002, and a smaller vocabulary keeps its last id for it.
     """
-    beside = path.parent / "generation_config.json"
-    given = text.get("pad_token_id"), _object(beside).get("pad_token_id") if beside.is_file() else None
+    beside, tokenizer = path.parent / "generation_config.json", path.parent / "tokenizer.json"
+    given = text.pad_token_id, _read(GenerationConfig, beside).pad_token_id if beside.is_file() else None
     usual = min(JanusConfig.pad_id, language.vocab_size - 1)
     pad = next((i for i in given if i is not None and i >= 0), None)
-    return _tokenizers_pad(path.parent / "tokenizer.json", usual) if pad is None else pad
-
-
-def _max_positions(text: dict[str, Any]) -> int | None:
-    given = text.get("max_position_embeddings")
-    return None if given is None else operator.index(given)
-
-
-def _tokenizers_pad(path: Path, usual: int) -> int:
-    """Id of the token in a tokenizer.json that is Janus' pad, or at least is called so."""
-    added = _object(path).get("added_tokens", []) if path.is_file() else []
-    ids = {token.get("content", ""): token.get("id", usual) for token in added}
+    if pad is not None or not tokenizer.is_file():
+        return usual if pad is None else pad
+    ids = {x.content: usual if x.id is None else x.id for x in _read(TokenizerFile, tokenizer).added_tokens}
     called = [i for name, i in ids.items() if re.sub(r"[^a-z]", "", name.lower()) == "pad"]
     return ids.get(PAD, called[0] if called else usual)
 
 
-def _faid(text: dict[str, Any]) -> FaidConfig | None:
+def _faid(text: TextSection) -> FaidConfig | None:
     """FAiD's keys stand among the language model's; K is not published and is 10 (reference quirk 10)."""
-    stride, hops, neighbors = (text.get(key) for key in ("num_SmoothPatchBlender", "num_hop", "retrieved_key_num"))
+    stride, hops, neighbors = text.num_SmoothPatchBlender, text.num_hop, text.retrieved_key_num
     if stride is None and hops is None:
         return None
-    hops = FaidConfig.hops if hops is None else sorted(hops if isinstance(hops, list) else [hops])
+    hops = FaidConfig.hops if hops is None else sorted(hops if isinstance(hops, tuple) else [hops])
     return FaidConfig(
         stride=FaidConfig.stride if stride is None else stride,
         hops=tuple(hops),
@@ -200,23 +197,35 @@ def read_lora(directory: Path) -> LoraConfig | None:
         if adapter is not None:
             raise UserError(f"{adapter} needs an adapter_config.json beside it, with r and lora_alpha")
         return None
-    config = _object(path)
-    other = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]
+    if not {"r", "lora_alpha"} <= _object(path).keys():
+        raise UserError(f"{path} does not give r and lora_alpha; copy the checkpoint again")
+    config = _read(AdapterConfig, path)
+    other = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if getattr(config, key)]
     if other:
         raise UserError(f"{path} asks for {other[0]}, which is not known here: merge the adapter where it was made")
-    if not {"r", "lora_alpha"} <= config.keys():
-        raise UserError(f"{path} does not give r and lora_alpha; copy the checkpoint again")
-    return LoraConfig(config["r"], float(config["lora_alpha"]), config.get("lora_dropout", 0.0))
+    try:
+        return LoraConfig(config.r, config.lora_alpha, config.lora_dropout)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _read(schema: type, path: Path) -> Any:
+    """What a schema reads of a file; every error names the file."""
+    return _schema(schema, _object(path), path)
+
+
+def _schema(schema: type, content: dict[str, Any], path: Path) -> Any:
+    try:
+        return parse(schema, content, path.name, ignore_unknown=True)
+    except UserError as error:
+        raise UserError(f"{path} holds a value of the wrong kind ({error}); copy the checkpoint again") from error
 
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); copy the checkpoint again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; copy the checkpoint again")
-    return value
+        return read_object(path)
+    except UserError as error:
+        raise UserError(f"{error}; copy the checkpoint again") from error
 
 
 def config_to_json(config: JanusConfig) -> dict:

@@ -26,10 +26,9 @@ from arrag_jax.models.tensor_files import (
     Stored,
     checkpoint_folder,
     read_tensors,
-    stored_tensors,
     write_tensors,
 )
-from arrag_jax.models.weights import match
+from arrag_jax.models.weights import match, require_finite
 
 TARGETS = ("ours", "janus")
 UNUSED = "unused.safetensors"
@@ -66,8 +65,7 @@ def convert(source: Path, target: Path, to: str, merge_lora: bool = True) -> Con
         raise UserError(f"--to={to!r} is unknown; choose one of {', '.join(TARGETS)}")
     require_new(target, "--target=")  # before any work; once more when the folder is held
     source = checkpoint_folder(source)
-    model, layout = abstract_model(source)
-    stored = stored_tensors(source, also=(UNUSED,))
+    model, layout, stored = abstract_model(source, also=(UNUSED,))
     matched = match(model, stored, layout, source)
     weights = {published_key(path): tensor for path, tensor in matched.items() if "_lora." not in path}
     lora = {published_key(path): tensor for path, tensor in matched.items() if "_lora." in path}
@@ -78,7 +76,7 @@ def convert(source: Path, target: Path, to: str, merge_lora: bool = True) -> Con
     if lora and not merge_lora:
         files[f"{ADAPTER}.safetensors"] = {f"base_model.model.{key}": tensor for key, tensor in lora.items()}
     with _new_folder(target, sum(tensor.nbytes for file in files.values() for tensor in file.values())) as folder:
-        _write_tensors(folder, files, _Merge(lora, source) if merge_lora else None)
+        _write_tensors(folder, files, weights, _Merge(lora, source) if merge_lora else None)
         _write_companions(folder, source, model, apart=bool(lora) and not merge_lora)
     tensors = [tensor for file in files.values() for tensor in file.values()]
     return Conversion(len(tensors), sum(tensor.nbytes for tensor in tensors), tuple(dropped))
@@ -121,13 +119,17 @@ class _Merge:
         return (value.astype(np.float32) + self.scale * (b @ a)).astype(value.dtype)
 
 
-def _write_tensors(folder: Path, files: dict[str, dict[str, Stored]], merge: _Merge | None) -> None:
+def _write_tensors(
+    folder: Path, files: dict[str, dict[str, Stored]], weights: dict[str, Stored], merge: _Merge | None
+) -> None:
     """Writes the files one after another, and an index where the model has several; shows a bar over the bytes."""
     total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     with progress.bar(total=total, unit="B", unit_scale=True, desc="converting") as bar:
         for name, tensors in files.items():
             arrays = {}
             for key, value in read_tensors(tensors):
+                if key in weights:
+                    require_finite(value, tensors[key])
                 arrays[key] = merge(key, value) if merge else value
                 bar.update(value.nbytes)
             write_tensors(arrays, folder / name)

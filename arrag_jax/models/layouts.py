@@ -127,6 +127,11 @@ def to_ours(value: np.ndarray, path: str) -> np.ndarray:
     return value.transpose(2, 3, 1, 0) if path.endswith(".kernel") else value
 
 
+def published_shape(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
+    """The shape that ``to_published`` gives a parameter of this shape."""
+    return (shape[3], shape[2], *shape[:2]) if path.endswith(".kernel") else tuple(shape)
+
+
 def to_published(value: np.ndarray, path: str) -> np.ndarray:
     """The inverse of ``to_ours``."""
     return np.ascontiguousarray(value.transpose(3, 2, 0, 1) if path.endswith(".kernel") else value)

@@ -8,6 +8,8 @@ from arrag_jax.interfaces import ArrayLike
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.transformer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
+from arrag_jax.ops.grid import MOST_SIDE
+from arrag_jax.parsing import shown
 
 PAD = "<｜▁pad▁｜>"  # as Janus' tokenizers call it
 
@@ -34,14 +36,17 @@ class JanusConfig:
         """The same model over another grid of codes.
 
         Raises:
-          UserError: ``grid`` is not two numbers of at least 1.
+          UserError: ``grid`` is not two numbers of 1 to 1024.
         """
         try:
             height, width = map(operator.index, grid)
         except (TypeError, ValueError):
             height = width = 0
-        if min(height, width) < 1:
-            raise UserError(f"grid={grid!r} must be two whole numbers of cells, height and width, each at least 1")
+        if not 1 <= min(height, width) <= max(height, width) <= MOST_SIDE:
+            raise UserError(
+                f"grid={shown(grid)} must be two whole numbers of cells, height and width, each at least 1 and at most "
+                f"{MOST_SIDE}"
+            )
         return dataclasses.replace(self, grid=(height, width))
 
 

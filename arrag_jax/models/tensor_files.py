@@ -7,7 +7,9 @@ loads weights only, so that no code in the file is run), and a LoRA adapter in a
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,10 +17,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from arrag_jax.checksums import checksum
 from arrag_jax.errors import UserError
 from arrag_jax.fields import local_path
+from arrag_jax.json_files import parse_json, read_json, require_no_pointer
 from arrag_jax.models.layouts import plain_key
+from arrag_jax.models.schema import WeightsIndex
+from arrag_jax.parsing import parse
 
+CHECKSUMS = "checksums"  # in the metadata of a file of ours: JSON, from each tensor's name to its checksum
 ADAPTER = "adapter_model"  # the PEFT library's name
 # What has been read of a mapped file counts as this process's memory, so files are closed after so many bytes.
 OPEN_BYTES = 32 * 2**20
@@ -57,15 +64,20 @@ class _Safetensors:
 
     def __init__(self, path: Path):
         self.path = path
+        _require_file(path)
         try:
             safe_open(path, "numpy")
             with open(path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
-                self._entries = json.loads(file.read(size))
+                self._entries = parse_json(file.read(size), str(path))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}); copy the checkpoint again") from error
-        self._entries.pop("__metadata__", None)
+        metadata = self._entries.pop("__metadata__", {})
+        self._sums = parse_json(metadata.get(CHECKSUMS, "{}"), f"{path}: its {CHECKSUMS}")
+        if not isinstance(self._sums, dict):
+            raise UserError(f"{path} is damaged: its {CHECKSUMS} are no object; copy the checkpoint again")
         self._start = 8 + size
+        self.has_checksums = bool(self._sums)
 
     def tensors(self) -> list[Stored]:
         for name, entry in self._entries.items():
@@ -82,12 +94,18 @@ class _Safetensors:
         offset = self._start + entry["data_offsets"][0]
         return np.fromfile(self.path, dtype, math.prod(shape), offset=offset).reshape(shape)
 
+    def check(self, name: str, value: np.ndarray) -> None:
+        """Raises UserError where a tensor that was read is not what was written; other people's files do not tell."""
+        if self._sums and self._sums.get(name) != checksum(value):
+            raise UserError(f"{self.path} is damaged: {name} is not what was written; copy the checkpoint again")
+
 
 class _TorchFile:
     """An open file of ``torch.save``, mapped into memory."""
 
     def __init__(self, path: Path):
         self.path = path
+        _require_file(path)
         try:
             import torch  # here alone: everything else runs without it
         except ImportError as error:
@@ -104,6 +122,12 @@ class _TorchFile:
             ) from error
         if not isinstance(self._tensors, dict) or not all(isinstance(t, torch.Tensor) for t in self._tensors.values()):
             raise UserError(f"{path} holds other things than tensors by name; give the folder of a Janus checkpoint")
+        for name, tensor in self._tensors.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            if dtype not in _DTYPES.values() or tensor.layout != torch.strided:
+                raise UserError(f"{name} in {path} has dtype {dtype} ({tensor.layout}), which is not supported")
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise UserError(f"{name} in {path} has fewer numbers than its shape {tuple(tensor.shape)} tells")
         self._int16 = torch.int16
 
     def tensors(self) -> list[Stored]:
@@ -119,6 +143,9 @@ class _TorchFile:
             tensor = tensor.view(self._int16)
         return np.array(tensor.numpy(), order="C").view(jnp.dtype(dtype))  # a copy, for the file will be closed
 
+    def check(self, name: str, value: np.ndarray) -> None:
+        """Does nothing: PyTorch writes no sums of its tensors."""
+
 
 def is_run(directory: Path) -> bool:
     """Is it the --workdir of a training run? A folder of weights may well hold one named ``checkpoints``."""
@@ -129,9 +156,11 @@ def checkpoint_folder(directory: Path) -> Path:
     """The folder itself (``~`` expanded), or the export in it where it is the --workdir of a training run.
 
     Raises:
-      UserError: an address, or a run that has no export yet.
+      UserError: an address, no such folder, or a run that has no export yet.
     """
     directory = Path(local_path(directory, "checkpoint"))
+    if not directory.is_dir():
+        raise UserError(_no_folder(directory))
     if not is_run(directory):
         return directory
     if not (directory / "export" / "config.json").is_file():
@@ -140,6 +169,18 @@ def checkpoint_folder(directory: Path) -> Path:
             f"python -m arrag_jax.convert --source {directory} --target DIR"
         )
     return directory / "export"
+
+
+def _no_folder(directory: Path) -> str:
+    """What is said of a model that is not there."""
+    if directory.exists():
+        return f"{directory} is a file; give the checkpoint's folder"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+|(https?:|hf:).*|huggingface\.co/.*", str(directory)):
+        return (
+            f"{directory} is no folder here, and nothing is downloaded: fetch that checkpoint's files into a folder "
+            "first, and give that folder"
+        )
+    return f"{directory} is no checkpoint folder: it is not there (nothing is downloaded)"
 
 
 def stored_tensors(directory: Path, also: tuple[str, ...] = ()) -> dict[str, Stored]:
@@ -164,18 +205,35 @@ def stored_tensors(directory: Path, also: tuple[str, ...] = ()) -> dict[str, Sto
     return stored
 
 
+def has_checksums(path: Path) -> bool:
+    """Whether a file of weights holds checksums of its tensors."""
+    return path.suffix == ".safetensors" and path.is_file() and _Safetensors(path).has_checksums
+
+
 def read_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor's key and its numbers, in the mapping's order, one in memory at a time."""
+    """Each tensor's key and its numbers, in the mapping's order, one in memory at a time.
+
+    While the caller works on a tensor, another thread checks it against the sum that its file gives, where it does.
+
+    Raises:
+      UserError: a tensor is not what was written; at the latest when the next one is asked for.
+    """
     opened: dict[Path, _Safetensors | _TorchFile] = {}
     taken = 0
-    for key, tensor in stored.items():
-        if taken > OPEN_BYTES:
-            opened.clear()
-            taken = 0
-        if tensor.file not in opened:
-            opened[tensor.file] = _open(tensor.file)
-        taken += tensor.nbytes
-        yield key, opened[tensor.file].read(tensor.name)
+    with ThreadPoolExecutor(1) as beside:
+        for key, tensor in stored.items():
+            if taken > OPEN_BYTES:
+                opened.clear()
+                taken = 0
+            if tensor.file not in opened:
+                opened[tensor.file] = _open(tensor.file)
+            taken += tensor.nbytes
+            file = opened[tensor.file]
+            value = file.read(tensor.name)
+            checked = beside.submit(file.check, tensor.name, value)
+            yield key, value
+            checked.result()
+            del value  # before the next one is read
 
 
 def _weights(directory: Path) -> list[Stored]:
@@ -186,6 +244,12 @@ def _weights(directory: Path) -> list[Stored]:
             return _indexed(index)
         if (directory / single).is_file():
             return _open(directory / single).tensors()
+    shards = sorted(path.name for kind in ("safetensors", "bin") for path in directory.glob(f"*-of-*.{kind}"))
+    if shards:
+        index = "model.safetensors" if shards[0].endswith(".safetensors") else "pytorch_model.bin"
+        raise UserError(
+            f"{directory} holds {shards[0]} but not {index}.index.json, which tells what lies where; copy it too"
+        )
     raise UserError(
         f"{directory} holds no model.safetensors and no pytorch_model.bin; give the folder of a Janus checkpoint"
     )
@@ -194,9 +258,12 @@ def _weights(directory: Path) -> list[Stored]:
 def _indexed(index: Path) -> list[Stored]:
     """The tensors of the files that an index names, which must hold what it says."""
     try:
-        listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        listed = parse(WeightsIndex, read_json(index), index.name, ignore_unknown=True).weight_map
+    except UserError as error:
         raise UserError(f"{index} is no index of weights ({error}); copy the checkpoint again") from error
+    absent = sorted(name for name in set(listed.values()) if not (index.parent / name).is_file())
+    if absent:
+        raise UserError(f"{index.parent / absent[0]} is named by its index but is not there; copy the checkpoint again")
     tensors = [t for name in sorted(set(listed.values())) for t in _open(index.parent / name).tensors()]
     held = {(tensor.name, tensor.file.name) for tensor in tensors}
     absent = sorted(key for key, name in listed.items() if (key, name) not in held)
@@ -209,9 +276,16 @@ def _indexed(index: Path) -> list[Stored]:
 
 
 def _open(path: Path) -> _Safetensors | _TorchFile:
-    if not path.is_file():
-        raise UserError(f"{path} is named by its index but is not there; copy the checkpoint again")
     return _Safetensors(path) if path.suffix == ".safetensors" else _TorchFile(path)
+
+
+def _require_file(path: Path) -> None:
+    """Raises UserError where a file of weights cannot be read or is a pointer of Git LFS."""
+    try:
+        with open(path, "rb") as file:
+            require_no_pointer(file.read(64), str(path))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def some(items: list[str], limit: int = 12) -> str:
@@ -220,8 +294,12 @@ def some(items: list[str], limit: int = 12) -> str:
 
 
 def write_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Writes a safetensors file, readable for whoever may read new files there: the library's own is for its owner."""
+    """Writes a safetensors file with a checksum of every tensor, which ``read_tensors`` compares.
+
+    It is readable for whoever may read new files there: the library's own is for its owner.
+    """
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
+    sums = {name: checksum(value) for name, value in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt", CHECKSUMS: json.dumps(sums)})
     path.chmod(mode)

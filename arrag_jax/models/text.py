@@ -15,9 +15,13 @@ from jaxtyping import Bool, Int
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from arrag_jax.errors import UserError
+from arrag_jax.json_files import require_no_pointer
 from arrag_jax.models.config_json import read_config
+from arrag_jax.models.manifest import require_written
 from arrag_jax.models.presets import PAD
+from arrag_jax.models.schema import MOST_TOKENS
 from arrag_jax.models.tensor_files import checkpoint_folder
+from arrag_jax.parsing import shown
 
 BOS, UNKNOWN = "<｜begin▁of▁sentence｜>", "<unk>"
 USER, ASSISTANT, IMAGE_START = "<|User|>", "<|Assistant|>", "<begin_of_image>"
@@ -60,14 +64,28 @@ class PromptTokenizer:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{path} is not there; copy the checkpoint's tokenizer.json beside its weights")
+        require_written(path)
+        with open(path, "rb") as file:
+            require_no_pointer(file.read(64), str(path))
         try:
             text = cls(Tokenizer.from_file(str(path)))
-        except UserError:
+            # parts of the file that contradict one another show themselves only here
+            frame = text.tokenizer.encode(chat_form("")).ids
+            largest = max(*text.tokenizer.get_vocab().values(), *frame)
+            if largest > MOST_TOKENS or text.tokenizer.token_to_id(UNKNOWN) in frame:
+                raise ValueError(f"it frames a prompt by the ids {frame}, of which one is too large or unknown")
+        except (UserError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:  # the library raises bare Exceptions
-            raise UserError(f"{path} cannot be read as a tokenizer ({error}); copy it again") from error
+        except BaseException as error:  # the library raises bare Exceptions, and panics that are none
+            reason = shown(" ".join(str(error).split()))
+            raise UserError(f"{path} cannot be read as a tokenizer ({reason}); copy it again") from error
         if (directory / "config.json").is_file():
             config = read_config(directory)
+            if 0 < config.language.vocab_size <= largest:
+                raise UserError(
+                    f"{path} gives ids up to {largest}, the model beside it has a vocabulary of "
+                    f"{config.language.vocab_size}; copy the checkpoint again"
+                )
             text.pad_id = config.pad_id
             if config.max_positions is not None:
                 text.max_length = config.max_positions - math.prod(config.grid)

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from arrag_jax.checksums import all_finite
 from arrag_jax.errors import UserError
 from arrag_jax.models.janus import PARTS, VISION
-from arrag_jax.models.layouts import Layout, published_key, to_ours, to_published
+from arrag_jax.models.layouts import Layout, published_key, published_shape, to_ours, to_published
 from arrag_jax.models.tensor_files import Stored, read_tensors, write_tensors
 from arrag_jax.nn.vq import CodeUsage
 
@@ -40,7 +41,7 @@ def match(model: nnx.Module, stored: dict[str, Stored], layout: Layout, director
             problems.append(f"unknown {key}")
     for path, value in sorted(parameters(model).items()):
         tensor = stored.get(layout.key(path))
-        expected = to_published(np.empty(value.shape, np.bool_), path).shape
+        expected = published_shape(value.shape, path)
         if tensor is not None and tensor.shape != expected:
             problems.append(f"{layout.key(path)} has shape {tensor.shape}, its config asks for {expected}")
         elif tensor is not None and tensor.dtype not in (*DTYPES, "float64"):
@@ -59,13 +60,30 @@ def read_weights(model: nnx.Module, matched: dict[str, Stored], dtype: str) -> N
       model: built abstractly (``nnx.eval_shape``); receives its parameters in ``dtype``, those of the tokenizer in
         float32 (see ``write_weights``).
       matched: of ``match``.
+
+    Raises:
+      UserError: a tensor that is damaged, or that holds numbers which are not finite, in the file or in ``dtype``.
     """
     variables = parameters(model)
     # The largest first: what a tensor needs besides its place is then needed while little else is held.
     largest_first = sorted(matched.items(), key=lambda item: (-item[1].nbytes, item[0]))
     for path, value in read_tensors(dict(largest_first)):
-        ours = jnp.asarray(np.ascontiguousarray(to_ours(value, path), _kept(path, dtype)))
+        with np.errstate(over="ignore"):  # it is told below
+            ours = np.ascontiguousarray(to_ours(value, path), _kept(path, dtype))
+        if not all_finite(ours):
+            require_finite(value, matched[path])
+            what = f"{matched[path].name} in {matched[path].file}"
+            raise UserError(f"{what} has numbers too large for {dtype}; choose dtype float32 or bfloat16")
+        ours = jnp.asarray(ours)
         variables[path].set_value(ours.block_until_ready())  # copies still under way would keep their sources
+
+
+def require_finite(value: np.ndarray, tensor: Stored) -> None:
+    """Raises UserError where a tensor that was read holds NaN or an infinity."""
+    if not all_finite(value):
+        raise UserError(
+            f"{tensor.name} in {tensor.file} holds NaN or infinite numbers; copy the checkpoint again, or train it anew"
+        )
 
 
 def write_weights(model: nnx.Module, path: Path, dtype: str) -> None:

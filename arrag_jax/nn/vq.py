@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from arrag_jax.errors import UserError
 
+GROUPS = 32  # of a GroupNorm's channels
+
 
 @dataclasses.dataclass(frozen=True)
 class VQConfig:
@@ -36,7 +38,12 @@ class VQConfig:
     def __post_init__(self):
         if self.norm_scope not in ("image", "pixel"):
             raise UserError(f"norm_scope={self.norm_scope!r} is unknown; choose image or pixel")
-        if self.decoder_multipliers and len(self.decoder_multipliers) != len(self.multipliers):
+        widths = [self.channels * m for m in (*self.multipliers, *(self.decoder_multipliers or ()))]
+        if self.norm_scope == "image" and any(width % GROUPS for width in widths):
+            raise UserError(f"channels of {widths} are no multiples of {GROUPS}, as norm_scope='image' needs")
+        if not self.encoder_kernel % 2:
+            raise UserError(f"encoder_kernel={self.encoder_kernel} must be odd")
+        if self.decoder_multipliers is not None and len(self.decoder_multipliers) != len(self.multipliers):
             raise UserError(
                 f"the decoder's levels {self.decoder_multipliers} must be as many as the encoder's {self.multipliers}"
             )
@@ -65,7 +72,7 @@ def _norm(channels: int, config: VQConfig, rngs: nnx.Rngs) -> nnx.Module:
     if config.norm_scope == "pixel":
         return nnx.LayerNorm(channels, epsilon=1e-6, rngs=rngs)
     # The fast variance, E[x²] − E[x]², cancels where the mean is large.
-    return nnx.GroupNorm(channels, num_groups=32, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
+    return nnx.GroupNorm(channels, num_groups=GROUPS, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
 
 
 class ResBlock(nnx.Module):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Integer
 
+MOST_SIDE = 1024  # of a grid: what is made of a grid alone is then small
 # (row, column) steps to the context cells, in the order in which a key is laid out.
 CONTEXT_OFFSETS: tuple[tuple[int, int], ...] = ((-1, -1), (-1, 0), (-1, 1), (0, -1))
 

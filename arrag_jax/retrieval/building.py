@@ -6,7 +6,6 @@ unfinished build, so that one with other settings never mixes with it. Several p
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from arrag_jax import progress, signals
 from arrag_jax.errors import UserError
 from arrag_jax.files import explained, only_writer, sha256_of, whole_file, write_json
-from arrag_jax.parsing import parse
+from arrag_jax.json_files import read_object
+from arrag_jax.parsing import parse, shown
 from arrag_jax.progress import Bar
 from arrag_jax.retrieval.shards import MANIFEST, ShardFolder, ShardSettings, write_manifest
 from arrag_jax.retrieval.team import Team
@@ -82,7 +82,7 @@ def require_same_settings(kind: type[ShardFolder], directory: Path, settings: Sh
     state, found = state_of(kind, directory)
     fields = [field.name for field in dataclasses.fields(settings) if field.compare]
     differ = [
-        f"{x}: {getattr(found, x)!r}, not {getattr(settings, x)!r}"
+        f"{x}: {shown(getattr(found, x))}, not {shown(getattr(settings, x))}"
         for x in fields
         if found and getattr(found, x) != getattr(settings, x)
     ]
@@ -119,10 +119,14 @@ def read_building(kind: type[ShardFolder], directory: Path) -> Any:
       UserError: its record is damaged.
     """
     path = directory / BUILDING
+    if not path.exists():
+        raise FileNotFoundError(path)
     try:
-        return parse(kind.settings_class, json.loads(path.read_text(encoding="utf-8")), str(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); choose another --workdir") from error
+        return parse(kind.settings_class, read_object(path), str(path))
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):  # another process has finished the build meanwhile
+            raise error.__cause__ from None
+        raise UserError(f"{path} is damaged: {error}; choose another --workdir") from error
 
 
 def missing_shards(directory: Path, settings: ShardSettings) -> list[int]:

@@ -21,22 +21,26 @@ each file of codes 128 KiB more. Images are numbered without the bad ones, those
 import contextlib
 import dataclasses
 import functools
-import zipfile
-from collections.abc import Iterator, Sized
+import hashlib
+import io
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Float, UInt16
 
 from arrag_jax.errors import UserError
-from arrag_jax.failures import is_of_the_machine
+from arrag_jax.files import sha256_of
 from arrag_jax.ops import grid as grid_ops
-from arrag_jax.retrieval.shards import ShardFolder, ShardSettings, read_lines
+from arrag_jax.parsing import in_range
+from arrag_jax.retrieval.shards import ShardFolder, ShardSettings, reading, require_count
 
 KEY_KINDS = ("codebook", "latent")
 CODEBOOK = "codebook.npz"
+SAME_IN_ALL_PARTS = ("fingerprint", "grid", "codebook_size", "code_dim", "keys", "captions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +67,10 @@ class StoreSettings(ShardSettings):
             raise UserError(f"keys={list(self.keys)}: choose from {', '.join(KEY_KINDS)}")
         if self.codebook_size > 2**16:
             raise UserError(f"a codebook of {self.codebook_size} codes does not fit uint16; at most 65536")
-        grid_ops.cells_with_context(*self.grid)
+        in_range("code_dim", self.code_dim, 1, 2**16)
+        if self.grid[0] < 2 or self.grid[1] < 3:
+            height, width = self.grid
+            raise UserError(f"a {height} x {width} grid has no cell with a full context; at least 2 x 3 is needed")
 
     @property
     def patches_per_image(self) -> int:
@@ -105,7 +112,14 @@ class Datastore(ShardFolder):
 
     @classmethod
     def _open_part(cls, store: "Datastore", name: str, fingerprint: str) -> "Datastore":
-        part = cls.open(store.directory / name)
+        if not (store.directory / name).is_dir() or name in store.files:
+            raise UserError(f"{store.directory / name}, a part of the datastore, is missing; {cls.rebuild}")
+        part = super().open(store.directory / name)
+        if part.manifest.get("parts"):
+            raise UserError(f"{part.directory} is a part, but its manifest names parts of its own; {cls.rebuild}")
+        differ = [x for x in SAME_IN_ALL_PARTS if getattr(store.settings, x) != getattr(part.settings, x)]
+        if differ:
+            raise UserError(f"{part.directory} has another {differ[0]} than {store.directory}; {cls.rebuild}")
         if part.fingerprint != fingerprint:
             raise UserError(f"{part.directory} is not the part that {store.directory} was given; {cls.rebuild}")
         return part
@@ -140,9 +154,17 @@ class Datastore(ShardFolder):
     @functools.cached_property
     def codebook(self) -> Float[np.ndarray, "V C"]:
         """Rows of unit norm, float32."""
-        path = self.directory / CODEBOOK
-        with self._reading(path), np.load(path, allow_pickle=False) as file:
-            return file["codebook"]
+        path, shape = self.directory / CODEBOOK, (self.settings.codebook_size, self.settings.code_dim)
+        with self._reading(path):
+            content = path.read_bytes()
+            if 4 * math.prod(shape) > len(content):  # it is not compressed
+                raise ValueError(f"it cannot hold {shape[0]} rows of {shape[1]} numbers")
+            require_digest(hashlib.sha256(content).hexdigest(), self.files[CODEBOOK])
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
+                codebook = file["codebook"]
+            if codebook.shape != shape or codebook.dtype != np.float32 or not np.isfinite(codebook).all():
+                raise ValueError(f"it holds {codebook.dtype} {codebook.shape}, not finite float32 {shape}")
+            return codebook
 
     @functools.cached_property
     def codes(self) -> UInt16[np.ndarray, "n H W"]:
@@ -185,8 +207,8 @@ class Datastore(ShardFolder):
             held = ", ".join(self.settings.keys)
             raise UserError(f"datastore {self.directory} holds keys of kind {held}, not {kind!r}; {self.rebuild}")
 
-    def _files(self, part: str, first: int, end: int) -> Iterator[tuple[Path, int, slice]]:
-        """The files that hold images ``first`` to ``end`` of a part: path, images in it, and which are meant."""
+    def _files(self, part: str, first: int, end: int) -> Iterator[tuple["Datastore", str, slice]]:
+        """The files that hold images ``first`` to ``end``: whose they are, their names, and which images are meant."""
         before = 0
         for store in (self, *self.parts):
             for shard in range(store.settings.num_shards):
@@ -194,51 +216,59 @@ class Datastore(ShardFolder):
                 images = store.files[name]["images"]
                 wanted = slice(max(first - before, 0), min(end - before, images))
                 if wanted.start < wanted.stop:
-                    yield store.directory / name, images, wanted
+                    yield store, name, wanted
                 before += images
 
     def _lines(self, part: str) -> list[str]:
         """All lines of a part, one an image."""
         lines: list[str] = []
-        for path, expected, wanted in self._files(part, 0, self.num_images):
-            with self._reading(path):
-                found = read_lines(path)
-                require_count(found, expected)
-            lines += found[wanted]
+        for store, name, wanted in self._files(part, 0, self.num_images):
+            lines += store.lines_of(name)[wanted]
         return lines
 
     def _read(self, part: str, dtype: str, shape: tuple[int, ...], first: int, end: int) -> np.ndarray:
-        """Records of a part as arrays of one shape, [end - first, *shape]."""
-        whole = np.empty((end - first, *shape), dtype)
-        done = 0
-        for path, expected, wanted in self._files(part, first, end):
+        """Records of a part as arrays of one shape, [end - first, *shape].
+
+        A record has a hash in its file, which its reader checks. The hash of a file of codes is checked besides where
+        all of it is read: a file of the same size may stand in another's place.
+        """
+        whole, done = None, 0
+        for store, name, wanted in self._files(part, first, end):
+            path, facts, number = store.directory / name, store.files[name], wanted.stop - wanted.start
             with self._reading(path), contextlib.closing(ArrayRecordReader(str(path))) as reader:
-                require_count(range(reader.num_records()), expected)
+                require_count(range(reader.num_records()), facts["images"])
+                if whole is None:  # before memory is taken for a grid that the files do not have
+                    require_length(reader.read(wanted.start, wanted.start + 1)[0], dtype, shape)
+                    whole = np.empty((end - first, *shape), dtype)
+                if part == "codes" and number == facts["images"]:
+                    require_digest(sha256_of(path), facts)
                 found = np.frombuffer(b"".join(reader.read(wanted.start, wanted.stop)), dtype)
-                number = wanted.stop - wanted.start
                 whole[done : done + number] = found.reshape(number, *shape)
+                if part == "codes" and found.max(initial=0) >= self.settings.codebook_size:
+                    raise ValueError(f"it holds code {found.max()}, the codebook {self.settings.codebook_size}")
             done += number
-        assert done == len(whole)
+        assert whole is not None and done == len(whole)
         return whole
 
-    @contextlib.contextmanager
-    def _reading(self, path: Path) -> Iterator[None]:
-        """Turns what a damaged file raises into one line that names it."""
-        try:
-            yield
-        except (OSError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:  # each reader has its own
-            if is_of_the_machine(error):
-                raise
-            raise UserError(
-                f"{path} is damaged ({' '.join(str(error).split())}); to see what else is, run: python -m "
-                f"arrag_jax.build_datastore --workdir={self.directory} --verify; {self.rebuild}"
-            ) from error
+    @property
+    def verify_command(self) -> str:
+        """How a user sees what else is damaged."""
+        return f"python -m arrag_jax.build_datastore --workdir={self.directory} --verify"
+
+    def _reading(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        return reading(path, self.verify_command, self.rebuild)
 
 
-def require_count(found: Sized, expected: int) -> None:
-    """Raises ValueError unless a file holds as many images as its manifest says."""
-    if len(found) != expected:
-        raise ValueError(f"it holds {len(found)} images, not {expected}")
+def require_length(record: bytes, dtype: str, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless a record holds an array of this shape."""
+    if len(record) != math.prod(shape) * np.dtype(dtype).itemsize:
+        raise ValueError(f"its records have {len(record)} bytes, not those of {list(shape)} numbers")
+
+
+def require_digest(digest: str, facts: dict[str, Any]) -> None:
+    """Raises ValueError unless a file's SHA-256 is the manifest's."""
+    if digest != facts["sha256"]:
+        raise ValueError("its SHA-256 is not the manifest's")
 
 
 def unit_norm(vectors: Float[np.ndarray, "*dims C"]) -> Float[np.ndarray, "*dims C"]:

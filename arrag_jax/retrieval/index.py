@@ -4,15 +4,20 @@
 the size and SHA-256 of every file, and the SHA-256 of all that it says itself. A whole index appears by one rename.
 """
 
-import json
+import dataclasses
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from arrag_jax import progress
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.files import clear_leftovers, sha256_of, sync, whole_folder, write_json
+from arrag_jax.json_files import read_object
+from arrag_jax.parsing import in_range, parse, shown
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.patches import stored_patches
 from arrag_jax.retrieval.scann import (
@@ -24,10 +29,49 @@ from arrag_jax.retrieval.scann import (
     num_leaves,
     shard_bounds,
 )
-from arrag_jax.retrieval.shards import content_hash
+from arrag_jax.retrieval.shards import MOST_IMAGES, content_hash
 
 INDEX_VERSION = 3
 RECORD = "index.json"
+ASSETS = "scann_assets.pbtxt"  # ScaNN's list of a searcher's files
+MOST_SHARDS = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexedFile:
+    """What a record says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexRecord:
+    """What is read of ``index.json``.
+
+    Attributes:
+      entries: unique contexts of each shard.
+      files: by path below the index's folder, "shard-00000/dataset.npy".
+      sha256: of all the rest.
+    """
+
+    index_version: int
+    datastore: str
+    kind: str
+    rows: int
+    leaves: tuple[int, ...]
+    bytes_a_number: tuple[int, ...]
+    entries: tuple[int, ...]
+    files: dict[str, IndexedFile]
+    sha256: str
+
+    def __post_init__(self):
+        in_range("the number of shards in entries", len(self.entries), 1, MOST_SHARDS)
+        for number in (self.rows, *self.entries):
+            in_range("rows and entries", number, 1, MOST_IMAGES)
+        for name in self.files:
+            if not re.fullmatch(r"shard-\d{5}/[\w.-]{1,200}", name):
+                raise UserError(f"files: {shown(name)} is not the name of a file inside this folder")
 
 
 def index_directory(store: Datastore, kind: str) -> Path:
@@ -83,9 +127,11 @@ def _shard_name(shard: int) -> str:
 
 
 def is_current(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> bool:
-    """Is there an undamaged index of this store, built with these options?"""
+    """Is there an undamaged index of this store, built with these options, that ScaNN can read?"""
     try:
-        _checked_files(store, kind, options, shards)
+        entries = _checked_files(store, kind, options, shards)
+        for shard, number in enumerate(entries):
+            _load_searcher(index_directory(store, kind) / _shard_name(shard), number, store, "")
     except UserError:
         return False
     return True
@@ -105,17 +151,51 @@ def load_index(
       local: the shards that this process searches; None = all. No other one is read.
 
     Raises:
-      UserError: no index here, or one of another store, of other options, or damaged; k out of range.
+      UserError: no index here, or one of another store, of other options, damaged or that ScaNN cannot read; k out of
+        range.
     """
     local = list(range(shards) if local is None else local)
-    _checked_files(store, kind, options, shards, local)
-    scann = import_scann()
+    entries = _checked_files(store, kind, options, shards, local)
     directory, bounds = index_directory(store, kind), shard_bounds(store.num_patches, shards)
     searches = {}
     for shard in local:
-        searcher = scann.load_searcher(str(directory / _shard_name(shard)))
-        searches[shard] = ShardSearch(searcher, stored_patches(store, kind, bounds[shard]), options)
+        place = directory / _shard_name(shard)
+        searcher = _load_searcher(place, entries[shard], store, _mend(store))
+        patches = stored_patches(store, kind, bounds[shard])
+        if len(patches.keys) != entries[shard]:
+            held = f"{entries[shard]:,} entries, the store has {len(patches.keys):,}"
+            raise UserError(f"index {place} holds {held}; delete {directory} and {_mend(store)}")
+        searches[shard] = ShardSearch(searcher, patches, options)
     return HostSearch(searches, bounds, store.codebook, k)
+
+
+def _load_searcher(directory: Path, entries: int, store: Datastore, mend: str) -> Any:
+    """ScaNN's searcher of a shard.
+
+    ScaNN trusts the shapes and the names that its files give, so they are checked before it sees them.
+
+    Raises:
+      UserError: files that do not hold so many entries, that name others, or that ScaNN refuses.
+    """
+    scann, path = import_scann(), directory
+    try:
+        for path in sorted(directory.glob("*.npy")):
+            _require_shape(path, entries, 4 * store.settings.code_dim)
+        path = directory / ASSETS
+        if re.search(rb"[/\\']", path.read_bytes()):
+            raise ValueError("it names files outside of its folder")
+        path = directory
+        return scann.load_searcher(str(directory))
+    except Exception as error:  # numpy and ScaNN raise many kinds for one cause
+        reason = " ".join(str(error).split())
+        raise UserError(f"index {path} cannot be read by ScaNN ({shown(reason)}); {mend}") from error
+
+
+def _require_shape(path: Path, entries: int, numbers: int) -> None:
+    """Raises ValueError unless an array of an index has a row an entry, or is one row of a key's numbers."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.shape not in ((entries,), (entries, numbers), (numbers,)):
+        raise ValueError(f"it has shape {list(array.shape)}, not that of {entries} entries of {numbers} numbers")
 
 
 def saved_shards(store: Datastore, kind: str) -> int:
@@ -140,45 +220,56 @@ def _identity(store: Datastore, kind: str, options: ScannOptions, entries: list[
 
 def _checked_files(
     store: Datastore, kind: str, options: ScannOptions, shards: int, local: Iterable[int] | None = None
-) -> None:
-    """Raises UserError, with the mend, unless the saved index is the wanted one and (in ``local`` shards) undamaged."""
-    directory = index_directory(store, kind)
-    command = "run: python -m arrag_jax.build_datastore --config=…"
-    mend = f"{command} --workdir={store.directory}"
+) -> tuple[int, ...]:
+    """Entries of each shard of the saved index, once it is the wanted one and (in ``local`` shards) undamaged.
+
+    Raises:
+      UserError: it is not; with the mend.
+    """
+    directory, mend = index_directory(store, kind), _mend(store)
     if not directory.exists():
         raise UserError(f"no index over {kind} keys in {store.directory}; {mend}")
     saved = _read_record(directory, mend)
-    entries = saved["entries"]
-    if len(entries) != shards:
-        raise UserError(
-            f"index {directory} has {len(entries)} shards, not {shards}; {command} --config.index_shards={shards} "
-            f"--workdir={store.directory}"
-        )
-    wanted = _identity(store, kind, options, entries)
-    differ = [f"{key} {saved.get(key)!r}, not {wanted[key]!r}" for key in wanted if saved.get(key) != wanted[key]]
+    if len(saved.entries) != shards:
+        raise UserError(f"index {directory} has {len(saved.entries)} shards, not {shards}; {_mend(store, shards)}")
+    wanted = _identity(store, kind, options, list(saved.entries))
+    held = {key: list(x) if isinstance(x := getattr(saved, key), tuple) else x for key in wanted}
+    differ = [f"{key} {shown(held[key])}, not {shown(wanted[key])}" for key in wanted if held[key] != wanted[key]]
     if differ:
         raise UserError(f"index {directory} does not fit: it has {'; '.join(differ)}; {mend}")
-    _require_files(directory, saved["files"], mend, None if local is None else tuple(map(_shard_name, local)))
+    _require_files(directory, saved.files, mend, None if local is None else tuple(map(_shard_name, local)))
+    return saved.entries
 
 
-def _read_record(directory: Path, mend: str) -> dict[str, Any]:
+def _mend(store: Datastore, shards: int | None = None) -> str:
+    """The command that builds the index anew."""
+    spread = "" if shards is None else f"--config.index_shards={shards} "
+    return f"run: python -m arrag_jax.build_datastore --config=… {spread}--workdir={store.directory}"
+
+
+def _read_record(directory: Path, mend: str) -> IndexRecord:
     """What ``index.json`` says; a UserError if it is missing, of another version, or not what was written."""
     path = directory / RECORD
+    if not path.exists():
+        raise UserError(f"{path} is missing; {mend}")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version, digest = record.get("index_version"), record.get("sha256")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; {mend}") from None
-    except (ValueError, AttributeError) as error:
+        record = read_object(path)
+    except UserError as error:
         raise UserError(f"{path} is damaged: it is not an index's record ({error}); {mend}") from error
+    version = record.get("index_version")
     if version != INDEX_VERSION:
-        raise UserError(f"{path} has version {version}, this code reads {INDEX_VERSION}; {mend}")
-    if digest != content_hash(record):
+        raise UserError(f"{path} has version {shown(version)}, this code reads {INDEX_VERSION}; {mend}")
+    if record.get("sha256") != content_hash(record):
         raise UserError(f"{path} is damaged: it is not what was written; {mend}")
-    return record
+    try:
+        return parse(IndexRecord, record, str(path), ignore_unknown=True)
+    except UserError as error:
+        raise UserError(f"{error}; {mend}") from error
 
 
-def _require_files(directory: Path, files: dict[str, Any], mend: str, shards: tuple[str, ...] | None = None) -> None:
+def _require_files(
+    directory: Path, files: dict[str, IndexedFile], mend: str, shards: tuple[str, ...] | None = None
+) -> None:
     """Raises UserError unless an index has just these files and (in shards of these names) with their content."""
     found = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()} - {RECORD}
     # ScaNN would unpickle a file of document ids; ours never have one
@@ -186,7 +277,7 @@ def _require_files(directory: Path, files: dict[str, Any], mend: str, shards: tu
         raise UserError(f"index {directory} has missing or foreign files: {sorted(found ^ set(files))}; {mend}")
     for name, facts in files.items():
         path = directory / name
-        if (shards is None or name.startswith(shards)) and sha256_of(path) != facts["sha256"]:
+        if (shards is None or name.startswith(shards)) and sha256_of(path) != facts.sha256:
             raise UserError(f"index file {path} is damaged; {mend}")
 
 
@@ -194,4 +285,4 @@ def verify_indexes(store: Datastore) -> None:
     """Raises UserError naming the first file of any of a store's saved indexes that is not what was written."""
     for directory in sorted(store.directory.glob("index-*")):
         mend = f"delete {directory} and build it again"
-        _require_files(directory, _read_record(directory, mend)["files"], mend)
+        _require_files(directory, _read_record(directory, mend).files, mend)

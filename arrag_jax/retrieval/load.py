@@ -18,11 +18,13 @@ def open_store(config: RetrievalConfig, fingerprint: str) -> tuple[Datastore, bo
     """Opens the images of a datastore that a config asks for, and tells whether these are all it holds.
 
     Raises:
-      UserError: no such store, one of another tokenizer, or not the same in all processes of a run.
+      UserError: no such store, one of another tokenizer, one whose manifest is not what was written, or not the same in
+        all processes of a run.
     """
     store = Datastore.open(config.store)
     require_same({f"{config.store}/manifest.json": store.fingerprint}, "store")
     store.require_tokenizer(fingerprint)
+    store.require_manifest()
     whole = config.num_images in (0, store.num_images)
     return store if whole else store.subset(config.num_images), whole
 

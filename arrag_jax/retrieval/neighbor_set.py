@@ -10,8 +10,11 @@ A record is little-endian uint16 [T] codes and [T, K] neighbours as code + 1 (0 
 UTF-8. A 12 x 12 grid with K = 16 has 4.9 KB and its caption, before compression.
 """
 
+import bisect
 import dataclasses
 import functools
+import itertools
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,9 +23,11 @@ from jaxtyping import Int, Integer
 
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
-from arrag_jax.retrieval.shards import ShardFolder, ShardSettings
+from arrag_jax.parsing import in_range
+from arrag_jax.retrieval.shards import MOST_IMAGES, ShardFolder, ShardSettings, reading
 
 MOST_CODES = 2**16 - 1  # code + 1 must fit uint16
+MOST_NEIGHBORS = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,8 @@ class NeighborSettings(ShardSettings):
         super().__post_init__()
         if self.codebook_size > MOST_CODES:
             raise UserError(f"a codebook of {self.codebook_size} codes does not fit uint16; at most {MOST_CODES}")
+        in_range("k", self.k, 1, MOST_NEIGHBORS)
+        in_range("store_images", self.store_images, 0, MOST_IMAGES)
 
     def shard_files(self, shard: int) -> dict[str, str]:
         """File name of a shard's one part, "neighbors"."""
@@ -91,14 +98,38 @@ class NeighborSet(ShardFolder):
         """An image: "codes" int32 [T], "neighbors" int32 [T, K] nearest first (-1 = empty), "caption"."""
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
-        codes, neighbors, caption = from_record(self._records[i], self.grid[0] * self.grid[1], self.k)
+        with reading(self._file_of(i), "", self.rebuild):
+            codes, neighbors, caption = from_record(self._records[i], self.grid[0] * self.grid[1], self.k)
+            if codes.max() >= self.codebook_size or neighbors.max() >= self.codebook_size:
+                raise ValueError(f"image {i} has codes outside a codebook of {self.codebook_size}")
+            if "\0" in caption:  # numbers that the settings do not know of
+                raise ValueError(f"image {i} has more numbers than {self.grid} and k={self.k} tell")
         return {"codes": codes, "neighbors": neighbors, "caption": caption}
+
+    def verify(self) -> None:
+        """Checks every file's SHA-256, and that records have the shape that the settings tell."""
+        super().verify()
+        if len(self):
+            self[0]
+
+    def _file_of(self, i: int) -> Path:
+        """The file that holds an image."""
+        return self.directory / self._names[bisect.bisect_right(self._ends, i)]
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        """Names of the shards' files."""
+        return [self.settings.shard_files(shard)["neighbors"] for shard in range(self.settings.num_shards)]
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        """The image behind the last one of each shard."""
+        return list(itertools.accumulate(self.files[name]["images"] for name in self._names))
 
     @functools.cached_property
     def _records(self) -> ArrayRecordDataSource:
         """All shards as one; it opens a file on first use, under a lock."""
-        shards = range(self.settings.num_shards)
-        return ArrayRecordDataSource([str(self.directory / self.settings.shard_files(s)["neighbors"]) for s in shards])
+        return ArrayRecordDataSource([str(self.directory / name) for name in self._names])
 
 
 def to_record(codes: Integer[np.ndarray, " T"], neighbors: Int[np.ndarray, "T K"], caption: bytes) -> bytes:

@@ -4,19 +4,18 @@ A part is a store of its own in a folder ``part-00001`` of the first one, whose 
 its manifest. Nothing that is whole is ever written again but that manifest, which is replaced in one step.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from arrag_jax import progress
 from arrag_jax.errors import UserError
 from arrag_jax.files import folder_in, only_writer, require_within, sha256_of, whole_file, write_json
+from arrag_jax.json_files import read_object
 from arrag_jax.retrieval.building import state_of
-from arrag_jax.retrieval.datastore import Datastore, StoreSettings
+from arrag_jax.retrieval.datastore import SAME_IN_ALL_PARTS, Datastore, StoreSettings
 from arrag_jax.retrieval.shards import MANIFEST, write_manifest
 
 MERGING = ".merging.json"  # in the folder of an unfinished merge: the fingerprints of what is merged
-SAME_IN_ALL_PARTS = ("fingerprint", "grid", "codebook_size", "code_dim", "keys", "captions")
 
 
 def next_part(store: Datastore) -> Path:
@@ -41,6 +40,7 @@ def add_part(store: Datastore, part: Path) -> Datastore:
       UserError: the part is not whole or does not fit, or another process writes to the store.
     """
     require_fits(store, Datastore.open(part).settings)
+    store.require_manifest()  # what is written anew would get a hash that fits
     content = {key: value for key, value in store.manifest.items() if key != "sha256"}
     parts = {**content.get("parts", {}), part.name: sha256_of(part / MANIFEST)}
     with only_writer(store.directory):
@@ -57,6 +57,8 @@ def merge(stores: list[Datastore], directory: str | Path) -> Datastore:
     directory = Path(directory)
     for store in stores:
         require_fits(stores[0], store.settings)
+        for part in (store, *store.parts):
+            part.require_manifest()
         if store.directory.resolve() == directory.resolve():
             raise UserError(f"--workdir={directory} is one of the stores to merge; choose another")
     merged = [store.fingerprint for store in stores]
@@ -78,7 +80,7 @@ def merge(stores: list[Datastore], directory: str | Path) -> Datastore:
 
 
 def _require_same_merge(record: Path, merged: list[str]) -> None:
-    if json.loads(record.read_text(encoding="utf-8")).get("merged") != merged:
+    if read_object(record).get("merged") != merged:
         raise UserError(f"{record.parent} holds something else than these stores merged; choose another --workdir")
 
 

@@ -4,19 +4,25 @@
 the size and SHA-256 of every other file and of its own content. How one is built stands in ``building``.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from arrag_jax.errors import UserError
+from arrag_jax.failures import is_of_the_machine
 from arrag_jax.fields import local_path
 from arrag_jax.files import sha256_of, write_json
-from arrag_jax.parsing import parse
+from arrag_jax.json_files import read_object
+from arrag_jax.ops.grid import MOST_SIDE
+from arrag_jax.parsing import in_range, parse, shown
 
 MANIFEST = "manifest.json"
+MOST_IMAGES = 2**40
 BAD_FILES = "bad-*.txt"
 
 Folder = TypeVar("Folder")
@@ -50,6 +56,11 @@ class ShardSettings:
     def __post_init__(self):
         if self.num_images < 1 or self.shard_size < 1:
             raise UserError(f"num_images={self.num_images} and shard_size={self.shard_size} must be at least 1")
+        for name in ("num_images", "shard_size"):
+            in_range(name, getattr(self, name), 1, MOST_IMAGES)
+        for side in self.grid:
+            in_range("a side of grid", side, 1, MOST_SIDE)
+        in_range("codebook_size", self.codebook_size, 1, 2**31)
 
     @property
     def num_shards(self) -> int:
@@ -81,6 +92,52 @@ class ShardSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class FileFacts:
+    """What a manifest says of a file: its size, its hash, and how many images it holds and how many it lists as bad."""
+
+    sha256: str
+    bytes: int
+    images: int
+    bad: int = 0
+
+    def __post_init__(self):
+        for name in ("bytes", "images", "bad"):
+            in_range(name, getattr(self, name), 0, MOST_IMAGES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What is read of ``manifest.json``; a folder's ``settings_class`` is the schema of its ``settings``."""
+
+    settings: Any
+    files: dict[str, FileFacts]
+    parts: dict[str, str] = dataclasses.field(default_factory=dict)  # folder of each part → SHA-256 of its manifest
+    sha256: str = ""  # of all the rest; absent in the oldest ones
+
+    def __post_init__(self):
+        for name in (*self.files, *self.parts):
+            require_inside(name)
+
+    def require_files_of(self, settings: ShardSettings) -> None:
+        """Raises UserError unless the files are those of a folder of these settings, with as many images."""
+        if settings.num_shards > len(self.files):
+            raise UserError(f"files: {len(self.files)} files cannot be {settings.num_shards} shards")
+        for name in settings.other_files:
+            self._facts(name)
+        for shard in range(settings.num_shards):
+            bad = self.files.get(settings.bad_file(shard), FileFacts("", 0, 0)).bad
+            for name in settings.shard_files(shard).values():
+                images, expected = self._facts(name).images, len(settings.shard_images(shard)) - bad
+                if images != expected or images < 0:
+                    raise UserError(f"files.{name} has {images} images, its settings give it {expected}")
+
+    def _facts(self, name: str) -> FileFacts:
+        if name not in self.files:
+            raise UserError(f"files: {name} is missing")
+        return self.files[name]
+
+
+@dataclasses.dataclass(frozen=True)
 class ShardFolder:
     """A whole folder, opened.
 
@@ -106,27 +163,30 @@ class ShardFolder:
         """Opens a folder after checking its manifest and the size of every file.
 
         Raises:
-          UserError: no such folder here, an unfinished one, another format, or a missing or truncated file.
+          UserError: no such folder here, an unfinished one, another format, a manifest that contradicts itself, or a
+            missing or truncated file.
         """
         directory = Path(local_path(directory, cls.noun))
         path = directory / MANIFEST
         if not path.is_file():
             raise UserError(f"no finished {cls.noun} in {directory} ({MANIFEST} is missing); {cls.rebuild}")
+        manifest = read_object(path)
+        version = manifest.get("format_version")
+        if type(version) is int and version != cls.format_version:
+            raise UserError(f"{path} has format {shown(version)}, this code reads {cls.format_version}; {cls.rebuild}")
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            version = manifest["format_version"]
-            if version != cls.format_version:
-                raise UserError(f"{path} has format {version}, this code reads {cls.format_version}; {cls.rebuild}")
-            settings = parse(cls.settings_class, manifest["settings"], f"{path}: settings")
-            sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
-            num_images = cls.count_images(settings, manifest)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not the manifest of a {cls.noun} ({error!r}); {cls.rebuild}") from error
-        for name, expected in sizes.items():
+            if type(version) is not int:
+                raise UserError(f"it has format_version {shown(version)}")
+            read = parse(Manifest, manifest, str(path), ignore_unknown=True)
+            settings = parse(cls.settings_class, read.settings, f"{path}: settings")
+            read.require_files_of(settings)
+        except UserError as error:
+            raise UserError(f"{path} is not the manifest of a {cls.noun}: {error}; {cls.rebuild}") from error
+        for name, facts in read.files.items():
             size = (directory / name).stat().st_size if (directory / name).is_file() else "no"
-            if size != expected:
-                raise UserError(f"{directory / name} has {size} bytes, not {expected}; {cls.rebuild}")
-        return cls(directory, settings, manifest, num_images)
+            if size != facts.bytes:
+                raise UserError(f"{directory / name} has {size} bytes, not {facts.bytes}; {cls.rebuild}")
+        return cls(directory, settings, manifest, cls.count_images(settings, manifest))
 
     @classmethod
     def count_images(cls, settings: ShardSettings, manifest: dict[str, Any]) -> int:
@@ -148,7 +208,27 @@ class ShardFolder:
     def bad(self) -> list[tuple[str, str]]:
         """What could not be read, and why."""
         names = [name for name, facts in self.files.items() if "bad" in facts]
-        return [line for name in names for line in read_bad(self.directory / name)]
+        return [bad_line(line) for name in names for line in self.lines_of(name)]
+
+    def lines_of(self, name: str) -> list[str]:
+        """The lines of one of the folder's text files, whose hash is checked.
+
+        Raises:
+          UserError: the file is not what was written.
+        """
+        path, facts = self.directory / name, self.files[name]
+        with reading(path, self.verify_command, self.rebuild):
+            content = path.read_bytes()
+            lines = content.decode().split("\n")[:-1]
+            require_count(lines, facts["images"] + facts.get("bad", 0))
+            if hashlib.sha256(content).hexdigest() != facts["sha256"]:
+                raise ValueError("its SHA-256 is not the manifest's")
+        return lines
+
+    @property
+    def verify_command(self) -> str:
+        """How a user sees what else is damaged; "" where no command tells."""
+        return ""
 
     def verify(self) -> None:
         """Checks every file's SHA-256 (reads them all).
@@ -156,19 +236,24 @@ class ShardFolder:
         Raises:
           UserError: naming the first file whose content is not what was written.
         """
-        if self.manifest.get("sha256", content_hash(self.manifest)) != content_hash(self.manifest):
-            raise UserError(f"{self.directory / MANIFEST} is damaged: it is not what was written; {self.rebuild}")
+        self.require_manifest()
         for name, facts in self.files.items():
             if sha256_of(self.directory / name) != facts["sha256"]:
                 raise UserError(
                     f"{self.directory / name} is damaged: its SHA-256 is not the manifest's; {self.rebuild}"
                 )
 
+    def require_manifest(self) -> None:
+        """Raises UserError unless the manifest is what was written, by its own hash (the oldest ones have none)."""
+        if self.manifest.get("sha256", content_hash(self.manifest)) != content_hash(self.manifest):
+            raise UserError(f"{self.directory / MANIFEST} is damaged: it is not what was written; {self.rebuild}")
+
     def require_tokenizer(self, fingerprint: str) -> None:
         """Raises UserError unless the tokenizer with this fingerprint made the codes."""
         if fingerprint != self.settings.fingerprint:
+            own = shown(self.settings.fingerprint)[1:-1]
             raise UserError(
-                f"{self.noun} {self.directory} was made by tokenizer {self.settings.fingerprint}, "
+                f"{self.noun} {self.directory} was made by tokenizer {own}, "
                 f"the model has {fingerprint}; use that tokenizer's model, or {self.rebuild}"
             )
 
@@ -185,7 +270,51 @@ def read_lines(path: Path) -> list[str]:
 
 def read_bad(path: Path) -> list[tuple[str, str]]:
     """Image and reason from each line of a file of bad images."""
-    return [(name, reason) for name, _, reason in (line.partition("\t") for line in read_lines(path))]
+    return [bad_line(line) for line in read_lines(path)]
+
+
+def bad_line(line: str) -> tuple[str, str]:
+    """Image and reason from a line of a file of bad images."""
+    name, _, reason = line.partition("\t")
+    return name, reason
+
+
+def require_inside(name: str) -> None:
+    """Raises UserError unless a name is that of a file or folder directly inside the folder that names it."""
+    if (
+        not name
+        or name in (".", "..")
+        or len(name.encode()) > 255
+        or "/" in name
+        or "\0" in name
+        or not name.isprintable()
+    ):
+        raise UserError(f"files: {shown(name)} is not the name of a file inside this folder")
+
+
+def require_count(found: Sized, expected: int) -> None:
+    """Raises ValueError unless a file holds as many images as its manifest says."""
+    if len(found) != expected:
+        raise ValueError(f"it holds {len(found)} images, not {expected}")
+
+
+@contextlib.contextmanager
+def reading(path: Path, verify: str, rebuild: str) -> Iterator[None]:
+    """Turns what a damaged file raises into one line that names it and the mend.
+
+    Args:
+      verify: a command that tells what else is damaged; "" = none.
+      rebuild: the mend.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each reader has its own
+        if is_of_the_machine(error):
+            raise
+        see = f"to see what else is, run: {verify}; " if verify else ""
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); {see}{rebuild}") from error
 
 
 def content_hash(manifest: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
+from logging import getLogger
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,9 +25,12 @@ from arrag_jax.config import TrainConfig
 from arrag_jax.errors import UserError
 from arrag_jax.failures import is_of_the_machine
 from arrag_jax.files import folder_in, only_writer, write_json
-from arrag_jax.parsing import parse
+from arrag_jax.json_files import read_object
+from arrag_jax.parsing import parse, shown
+from arrag_jax.training.sums import digest_of, read_sums, require_finite, require_same, sums_of
 
 State = TypeVar("State")
+asyncio_log = getLogger("asyncio")
 KEEP = 2  # the newest, and the one before it in case the newest is damaged; the best one is kept besides
 TOLD = 8  # differences that a message names
 
@@ -56,7 +60,9 @@ class Checkpoints:
         )
         policy = AnyPreservationPolicy([LatestN(KEEP), by_metric])
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True, **best)
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        _require_metrics(self._directory)
+        with _reading(self._directory, "delete what is damaged there to continue without it"):
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(
         self, step: int, state: Any, data: grain.DatasetIterator, metrics: Mapping[str, float] | None = None
@@ -66,7 +72,11 @@ class Checkpoints:
         ``metrics``: the held-out metrics of this state; None where it was not judged.
         """
         if step not in self._manager.all_steps():
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data.get_state()))
+            position = data.get_state()
+            sums = dataclasses.asdict(sums_of(state, position, metrics))
+            args = ocp.args.Composite(
+                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position), sums=ocp.args.JsonSave(sums)
+            )
             self._manager.save(step, args=args, metrics=metrics)
 
     def best_step(self) -> int | None:
@@ -84,8 +94,13 @@ class Checkpoints:
             return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        with _reading(self._directory / str(step), "delete that folder to continue from the one before it"):
-            saved = self._manager.restore(step, args=args)
+        path = self._directory / str(step)
+        with _reading(path, "delete that folder to continue from the one before it"):
+            saved, sums = self._manager.restore(step, args=args), read_sums(path)
+            if sums is not None:
+                require_same(sums.state, saved["state"])
+                if digest_of(saved["data"]) != sums.data:
+                    raise ValueError("its data position is not what was saved")
             data.set_state(saved["data"])
         return saved["state"]
 
@@ -121,8 +136,11 @@ def read_params(
     directory = (workdir / "checkpoints").resolve()
     step = None
     if directory.is_dir():
+        _require_metrics(directory)
         options = ocp.CheckpointManagerOptions(read_only=True, **_best(selects))
-        with contextlib.closing(ocp.CheckpointManager(directory, options=options)) as manager:
+        with _reading(directory, f"choose another {named}"):
+            manager = ocp.CheckpointManager(directory, options=options)
+        with contextlib.closing(manager):
             best = None if last else manager.best_step()
             step = manager.latest_step() if best is None else best
     if step is None:
@@ -138,7 +156,21 @@ def read_params(
         item = {name: jax.tree.map(ocp.utils.to_shape_dtype_struct, params)}
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-        return step, reader.restore(path / "state", args=args)[name]
+        restored, sums = reader.restore(path / "state", args=args)[name], read_sums(path)
+        if sums is not None:
+            require_same(sums.state, restored, f"{name}/")
+        require_finite(restored)
+        return step, restored
+
+
+def _require_metrics(directory: Path) -> None:
+    """Raises UserError unless the metrics by which the best checkpoint is chosen are what was saved."""
+    for file in sorted(directory.glob("*/metrics/metrics")):
+        path = file.parent.parent
+        with _reading(path, "delete that folder to go on without it"):
+            metrics, sums = json.loads(file.read_bytes()), read_sums(path)
+            if sums is not None and digest_of(metrics) != sums.metrics:
+                raise ValueError("its metrics are not what was saved")
 
 
 def newest_step(workdir: Path) -> int | None:
@@ -229,6 +261,8 @@ def _reading(path: Path, mend: str) -> Iterator[None]:
     except Exception as error:  # orbax, tensorstore and json raise many kinds for one cause
         if is_of_the_machine(error):
             raise
+        # the other reads that were under way fail alike, and asyncio would print a traceback of each
+        asyncio_log.setLevel("CRITICAL")
         reason = str(error).strip().splitlines()
         raise UserError(
             f"checkpoint {path} is damaged or belongs to another model "
@@ -245,19 +279,16 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """ "key (1 there, 2 now), …": the first keys whose values differ; "" where none does."""
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    told = [f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in keys[:TOLD]]
+    told = [f"{key} ({shown(old.get(key))} there, {shown(new.get(key))} now)" for key in keys[:TOLD]]
     return ", ".join(told if len(keys) <= TOLD else [*told, "…"])
 
 
 def _read_json(path: Path, absent: dict[str, Any]) -> dict[str, Any]:
     """The object in a file, or ``absent`` where there is no such file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else absent
-    except ValueError as error:
+        return read_object(path) if path.exists() else absent
+    except UserError as error:
         raise UserError(f"{path} is damaged ({error}); delete it if this run is the one you mean") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged (it holds no JSON object); delete it if this run is the one you mean")
-    return value
 
 
 def _free(key: str) -> bool:

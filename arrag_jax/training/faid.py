@@ -105,6 +105,8 @@ class FaidTask:
         self.tokens = math.prod(read_config(Path(options.base)).grid)
         self.text = PromptTokenizer.load(options.base)
         self.sets = {name: NeighborSet.open(Path(options.neighbors) / name) for name in ("train", "valid")}
+        for neighbors in self.sets.values():
+            neighbors.verify()  # training reads them whole, in an order in which no hash can be checked
         self.daid = Daid(**dataclasses.asdict(options.daid))
         if options.blend:
             for neighbors in self.sets.values():

@@ -1,11 +1,12 @@
 """Where the figures of a run go: a progress bar, ``metrics.jsonl``, TensorBoard files and pictures."""
 
+import contextlib
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,10 @@ def peak_memory_gib() -> float:
 def training_minutes(workdir: Path, step: int) -> float:
     """Time spent in steps up to this one, restarts included, evaluations not, by the lines of ``metrics.jsonl``."""
     seconds, before = 0.0, 0
-    for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        if "steps_per_second" in values and values["step"] <= step:
-            seconds += (values["step"] - before) / values["steps_per_second"]
+    for _, values in _whole_lines(workdir / "metrics.jsonl"):
+        pace = values.get("steps_per_second")
+        if isinstance(pace, int | float) and pace > 0 and values["step"] <= step:
+            seconds += (values["step"] - before) / pace
             before = values["step"]
     return seconds / 60
 
@@ -179,17 +180,20 @@ def _named(examples: Int[np.ndarray, " B"]) -> str:
     return f"examples {shown}{', …' if len(examples) > SHOWN_EXAMPLES else ''}"
 
 
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a run's metrics and what they say; what a kill has cut short or damage has spoilt is left out."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError, RecursionError):
+            values = json.loads(line)
+            if line.endswith("\n") and isinstance(values, dict) and type(values.get("step")) is int:
+                yield line, values
+
+
 def _drop_lines_after(path: Path, step: int) -> None:
     """Keeps the whole lines of steps up to ``step``; a line cut short by a kill goes too."""
     if not path.exists():
         path.unlink(missing_ok=True)  # a link to nothing, which would be written through
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except json.JSONDecodeError:
-            continue
+    kept = [line for line, values in _whole_lines(path) if values["step"] <= step]
     with whole_file(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

@@ -1,7 +1,6 @@
 """What the tasks have in common: presets, held-out batches, figures of a tokenizer, the manifest of an export."""
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,8 +15,9 @@ from jaxtyping import Array, Float, Int
 from arrag_jax.config import TrainConfig
 from arrag_jax.data.emoji_scenes import load_source
 from arrag_jax.errors import UserError
-from arrag_jax.files import sha256_of, write_json
+from arrag_jax.json_files import read_object
 from arrag_jax.mesh import make_mesh
+from arrag_jax.models import manifest
 from arrag_jax.models.checkpoint import fingerprint
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.presets import PRESETS
@@ -81,17 +81,16 @@ def tokenizer_figures(model: Janus, batches: Iterable[Batch]) -> dict[str, float
 
 def made_by(folder: str) -> dict[str, Any]:
     """What a model folder's own manifest says of its training; {} where it has none."""
-    path = checkpoint_folder(Path(folder)) / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {key: manifest[key] for key in ("command", "training_minutes", "hardware", "config") if key in manifest}
+    path = checkpoint_folder(Path(folder)) / manifest.MANIFEST
+    content = read_object(path) if path.is_file() else {}
+    return {key: content[key] for key in ("command", "training_minutes", "hardware", "config") if key in content}
 
 
 def write_manifest(directory: Path, model: Janus, run: dict[str, Any], **figures: float) -> None:
-    """``manifest.json``: what a checkpoint reached, where it comes from, and the sum of its weights' bytes."""
-    manifest = {
+    """``manifest.json``: what a checkpoint reached, where it comes from, and the hashes of its files."""
+    content = {
         "figures": {name: round(value, 4) for name, value in figures.items()},
         "tokenizer_fingerprint": fingerprint(model),
-        "sha256": sha256_of(directory / "model.safetensors"),
         **run,
     }
-    write_json(directory / "manifest.json", manifest)
+    manifest.write_manifest(directory, content)
