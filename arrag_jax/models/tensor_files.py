@@ -146,7 +146,7 @@ def checkpoint_folder(directory: Path) -> Path:
     if not (directory / "export" / "config.json").is_file():
         raise UserError(
             f"{directory} is a training run without an export yet; let it finish, or make one of its best checkpoint: "
-            f"python -m arrag_jax.convert --source {directory} --target {directory / 'export'}"
+            f"python -m arrag_jax.convert --source {directory} --target DIR"
         )
     return directory / "export"
 
