@@ -25,6 +25,7 @@ from arrag_jax.files import FULL_DISK, tells_of_a_full_disk
 from arrag_jax.parsing import parse
 
 REQUIRED: Any = object()
+OVERRIDE = re.compile(r"--?(no)?config\.")
 REFUSED = {errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS}  # of a path that cannot be written
 
 
@@ -35,19 +36,25 @@ class Flag(NamedTuple):
     default: Any = REQUIRED  # left out: a required string
 
 
-def main_with_config(main: Callable[..., int | None], config_class: type | None, **flags: Flag) -> None:
+def main_with_config(
+    main: Callable[..., int | None],
+    config_class: type | None,
+    recorded: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    **flags: Flag,
+) -> None:
     """Runs a command from the command line and exits.
 
     Reads ``--config path.py`` (with overrides ``--config.key=value``) into the frozen dataclass
     ``config_class``, and the named flags beside it; then calls ``main(config, **flags)``, or
     ``main(**flags)`` for a command without a config. A flag named "config" with a default of "" makes
-    the config one that may be left out; ``main`` then gets None. Bad flags, bad configs and every other
+    the config one that may be left out; ``main`` then gets None, unless there are overrides, which are then of the
+    config that ``recorded`` makes of the flags' values. Bad flags, bad configs and every other
     ``UserError`` print one line and exit with code 2, and so do a full disk and a --workdir that cannot be written;
     else ``main``'s result is the exit code.
     """
 
     def run(argv: list[str]) -> int | None:
-        values = _parse(argv, main.__doc__ or "", config_class, flags)
+        values = _parse(argv, main.__doc__ or "", config_class, flags, recorded)
         if "://" in (values.get("workdir") or ""):
             raise UserError(f"--workdir={values['workdir']} is an address; mount it, and give the folder")
         arguments = []
@@ -91,7 +98,13 @@ def _cannot_write(error: Exception, workdir: str | None) -> str | None:
     return None
 
 
-def _parse(argv: list[str], doc: str, config_class: type | None, flags: dict[str, Flag]) -> dict[str, Any]:
+def _parse(
+    argv: list[str],
+    doc: str,
+    config_class: type | None,
+    flags: dict[str, Flag],
+    recorded: Callable[[dict[str, Any]], dict[str, Any]] | None,
+) -> dict[str, Any]:
     """The flags' values by name, "config" among them; prints the help and exits when asked for it."""
     values = absl_flags.FlagValues()
     values.set_gnu_getopt()
@@ -115,7 +128,11 @@ def _parse(argv: list[str], doc: str, config_class: type | None, flags: dict[str
         if missing:
             raise UserError(f"missing {', '.join(missing)} (see --help)")
         if parsed.get("config"):
-            parsed["config"], rest = _override(_load(parsed["config"], config_class), rest)
+            parsed["config"], rest = _override(_load(parsed["config"], config_class), config_class, rest)
+        elif recorded and any(map(OVERRIDE.match, rest[1:])):
+            config = ConfigDict(recorded(parsed))
+            _open_up(config, config_class)
+            parsed["config"], rest = _override(config, config_class, rest)
     except absl_flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error
     if len(rest) > 1:
@@ -150,10 +167,10 @@ def _open_up(config: ConfigDict, config_class: type) -> None:
             config[name] = FieldReference(config[name], field_type=object)  # any literal; parse checks its type
 
 
-def _override(config: ConfigDict, argv: list[str]) -> tuple[ConfigDict, list[str]]:
+def _override(config: ConfigDict, config_class: type, argv: list[str]) -> tuple[ConfigDict, list[str]]:
     """The config after its ``--config.key=value`` arguments, and the arguments that are left."""
     for argument in argv[1:]:
-        if re.match(r"--?(no)?config\.", argument):
+        if OVERRIDE.match(argument):
             _prepare(config, argument)
     values = absl_flags.FlagValues()
     values.set_gnu_getopt()
@@ -165,7 +182,19 @@ def _override(config: ConfigDict, argv: list[str]) -> tuple[ConfigDict, list[str
         rest = values(argv, known_only=True)
     except TypeError as error:
         raise UserError(f"a --config override has the wrong type: {error}") from error
+    _split_lists(values["config"].value, config_class)
     return values["config"].value, rest
+
+
+def _split_lists(config: ConfigDict, config_class: type) -> None:
+    """Makes lists of texts such as "codebook,latent" where the class has lists."""
+    for name, hint in typing.get_type_hints(config_class).items():
+        value = config.get(name)
+        if dataclasses.is_dataclass(hint) and isinstance(value, ConfigDict):
+            _split_lists(value, hint)
+        elif typing.get_origin(hint) is tuple and isinstance(value, str):
+            del config[name]  # whose type is text
+            config[name] = tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 def _prepare(config: ConfigDict, argument: str) -> None:
