@@ -110,7 +110,8 @@ def with_what_is_held(
         return dataclasses.replace(config, keys=found.keys) if set(config.keys) <= set(found.keys) else config
     keys, captions = extension.all_keys(found.keys, config.keys), config.captions or found.captions
     if (keys, captions) != (found.keys, found.captions):
-        same = dataclasses.replace(spelt_alike(config, [found]), keys=found.keys, captions=found.captions)
+        held = {"keys": found.keys, "captions": found.captions, "indexes": ()}
+        same = dataclasses.replace(spelt_alike(config, [found]), **held)
         require_same_settings(Datastore, directory, settings_of(same, tokenizer, config.num_images or found.num_images))
 
         def images(settings: StoreSettings, captions: bool) -> tuple[Examples, dict[str, int]]:

@@ -187,14 +187,21 @@ def _override(config: ConfigDict, config_class: type, argv: list[str]) -> tuple[
 
 
 def _split_lists(config: ConfigDict, config_class: type) -> None:
-    """Makes lists of texts such as "codebook,latent" where the class has lists."""
+    """Makes lists of texts such as "codebook,latent" where the class has lists; flags take one for a list of one."""
     for name, hint in typing.get_type_hints(config_class).items():
         value = config.get(name)
         if dataclasses.is_dataclass(hint) and isinstance(value, ConfigDict):
             _split_lists(value, hint)
-        elif typing.get_origin(hint) is tuple and isinstance(value, str):
-            del config[name]  # whose type is text
-            config[name] = tuple(part.strip() for part in value.split(",") if part.strip())
+            continue
+        texts = (value,) if isinstance(value, str) else value
+        if (
+            typing.get_origin(hint) is tuple
+            and isinstance(texts, tuple)
+            and texts
+            and all(isinstance(x, str) for x in texts)
+        ):
+            del config[name]  # whose type may be text
+            config[name] = tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
 
 
 def _prepare(config: ConfigDict, argument: str) -> None:

@@ -102,7 +102,7 @@ class Datastore(ShardFolder):
     settings_class: ClassVar[type[ShardSettings]] = StoreSettings
     command: ClassVar[str] = "build_datastore"
     rebuild: ClassVar[str] = (
-        "build it with: python -m arrag_jax.build_datastore --config=… --workdir=… (its manifest.json holds the command), "
+        "build it with: python -m arrag_jax.build_datastore --config=… --workdir=… (in manifest.json), "
         "once its folder is deleted"
     )
 

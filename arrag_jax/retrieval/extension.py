@@ -40,8 +40,9 @@ class _Job(NamedTuple):
         return {kind: name for kind, name in self.wanted.shard_files(self.shard).items() if kind not in held}
 
     @property
-    def done(self) -> bool:
-        return all((self.part.directory / name).is_file() for name in self.files.values())
+    def absent(self) -> dict[str, str]:
+        """Those of them that are not there yet."""
+        return {kind: name for kind, name in self.files.items() if not (self.part.directory / name).is_file()}
 
 
 def all_keys(held: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[str, ...]:
@@ -78,7 +79,7 @@ def extend(
         with only_writer(store.directory):
             _write_shards(store, keys, captions, read, encode, batch_size, team)
             jobs = _jobs(store, keys, captions)
-            team.wait_until(lambda: all(job.done for job in jobs))
+            team.wait_until(lambda: not any(job.absent for job in jobs))
             _write_manifests(store, jobs)
     else:
         _write_shards(store, keys, captions, read, encode, batch_size, team)
@@ -111,7 +112,7 @@ def _write_shards(
     """Writes the new files of this process's shards that are not there yet."""
     jobs = _jobs(store, keys, captions)
     own = [jobs[place] for place in team.share(range(len(jobs)))]
-    left = [job for job in own if not job.done]
+    left = [job for job in own if job.absent]
     total, todo = (sum(len(_ids(job)) for job in some) for some in (own, left))
     source: tuple[Path | None, Any] = (None, None)  # of one part at a time: the list of a folder may be long
     with tqdm(total=total, initial=total - todo, unit="image", desc=f"adding to {store.directory}") as bar:
@@ -151,7 +152,7 @@ def _write_shard(
     def lost(number: int, reason: BadImage) -> None:
         raise UserError(f"{ids[number]} of {place} can no longer be read: {reason}; put it back and run this again")
 
-    write_files(job.part.directory, job.files, checked(), bar)
+    write_files(job.part.directory, job.absent, checked(), bar)
 
 
 def _ids(job: _Job) -> list[str]:

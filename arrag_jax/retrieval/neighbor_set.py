@@ -69,7 +69,7 @@ class NeighborSet(ShardFolder):
     settings_class: ClassVar[type[ShardSettings]] = NeighborSettings
     command: ClassVar[str] = "build_neighbors"
     rebuild: ClassVar[str] = (
-        "build it with: python -m arrag_jax.build_neighbors --config=… --workdir=… (its manifest.json holds the command), "
+        "build it with: python -m arrag_jax.build_neighbors --config=… --workdir=… (in manifest.json), "
         "once its folder is deleted"
     )
 
