@@ -6,7 +6,10 @@ python -m arrag_jax.build_datastore --config configs/folder_datastore.py --confi
 python -m arrag_jax.build_datastore --merge runs/one --merge runs/two --workdir runs/both
 python -m arrag_jax.build_datastore --workdir runs/photos --verify
 python -m arrag_jax.build_datastore --workdir runs/photos --report
+python -m arrag_jax.build_datastore --config.keys=codebook,latent --config.indexes=latent --workdir runs/photos
 
+The last adds keys and an index to a datastore that is there: with no --config its own settings count, as they were when
+it was built. Captions (--config.captions=True) can be added alike. The source must still be there, unchanged.
 --report measures the index: recall against exact search, queries a second, bytes a patch.
 Run again with the same flags, it goes on where it stopped, and says so when nothing is left to do. Started as several
 processes (JAX_COORDINATOR_ADDRESS and so on, see launch/) it shares the work; --workdir is then on a file system that
@@ -18,6 +21,7 @@ import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,12 +34,14 @@ from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.models.janus import VISION, Janus
 from arrag_jax.processes import require_same
-from arrag_jax.retrieval import index, parts, writer
+from arrag_jax.retrieval import extension, index, parts, writer
 from arrag_jax.retrieval import report as measure
 from arrag_jax.retrieval.bad_images import NONE, Tally
-from arrag_jax.retrieval.building import state_of
+from arrag_jax.retrieval.building import require_same_settings, state_of
 from arrag_jax.retrieval.datastore import Datastore, StoreSettings
+from arrag_jax.retrieval.encoding import Examples
 from arrag_jax.retrieval.scann import BY_RULE
+from arrag_jax.retrieval.shards import MANIFEST
 from arrag_jax.retrieval.team import Team, team_in
 
 
@@ -52,9 +58,9 @@ def run(
         return  # the first process does these alone
     if sum(map(bool, (append, merge, verify, report))) > 1:
         raise UserError("--append, --merge, --verify and --report exclude one another; give one of them")
-    if config is None and not (merge or verify or report):
-        raise UserError("missing --config (see --help)")
     start, directory = time.perf_counter(), Path(workdir)
+    if config is None and not (merge or verify or report or (directory / MANIFEST).is_file()):
+        raise UserError("missing --config (see --help)")
     if verify:
         check(directory)
     elif report:
@@ -64,6 +70,8 @@ def run(
             print(f"index over {kind} keys")
             for name, figure in measure.report(store, options, kind).items():
                 print(f"{name:20}{figure:>16,.4f}" if isinstance(figure, float) else f"{name:20}{figure:>16,}")
+    elif config is None and not merge:
+        finish(Datastore.open(directory), None, start)
     elif merge:
         finish(parts.merge([Datastore.open(store) for store in merge], directory), config, start)
     else:
@@ -75,11 +83,40 @@ def build_or_add(config: DatastoreConfig, directory: Path, append: bool, start: 
     with team_in(directory, jax.process_index(), jax.process_count()) as team:
         tokenizer = load_model(config.model, parts=VISION)
         require_same({f"tokenizer of {config.model}": fingerprint(tokenizer)}, "model")
+        config = with_what_is_held(config, directory, tokenizer, team, append)
         store = (add if append else build)(config, directory, tokenizer, team)
         if team.leads:
             finish(store, config, start)
         else:
             team.wait_for_leader_to_leave()
+
+
+def with_what_is_held(
+    config: DatastoreConfig, directory: Path, tokenizer: Janus, team: Team, append: bool
+) -> DatastoreConfig:
+    """The config with all kinds of key (and the captions) of a whole store in the directory, once that has its own.
+
+    What the store lacks is added to it, unless images are to be appended: their kinds must then be among the store's.
+    """
+    state, found = state_of(Datastore, directory)
+    if state != "whole":
+        return config
+    if append:
+        return dataclasses.replace(config, keys=found.keys) if set(config.keys) <= set(found.keys) else config
+    keys, captions = extension.all_keys(found.keys, config.keys), config.captions or found.captions
+    if (keys, captions) != (found.keys, found.captions):
+        held = {"keys": found.keys, "captions": found.captions, "indexes": ()}
+        same = dataclasses.replace(spelt_alike(config, [found]), **held)
+        require_same_settings(Datastore, directory, settings_of(same, tokenizer, config.num_images or found.num_images))
+
+        def images(settings: StoreSettings, captions: bool) -> tuple[Examples, dict[str, int]]:
+            source = ImageSource(settings.source, config.data_dir, captions, tokenizer, "nothing", Path())
+            examples = source.images(settings.split)
+            return examples, {examples.source_id(number): number for number in range(len(examples))}
+
+        store = Datastore.open(directory)
+        extension.extend(store, keys, captions, images, encoder(tokenizer), config.batch_size, team)
+    return dataclasses.replace(config, keys=keys, captions=captions)
 
 
 def build(
@@ -172,7 +209,32 @@ def settings_of(config: DatastoreConfig, tokenizer: Janus, num_images: int) -> S
         source=config.source,
         split=split_of(config),
         command=" ".join(["python -m arrag_jax.build_datastore", *sys.argv[1:]]),
+        model=config.model,
+        data_dir=config.data_dir,
+        batch_size=config.batch_size,
     )
+
+
+def recorded(flags: dict[str, Any]) -> dict[str, Any]:
+    """The config of the store in --workdir (of the first one to merge), without indexes, as it was built.
+
+    Raises:
+      UserError: there is no whole store.
+    """
+    directory = Path((flags["merge"] or [flags["workdir"]])[0])
+    if not (directory / MANIFEST).is_file():
+        raise UserError(f"missing --config (see --help): {directory} holds no datastore whose settings could be taken")
+    settings = Datastore.open(directory).settings
+    known = {"model": settings.model, "split": settings.split, "data_dir": settings.data_dir}
+    known = {key: value for key, value in known.items() if value}  # stores made before recorded none
+    return known | {
+        "source": settings.source,
+        "batch_size": settings.batch_size or DatastoreConfig.batch_size,
+        "shard_size": settings.shard_size,
+        "keys": settings.keys,
+        "captions": settings.captions,
+        "indexes": (),
+    }
 
 
 def check(directory: Path) -> None:
@@ -185,13 +247,15 @@ def check(directory: Path) -> None:
 
 def finish(store: Datastore, config: DatastoreConfig | None, start: float) -> None:
     """Builds the indexes that are wanted and not there, and says what the store holds."""
-    kinds, options = store.settings.keys[:1], (ScannOptions(), 1)
-    if config is not None:
+    if config is None:  # indexes that fit may have options of their own
+        kinds, options = [kind for kind in measure.indexed(store) if not index.fits(store, kind)], (ScannOptions(), 1)
+    else:
         kinds, options = config.indexes, (config.scann, config.index_shards)
     for kind in kinds:
         index.refresh_index(store, kind, *options)
     size = sum(path.stat().st_size for path in store.directory.rglob("*") if path.is_file())
-    indexes = f"ScaNN over {', '.join(kinds)} keys" if kinds else "no index"
+    there = ", ".join(kind for kind in store.settings.keys if index.fits(store, kind))
+    indexes = f"ScaNN over {there} keys" if there else "no index"
     bad = f" ({store.num_bad:,} that cannot be read are left out)" if store.num_bad else ""
     print(
         f"datastore {store.directory} is complete: {store.num_images:,} images{bad}, {store.num_patches:,} patches, "
@@ -204,6 +268,7 @@ if __name__ == "__main__":
         run,
         DatastoreConfig,
         "apart",
+        recorded=recorded,
         config=OPTIONAL_CONFIG,
         workdir=Flag("folder of the datastore; made when absent", path=True),
         report=Flag("measure the index in --workdir, print the figures and write them to report.json", False),

@@ -30,8 +30,7 @@ from arrag_jax.processes import WAIT, start_distributed
 from arrag_jax.usage import Sections, keys_text
 
 REQUIRED: Any = object()
-
-
+OVERRIDE = re.compile(r"--?(no)?config\.")
 OWN_FLAGS = {"progress"}  # which each process of a run may have as it likes
 
 
@@ -46,6 +45,7 @@ class Flag(NamedTuple):
 PROGRESS = Flag("show progress bars, which appear on a terminal alone; --noprogress: not", True)
 CONFIG = Flag("config file, path.py or path.py:argument; --config.key=value overrides a key", path=True)
 OPTIONAL_CONFIG = CONFIG._replace(default="")
+Recorded = Callable[[dict[str, Any]], dict[str, Any]]  # from the flags' values to a config that a workdir records
 
 
 def main_with_config(
@@ -53,6 +53,7 @@ def main_with_config(
     config_class: type | None,
     processes: str = "",
     sections: Sections | None = None,
+    recorded: Recorded | None = None,
     **flags: Flag,
 ) -> None:
     """Runs a command from the command line and exits.
@@ -60,9 +61,10 @@ def main_with_config(
     Reads ``--config path.py`` (with overrides ``--config.key=value``) into the frozen dataclass
     ``config_class``, and the named flags beside it (--noprogress is every command's); then calls
     ``main(config, **flags)``, or ``main(**flags)`` for a command without a config. A flag named "config"
-    with a default of "" makes the config one that may be left out; ``main`` then gets None. Bad flags, bad
-    configs and every other ``UserError`` print one line and exit with code 2, and so do failures of the file system
-    and of memory; else ``main``'s result is the exit code.
+    with a default of "" makes the config one that may be left out; ``main`` then gets None, unless there are overrides,
+    which are then of the config that ``recorded`` makes of the flags' values. Bad flags, bad configs and every other
+    ``UserError`` print one line and exit with code 2, and so do failures of the file system and of memory; else
+    ``main``'s result is the exit code.
 
     Args:
       processes: whether a run may have several of them: "together" if each needs all others all the time, "apart" if
@@ -74,7 +76,7 @@ def main_with_config(
         flags["wait"] = Flag("of several processes: seconds in which all must have come", WAIT)
 
     def run(argv: list[str]) -> int | None:
-        values = _parse(argv, main, config_class, sections or {}, {**flags, "progress": PROGRESS})
+        values = _parse(argv, main, config_class, sections or {}, recorded, {**flags, "progress": PROGRESS})
         progress.show(values.pop("progress"))
         arguments = []
         if config_class is not None:
@@ -185,7 +187,12 @@ def _explained(error: Exception, workdir: str | None, config: Any = None) -> str
 
 
 def _parse(
-    argv: list[str], main: Callable, config_class: type | None, sections: Sections, flags: dict[str, Flag]
+    argv: list[str],
+    main: Callable,
+    config_class: type | None,
+    sections: Sections,
+    recorded: Recorded | None,
+    flags: dict[str, Flag],
 ) -> dict[str, Any]:
     """The flags' values by name, "config" among them; prints the help and exits when asked for it."""
     values = absl_flags.FlagValues()
@@ -216,7 +223,11 @@ def _parse(
             if isinstance(parsed[name], float) and not math.isfinite(parsed[name]):
                 raise UserError(f"--{name}={parsed[name]} must be a finite number")
         if parsed.get("config"):
-            parsed["config"], rest = _override(_load(parsed["config"], config_class), rest)
+            parsed["config"], rest = _override(_load(parsed["config"], config_class), config_class, rest)
+        elif recorded and any(map(OVERRIDE.match, rest[1:])):
+            config = ConfigDict(recorded(parsed))
+            _open_up(config, config_class)
+            parsed["config"], rest = _override(config, config_class, rest)
     except absl_flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error
     if len(rest) > 1:
@@ -259,10 +270,10 @@ def _open_up(config: ConfigDict, config_class: type) -> None:
             config[name] = FieldReference(config[name], field_type=object)  # any literal; parse checks its type
 
 
-def _override(config: ConfigDict, argv: list[str]) -> tuple[ConfigDict, list[str]]:
+def _override(config: ConfigDict, config_class: type, argv: list[str]) -> tuple[ConfigDict, list[str]]:
     """The config after its ``--config.key=value`` arguments, and the arguments that are left."""
     for argument in argv[1:]:
-        if re.match(r"--?(no)?config\.", argument):
+        if OVERRIDE.match(argument):
             _prepare(config, argument)
     values = absl_flags.FlagValues()
     values.set_gnu_getopt()
@@ -274,7 +285,26 @@ def _override(config: ConfigDict, argv: list[str]) -> tuple[ConfigDict, list[str
         rest = values(argv, known_only=True)
     except TypeError as error:
         raise UserError(f"a --config override has the wrong type: {error}") from error
+    _split_lists(values["config"].value, config_class)
     return values["config"].value, rest
+
+
+def _split_lists(config: ConfigDict, config_class: type) -> None:
+    """Makes lists of texts such as "codebook,latent" where the class has lists; flags take one for a list of one."""
+    for name, hint in typing.get_type_hints(config_class).items():
+        value = config.get(name)
+        if dataclasses.is_dataclass(hint) and isinstance(value, ConfigDict):
+            _split_lists(value, hint)
+            continue
+        texts = (value,) if isinstance(value, str) else value
+        if (
+            typing.get_origin(hint) is tuple
+            and isinstance(texts, tuple)
+            and texts
+            and all(isinstance(x, str) for x in texts)
+        ):
+            del config[name]  # whose type may be text
+            config[name] = tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
 
 
 def _prepare(config: ConfigDict, argument: str) -> None:

@@ -4,6 +4,7 @@ Read in the layout in which Janus-Pro and FAiD are published and in that of the 
 the former (see ``config_json`` for the keys of our own, ``layouts`` for the names of tensors).
 """
 
+import dataclasses
 import hashlib
 import math
 from pathlib import Path
@@ -16,7 +17,14 @@ from arrag_jax.errors import UserError
 from arrag_jax.files import sample_hash, whole_file, write_json
 from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import ArrayLike
-from arrag_jax.models.config_json import config_to_json, layout_of, parse_config, read_json, read_lora
+from arrag_jax.models.config_json import (
+    config_to_json,
+    layout_of,
+    parse_config,
+    read_json,
+    read_lora,
+    require_language,
+)
 from arrag_jax.models.janus import PARTS, VISION, Janus
 from arrag_jax.models.layouts import Layout
 from arrag_jax.models.manifest import WEIGHTS, require_weights_written
@@ -59,19 +67,25 @@ def load_model(
 
 
 def abstract_model(
-    directory: Path, parts: tuple[str, ...] = PARTS, also: tuple[str, ...] = ()
+    directory: Path, parts: tuple[str, ...] | None = PARTS, also: tuple[str, ...] = ()
 ) -> tuple[Janus, Layout, dict[str, Stored]]:
     """The model that a folder's configs describe, shapes without numbers; how its tensors are named there; and these.
 
     Args:
+      parts: the parts to build; None = all that the folder holds, which may be the tokenizer alone.
       also: further files to look for tensors in.
 
     Raises:
-      UserError: configs of another model, or of one with more layers than the folder has tensors.
+      UserError: configs of another model, or of one with more layers than the folder has tensors; or the folder holds
+        the tokenizer alone and another part is asked for.
     """
     config, lora = read_json(directory), read_lora(directory)
     shape = parse_config(config, directory)
-    if shape.pad_id >= shape.language.vocab_size:
+    if parts is None:
+        parts = PARTS if shape.draws else VISION
+    if set(parts) - set(VISION):
+        require_language(shape, directory)
+    if shape.draws and shape.pad_id >= shape.language.vocab_size:
         raise UserError(
             f"{directory} has a vocabulary of {shape.language.vocab_size}, but its pad token is {shape.pad_id}"
         )
@@ -121,7 +135,8 @@ def save_model(model: Janus, directory: str | Path, dtype: str = "float32") -> N
     (directory / "config.json").unlink(missing_ok=True)
     with whole_file(directory / "model.safetensors") as temporary:
         write_weights(model, temporary, dtype)
-    write_json(directory / "config.json", config_to_json(model.config))
+    shape = model.config if model.language_model is not None else dataclasses.replace(model.config, language=None)
+    write_json(directory / "config.json", config_to_json(shape))
 
 
 def sample_hashes(directory: str | Path) -> dict[str, str]:

@@ -184,9 +184,9 @@ class HeadSection:
 class PublishedConfig:
     """``config.json`` of Janus-Pro, of FAiD and of ours."""
 
-    language_config: TextSection
     gen_vision_config: TokenizerSection
-    gen_head_config: HeadSection
+    language_config: TextSection | None = None  # None: the folder holds the image tokenizer alone
+    gen_head_config: HeadSection = HeadSection()
     gen_aligner_config: AlignerSection = AlignerSection()
     vision_config: TowerSection | None = None
     image_grid: tuple[int, int] | None = None

@@ -26,6 +26,7 @@ from arrag_jax.models.schema import WeightsIndex
 from arrag_jax.parsing import parse
 
 CHECKSUMS = "checksums"  # in the metadata of a file of ours: JSON, from each tensor's name to its checksum
+PACKAGE = Path(__file__).resolve().parents[1]
 ADAPTER = "adapter_model"  # the PEFT library's name
 # What has been read of a mapped file counts as this process's memory, so files are closed after so many bytes.
 OPEN_BYTES = 32 * 2**20
@@ -152,13 +153,22 @@ def is_run(directory: Path) -> bool:
     return (directory / "checkpoints").is_dir() and (directory / "base.json").is_file()
 
 
+def wherever(directory: Path) -> Path:
+    """The folder as it is named, or where nothing is there and it is named so, the one inside this package.
+
+    So "arrag_jax/assets/emoji_janus", as the shipped configs have it, holds from any working directory.
+    """
+    inside = PACKAGE.parent / directory
+    return inside if directory.parts[:1] == (PACKAGE.name,) and not directory.exists() else directory
+
+
 def checkpoint_folder(directory: Path) -> Path:
-    """The folder itself (``~`` expanded), or the export in it where it is the --workdir of a training run.
+    """The folder itself (``wherever`` it is), or the export in it where it is the --workdir of a training run.
 
     Raises:
       UserError: an address, no such folder, or a run that has no export yet.
     """
-    directory = Path(local_path(directory, "checkpoint"))
+    directory = wherever(Path(local_path(directory, "checkpoint")))
     if not directory.is_dir():
         raise UserError(_no_folder(directory))
     if not is_run(directory):

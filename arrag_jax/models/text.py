@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from arrag_jax.errors import UserError
 from arrag_jax.json_files import require_no_pointer
-from arrag_jax.models.config_json import read_config
+from arrag_jax.models.config_json import read_config, require_language
 from arrag_jax.models.manifest import require_written
 from arrag_jax.models.presets import PAD
 from arrag_jax.models.schema import MOST_TOKENS
@@ -62,6 +62,9 @@ class PromptTokenizer:
         """Reads ``tokenizer.json`` from a checkpoint folder, or from the export of a training run."""
         directory = checkpoint_folder(Path(directory))
         path = directory / "tokenizer.json"
+        config = read_config(directory) if (directory / "config.json").is_file() else None
+        if config is not None:
+            require_language(config, directory)
         if not path.is_file():
             raise UserError(f"{path} is not there; copy the checkpoint's tokenizer.json beside its weights")
         require_written(path)
@@ -79,9 +82,8 @@ class PromptTokenizer:
         except BaseException as error:  # the library raises bare Exceptions, and panics that are none
             reason = shown(" ".join(str(error).split()))
             raise UserError(f"{path} cannot be read as a tokenizer ({reason}); copy it again") from error
-        if (directory / "config.json").is_file():
-            config = read_config(directory)
-            if 0 < config.language.vocab_size <= largest:
+        if config is not None:
+            if config.language.vocab_size <= largest:
                 raise UserError(
                     f"{path} gives ids up to {largest}, the model beside it has a vocabulary of "
                     f"{config.language.vocab_size}; copy the checkpoint again"

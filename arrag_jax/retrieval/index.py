@@ -157,14 +157,14 @@ def load_index(
     local = list(range(shards) if local is None else local)
     entries = _checked_files(store, kind, options, shards, local)
     directory, bounds = index_directory(store, kind), shard_bounds(store.num_patches, shards)
-    searches = {}
+    mend, searches = _mend(store, kind, options, shards), {}
     for shard in local:
         place = directory / _shard_name(shard)
-        searcher = _load_searcher(place, entries[shard], store, _mend(store))
+        searcher = _load_searcher(place, entries[shard], store, mend)
         patches = stored_patches(store, kind, bounds[shard])
         if len(patches.keys) != entries[shard]:
             held = f"{entries[shard]:,} entries, the store has {len(patches.keys):,}"
-            raise UserError(f"index {place} holds {held}; delete {directory} and {_mend(store)}")
+            raise UserError(f"index {place} holds {held}; delete {directory} and {mend}")
         searches[shard] = ShardSearch(searcher, patches, options)
     return HostSearch(searches, bounds, store.codebook, k)
 
@@ -226,12 +226,13 @@ def _checked_files(
     Raises:
       UserError: it is not; with the mend.
     """
-    directory, mend = index_directory(store, kind), _mend(store)
+    store.require_kind(kind)
+    directory, mend = index_directory(store, kind), _mend(store, kind, options, shards)
     if not directory.exists():
         raise UserError(f"no index over {kind} keys in {store.directory}; {mend}")
     saved = _read_record(directory, mend)
     if len(saved.entries) != shards:
-        raise UserError(f"index {directory} has {len(saved.entries)} shards, not {shards}; {_mend(store, shards)}")
+        raise UserError(f"index {directory} has {len(saved.entries)} shards, not {shards}; {mend}")
     wanted = _identity(store, kind, options, list(saved.entries))
     held = {key: list(x) if isinstance(x := getattr(saved, key), tuple) else x for key in wanted}
     differ = [f"{key} {shown(held[key])}, not {shown(wanted[key])}" for key in wanted if held[key] != wanted[key]]
@@ -241,10 +242,22 @@ def _checked_files(
     return saved.entries
 
 
-def _mend(store: Datastore, shards: int | None = None) -> str:
-    """The command that builds the index anew."""
-    spread = "" if shards is None else f"--config.index_shards={shards} "
-    return f"run: python -m arrag_jax.build_datastore --config=… {spread}--workdir={store.directory}"
+def _mend(store: Datastore, kind: str, options: ScannOptions, shards: int) -> str:
+    """What to run for an index over keys of a kind with these options."""
+    usual = dataclasses.asdict(ScannOptions())
+    other = {f"scann.{key}": value for key, value in dataclasses.asdict(options).items() if value != usual[key]}
+    other |= {"index_shards": shards} if shards > 1 or saved_shards(store, kind) > 1 else {}
+    flags = (f"--config.{key}={value}" for key, value in other.items())
+    return f"run: {store.further(f'--config.indexes={kind}', *flags)}"
+
+
+def fits(store: Datastore, kind: str) -> bool:
+    """Is there an index over just what the store holds, whatever its options?"""
+    try:
+        record = _read_record(index_directory(store, kind), "")
+    except UserError:
+        return False
+    return (record.datastore, record.rows) == (store.fingerprint, store.num_patches)
 
 
 def _read_record(directory: Path, mend: str) -> IndexRecord:
