@@ -9,20 +9,21 @@ from arrag_jax.errors import UserError
 MAX_BYTES = 64 * 2**20  # the weights index of a model of 10^6 tensors is smaller
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
+def parse_json(text: str | bytes, where: str, constants: bool = False) -> Any:
     """Returns the value that a JSON text holds.
 
     Args:
       text: the text, or its bytes in UTF-8 (a byte order mark is skipped).
       where: how the error calls it: a file, or a member of an archive.
+      constants: take NaN and infinities, which other programs write where a number is missing.
 
     Raises:
-      UserError: it is not UTF-8 or not JSON, holds NaN or an infinity, or is nested too deeply.
+      UserError: it is not UTF-8 or not JSON, holds NaN or an infinity that is not taken, or is nested too deeply.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=float if constants else _refuse)
     except RecursionError:
         raise UserError(f"{where} is nested too deeply to be JSON of this kind") from None
     except ValueError as error:  # UnicodeDecodeError, JSONDecodeError and numbers of too many digits are ValueErrors

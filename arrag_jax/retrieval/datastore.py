@@ -46,6 +46,7 @@ class StoreSettings(ShardSettings):
       code_dim: C.
       keys: kinds of key that can be had, of ``KEY_KINDS``.
       captions: are the images' captions kept?
+      keep_duplicates: were images taken whose content is there already? A record.
       command: the command that began the build; a record, never compared.
     """
 
@@ -53,6 +54,7 @@ class StoreSettings(ShardSettings):
     keys: tuple[str, ...]
     captions: bool = False
     command: str = dataclasses.field(default="", compare=False)
+    keep_duplicates: bool = dataclasses.field(default=False, compare=False)
     other_files: ClassVar[tuple[str, ...]] = (CODEBOOK,)
 
     def __post_init__(self):
@@ -132,8 +134,19 @@ class Datastore(ShardFolder):
         return super().num_bad + sum(part.num_bad for part in self.parts)
 
     @property
+    def num_duplicates(self) -> int:
+        """Images that were left out because they are there already, those of merged stores too."""
+        own = super().num_duplicates + self.manifest.get("duplicates", 0)
+        return own + sum(part.num_duplicates for part in self.parts)
+
+    @property
+    def alone(self) -> "Datastore":
+        """The store without the parts that were added later."""
+        return dataclasses.replace(self, parts=(), num_images=self.count_images(self.settings, self.manifest))
+
+    @property
     def bad(self) -> list[tuple[str, str]]:
-        """What could not be read, and why."""
+        """What was left out, and why; those of all parts too."""
         return super().bad + [line for part in self.parts for line in part.bad]
 
     @functools.cached_property
