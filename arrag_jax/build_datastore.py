@@ -28,9 +28,18 @@ import numpy as np
 
 from arrag_jax.command import OPTIONAL_CONFIG, Flag, main_with_config
 from arrag_jax.config import DatastoreConfig, ScannOptions
-from arrag_jax.data import sources
-from arrag_jax.data.images import LISTING, ImageSource, encoder, is_data_set
-from arrag_jax.errors import UserError
+from arrag_jax.data.images import (
+    LISTING,
+    ImageSource,
+    encoder,
+    is_data_set,
+    is_same_source,
+    names_in,
+    names_left_out,
+    origin_of,
+    told_of,
+)
+from arrag_jax.errors import UserError, printable
 from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.models.janus import VISION, Janus
 from arrag_jax.processes import require_same
@@ -40,8 +49,9 @@ from arrag_jax.retrieval.bad_images import NONE, Tally
 from arrag_jax.retrieval.building import require_same_settings, state_of
 from arrag_jax.retrieval.datastore import Datastore, StoreSettings
 from arrag_jax.retrieval.encoding import Examples
+from arrag_jax.retrieval.identity import contents_of_files
 from arrag_jax.retrieval.scann import BY_RULE
-from arrag_jax.retrieval.shards import MANIFEST
+from arrag_jax.retrieval.shards import DUPLICATE, MANIFEST, PASSED_OVER
 from arrag_jax.retrieval.team import Team, team_in
 
 
@@ -52,6 +62,7 @@ def run(
     merge: Collection[str] = (),
     verify: bool = False,
     report: bool = False,
+    keep_duplicates: bool = False,
 ) -> None:
     """Builds the datastore that the config describes, in --workdir; run again to continue."""
     if jax.process_index() > 0 and (merge or verify or report):
@@ -73,18 +84,21 @@ def run(
     elif config is None and not merge:
         finish(Datastore.open(directory), None, start)
     elif merge:
-        finish(parts.merge([Datastore.open(store) for store in merge], directory), config, start)
+        stores = [Datastore.open(store) for store in merge]
+        finish(parts.merge(stores, directory, keep_duplicates), config, start)
     else:
-        build_or_add(config, directory, append, start)
+        build_or_add(config, directory, append, start, keep_duplicates)
 
 
-def build_or_add(config: DatastoreConfig, directory: Path, append: bool, start: float) -> None:
+def build_or_add(
+    config: DatastoreConfig, directory: Path, append: bool, start: float, keep_duplicates: bool = False
+) -> None:
     """This process's part in building the store, or in adding to it."""
     with team_in(directory, jax.process_index(), jax.process_count()) as team:
         tokenizer = load_model(config.model, parts=VISION)
         require_same({f"tokenizer of {config.model}": fingerprint(tokenizer)}, "model")
         config = with_what_is_held(config, directory, tokenizer, team, append)
-        store = (add if append else build)(config, directory, tokenizer, team)
+        store = (add if append else build)(config, directory, tokenizer, team, keep_duplicates)
         if team.leads:
             finish(store, config, start)
         else:
@@ -124,12 +138,14 @@ def build(
     directory: Path,
     tokenizer: Janus,
     team: Team,
-    known: Collection[str] = (),
-    others: Tally = NONE,
+    keep_duplicates: bool = False,
+    whole: Datastore | None = None,
 ) -> Datastore | None:
-    """The store of the config's images but for the ``known`` ones, built by the whole team; None if there are none.
+    """The store of the config's images, built by the whole team; None if there are none to take.
 
-    ``others``: as ``writer.build``.
+    Args:
+      keep_duplicates: take images of equal content all; of a build that was begun, as it was begun.
+      whole: the store that this one is to be a part of; what it holds or left out is not taken.
     """
 
     def state() -> tuple[str, StoreSettings | None]:
@@ -141,53 +157,71 @@ def build(
             return None
     begun, found = state()
     config = spelt_alike(config, [found] if found else [])
-    source = ImageSource(config.source, config.data_dir, config.captions, tokenizer, begun, directory / LISTING)
-    images = source.images(split_of(config), known)
-    if begun == "nothing" and len(images) == 0:
+    keep = found.keep_duplicates if found else keep_duplicates
+    source = ImageSource(config.source, config.data_dir, config.captions, tokenizer, begun, directory / LISTING, keep)
+    images = source.images(split_of(config), *(names_not_to_take(whole, keep) if whole else ()))
+    if begun == "nothing" and len(images) == getattr(images, "num_passed_over", 0):
         return None
     source.keep_listing()
-    count = config.num_images or (found.num_images if begun == "whole" else len(images))
+    settings = settings_of(
+        config, tokenizer, config.num_images or (found.num_images if begun == "whole" else len(images))
+    )
     store = writer.build(
         directory,
         images,
         encoder(tokenizer),
         np.asarray(tokenizer.codebook),
-        settings_of(config, tokenizer, count),
+        dataclasses.replace(settings, beside=source.beside, keep_duplicates=keep),
         config.batch_size,
         images.source_id,
         config.max_bad_fraction,
         team,
-        others,
+        tally_of(whole) if whole else NONE,
+        config.min_bad,
+        contents_of_files(whole) if whole and not (keep or is_data_set(config.source)) else None,
     )
     if team.leads:
         (directory / LISTING).unlink(missing_ok=True)
     return store
 
 
-def add(config: DatastoreConfig, directory: Path, tokenizer: Janus, team: Team) -> Datastore:
+def add(
+    config: DatastoreConfig, directory: Path, tokenizer: Janus, team: Team, keep_duplicates: bool = False
+) -> Datastore:
     """The store with those of the config's images that it did not hold, as one more part."""
     store = Datastore.open(directory)
     store.require_tokenizer(fingerprint(tokenizer))
     parts.require_fits(store, settings_of(config, tokenizer, 1))
-    whole = (store, *store.parts)
-    config = spelt_alike(config, [x.settings for x in whole])
+    config = spelt_alike(config, [x.settings for x in (store, *store.parts)])
     part = parts.next_part(store)
     _, found = state_of(Datastore, part)
-    config = spelt_alike(config, [found] if found else [])
-    if found and found.source != config.source:
+    if found and not is_same_source(found, config.source):
         raise UserError(f"{part} is what is left of adding {found.source}; run that command again first, or delete it")
-    same = [x for x in whole if x.settings.source == config.source]
-    known = {source for x in same for source in (*x.sources, *(name for name, _ in x.bad))}
-    others = Tally(sum(x.settings.num_images for x in whole), store.num_bad)
-    if build(config, part, tokenizer, team, known, others) is None:
-        print(f"nothing to add: {directory} holds every image of {config.source}")
+    if build(config, part, tokenizer, team, keep_duplicates, store) is None:
+        print(f"nothing to add: {directory} holds every image of {printable(config.source)}")
         return store
     return parts.add_part(store, part) if team.leads else store
 
 
+def names_not_to_take(store: Datastore, keep_duplicates: bool) -> tuple[set[str], set[str]]:
+    """Names of what the store holds or left out, and of what it passed over, which may be read by now."""
+    left_out = names_left_out(store)
+    passed_over = {name for name, reason in left_out if reason.startswith(PASSED_OVER)}
+    known = {*names_in(store), *(name for name, _ in left_out)} - passed_over
+    if keep_duplicates:
+        known -= {name for name, reason in left_out if reason.startswith(DUPLICATE)}
+    return known, passed_over
+
+
+def tally_of(store: Datastore) -> Tally:
+    """How many images a store went through, and how many of them were bad."""
+    return Tally(store.num_images + store.num_bad, store.num_bad)
+
+
 def spelt_alike(config: DatastoreConfig, known: Collection[StoreSettings]) -> DatastoreConfig:
     """The config, its source spelt as in the first of these settings that mean the same file or folder by theirs."""
-    return dataclasses.replace(config, source=sources.spelt_alike(config.source, [x.source for x in known]))
+    spelt = next((x.source for x in known if is_same_source(x, config.source)), config.source)
+    return dataclasses.replace(config, source=spelt)
 
 
 def split_of(config: DatastoreConfig) -> str:
@@ -208,6 +242,7 @@ def settings_of(config: DatastoreConfig, tokenizer: Janus, num_images: int) -> S
         shard_size=config.shard_size,
         source=config.source,
         split=split_of(config),
+        origin=origin_of(config.source),
         command=" ".join(["python -m arrag_jax.build_datastore", *sys.argv[1:]]),
         model=config.model,
         data_dir=config.data_dir,
@@ -256,10 +291,11 @@ def finish(store: Datastore, config: DatastoreConfig | None, start: float) -> No
     size = sum(path.stat().st_size for path in store.directory.rglob("*") if path.is_file())
     there = ", ".join(kind for kind in store.settings.keys if index.fits(store, kind))
     indexes = f"ScaNN over {there} keys" if there else "no index"
-    bad = f" ({store.num_bad:,} that cannot be read are left out)" if store.num_bad else ""
+    told = told_of([x.alone for x in (store, *store.parts)], "that cannot be read", store.num_duplicates)
+    wordless = f" ({sum(not words for words in store.captions):,} without caption)" if store.settings.captions else ""
     print(
-        f"datastore {store.directory} is complete: {store.num_images:,} images{bad}, {store.num_patches:,} patches, "
-        f"{indexes}, {size:,} bytes, {time.perf_counter() - start:.1f} s"
+        f"datastore {store.directory} is complete: {store.num_images:,} images{wordless}{told}, "
+        f"{store.num_patches:,} patches, {indexes}, {size:,} bytes, {time.perf_counter() - start:.1f} s"
     )
 
 
@@ -274,5 +310,6 @@ if __name__ == "__main__":
         report=Flag("measure the index in --workdir, print the figures and write them to report.json", False),
         append=Flag("add the images of config.source that the datastore does not hold yet", False),
         merge=Flag("datastore to copy into --workdir; give it several times, in order", (), path=True),
+        keep_duplicates=Flag("take files of equal content all, and what --append and --merge find twice", False),
         verify=Flag("read every file in --workdir: exit 0, or the name of the damaged one", False),
     )

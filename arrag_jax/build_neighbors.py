@@ -19,7 +19,7 @@ import numpy as np
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import NeighborsConfig
 from arrag_jax.data import sources
-from arrag_jax.data.images import LISTING, ImageSource, encoder, names_below, names_in
+from arrag_jax.data.images import LISTING, ImageSource, encoder, names_below, names_in, origin_of, told_of
 from arrag_jax.files import require_within
 from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.models.janus import VISION, Janus
@@ -29,6 +29,7 @@ from arrag_jax.retrieval.building import require_same_settings, state_of
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings
+from arrag_jax.retrieval.neighbor_writer import NO_CAPTION
 from arrag_jax.retrieval.others import OtherImages
 
 
@@ -48,7 +49,8 @@ def run(config: NeighborsConfig, workdir: str) -> None:
     for directory, split in splits.items():
         images = source.images(split)
         number = there[directory][1].num_images if state == "whole" else len(images)
-        jobs[directory] = images, settings_of(config, store, tokenizer, split, number)
+        settings = settings_of(config, store, tokenizer, split, number)
+        jobs[directory] = images, dataclasses.replace(settings, origin=origin_of(config.source), beside=source.beside)
     for directory, (_, settings) in jobs.items():
         require_same_settings(NeighborSet, directory, settings)  # of both, before the first is begun
     source.keep_listing()
@@ -68,6 +70,7 @@ def run(config: NeighborsConfig, workdir: str) -> None:
             config.batch_size,
             images.source_id,
             config.max_bad_fraction,
+            config.min_bad,
         )
         tell(found, start)
     (Path(workdir) / LISTING).unlink(missing_ok=True)
@@ -101,9 +104,10 @@ def settings_of(
 def tell(found: NeighborSet, start: float) -> None:
     """Says what a set holds."""
     size = sum(path.stat().st_size for path in found.directory.iterdir())
-    bad = f" ({found.num_bad:,} without caption or that cannot be read are left out)" if found.num_bad else ""
+    wordless = sum(reason == NO_CAPTION for _, reason in found.bad)
+    told = told_of([found], f"that cannot be read or have no caption ({wordless:,})")
     print(
-        f"neighbor set {found.directory} is complete: {len(found):,} images{bad}, {found.k} neighbours a cell, "
+        f"neighbor set {found.directory} is complete: {len(found):,} images{told}, {found.k} neighbours a cell, "
         f"{size:,} bytes, {time.perf_counter() - start:.1f} s"
     )
 

@@ -169,6 +169,7 @@ class DatastoreConfig(Settings):
     data_dir: LocalPath = "data"  # where TFDS keeps it; built there when absent
     num_images: int = 0  # the first ones; 0 = all
     max_bad_fraction: float = 0.01  # share of images that cannot be read above which the build fails
+    min_bad: int = 10  # so many never fail it while they are at most one in twenty, or one in all
     batch_size: int = 64  # images a device encodes together
     shard_size: int = 16_384  # images a file
     keys: tuple[str, ...] = ("codebook",)  # kinds of key that can be had: "codebook", "latent" (8 times the size)
@@ -183,6 +184,7 @@ class DatastoreConfig(Settings):
             _in_range(name, getattr(self, name), 1)
         _in_range("num_images", self.num_images, 0)
         _in_range("max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
+        _in_range("min_bad", self.min_bad, 0)
         _given_source(self.source)
         if not set(self.indexes) <= set(self.keys):
             raise UserError(f"indexes={list(self.indexes)} names kinds that are not among keys={list(self.keys)}")
@@ -225,6 +227,7 @@ class NeighborsConfig(Settings):
     source: LocalPath = "emoji_scenes/full"  # as ``DatastoreConfig.source``; with captions
     data_dir: LocalPath = "data"  # where TFDS keeps it; built there when absent
     max_bad_fraction: float = 0.01  # share of images without caption or that cannot be read above which a set fails
+    min_bad: int = 10  # as ``DatastoreConfig.min_bad``
     batch_size: int = 64  # images encoded together
     shard_size: int = 4096  # images a file; they are searched for together
 
@@ -232,6 +235,7 @@ class NeighborsConfig(Settings):
         for name in ("batch_size", "shard_size"):
             _in_range(name, getattr(self, name), 1)
         _in_range("max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
+        _in_range("min_bad", self.min_bad, 0)
         _given_source(self.source)
 
 

@@ -1,11 +1,15 @@
 """Errors a user can mend: one clear line that names the thing and the mend, no traceback."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from arrag_jax import signals
+
+# C0 and C1 controls, line and paragraph separators, what reverses the text that follows, and halves of surrogate pairs.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
@@ -16,7 +20,15 @@ class UserError(ValueError):
     @property
     def line(self) -> str:
         """The command's last line."""
-        return f"error: {self}"
+        return "error: " + "\n".join(map(printable, str(self).split("\n")))  # a few errors are lists of ours
+
+
+def printable(text: object) -> str:
+    """Returns a text from outside (a name, a caption, a reason) as one line that is safe to print and to store.
+
+    Control characters, which move a terminal's cursor or end a line, become escapes such as ``\\n`` and ``\\x1b``.
+    """
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), str(text))
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: list[str]) -> None:

@@ -11,21 +11,23 @@ MAX_DEPTH = 64  # objects and lists within one another
 LFS_POINTER = b"version https://git-lfs"
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
+def parse_json(text: str | bytes, where: str, constants: bool = False) -> Any:
     """Returns the value that a JSON text holds.
 
     Args:
       text: the text, or its bytes in UTF-8 (a byte order mark is skipped).
       where: how the error calls it: a file, or a member of an archive.
+      constants: take NaN and infinities, which other programs write where a number is missing.
 
     Raises:
-      UserError: it is not UTF-8 or not JSON, holds NaN, an infinity or half a character, or is nested too deeply.
+      UserError: it is not UTF-8 or not JSON, holds NaN or an infinity that is not taken, or half a character, or is
+        nested too deeply.
     """
     try:
         if isinstance(text, bytes):
             require_no_pointer(text, where)
             text = text.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=_refuse)
+        value = json.loads(text, parse_constant=float if constants else _refuse)
         _require_plain(value)
         return value
     except RecursionError:

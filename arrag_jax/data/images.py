@@ -1,7 +1,8 @@
 """Images that go through a model's tokenizer: what the commands that encode a source share."""
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 from flax import nnx
 from tensorflow_datasets.core.splits import SplitInfo
 
-from arrag_jax.data import sources
+from arrag_jax.data import endings, sources
+from arrag_jax.data.duplicates import without_copies
 from arrag_jax.data.emoji_scenes import NAMES, load_source
 from arrag_jax.data.prepared import PREFIX, PreparedImages, places
 from arrag_jax.errors import UserError
@@ -18,6 +20,7 @@ from arrag_jax.models.janus import Janus, encode_split
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.encoding import Encode, Examples
+from arrag_jax.retrieval.shards import PASSED_OVER, ShardFolder, ShardSettings
 
 LISTING = ".listing.jsonl"  # in the folder of an unfinished build: the images as they were when it was begun
 
@@ -59,25 +62,43 @@ class ImageSource:
       tokenizer: tells the size.
       state: of what is made of the images, "nothing", "begun" or "whole"; what is whole needs none.
       listing: file for the list.
+      copies: take files of equal bytes (and caption) all; else the first one alone.
+
+    Attributes:
+      beside: how many files of each ending hold no image, as listed.
 
     Raises:
       UserError: the source is not there, or has no captions where they are asked for.
     """
 
-    def __init__(self, name: str, data_dir: str, captions: bool, tokenizer: Janus, state: str, listing: Path):
+    def __init__(
+        self,
+        name: str,
+        data_dir: str,
+        captions: bool,
+        tokenizer: Janus,
+        state: str,
+        listing: Path,
+        copies: bool = True,
+    ):
         self.name, self.data_dir, self.captions, self.tokenizer = name, data_dir, captions, tokenizer
-        self.state, self.listing, self.entries = state, listing, []
+        self.state, self.listing, self.entries, self.beside = state, listing, [], {}
         if state == "begun" and not is_data_set(name):
-            self.entries = sources.load_listing(listing)
+            self.entries, self.beside = sources.load_whole_listing(listing)
         elif state == "nothing" and not is_data_set(name):
-            self.entries = sources.list_images(name, captions)
+            self.entries, self.beside = sources.list_source(name, captions)
+            if not copies:
+                self.entries = without_copies(sources.root_of(name), self.entries)
 
-    def images(self, split: str = "", known: Collection[str] = ()) -> DataSetImages | sources.FileImages:
+    def images(
+        self, split: str = "", known: Collection[str] = (), passed_over: Collection[str] = ()
+    ) -> DataSetImages | sources.FileImages:
         """The images of a split.
 
         Args:
           split: of a data set; of the files a slice of "train", which are all of them ("": all).
-          known: ids of images to leave out.
+          known: names (``names_below``) of images to leave out.
+          passed_over: names to leave out of those that are passed over still.
 
         Raises:
           UserError: no such split, an empty one, or images that do not fit the tokenizer.
@@ -86,7 +107,9 @@ class ImageSource:
         if self.state == "whole":
             return sources.FileImages(Path(), [], size)
         if not is_data_set(self.name):
-            entries = [entry for entry in self._entries_of(split) if entry.id not in known]
+            name_of = names_below(self.name)
+            entries = [entry for entry in self._entries_of(split) if name_of(entry.id) not in known]
+            entries = [x for x in entries if not x.is_passed_over or name_of(x.id) not in passed_over]
             return sources.FileImages(sources.root_of(self.name), entries, size)
         if self.name in NAMES:
             examples = load_images(self.name, split, self.data_dir, self.tokenizer)
@@ -115,7 +138,7 @@ class ImageSource:
         """Writes the list, if there is one to begin with."""
         if self.state == "nothing" and self.entries:
             self.listing.parent.mkdir(parents=True, exist_ok=True)
-            sources.save_listing(self.listing, self.entries)
+            sources.save_listing(self.listing, self.entries, self.beside)
 
 
 def load_images(source: str, split: str, data_dir: str | Path, tokenizer: Janus) -> Sequence[dict[str, Any]]:
@@ -140,6 +163,18 @@ def is_data_set(source: str) -> bool:
     return source in NAMES or source.startswith(PREFIX)
 
 
+def origin_of(source: str) -> str:
+    """The whole path of a folder or tar, without links; "" of a data set."""
+    return "" if is_data_set(source) else str(Path(source).resolve())
+
+
+def is_same_source(settings: ShardSettings, source: str) -> bool:
+    """Whether what these settings describe was made of this source, however it is spelled and from wherever."""
+    if settings.origin and not is_data_set(source):
+        return settings.origin == origin_of(source)
+    return sources.spelt_alike(source, [settings.source]) == settings.source
+
+
 def names_below(source: str) -> Callable[[str], str]:
     """From the id of an image of this source to a name that no other image has, by whatever source it is found.
 
@@ -151,9 +186,49 @@ def names_below(source: str) -> Callable[[str], str]:
 
 def names_in(store: Datastore) -> list[str]:
     """The names of a store's images, in order."""
-    counts = [(names_below(x.settings.source), x.count_images(x.settings, x.manifest)) for x in (store, *store.parts)]
-    name_of = itertools.chain.from_iterable(itertools.repeat(*count) for count in counts)
+    wholes = [x.alone for x in (store, *store.parts)]
+    name_of = itertools.chain.from_iterable(
+        itertools.repeat(names_below(x.settings.origin or x.settings.source), x.num_images) for x in wholes
+    )
     return [name(id_) for name, id_ in zip(name_of, store.sources, strict=False)]  # of a subset the first alone
+
+
+def names_left_out(store: Datastore) -> list[tuple[str, str]]:
+    """The name of each image that a store left out, and why."""
+    found = []
+    for part in (x.alone for x in (store, *store.parts)):
+        name_of = names_below(part.settings.origin or part.settings.source)
+        found += [(name_of(id_), reason) for id_, reason in part.bad]
+    return found
+
+
+def told_of(folders: Sequence[ShardFolder], bad: str, duplicates: int = 0) -> str:
+    """What a closing line says of the files that gave no image; "" if there are none.
+
+    Args:
+      folders: of one thing; those of one source were listed one after another, so that the last one counts what lies
+        beside the images.
+      bad: what to call those that cannot be read.
+      duplicates: how many were left out.
+    """
+    number = sum(folder.num_bad for folder in folders)
+    passed = [id_ for folder in folders for id_, reason in folder.bad if reason.startswith(PASSED_OVER)]
+    beside = {x.settings.origin or x.settings.source: x.settings.beside for x in folders}
+    counts = Counter()
+    for found in beside.values():
+        counts.update(found)
+    words = [
+        f"{number:,} {bad} are left out" if number else "",
+        f"{duplicates:,} duplicates are left out" if duplicates else "",
+        f"passed over, see bad-*.txt: {_counted(Counter(map(endings.ending, passed)))}" if passed else "",
+        f"not images: {_counted(counts)}" if counts else "",
+    ]
+    return f" ({'; '.join(filter(None, words))})" if any(words) else ""
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    """Counts by ending, the most frequent first."""
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda x: (-x[1], x[0])))
 
 
 def encoder(tokenizer: Janus) -> Encode:

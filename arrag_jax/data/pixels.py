@@ -2,9 +2,10 @@
 
 The first frame, turned as its EXIF data say, as 8-bit RGB on white; then the shorter side is scaled to the tokenizer's
 (bilinear with antialiasing) and the middle is cut out, as the reference does with torchvision's Resize and CenterCrop.
-Colour profiles are not applied. Grey of 16 bits is scaled, not clipped.
+Colour profiles are not applied. Grey of 16 bits is scaled, not clipped. HEIC is read where pillow-heif is installed.
 """
 
+import contextlib
 import io
 import warnings
 
@@ -17,7 +18,20 @@ from arrag_jax.retrieval.encoding import BadImage
 # PIL warns of sizes and of odd metadata; what can't be read is said in one line by us, what can is no news.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
+HEIF = (".heic", ".heics", ".heif", ".heifs", ".hif")
+HEIF_PACKAGE = "pillow-heif==1.8.1"
+
+
+def _register_heif() -> None:
+    """Adds HEIC to PIL's formats, if the package that reads it is there."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+
+
 Image.init()
+_register_heif()
 # Without the formats that run another program (EPS: Ghostscript) and those that PIL knows by name alone.
 FORMATS = sorted(set(Image.OPEN) - {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
 SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in {*FORMATS, "MPO"}))

@@ -3,29 +3,32 @@
 An image's id is its path below the source, with slashes; in a tar, the tar's path, "!" and the member's name:
 "holiday/beach.jpg", "shards/00017.tar!000123.jpg". A source that is one tar has ids below its folder ("00017.tar!…").
 
-What counts as an image is told by the ending of its name, among those of PIL's formats; names that begin with a dot
-are left out. Links to files are followed. What may hold images and is not looked into (a link to a folder, a compressed
-tar, a tar or a link inside a tar) is listed as a bad image. The order is that of the ids by code point.
+What counts as an image is told by the ending of its name, among those of PIL's formats. Links to files are followed.
+What may hold images and is not looked into (a link to a folder, a compressed tar, a tar or a link inside a tar) is
+listed as a bad image. What may be an image and is not read (HEIC without its package, raw data of cameras, names
+without ending) is listed as passed over. Files that obviously hold no image, and names that begin with a dot, are
+counted by their endings. The order is that of the ids by code point.
 
-An image's caption, where captions are asked for, is the first line of the ``.txt`` beside it (of the same name but for
-the ending), else the "caption" of the ``.json`` beside it, else empty.
+Where captions are asked for, an image's caption stands in a file beside it (``sidecars``).
 """
 
+import collections
 import json
 import os
-import re
 import stat
-import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from arrag_jax.data import pixels
-from arrag_jax.errors import UserError
+from arrag_jax.data import endings, pixels, tars
+from arrag_jax.data.endings import COMPRESSED, HIDDEN, TAR
+from arrag_jax.data.sidecars import Sidecars
+from arrag_jax.errors import UserError, printable
 from arrag_jax.files import whole_file
 from arrag_jax.retrieval.encoding import BadImage
+from arrag_jax.retrieval.shards import PASSED_OVER
 
-TAR, COMPRESSED, SIDECARS = ".tar", (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"), (".txt", ".json")
+LARGEST = 2**30  # bytes of an image file; no image of as many pixels as are taken needs more
 # Reading fails for these reasons whenever it is tried; for others (a network's, too many open files) it may not.
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -47,6 +50,18 @@ class Entry(NamedTuple):
     size: int = 0
     fault: str = ""
     caption: str = ""
+
+    @property
+    def is_passed_over(self) -> bool:
+        """Whether it may be an image and is not read, which is no fault of its own."""
+        return self.fault.startswith(PASSED_OVER)
+
+
+class Listing(NamedTuple):
+    """What a source holds: its images, good or bad, in order; of the files that hold none, how many of each ending."""
+
+    entries: list[Entry]
+    beside: dict[str, int]
 
 
 class FileImages:
@@ -73,10 +88,17 @@ class FileImages:
         """The id of an image."""
         return self.entries[index].id
 
+    @property
+    def num_passed_over(self) -> int:
+        """How many of them are passed over."""
+        return sum(entry.is_passed_over for entry in self.entries)
+
 
 def root_of(source: str) -> Path:
-    """The folder that a source's ids are below."""
-    return Path(source) if Path(source).is_dir() else Path(source).parent
+    """The folder that a source's ids are below; of one that is gone, as its ending tells."""
+    path = Path(source)
+    is_folder = path.is_dir() or not (path.exists() or source.lower().endswith(TAR))
+    return path if is_folder else path.parent
 
 
 def spelt_alike(source: str, known: Iterable[str]) -> str:
@@ -85,6 +107,11 @@ def spelt_alike(source: str, known: Iterable[str]) -> str:
 
 
 def list_images(source: str, captions: bool = False) -> list[Entry]:
+    """Returns the images of ``list_source``."""
+    return list_source(source, captions).entries
+
+
+def list_source(source: str, captions: bool = False) -> Listing:
     """Every image of a folder (with all folders and tars in it) or of one tar, in the order of their ids.
 
     Raises:
@@ -97,27 +124,33 @@ def list_images(source: str, captions: bool = False) -> list[Entry]:
         raise UserError(
             f"config.source={source} is neither a folder nor a plain .tar; give one, or the folder it is in"
         )
-    found = _walk(root, captions) if path.is_dir() else _members(root, path.name, captions)
+    lister = _Lister(root, captions)
+    found = lister.walk() if path.is_dir() else lister.members(path.name)
     entries = sorted(map(_with_clean_id, found))
-    if not entries:
-        raise UserError(f"config.source={source} holds no image (endings are {', '.join(pixels.SUFFIXES)}) and no .tar")
+    if all(entry.is_passed_over for entry in entries):
+        others = "".join(f"; {entry.id}: {entry.fault}" for entry in entries[:3])
+        raise UserError(
+            f"config.source={source} holds no image (endings are {', '.join(pixels.SUFFIXES)}) and no .tar{others}"
+        )
     if captions and not any(entry.caption for entry in entries):
         raise UserError(
             f"config.source={source} has no captions (a .txt or .json beside an image); add them. A datastore "
             "can do without: config.captions=False"
         )
-    return entries
+    return Listing(entries, dict(sorted(lister.beside.items())))
 
 
 def read_entry(root: Path, entry: Entry) -> bytes:
     """The bytes of an image file.
 
     Raises:
-      BadImage: it is gone, unreadable, or not as long as when it was listed.
+      BadImage: it is gone, unreadable, too large, or not as long as when it was listed.
       UserError: reading failed, but may succeed another time.
     """
     if entry.fault:
         raise BadImage(entry.fault)
+    if entry.size > LARGEST:
+        raise BadImage(f"too large: {entry.size:,} bytes, more than {LARGEST:,}")
     try:
         with open(root / entry.path, "rb") as file:
             file.seek(entry.offset)
@@ -132,13 +165,18 @@ def read_entry(root: Path, entry: Entry) -> bytes:
     return data
 
 
-def save_listing(path: Path, entries: Iterable[Entry]) -> None:
-    """Writes a listing, one JSON array a line; whole or not at all."""
+def save_listing(path: Path, entries: Iterable[Entry], beside: dict[str, int] | None = None) -> None:
+    """Writes a listing, one JSON array a line, then what lies beside as an object; whole or not at all."""
     with whole_file(path) as temporary, open(temporary, "w", encoding="ascii") as file:
-        file.writelines(f"{json.dumps(entry)}\n" for entry in entries)
+        file.writelines(f"{json.dumps(entry)}\n" for entry in (*entries, *filter(None, [beside])))
 
 
 def load_listing(path: Path) -> list[Entry]:
+    """Returns the entries of ``load_whole_listing``."""
+    return load_whole_listing(path).entries
+
+
+def load_whole_listing(path: Path) -> Listing:
     """Reads a listing.
 
     Raises:
@@ -146,33 +184,122 @@ def load_listing(path: Path) -> list[Entry]:
     """
     try:
         with open(path, encoding="ascii") as file:
-            return [Entry(*json.loads(line)) for line in file]
+            lines = [json.loads(line) for line in file]
+        beside = lines.pop() if lines and isinstance(lines[-1], dict) else {}
+        return Listing([Entry(*line) for line in lines], beside)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{path} is damaged: it lists an unfinished build's images; choose another --workdir"
         ) from error
 
 
-def _walk(root: Path, captions: bool) -> Iterator[Entry]:
-    def sidecar(name: str) -> bytes | None:
-        return (root / name).read_bytes() if (root / name).is_file() else None
+class _Lister:
+    """Goes through a folder or a tar, and sorts out what lies there.
 
-    for folder, folders, files in os.walk(root, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in [*folders, *files]:
-            path = PurePosixPath(os.path.relpath(os.path.join(folder, name), root)).as_posix()
-            lower = name.lower()
-            if name.startswith("."):
-                continue
-            if name in folders and os.path.islink(root / path):
-                yield Entry(path, path, fault="a link to a folder, which is not followed")
-            elif name in files and lower.endswith(TAR):
-                yield from _members(root, path, captions)
-            elif name in files and lower.endswith(COMPRESSED):
-                yield Entry(path, path, fault="a compressed tar, in which nothing can be looked up; unpack it")
-            elif lower.endswith(pixels.SUFFIXES):
-                entry = _file_entry(root, path)
-                yield _captioned(entry, sidecar) if captions else entry
+    Attributes:
+      beside: how many files of each ending hold no image.
+    """
+
+    def __init__(self, root: Path, captions: bool):
+        self.root, self.captions = root, captions
+        self.beside: collections.Counter[str] = collections.Counter()
+
+    def walk(self) -> Iterator[Entry]:
+        """The images of a folder, with all folders and tars in it."""
+        for folder, folders, files in os.walk(self.root, onerror=_refuse):
+            below = PurePosixPath(os.path.relpath(folder, self.root)).as_posix()
+            prefix = "" if below == "." else f"{below}/"
+            linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            sidecars = Sidecars()
+            for name in files:
+                sidecars.add(prefix + name)
+            for name in sorted([*folders, *files]):
+                path = prefix + name
+                if name.startswith("."):
+                    self.beside[HIDDEN] += 1
+                elif name in linked:
+                    yield Entry(path, path, fault="a link to a folder, which is not followed")
+                elif name in folders:
+                    if endings.is_image(name):
+                        yield Entry(path, path, fault="not a file but a folder or a device")
+                elif name.lower().endswith(TAR):
+                    yield from self.members(path)
+                else:
+                    yield from self._file(_file_entry(self.root, path), sidecars, self._start_of_file)
+            folders[:] = [name for name in folders if not name.startswith(".")]
+
+    def members(self, path: str) -> Iterator[Entry]:
+        """The images of a tar; what is wrong with the tar itself is one more entry, by the tar's name."""
+        whole = _file_entry(self.root, path)
+        if whole.fault:
+            yield whole
+            return
+        try:
+            with open(self.root / path, "rb") as file:
+                yield from self._members_of(file, whole)
+        except OSError as error:
+            yield Entry(path, path, fault=f"unreadable: {error.strerror}")
+
+    def _members_of(self, file: Any, whole: Entry) -> Iterator[Entry]:
+        files: dict[str, Entry] = {}
+        names: dict[str, str] = {}
+        again, sidecars, trouble = [], Sidecars(), ""
+        try:
+            for member in tars.members(file, whole.size):
+                entry, kind = _member_entry(whole, member)
+                if kind == "folder":
+                    continue
+                if entry.id in files:
+                    again.append(entry._replace(fault="the tar holds an earlier member of this name"))
+                else:
+                    files[entry.id], names[entry.id] = entry, member.name
+                    sidecars.add(entry.id)
+        except (tars.TarError, OSError) as error:
+            trouble = str(getattr(error, "strerror", None) or error)
+
+        def start_of(name: str, length: int) -> bytes:
+            entry = files[name]
+            if entry.fault:
+                raise ValueError(entry.fault)
+            file.seek(entry.offset)
+            return file.read(min(entry.size, length))
+
+        found = [x for entry in files.values() for x in self._file(entry, sidecars, start_of, names[entry.id])]
+        yield from found
+        yield from (entry for entry in again if endings.is_image(entry.id))
+        if trouble:
+            images = sum(endings.is_image(entry.id) and not entry.fault for entry in files.values())
+            yield Entry(whole.id, whole.path, fault=f"not a whole tar file ({images} images found in it): {trouble}")
+
+    def _file(self, entry: Entry, sidecars: Sidecars, read: Any, member: str = "") -> Iterator[Entry]:
+        """The entry of a file, or of this member of a tar, if it is or may be an image; else it is counted."""
+        name = member or entry.id
+        hidden = any(part.startswith(".") and part != ".." for part in PurePosixPath(member).parts)
+        if hidden or endings.is_beside(name):
+            self.beside[HIDDEN if hidden else endings.ending(name)] += 1
+        elif endings.is_image(name):
+            if self.captions and not entry.fault:
+                caption, fault = sidecars.caption(entry.id, read)
+                entry = entry._replace(caption=caption, fault=fault)
+            yield entry
+        elif name.lower().endswith((TAR, *COMPRESSED)):
+            yield entry._replace(fault="a tar inside a tar; unpack it" if member else _PACKED)
+        else:
+            yield entry._replace(fault=f"{PASSED_OVER}{endings.why_passed_over(name)}")
+
+    def _start_of_file(self, path: str, length: int) -> bytes:
+        if not (self.root / path).is_file():
+            raise ValueError("it is not a file")
+        with open(self.root / path, "rb") as file:
+            return file.read(length)
+
+
+_PACKED = "a compressed tar, in which nothing can be looked up; unpack it"
+_KINDS = {
+    "link": "a link inside a tar",
+    "sparse": "stored with holes (a sparse member); pack the tar again without them",
+    "other": "not a file but a folder or a device",
+}
 
 
 def _refuse(error: OSError) -> None:
@@ -188,74 +315,18 @@ def _file_entry(root: Path, path: str) -> Entry:
     return Entry(path, path, 0, facts.st_size, fault)
 
 
-def _members(root: Path, path: str, captions: bool) -> Iterator[Entry]:
-    """The images of a tar; what is wrong with the tar itself is one more entry, by the tar's name."""
-    whole = _file_entry(root, path)
-    if whole.fault:
-        yield whole
-        return
-    images: dict[str, Entry] = {}
-    notes: dict[str, bytes] = {}
-    try:
-        with tarfile.open(root / path, "r:") as tar:  # "r:": compressed ones have no random access
-            for member in tar:
-                name = PurePosixPath(member.name).as_posix()
-                id_, lower = f"{path}!{name}", name.lower()
-                if any(part.startswith(".") for part in PurePosixPath(name).parts):
-                    continue
-                if captions and member.isreg() and name.endswith(SIDECARS):
-                    notes[id_] = tar.extractfile(member).read()
-                elif fault := _member_fault(member, lower, whole.size, id_ in images):
-                    yield Entry(id_, path, member.offset_data, member.size, fault)
-                elif member.isreg() and lower.endswith(pixels.SUFFIXES):
-                    images[id_] = Entry(id_, path, member.offset_data, member.size)
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        yield Entry(path, path, fault=f"not a whole tar file ({len(images)} images found in it): {reason}")
-    yield from (_captioned(entry, notes.get) for entry in images.values())
-
-
-def _member_fault(member: tarfile.TarInfo, lower: str, end: int, known: bool) -> str:
-    """Why a member of a tar that is or may hold an image cannot be had; empty if there is nothing to say."""
-    if member.isreg() and lower.endswith((TAR, *COMPRESSED)):
-        return "a tar inside a tar; unpack it"
-    if not lower.endswith(pixels.SUFFIXES):
-        return ""
-    if member.issym() or member.islnk():
-        return "a link inside a tar"
-    if known:
-        return "the tar holds an earlier member of this name"
-    return "cut off: the tar ends before it" if member.offset_data + member.size > end else ""
-
-
-def _captioned(entry: Entry, sidecar: Callable[[str], bytes | None]) -> Entry:
-    """The entry with its caption; ``sidecar`` gives the bytes of the file that has this id, None if there is none."""
-    stem = entry.id.rpartition(".")[0]
-    for suffix in SIDECARS:
-        try:
-            data = sidecar(stem + suffix)
-            if data is not None:
-                return entry._replace(caption=_caption_in(suffix, data.decode()))
-        except (OSError, ValueError) as error:
-            return entry._replace(fault=entry.fault or f"its caption in {stem}{suffix} cannot be read: {error}")
-    return entry
-
-
-def _caption_in(suffix: str, text: str) -> str:
-    """The caption that a sidecar of this kind holds; a ValueError if it is none."""
-    if suffix == ".txt":
-        return text.strip().partition("\n")[0].strip()
-    record = json.loads(text)
-    caption = record.get("caption", "") if isinstance(record, dict) else record
-    if not isinstance(caption, str):
-        raise ValueError('its "caption" is no text')
-    caption.encode()  # half a surrogate pair cannot be written
-    return caption
+def _member_entry(whole: Entry, member: tars.Member) -> tuple[Entry, str]:
+    """A member of a tar as an entry, and its kind; the fault says why its bytes do not lie there."""
+    id_ = f"{whole.path}!{PurePosixPath(member.name).as_posix()}"
+    fault = _KINDS.get(member.kind, "")
+    if not fault and member.offset + member.size > whole.size:
+        fault = "cut off: the tar ends before it"
+    return Entry(id_, whole.path, member.offset, member.size, fault), member.kind
 
 
 def _with_clean_id(entry: Entry) -> Entry:
     """The entry as it can stand in a line of text; a name that cannot is a fault."""
-    clean = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", lambda c: c[0].encode("unicode_escape").decode(), entry.id)
+    clean, fault = printable(entry.id), printable(entry.fault)
     if clean == entry.id:
-        return entry
-    return entry._replace(id=clean, fault=entry.fault or "its name holds control characters or is not UTF-8; rename it")
+        return entry._replace(fault=fault)
+    return entry._replace(id=clean, fault=fault or "its name holds control characters or is not UTF-8; rename it")

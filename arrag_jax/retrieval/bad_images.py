@@ -1,25 +1,36 @@
-"""The images that a build leaves out: said at once, listed beside their shard, and no more of them than allowed."""
+"""The images that a build leaves out: listed beside their shard; of those that cannot be read, no more than allowed.
+
+A bad image, which cannot be read, is said at once and counts in what is allowed. What is passed over, and duplicates of
+images that are there, are listed alike and do not count.
+"""
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from arrag_jax.errors import UserError
+from arrag_jax.errors import UserError, printable
 from arrag_jax.progress import Bar, tell
 from arrag_jax.retrieval import building
 from arrag_jax.retrieval.encoding import BadImage
-from arrag_jax.retrieval.shards import BAD_FILES, ShardSettings, read_bad
+from arrag_jax.retrieval.shards import BAD_FILES, DUPLICATE, PASSED_OVER, ShardSettings, read_bad
+
+ONE_IN = 20  # images; among fewer than this many times `least` the least number is smaller
 
 
 class Tally(NamedTuple):
-    """Images gone through, and the bad ones among them."""
+    """Images gone through, and the bad ones among them; without what is passed over and duplicates."""
 
     images: int
     bad: int
 
 
 NONE = Tally(0, 0)
+
+
+def is_bad(reason: str) -> bool:
+    """Whether an image that is left out for this reason cannot be read."""
+    return not reason.startswith((PASSED_OVER, DUPLICATE))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +41,8 @@ class BadImages:
       directory, settings: what is built.
       source_id: image number → one line that tells where it came from.
       most: share of bad images above which the build fails.
+      least: so many bad images do not fail it, whatever their share, as long as they are at most one in ``ONE_IN`` (or
+        one in all).
       others: images of the folder that the built one is to be a part of; they count in that share.
     """
 
@@ -37,6 +50,7 @@ class BadImages:
     settings: ShardSettings
     source_id: Callable[[int], str]
     most: float
+    least: int = 0
     others: Tally = NONE
 
     def of_shard(self, shard: int, bar: Bar) -> tuple[dict[int, str], Callable[[int, BadImage], None]]:
@@ -46,26 +60,35 @@ class BadImages:
         bad: dict[int, str] = {}
 
         def skip(number: int, reason: BadImage) -> None:
-            bad[number] = f"{self.source_id(number)}\t{reason}"
-            tell(f"skipped {self.source_id(number)}: {reason}")
+            bad[number] = self.line(number, str(reason))
+            if is_bad(str(reason)):
+                tell(f"skipped {printable(self.source_id(number))}: {printable(reason)}")
             bar.update()
 
         return bad, skip
 
+    def line(self, number: int, reason: str) -> str:
+        """The line of an image in a file of bad ones."""
+        return f"{self.source_id(number)}\t{printable(reason)}"
+
     def write(self, shard: int, bad: dict[int, str]) -> list[str]:
         """Writes a shard's bad images, which is to be done before its last file; returns the ids of the good ones."""
         if bad:
-            building.write_lines(self.directory / self.settings.bad_file(shard), bad.values())
+            building.write_lines(
+                self.directory / self.settings.bad_file(shard), [bad[number] for number in sorted(bad)]
+            )
         return [self.source_id(number) for number in self.settings.shard_images(shard) if number not in bad]
 
     def require_few(self) -> None:
         """Raises UserError if too large a share of all images, with the others, is known to be bad."""
-        bad = [line for path in sorted(self.directory.glob(BAD_FILES)) for line in read_bad(path)]
-        found, total = len(bad) + self.others.bad, self.settings.num_images + self.others.images
+        left_out = [line for path in sorted(self.directory.glob(BAD_FILES)) for line in read_bad(path)]
+        bad = [(name, reason) for name, reason in left_out if is_bad(reason)]
+        found = len(bad) + self.others.bad
+        total = self.settings.num_images - (len(left_out) - len(bad)) + self.others.images
         first = "; ".join(f"{name}: {reason}" for name, reason in bad[:3]) + (" …" if len(bad) > 3 else "")
-        if found == total:
+        if found and found == total:
             raise UserError(f"none of the {total:,} images can be read ({first}); is config.source right?")
-        if found > self.most * total:
+        if found > max(self.most * total, min(self.least, max(1, total // ONE_IN))):
             raise UserError(
                 f"{found:,} of {total:,} images cannot be read ({first}), more than config.max_bad_fraction="
                 f"{self.most:g} allows; raise it, or mend them, delete {self.directory} and run the same command again"

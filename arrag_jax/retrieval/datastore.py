@@ -53,6 +53,7 @@ class StoreSettings(ShardSettings):
       code_dim: C.
       keys: kinds of key that can be had, of ``KEY_KINDS``.
       captions: are the images' captions kept?
+      keep_duplicates: were images taken whose content is there already? A record.
       command: the command that began the build; with ``model``, ``data_dir`` and ``batch_size``, its config's, a record
         that is never compared.
     """
@@ -61,6 +62,7 @@ class StoreSettings(ShardSettings):
     keys: tuple[str, ...]
     captions: bool = False
     command: str = dataclasses.field(default="", compare=False)
+    keep_duplicates: bool = dataclasses.field(default=False, compare=False)
     model: str = dataclasses.field(default="", compare=False)
     data_dir: str = dataclasses.field(default="", compare=False)
     batch_size: int = dataclasses.field(default=0, compare=False)
@@ -171,8 +173,19 @@ class Datastore(ShardFolder):
         return super().num_bad + sum(part.num_bad for part in self.parts)
 
     @property
+    def num_duplicates(self) -> int:
+        """Images that were left out because they are there already, those of merged stores too."""
+        own = super().num_duplicates + self.manifest.get("duplicates", 0)
+        return own + sum(part.num_duplicates for part in self.parts)
+
+    @property
+    def alone(self) -> "Datastore":
+        """The store without the parts that were added later."""
+        return dataclasses.replace(self, parts=(), num_images=self.count_images(self.settings, self.manifest))
+
+    @property
     def bad(self) -> list[tuple[str, str]]:
-        """What could not be read, and why."""
+        """What was left out, and why; those of all parts too."""
         return super().bad + [line for part in self.parts for line in part.bad]
 
     @functools.cached_property

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from arrag_jax.errors import UserError
+from arrag_jax.errors import UNPRINTABLE, UserError
 from arrag_jax.retrieval.shards import ShardSettings
 
 READERS = 8  # threads that decode images ahead of the encoder
@@ -43,7 +43,7 @@ def require_images(examples: Examples, settings: ShardSettings) -> None:
 
 
 def caption_of(example: Example) -> str:
-    """An example's caption in one line.
+    """An example's caption in one line; control characters and bytes that are not UTF-8 are no words.
 
     Raises:
       UserError: it has none.
@@ -51,7 +51,8 @@ def caption_of(example: Example) -> str:
     if "caption" not in example:
         raise UserError("these images have no captions; leave config.captions out")
     caption = example["caption"]
-    return " ".join((caption.decode() if isinstance(caption, bytes) else caption).split())
+    text = caption.decode("utf-8", "replace") if isinstance(caption, bytes) else caption
+    return " ".join(UNPRINTABLE.sub(" ", text).split())
 
 
 def encoded(

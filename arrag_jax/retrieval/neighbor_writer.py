@@ -14,6 +14,7 @@ from arrag_jax.retrieval.bad_images import BadImages
 from arrag_jax.retrieval.encoding import BadImage, Encode, Example, Examples, caption_of, encoded, require_images
 from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings, to_record
 
+NO_CAPTION = "it has no caption"
 # One record a group, as random access wants it; 3 to 4 times smaller than uncompressed, for neighbours agree.
 RECORD_OPTIONS = "group_size:1,zstd"
 # int [B, H, W] codes, where the images came from, whom to tell of images done → [B·M, K]; ``others.OtherImages.search``
@@ -29,6 +30,7 @@ def build(
     batch_size: int,
     source_id: Callable[[int], str],
     max_bad_fraction: float = 0.0,
+    min_bad: int = 0,
 ) -> NeighborSet:
     """Builds the set in ``directory``, or goes on with it, or finds it whole.
 
@@ -45,6 +47,7 @@ def build(
       batch_size: images a call of ``encode``.
       source_id: image number → one line that tells where it came from.
       max_bad_fraction: share of bad images above which the build fails.
+      min_bad: as ``BadImages.least``.
 
     Raises:
       UserError: too few images or too many bad ones, another set or build in the directory (nothing is touched), a
@@ -53,7 +56,7 @@ def build(
     directory = Path(directory)
     if building.require_same_settings(NeighborSet, directory, settings) != "whole":
         require_images(examples, settings)
-    left_out = BadImages(directory, settings, source_id, max_bad_fraction)
+    left_out = BadImages(directory, settings, source_id, max_bad_fraction, min_bad)
 
     def write_shard(shard: int, bar: Bar) -> None:
         bad, skip = left_out.of_shard(shard, bar)
@@ -85,7 +88,7 @@ class _Captioned:
         example = self.examples[index]
         caption = caption_of(example)
         if not caption:
-            raise BadImage("it has no caption")
+            raise BadImage(NO_CAPTION)
         return {**example, "caption": caption}
 
 

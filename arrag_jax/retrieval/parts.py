@@ -2,20 +2,30 @@
 
 A part is a store of its own in a folder ``part-00001`` of the first one, whose manifest names it with its fingerprint.
 Nothing that is whole is ever written again but that manifest, which is replaced in one step.
+
+Of stores that are merged each image is taken once, from the first that holds it (``identity``); duplicates within one
+store stay. A part that others share images with is written anew without them, the other parts are copied byte by byte.
 """
 
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from arrag_jax import progress
 from arrag_jax.errors import UserError
-from arrag_jax.files import folder_in, only_writer, require_within, whole_file, write_json
+from arrag_jax.files import folder_in, only_writer, require_within, sha256_of, whole_file, write_json
 from arrag_jax.json_files import read_object
-from arrag_jax.retrieval.building import state_of
+from arrag_jax.retrieval.building import state_of, write_lines, write_records
 from arrag_jax.retrieval.datastore import SAME_IN_ALL_PARTS, Datastore, StoreSettings
-from arrag_jax.retrieval.shards import MANIFEST, write_manifest
+from arrag_jax.retrieval.identity import KnownContents, digests_of
+from arrag_jax.retrieval.shards import DUPLICATE, MANIFEST, counts_of, read_bad, write_manifest
+from arrag_jax.retrieval.writer import RECORD_OPTIONS
 
 MERGING = ".merging.json"  # in the folder of an unfinished merge: the fingerprints of what is merged
+_OF_WHOLE = ("parts", "sha256", "merged", "keep_duplicates", "duplicates")  # in the manifest of a store's first part
 
 
 def next_part(store: Datastore) -> Path:
@@ -66,8 +76,27 @@ def add_part(store: Datastore, part: Path) -> Datastore:
     return Datastore.open(store.directory)
 
 
-def merge(stores: list[Datastore], directory: str | Path) -> Datastore:
+class _Taken(NamedTuple):
+    """What a merge takes of a part: of each of its images the name of the same one before it, None of those taken."""
+
+    part: Datastore
+    same: list[str | None]
+    told: frozenset[tuple[str, str]]  # what stores before it list as left out
+
+    @property
+    def is_whole(self) -> bool:
+        return not any(self.same) and self.told.isdisjoint(self.part.bad)
+
+    @property
+    def is_empty(self) -> bool:
+        return all(self.same) and self.told.issuperset(self.part.bad)
+
+
+def merge(stores: list[Datastore], directory: str | Path, keep_duplicates: bool = False) -> Datastore:
     """Copies stores, one after another, into one in ``directory``; run again to continue.
+
+    Args:
+      keep_duplicates: take the images that several stores hold as often.
 
     Raises:
       UserError: they differ in tokenizer, grid or kinds of key, or the directory holds something else.
@@ -79,7 +108,9 @@ def merge(stores: list[Datastore], directory: str | Path) -> Datastore:
             part.require_manifest()
         if store.directory.resolve() == directory.resolve():
             raise UserError(f"--workdir={directory} is one of the stores to merge; choose another")
-    merged = [store.fingerprint for store in stores]
+    merged = {"merged": [store.fingerprint for store in stores]}
+    if keep_duplicates:
+        merged["keep_duplicates"] = True
     state, _ = state_of(Datastore, directory) if not (directory / MERGING).exists() else ("merging", None)
     directory.mkdir(parents=True, exist_ok=True)
     with only_writer(directory):
@@ -90,35 +121,125 @@ def merge(stores: list[Datastore], directory: str | Path) -> Datastore:
         elif state == "merging":
             _require_same_merge(directory / MERGING, merged)
         else:
-            write_json(directory / MERGING, {"merged": merged})
+            write_json(directory / MERGING, merged)
         if state != "whole":
-            _copy([part for store in stores for part in (store, *store.parts)], directory, merged)
+            _copy(list(_taken(stores, keep_duplicates)), directory, merged)
         (directory / MERGING).unlink(missing_ok=True)
     return Datastore.open(directory)
 
 
-def _require_same_merge(record: Path, merged: list[str]) -> None:
-    if read_object(record).get("merged") != merged:
+def _require_same_merge(record: Path, merged: dict[str, Any]) -> None:
+    found = read_object(record)
+    if {name: found[name] for name in ("merged", "keep_duplicates") if name in found} != merged:
         raise UserError(f"{record.parent} holds something else than these stores merged; choose another --workdir")
 
 
-def _copy(parts: list[Datastore], directory: Path, merged: list[str]) -> None:
+def _taken(stores: list[Datastore], keep_duplicates: bool) -> Iterator[_Taken]:
+    """What is taken of each part of each store, in order."""
+    contents, names, told = [np.zeros(0, np.uint64)], [], frozenset()
+    for store in stores:
+        known, before = KnownContents(np.concatenate(contents), list(names)), told
+        for part in (x.alone for x in (store, *store.parts)):
+            if keep_duplicates:
+                yield _Taken(part, [None] * part.num_images, frozenset())
+                continue
+            own = digests_of(part)
+            contents.append(own)
+            names += part.sources
+            told |= frozenset(part.bad)
+            yield _Taken(part, known.find(own), before)
+
+
+def _copy(taken: list[_Taken], directory: Path, merged: dict[str, Any]) -> None:
     """Copies every file that is not there yet, then writes the manifests, the first part's last."""
     contents: dict[Path, dict[str, Any]] = {}
-    jobs = []
-    for number, part in enumerate(parts):
+    jobs: list[tuple[Path, Callable[[Path], Any]]] = []
+    rewritten: list[tuple[_Taken, Path]] = []
+    for number, each in enumerate(x for x in taken if not x.is_empty):
         target = folder_in(directory, _part_name(number)) if number else directory
-        contents[target] = {key: value for key, value in part.manifest.items() if key not in ("parts", "sha256")}
-        jobs += [(part.directory / name, target / name) for name in part.files]
-    for source, target in progress.bar(jobs, unit="file", desc=str(directory)):
+        contents[target] = {key: x for key, x in each.part.manifest.items() if key not in _OF_WHOLE}
+        if not each.is_whole:
+            rewritten.append((each, target))
+            jobs += [(target / name, write) for name, write in _writers(each).items()]
+        whole = each.part.settings.other_files if not each.is_whole else each.part.files
+        jobs += [(target / name, _copier(each.part.directory / name)) for name in whole]
+    for target, write in progress.bar(jobs, unit="file", desc=str(directory)):
         if not target.exists():
-            with whole_file(target) as temporary:
-                temporary.write_bytes(source.read_bytes())
+            write(target)
+    for each, target in rewritten:
+        contents[target]["files"] = _facts(each, target)
     names = {}
     for target, content in list(contents.items())[1:]:
         write_manifest(target, content)
         names[target.name] = Datastore.open(target).fingerprint
-    write_manifest(directory, {**contents[directory], "parts": names, "merged": merged})
+    again = sum(x.part.manifest.get("duplicates", 0) + len(x.same) * x.is_empty for x in taken)
+    write_manifest(
+        directory, {**contents[directory], "parts": names, **merged, **({"duplicates": again} if again else {})}
+    )
+
+
+def _copier(source: Path) -> Callable[[Path], None]:
+    def write(target: Path) -> None:
+        with whole_file(target) as temporary:
+            temporary.write_bytes(source.read_bytes())
+
+    return write
+
+
+class _Shard(NamedTuple):
+    """A shard of a part that is written anew: its files, its images, those taken, and the lines of what is left out."""
+
+    files: dict[str, str]
+    images: range
+    new: list[int]
+    bad_file: str
+    left_out: list[tuple[str, str]]
+
+
+def _shards(taken: _Taken) -> Iterator[_Shard]:
+    part, first = taken.part, 0
+    for shard in range(part.settings.num_shards):
+        files, bad_file = part.settings.shard_files(shard), part.settings.bad_file(shard)
+        images = range(first, first := first + part.files[files["codes"]]["images"])
+        new = [number for number in images if taken.same[number] is None]
+        bad = read_bad(part.directory / bad_file) if bad_file in part.files else []
+        same = [(part.sources[i], f"{DUPLICATE}{taken.same[i]}") for i in images if taken.same[i] is not None]
+        yield _Shard(files, images, new, bad_file, [*(line for line in bad if line not in taken.told), *same])
+
+
+def _writers(taken: _Taken) -> dict[str, Callable[[Path], None]]:
+    """What writes each file of the shards of a part, without the images that are not taken."""
+    writers = {}
+    for shard in _shards(taken):
+        for kind, name in shard.files.items():
+            writers[name] = functools.partial(_write_new, taken.part, kind, shard)
+        if shard.left_out:
+            lines = ["\t".join(line) for line in shard.left_out]
+            writers[shard.bad_file] = functools.partial(write_lines, lines=lines)
+    return writers
+
+
+def _write_new(part: Datastore, kind: str, shard: _Shard, target: Path) -> None:
+    """Writes one file of a shard."""
+    if kind in ("codes", "latents"):
+        grids = (part.codes_of if kind == "codes" else part.latents_of)(shard.images.start, shard.images.stop)
+        write_records(target, [grids[number - shard.images.start].tobytes() for number in shard.new], RECORD_OPTIONS)
+    else:
+        lines = getattr(part, kind)
+        write_lines(target, [lines[number] for number in shard.new])
+
+
+def _facts(taken: _Taken, target: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest says of the files of a part that was written anew."""
+    counts = {name: {"images": 0} for name in taken.part.settings.other_files}
+    for shard in _shards(taken):
+        counts |= {name: {"images": len(shard.new)} for name in shard.files.values()}
+        if shard.left_out:
+            counts[shard.bad_file] = counts_of([reason for _, reason in shard.left_out])
+    return {
+        name: {"sha256": sha256_of(target / name), "bytes": (target / name).stat().st_size, **count}
+        for name, count in counts.items()
+    }
 
 
 def _part_name(number: int) -> str:

@@ -24,6 +24,9 @@ from arrag_jax.parsing import in_range, parse, shown
 MANIFEST = "manifest.json"
 MOST_IMAGES = 2**40
 BAD_FILES = "bad-*.txt"
+# How the reason of a line in a file of bad images begins that tells of no damage: what may be an image and is not read,
+# and an image that is there already. Both are left out, and neither counts among those that cannot be read.
+PASSED_OVER, DUPLICATE = "passed over: ", "duplicate of "
 
 Folder = TypeVar("Folder")
 
@@ -41,6 +44,9 @@ class ShardSettings:
       num_images: images gone through, all shards together; the bad ones are left out.
       shard_size: images a shard; the last may hold fewer.
       source, split: the dataset the images came from.
+      origin: where files were found, as a whole path without links; "" of a data set and of folders made before it was
+        recorded. A record.
+      beside: how many files of each ending were found that hold no image. A record.
       other_files: names of the files that belong to no shard.
     """
 
@@ -51,6 +57,8 @@ class ShardSettings:
     shard_size: int
     source: str
     split: str
+    origin: str = dataclasses.field(default="", compare=False, kw_only=True)
+    beside: dict[str, int] = dataclasses.field(default_factory=dict, compare=False, kw_only=True)
     other_files: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
@@ -80,11 +88,11 @@ class ShardSettings:
 
     def shard_counts(self, directory: Path, shard: int) -> dict[str, dict[str, int]]:
         """What the manifest says of a shard that is done: images in each file, in the file of bad ones how many."""
-        bad = directory / self.bad_file(shard)
-        number = len(read_lines(bad)) if bad.exists() else 0
-        images = len(self.shard_images(shard)) - number
-        counts = {name: {"images": images} for name in self.shard_files(shard).values()}
-        return counts | ({bad.name: {"images": 0, "bad": number}} if number else {})
+        path = directory / self.bad_file(shard)
+        left_out = [reason for _, reason in read_bad(path)] if path.exists() else []
+        counts = {"images": len(self.shard_images(shard)) - len(left_out)}
+        files = {name: counts for name in self.shard_files(shard).values()}
+        return files | ({path.name: counts_of(left_out)} if left_out else {})
 
     def place(self, shard: int) -> str:
         """How a shard is numbered in its files' names."""
@@ -209,8 +217,13 @@ class ShardFolder:
         return sum(facts.get("bad", 0) for facts in self.files.values())
 
     @property
+    def num_duplicates(self) -> int:
+        """Images that were left out because they are there already."""
+        return sum(facts.get("duplicates", 0) for facts in self.files.values())
+
+    @property
     def bad(self) -> list[tuple[str, str]]:
-        """What could not be read, and why."""
+        """What was left out (what could not be read, what was passed over, duplicates), and why."""
         names = [name for name, facts in self.files.items() if "bad" in facts]
         return [bad_line(line) for name in names for line in self.lines_of(name)]
 
@@ -320,6 +333,13 @@ def reading(path: Path, verify: str, rebuild: str) -> Iterator[None]:
             raise
         see = f"to see what else is, run: {verify}; " if verify else ""
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); {see}{rebuild}") from error
+
+
+def counts_of(reasons: list[str]) -> dict[str, int]:
+    """What the manifest says of a file of bad images with these reasons; what is passed over and duplicates apart."""
+    passed, same = (sum(reason.startswith(kind) for reason in reasons) for kind in (PASSED_OVER, DUPLICATE))
+    counts = {"images": 0, "bad": len(reasons) - passed - same}
+    return counts | {name: count for name, count in (("passed_over", passed), ("duplicates", same)) if count}
 
 
 def content_hash(manifest: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Builds a datastore shard by shard (``building.build``), without the images that cannot be read."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from arrag_jax.retrieval import building
 from arrag_jax.retrieval.bad_images import NONE, BadImages, Tally
 from arrag_jax.retrieval.datastore import CODEBOOK, Datastore, StoreSettings, unit_norm
 from arrag_jax.retrieval.encoding import Encode, Examples, caption_of, encoded, require_images
+from arrag_jax.retrieval.identity import KnownContents, digests
+from arrag_jax.retrieval.shards import DUPLICATE
 from arrag_jax.retrieval.team import Team
 
 # Codes have spare bits (10 to 14 of 16 are in use), which zstd finds; where there are none it adds next to nothing.
@@ -32,6 +35,8 @@ def build(
     max_bad_fraction: float = 0.0,
     team: Team | None = None,
     others: Tally = NONE,
+    min_bad: int = 0,
+    known: KnownContents | None = None,
 ) -> Datastore:
     """Builds the store in ``directory``, or goes on with it, or finds it whole.
 
@@ -46,6 +51,8 @@ def build(
       max_bad_fraction: share of bad images above which the build fails.
       team: the processes that build it together; None = this one alone.
       others: images of the store that this one is to be a part of; they count in the share of bad ones.
+      min_bad: as ``BadImages.least``.
+      known: contents that are left out as duplicates; None = whatever comes is taken.
 
     Raises:
       UserError: too few images or too many bad ones, a code outside the codebook; else as ``building.build``.
@@ -60,13 +67,26 @@ def build(
         with whole_file(directory / CODEBOOK) as temporary, open(temporary, "wb") as file:
             np.savez(file, codebook=np.asarray(codebook, np.float32))
 
-    left_out = BadImages(directory, settings, source_id, max_bad_fraction, others)
+    left_out = BadImages(directory, settings, source_id, max_bad_fraction, min_bad, others)
 
     def write_shard(shard: int, bar: Bar) -> None:
         bad, skip = left_out.of_shard(shard, bar)
         batches = encoded(examples, settings.shard_images(shard), encode, batch_size, settings, skip)
         files = settings.shard_files(shard)
-        write_files(directory, files, batches, bar)
+        going = iter(settings.shard_images(shard))
+
+        def is_new(codes: np.ndarray, captions: Sequence[str] | None) -> np.ndarray:
+            """Whether each image of the next batch is none of the known; the others are noted."""
+            numbers = list(itertools.islice((number for number in going if number not in bad), len(codes)))
+            names = known.find(digests(codes, captions)) if known else [None] * len(codes)
+            bad.update(
+                (number, left_out.line(number, f"{DUPLICATE}{name}"))
+                for number, name in zip(numbers, names, strict=True)
+                if name is not None
+            )
+            return np.array([name is None for name in names], bool)
+
+        write_files(directory, files, batches, bar, is_new)
         building.write_lines(directory / files["sources"], left_out.write(shard, bad))
         left_out.require_few()
 
@@ -80,22 +100,31 @@ def _require_codebook(codebook: np.ndarray, settings: StoreSettings) -> None:
         raise UserError("the codebook's rows are not of unit norm; normalise them")
 
 
-def write_files(directory: Path, files: dict[str, str], batches: Iterator, bar: Bar) -> None:
+def write_files(
+    directory: Path,
+    files: dict[str, str],
+    batches: Iterator,
+    bar: Bar,
+    is_new: Callable[[np.ndarray, Sequence[str] | None], np.ndarray] = lambda codes, _: np.ones(len(codes), bool),
+) -> None:
     """Writes those of a shard's files of codes, latents and captions whose names are given, each whole or not at all.
 
     Args:
       files: as of ``StoreSettings.shard_files``; "sources" is left to others.
       batches: as of ``encoding.encoded``.
       bar: told of every image.
+      is_new: from the codes of a batch and its captions to which of its images are taken.
     """
     code_records, latent_records, captions = [], [], []
     for batch, codes, latents in batches:
+        words = [caption_of(example) for example in batch] if "captions" in files else None
+        new = is_new(codes, words)
         if "codes" in files:
-            code_records += [grid.tobytes() for grid in codes]
+            code_records += [grid.tobytes() for grid in codes[new]]
         if "latents" in files:
-            latent_records += [grid.tobytes() for grid in unit_norm(latents).astype("<f2")]
-        if "captions" in files:
-            captions += [caption_of(example) for example in batch]
+            latent_records += [grid.tobytes() for grid in unit_norm(latents[new]).astype("<f2")]
+        if words is not None:
+            captions += itertools.compress(words, new)
         bar.update(len(batch))
     if "codes" in files:
         building.write_records(directory / files["codes"], code_records, RECORD_OPTIONS)

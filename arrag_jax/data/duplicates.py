@@ -1,0 +1,55 @@
+"""Finds the files of a source that hold the same bytes."""
+
+import collections
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from arrag_jax.data.sources import LARGEST, Entry
+from arrag_jax.retrieval.shards import DUPLICATE
+
+PROBE = 2**12  # bytes at either end by which files of one size are told apart before they are read whole
+
+
+def without_copies(root: Path, entries: list[Entry]) -> list[Entry]:
+    """The entries, with a fault in each whose bytes and caption are those of an earlier one.
+
+    Only files of one size are read, at their ends first. One that cannot be read is no copy.
+    """
+    twins = _groups([(entry.size, entry.caption) for entry in entries], range(len(entries)))
+    for first_bytes in (PROBE, LARGEST):
+        alike = [i for group in twins for i in group]
+        digests = {i: _digest(root, entries[i], first_bytes) for i in alike if not entries[i].fault and entries[i].size}
+        twins = _groups([digests.get(i) for i in range(len(entries))], digests)
+    found = list(entries)
+    for first, *others in twins:
+        for i in others:
+            found[i] = entries[i]._replace(fault=f"{DUPLICATE}{entries[first].id}")
+    return found
+
+
+def _groups(facts: list[Any], numbers: Iterable[int]) -> list[list[int]]:
+    """The numbers that share a fact with others, group by group; those of the fact None with none."""
+    groups = collections.defaultdict(list)
+    for number in sorted(numbers):
+        if facts[number] is not None:
+            groups[facts[number]].append(number)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _digest(root: Path, entry: Entry, end_bytes: int) -> tuple[int, str, bytes] | None:
+    """Size, caption and a hash of an image's first and last bytes; None if they cannot be read."""
+    spans = [(0, end_bytes)] if 2 * end_bytes >= entry.size else [(0, end_bytes), (entry.size - end_bytes, end_bytes)]
+    content = hashlib.blake2b(digest_size=16)
+    try:
+        with open(root / entry.path, "rb") as file:
+            for start, length in spans:
+                file.seek(entry.offset + start)
+                left = min(length, entry.size - start)
+                while left > 0 and (data := file.read(min(left, 2**20))):
+                    content.update(data)
+                    left -= len(data)
+    except OSError:
+        return None
+    return entry.size, entry.caption, content.digest()
