@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags as absl_flags
+from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from arrag_jax import console
 from arrag_jax.errors import UserError, run_command
-from arrag_jax.failures import explanation, out_of_memory, tells_of_memory
+from arrag_jax.failures import explanation, out_of_memory, refused, tells_of_memory
 from arrag_jax.fields import local_path, paths_in
 from arrag_jax.parsing import parse
 from arrag_jax.usage import Sections, keys_text
@@ -56,7 +57,8 @@ def main_with_config(
     ``main``'s result is the exit code.
 
     Args:
-      sections: for --help, dataclasses of the sections that the config leaves free, by key and choice.
+      sections: the dataclasses of the sections that the config leaves free: by section, the key that chooses one, and
+        the choices.
     """
 
     def run(argv: list[str]) -> int | None:
@@ -66,7 +68,7 @@ def main_with_config(
             given = values.pop("config")
             arguments = [parse(config_class, given) if given else None]
         try:
-            for name, path in _paths(flags, values, *arguments):
+            for name, path in _paths(flags, values, sections or {}, *arguments):
                 _require_place(name, path)
             enable_compilation_cache()
             result = main(*arguments, **values)
@@ -82,6 +84,7 @@ def main_with_config(
         return result
 
     console.prepare()
+    logging.set_verbosity(logging.ERROR)  # of libraries, which log pages
     with console.written_out():
         run_command(run, sys.argv)
 
@@ -101,34 +104,36 @@ def enable_compilation_cache() -> None:
             jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def _paths(flags: dict[str, Flag], values: dict[str, Any], config: Any = None) -> Iterator[tuple[str, str]]:
+def _paths(
+    flags: dict[str, Flag], values: dict[str, Any], sections: Sections, config: Any = None
+) -> Iterator[tuple[str, str]]:
     """Name and value of every path that is given."""
     for name, flag in flags.items():
-        if flag.path and name in values:
+        if _is_path(name, flag) and name in values:
             given = values[name] if isinstance(values[name], list) else [values[name]]
             yield from ((f"--{name}", path) for path in given if path)
     if config is not None:
         yield from paths_in(config)
+        for section, (key, choices) in sections.items():
+            name = f"config.{section}"
+            yield from paths_in(parse(choices[getattr(config, key)], getattr(config, section), name), name)
 
 
 def _require_place(name: str, path: str) -> None:
-    """Refuses a path that the system cannot look at, and a --workdir that is no folder and cannot become one.
-
-    Raises:
-      OSError: as the system says it: a loop of links, a name that is too long, …
-      UserError: of the --workdir.
-    """
+    """Raises UserError if the system cannot look at a path, or if a --workdir is no folder and cannot become one."""
     place = Path(path).absolute()
     try:
         os.stat(place)
     except FileNotFoundError:
-        if os.path.islink(place):  # which leads to nothing
-            raise
+        if os.path.islink(place):
+            raise UserError(f"{name}={path} is a link that leads to nothing; mend it, or give another path") from None
         if name != "--workdir":
             return  # who needs it says so
         place = next(parent for parent in place.parents if parent.exists())
         if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
             raise UserError(f"cannot make {name}={path}: {place} cannot be written; choose another --workdir") from None
+    except OSError as error:  # a loop of links, a name that is too long, …
+        raise UserError(refused(name, path, error)) from error
     if name == "--workdir" and not place.is_dir():
         raise UserError(f"{name}={path} cannot be a folder: {place} is none; choose another --workdir")
 
@@ -172,7 +177,7 @@ def _parse(
         if missing:
             raise UserError(f"missing {', '.join(missing)} (see --help)")
         for name, flag in flags.items():
-            if flag.path and parsed[name]:
+            if _is_path(name, flag) and parsed[name]:
                 parsed[name] = _local(parsed[name], f"--{name}")
             if isinstance(parsed[name], float) and not math.isfinite(parsed[name]):
                 raise UserError(f"--{name}={parsed[name]} must be a finite number")
@@ -185,6 +190,10 @@ def _parse(
             f"unknown argument {rest[1]!r} (flags are written --name=value): known are --{', --'.join(flags)}"
         )
     return parsed
+
+
+def _is_path(name: str, flag: Flag) -> bool:
+    return flag.path or name == "workdir"
 
 
 def _local(given: str | list[str], name: str) -> str | list[str]:

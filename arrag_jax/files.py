@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from arrag_jax.errors import UserError
-from arrag_jax.failures import tells_of_a_full_disk, tells_of_memory, unwritable
+from arrag_jax.failures import code_of, tells_of_a_full_disk, tells_of_memory, unwritable
 
 # What a file system without locks answers; NFS takes no lock of a folder that is opened for reading.
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
@@ -208,14 +208,17 @@ def explained(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:  # ArrayRecord and ScaNN raise RuntimeError
         if tells_of_memory(error):
             raise
-        full = tells_of_a_full_disk(error) or _free_bytes(path) < 2**20  # ScaNN says "I/O error" of everything
+        # ScaNN says "I/O error" of everything.
+        full = tells_of_a_full_disk(error) or (code_of(error) in (None, errno.EIO) and free_bytes(path) < 2**20)
         raise UserError(unwritable(path, error, full)) from error
 
 
-def _free_bytes(path: Path) -> float:
+def free_bytes(path: Path) -> int | float:
+    """Returns how much more the file system of ``path`` takes; infinity where it does not tell (/proc)."""
     for parent in path.absolute().parents:
         with contextlib.suppress(OSError):  # it is not there, or its name is too long, …
-            return shutil.disk_usage(parent).free
+            usage = shutil.disk_usage(parent)
+            return usage.free if usage.total else float("inf")
     return float("inf")
 
 

@@ -22,6 +22,6 @@ if __name__ == "__main__":
     main_with_config(
         run,
         TrainConfig,
-        sections={"options": {task: options for task, (_, options) in TASKS.items()}},
+        sections={"options": ("task", {task: options for task, (_, options) in TASKS.items()})},
         workdir=Flag("folder of the run; made when absent", path=True),
     )
