@@ -6,19 +6,25 @@ python -m arrag_jax.build_datastore --config configs/folder_datastore.py --confi
 python -m arrag_jax.build_datastore --merge runs/one --merge runs/two --workdir runs/both
 python -m arrag_jax.build_datastore --workdir runs/photos --verify
 python -m arrag_jax.build_datastore --workdir runs/photos --report
+python -m arrag_jax.build_datastore --config.keys=codebook,latent --config.indexes=latent --workdir runs/photos
 
+The last adds keys and an index to a datastore that is there: with no --config its own settings count, as they were when
+it was built. Captions (--config.captions=True) can be added alike. The source must still be there, unchanged.
 --report measures the index: recall against exact search, queries a second, bytes a patch.
 Run again with the same flags, it goes on where it stopped, and says so when nothing is left to do. Started as several
 processes (JAX_COORDINATOR_ADDRESS and so on, see launch/) it shares the work; --workdir is then on a file system that
 all of them see.
 """
 
+import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,12 +37,15 @@ from arrag_jax.errors import UserError
 from arrag_jax.mesh import start_distributed
 from arrag_jax.models.checkpoint import fingerprint, load_model
 from arrag_jax.models.janus import VISION, Janus
-from arrag_jax.retrieval import index, parts, writer
+from arrag_jax.retrieval import extension, index, parts, writer
 from arrag_jax.retrieval import report as measure
 from arrag_jax.retrieval.bad_images import NONE, Tally
-from arrag_jax.retrieval.building import state_of
+from arrag_jax.retrieval.building import require_same_settings, state_of
 from arrag_jax.retrieval.datastore import Datastore, StoreSettings
+from arrag_jax.retrieval.encoding import Examples
+from arrag_jax.retrieval.load import settled
 from arrag_jax.retrieval.scann import BY_RULE
+from arrag_jax.retrieval.shards import MANIFEST
 from arrag_jax.retrieval.team import Team, team_in
 
 
@@ -51,18 +60,19 @@ def run(
     """Builds the datastore that the config describes, in --workdir; run again to continue."""
     if sum(map(bool, (append, merge, verify, report))) > 1:
         raise UserError("--append, --merge, --verify and --report exclude one another; give one of them")
-    if config is None and not (merge or verify or report):
-        raise UserError("missing --config (see --help)")
     start, directory = time.perf_counter(), Path(workdir)
+    if config is None and not (merge or verify or report or (directory / MANIFEST).is_file()):
+        raise UserError("missing --config (see --help)")
     if verify:
         check(directory)
     elif report:
         options = BY_RULE if config is None else config.scann
-        store = Datastore.open(directory)
-        for kind in measure.indexed(store):
+        for kind, figures in settled(directory, lambda: measured(directory, options)).items():
             print(f"index over {kind} keys")
-            for name, figure in measure.report(store, options, kind).items():
+            for name, figure in figures.items():
                 print(f"{name:20}{figure:>16,.4f}" if isinstance(figure, float) else f"{name:20}{figure:>16,}")
+    elif config is None and not merge:
+        finish(Datastore.open(directory), None, start)
     elif merge:
         finish(parts.merge([Datastore.open(store) for store in merge], directory), config, start)
     else:
@@ -80,11 +90,40 @@ def build_or_add(config: DatastoreConfig, directory: Path, append: bool, start: 
     """This process's part in building the store, or in adding to it."""
     with team_in(directory, jax.process_index(), jax.process_count()) as team:
         tokenizer = load_model(config.model, parts=VISION)
+        config = with_what_is_held(config, directory, tokenizer, team, append)
         store = (add if append else build)(config, directory, tokenizer, team)
         if team.leads:
             finish(store, config, start)
         else:
             team.wait_for_leader_to_leave()
+
+
+def with_what_is_held(
+    config: DatastoreConfig, directory: Path, tokenizer: Janus, team: Team, append: bool
+) -> DatastoreConfig:
+    """The config with all kinds of key (and the captions) of a whole store in the directory, once that has its own.
+
+    What the store lacks is added to it, unless images are to be appended: their kinds must then be among the store's.
+    """
+    state, found = state_of(Datastore, directory)
+    if state != "whole":
+        return config
+    if append:
+        return dataclasses.replace(config, keys=found.keys) if set(config.keys) <= set(found.keys) else config
+    keys, captions = extension.all_keys(found.keys, config.keys), config.captions or found.captions
+    if (keys, captions) != (found.keys, found.captions):
+        held = {"keys": found.keys, "captions": found.captions, "indexes": ()}
+        same = dataclasses.replace(spelt_alike(config, [found]), **held)
+        require_same_settings(Datastore, directory, settings_of(same, tokenizer, config.num_images or found.num_images))
+
+        def images(settings: StoreSettings, captions: bool) -> tuple[Examples, dict[str, int]]:
+            source = ImageSource(settings.source, config.data_dir, captions, tokenizer, "nothing", Path())
+            examples = source.images(settings.split)
+            return examples, {examples.source_id(number): number for number in range(len(examples))}
+
+        store = Datastore.open(directory)
+        extension.extend(store, keys, captions, images, encoder(tokenizer), config.batch_size, team)
+    return dataclasses.replace(config, keys=keys, captions=captions)
 
 
 def build(
@@ -150,7 +189,16 @@ def add(config: DatastoreConfig, directory: Path, tokenizer: Janus, team: Team) 
     if build(config, part, tokenizer, team, known, others) is None:
         print(f"nothing to add: {directory} holds every image of {config.source}")
         return store
-    return parts.add_part(store, part) if team.leads else store
+    return parts.add_part(store, part, functools.partial(new_indexes, config)) if team.leads else store
+
+
+@contextlib.contextmanager
+def new_indexes(config: DatastoreConfig, store: Datastore) -> Iterator[None]:
+    """Builds the indexes that are wanted of a store beside those that are there; on leaving they take their place."""
+    with contextlib.ExitStack() as stack:
+        for kind in config.indexes:
+            stack.enter_context(index.new_index(store, kind, config.scann, config.index_shards))
+        yield
 
 
 def spelt_alike(config: DatastoreConfig, known: Collection[StoreSettings]) -> DatastoreConfig:
@@ -177,26 +225,64 @@ def settings_of(config: DatastoreConfig, tokenizer: Janus, num_images: int) -> S
         source=config.source,
         split=split_of(config),
         command=" ".join(["python -m arrag_jax.build_datastore", *sys.argv[1:]]),
+        model=config.model,
+        data_dir=config.data_dir,
+        batch_size=config.batch_size,
     )
+
+
+def recorded(flags: dict[str, Any]) -> dict[str, Any]:
+    """The config of the store in --workdir (of the first one to merge), without indexes, as it was built.
+
+    Raises:
+      UserError: there is no whole store.
+    """
+    directory = Path((flags["merge"] or [flags["workdir"]])[0])
+    if not (directory / MANIFEST).is_file():
+        raise UserError(f"missing --config (see --help): {directory} holds no datastore whose settings could be taken")
+    settings = Datastore.open(directory).settings
+    known = {"model": settings.model, "split": settings.split, "data_dir": settings.data_dir}
+    known = {key: value for key, value in known.items() if value}  # stores made before recorded none
+    return known | {
+        "source": settings.source,
+        "batch_size": settings.batch_size or DatastoreConfig.batch_size,
+        "shard_size": settings.shard_size,
+        "keys": settings.keys,
+        "captions": settings.captions,
+        "indexes": (),
+    }
+
+
+def measured(directory: Path, options: ScannOptions) -> dict[str, dict[str, float | int]]:
+    """The figures of each of a store's indexes, by kind of key."""
+    store = Datastore.open(directory)
+    return {kind: measure.report(store, options, kind) for kind in measure.indexed(store)}
 
 
 def check(directory: Path) -> None:
     """Reads every file of a store and of its indexes, and says so if all are as they were written."""
-    store = Datastore.open(directory)
-    store.verify()
-    index.verify_indexes(store)
+
+    def verified() -> Datastore:
+        store = Datastore.open(directory)
+        store.verify()
+        index.verify_indexes(store)
+        return store
+
+    store = settled(directory, verified)
     print(f"datastore {directory} is as it was written: {store.num_images:,} images")
 
 
 def finish(store: Datastore, config: DatastoreConfig | None, start: float) -> None:
     """Builds the indexes that are wanted and not there, and says what the store holds."""
-    kinds, options = store.settings.keys[:1], (ScannOptions(), 1)
-    if config is not None:
+    if config is None:  # indexes that fit may have options of their own
+        kinds, options = [kind for kind in measure.indexed(store) if not index.fits(store, kind)], (ScannOptions(), 1)
+    else:
         kinds, options = config.indexes, (config.scann, config.index_shards)
     for kind in kinds:
         index.refresh_index(store, kind, *options)
     size = sum(path.stat().st_size for path in store.directory.rglob("*") if path.is_file())
-    indexes = f"ScaNN over {', '.join(kinds)} keys" if kinds else "no index"
+    there = ", ".join(kind for kind in store.settings.keys if index.fits(store, kind))
+    indexes = f"ScaNN over {there} keys" if there else "no index"
     bad = f" ({store.num_bad:,} that cannot be read are left out)" if store.num_bad else ""
     print(
         f"datastore {store.directory} is complete: {store.num_images:,} images{bad}, {store.num_patches:,} patches, "
@@ -208,6 +294,7 @@ if __name__ == "__main__":
     main_with_config(
         run,
         DatastoreConfig,
+        recorded,
         config=OPTIONAL_CONFIG,
         workdir=Flag("folder of the datastore; made when absent", path=True),
         report=Flag("measure the index in --workdir, print the figures and write them to report.json", False),

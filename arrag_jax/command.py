@@ -30,6 +30,7 @@ from arrag_jax.parsing import parse
 from arrag_jax.usage import Sections, keys_text
 
 REQUIRED: Any = object()
+OVERRIDE = re.compile(r"--?(no)?config\.")
 
 
 class Flag(NamedTuple):
@@ -45,14 +46,19 @@ OPTIONAL_CONFIG = CONFIG._replace(default="")
 
 
 def main_with_config(
-    main: Callable[..., int | None], config_class: type | None, sections: Sections | None = None, **flags: Flag
+    main: Callable[..., int | None],
+    config_class: type | None,
+    recorded: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    sections: Sections | None = None,
+    **flags: Flag,
 ) -> None:
     """Runs a command from the command line and exits.
 
     Reads ``--config path.py`` (with overrides ``--config.key=value``) into the frozen dataclass
     ``config_class``, and the named flags beside it; then calls ``main(config, **flags)``, or
     ``main(**flags)`` for a command without a config. A flag named "config" with a default of "" makes
-    the config one that may be left out; ``main`` then gets None. Bad flags, bad configs and every other
+    the config one that may be left out; ``main`` then gets None, unless there are overrides, which are then of the
+    config that ``recorded`` makes of the flags' values. Bad flags, bad configs and every other
     ``UserError`` print one line and exit with code 2, and so do failures of the file system and of memory; else
     ``main``'s result is the exit code.
 
@@ -62,7 +68,7 @@ def main_with_config(
     """
 
     def run(argv: list[str]) -> int | None:
-        values = _parse(argv, main, config_class, sections or {}, flags)
+        values = _parse(argv, main, config_class, sections or {}, flags, recorded)
         arguments = []
         if config_class is not None:
             given = values.pop("config")
@@ -151,7 +157,12 @@ def _explained(error: Exception, workdir: str | None, config: Any = None) -> str
 
 
 def _parse(
-    argv: list[str], main: Callable, config_class: type | None, sections: Sections, flags: dict[str, Flag]
+    argv: list[str],
+    main: Callable,
+    config_class: type | None,
+    sections: Sections,
+    flags: dict[str, Flag],
+    recorded: Callable[[dict[str, Any]], dict[str, Any]] | None,
 ) -> dict[str, Any]:
     """The flags' values by name, "config" among them; prints the help and exits when asked for it."""
     values = absl_flags.FlagValues()
@@ -182,7 +193,11 @@ def _parse(
             if isinstance(parsed[name], float) and not math.isfinite(parsed[name]):
                 raise UserError(f"--{name}={parsed[name]} must be a finite number")
         if parsed.get("config"):
-            parsed["config"], rest = _override(_load(parsed["config"], config_class), rest)
+            parsed["config"], rest = _override(_load(parsed["config"], config_class), config_class, rest)
+        elif recorded and any(map(OVERRIDE.match, rest[1:])):
+            config = ConfigDict(recorded(parsed))
+            _open_up(config, config_class)
+            parsed["config"], rest = _override(config, config_class, rest)
     except absl_flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error
     if len(rest) > 1:
@@ -229,10 +244,10 @@ def _open_up(config: ConfigDict, config_class: type) -> None:
             config[name] = FieldReference(config[name], field_type=object)  # any literal; parse checks its type
 
 
-def _override(config: ConfigDict, argv: list[str]) -> tuple[ConfigDict, list[str]]:
+def _override(config: ConfigDict, config_class: type, argv: list[str]) -> tuple[ConfigDict, list[str]]:
     """The config after its ``--config.key=value`` arguments, and the arguments that are left."""
     for argument in argv[1:]:
-        if re.match(r"--?(no)?config\.", argument):
+        if OVERRIDE.match(argument):
             _prepare(config, argument)
     values = absl_flags.FlagValues()
     values.set_gnu_getopt()
@@ -244,7 +259,26 @@ def _override(config: ConfigDict, argv: list[str]) -> tuple[ConfigDict, list[str
         rest = values(argv, known_only=True)
     except TypeError as error:
         raise UserError(f"a --config override has the wrong type: {error}") from error
+    _split_lists(values["config"].value, config_class)
     return values["config"].value, rest
+
+
+def _split_lists(config: ConfigDict, config_class: type) -> None:
+    """Makes lists of texts such as "codebook,latent" where the class has lists; flags take one for a list of one."""
+    for name, hint in typing.get_type_hints(config_class).items():
+        value = config.get(name)
+        if dataclasses.is_dataclass(hint) and isinstance(value, ConfigDict):
+            _split_lists(value, hint)
+            continue
+        texts = (value,) if isinstance(value, str) else value
+        if (
+            typing.get_origin(hint) is tuple
+            and isinstance(texts, tuple)
+            and texts
+            and all(isinstance(x, str) for x in texts)
+        ):
+            del config[name]  # whose type may be text
+            config[name] = tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
 
 
 def _prepare(config: ConfigDict, argument: str) -> None:

@@ -126,7 +126,8 @@ class TrainConfig(Settings):
     ema_decay: float = 0.0  # 0 = off; else the exported weights are the moving average
     accumulate: int = 1  # microbatches a step; memory falls with it, the update stays that of the whole batch
     compute_dtype: str = "float32"  # of the trained parameters in the loss: "float32" | "bfloat16"
-    init_from: LocalPath = ""  # workdir of another run, whose best checkpoint gives the parameters to start from
+    # Workdir of another run, whose best checkpoint gives the parameters to start from, or a model folder with them
+    init_from: LocalPath = ""
 
     def __post_init__(self):
         _one_of("task", self.task, ("tokenizer", "prior", "faid"))

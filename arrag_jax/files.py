@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from arrag_jax.failures import code_of, tells_of_a_full_disk, tells_of_memory, u
 
 # What a file system without locks answers; NFS takes no lock of a folder that is opened for reading.
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
+GLANCE = 0.3  # seconds for which a lock may be another process's look at it (``is_held``)
 _told: set[str] = set()  # folders of which it is said that they cannot be locked
 
 
@@ -180,9 +182,15 @@ def only_writer(directory: Path, wait: bool = False, alone: bool = True, refusal
 
 def _lock(handle: int, directory: Path, wait: bool, alone: bool, refusal: str) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        raise UserError(refusal) from None
+        give_up = time.monotonic() + GLANCE
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    raise UserError(refusal) from None
+                time.sleep(GLANCE / 10)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -196,6 +204,28 @@ def _lock(handle: int, directory: Path, wait: bool, alone: bool, refusal: str) -
     there = os.stat(directory) if os.path.exists(directory) else None
     if there is None or not os.path.samestat(there, os.fstat(handle)):  # another process moved it meanwhile
         raise UserError(refusal)
+
+
+def is_held(directory: Path) -> bool:
+    """Tells whether a process holds the directory by ``only_writer``."""
+    try:
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+def is_being_written(target: Path) -> bool:
+    """Tells whether a process is at work on ``whole_folder`` of this target."""
+    return is_held(target.with_name(f".{target.name}.tmp"))
 
 
 @contextlib.contextmanager

@@ -2,10 +2,8 @@
 
 python -m arrag_jax.build_datastore --config configs/folder_datastore.py --config.source=photos --workdir runs/photos
 
-For Janus-Pro's tokenizer (24 x 24 codes of 384 x 384 pixels; seconds an image on CPU cores, so in small shards, for a
-killed build begins its shard again):
-
-  --config.model=checkpoints/janus-pro-1b --config.batch_size=8 --config.shard_size=1024
+Model: the embedded one. Keys: "codebook", which configs/emoji_daid.py searches. For Janus-Pro's tokenizer and its configs,
+which search keys of kind "latent", see configs/janus_pro_1b_datastore.py.
 """
 
 from ml_collections import ConfigDict

@@ -2,6 +2,7 @@
 
 python -m arrag_jax.generate --config configs/janus_pro_1b.py --prompt "a red car on a beach" --method plain
 
+The datastore is the one of configs/janus_pro_1b_datastore.py: of this model's codes, searched by keys of kind "latent".
 Guidance 5 at temperature 1 and K = 2048 are the reference's; its λ and τ are not published, so those here are a place
 to start from. Not run by us on the published weights.
 """

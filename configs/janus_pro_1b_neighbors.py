@@ -4,7 +4,7 @@ python -m arrag_jax.build_neighbors --config configs/janus_pro_1b_neighbors.py -
   --workdir neighbors/janus-pro-1b
 
 ``pairs`` holds images with a .txt or .json beside each, in folders or webdataset tars; tfds:NAME does too. The paper
-tunes on 50,000. The store is of Janus-Pro's codes with keys of kind latent (configs/folder_datastore.py says how); an
+tunes on 50,000. The store is that of configs/janus_pro_1b_datastore.py, searched by keys of kind "latent"; an
 image that it holds too, read from the same place, gets no patches of itself. Not run by us on the published weights.
 """
 

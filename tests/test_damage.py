@@ -63,10 +63,13 @@ def use(folder: Path) -> None:
 
 
 BUILD, VERIFY = r"; build it with: python -m arrag_jax\.build_datastore --config=… --workdir=…", "--workdir=.* --verify"
-AGAIN, ANEW = "; delete .*index-latent and build it again", r"; run: python -m arrag_jax\.build_datastore --config=…"
+AGAIN, ANEW = (
+    "; delete .*index-latent and build it again",
+    r"; run: python -m arrag_jax\.build_datastore --config\.indexes=latent",
+)
 # What is done to which file (None: it is removed), who finds it, and what is said.
 DAMAGE = {
-    "no manifest": ("manifest.json", None, use, r"no finished datastore in .* \(manifest.json is missing\)" + BUILD),
+    "no manifest": ("manifest.json", None, use, r"manifest.json is missing\); build it with: python -m"),
     "cut manifest": ("manifest.json", lambda x: x[:99], use, r"is not the manifest of a datastore \(JSONDecodeE"),
     "empty manifest": ("manifest.json", lambda _: b"{}", use, r"is not the manifest of a datastore \(KeyError\("),
     "format": ("manifest.json", swap(b'_version": 1', b'_version": 9'), use, "has format 9, this code reads 1" + BUILD),

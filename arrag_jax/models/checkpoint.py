@@ -4,6 +4,7 @@ Read in the layout in which Janus-Pro and FAiD are published and in that of the 
 the former (see ``config_json`` for the keys of our own, ``layouts`` for the names of tensors).
 """
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -14,7 +15,14 @@ from flax import nnx
 from arrag_jax.errors import UserError
 from arrag_jax.files import whole_file, write_json
 from arrag_jax.interfaces import ArrayLike
-from arrag_jax.models.config_json import config_to_json, layout_of, parse_config, read_json, read_lora
+from arrag_jax.models.config_json import (
+    config_to_json,
+    layout_of,
+    parse_config,
+    read_json,
+    read_lora,
+    require_language,
+)
 from arrag_jax.models.janus import PARTS, VISION, Janus
 from arrag_jax.models.layouts import Layout
 from arrag_jax.models.tensor_files import checkpoint_folder, stored_tensors
@@ -51,11 +59,22 @@ def load_model(
     return model
 
 
-def abstract_model(directory: Path, parts: tuple[str, ...] = PARTS) -> tuple[Janus, Layout]:
-    """The model that a folder's configs describe, shapes without numbers, and how its tensors are named there."""
+def abstract_model(directory: Path, parts: tuple[str, ...] | None = PARTS) -> tuple[Janus, Layout]:
+    """The model that a folder's configs describe, shapes without numbers, and how its tensors are named there.
+
+    Args:
+      parts: the parts to build; None = all that the folder holds, which may be the tokenizer alone.
+
+    Raises:
+      UserError: the configs are not a Janus's, or the folder holds the tokenizer alone and another part is asked for.
+    """
     config, lora = read_json(directory), read_lora(directory)
     shape = parse_config(config, directory)
-    if shape.pad_id >= shape.language.vocab_size:
+    if parts is None:
+        parts = PARTS if shape.draws else VISION
+    if set(parts) - set(VISION):
+        require_language(shape, directory)
+    if shape.draws and shape.pad_id >= shape.language.vocab_size:
         raise UserError(
             f"{directory} has a vocabulary of {shape.language.vocab_size}, but its pad token is {shape.pad_id}"
         )
@@ -82,7 +101,8 @@ def save_model(model: Janus, directory: str | Path, dtype: str = "float32") -> N
     (directory / "config.json").unlink(missing_ok=True)
     with whole_file(directory / "model.safetensors") as temporary:
         write_weights(model, temporary, dtype)
-    write_json(directory / "config.json", config_to_json(model.config))
+    shape = model.config if model.language_model is not None else dataclasses.replace(model.config, language=None)
+    write_json(directory / "config.json", config_to_json(shape))
 
 
 def fingerprint(model: Janus) -> str:

@@ -2,7 +2,8 @@
 
 Ours is the published form with two keys of our own where it is silent: ``image_grid`` [H, W] (absent = what the
 image-understanding tower's image size gives, else 24 x 24) and, in ``gen_vision_config.params``, the fields of
-``nn.vq.VQConfig`` (absent = VQ-16's). A LoRA kept apart has the PEFT library's ``adapter_config.json``.
+``nn.vq.VQConfig`` (absent = VQ-16's). A folder that holds the image tokenizer alone has neither ``language_config``
+nor the sections of what stands beside it. A LoRA kept apart has the PEFT library's ``adapter_config.json``.
 """
 
 import json
@@ -37,6 +38,16 @@ def read_config(directory: Path) -> JanusConfig:
     return parse_config(read_json(directory), directory)
 
 
+def require_language(config: JanusConfig, directory: Path) -> None:
+    """Raises UserError, with the mend, where a folder's model is an image tokenizer alone, which cannot draw."""
+    if not config.draws:
+        raise UserError(
+            f"{directory} holds an image tokenizer alone, without the language model that draws; train one on it: "
+            f"python -m arrag_jax.train --config configs/emoji_prior.py --config.options.tokenizer={directory} "
+            "--workdir runs/prior"
+        )
+
+
 def read_json(directory: Path) -> dict[str, Any]:
     """A folder's config as it stands there."""
     path = directory / "config.json"
@@ -61,11 +72,11 @@ def parse_config(config: dict[str, Any], directory: Path) -> JanusConfig:
 
 def _from_published(config: dict[str, Any], path: Path) -> JanusConfig:
     missing = [k for k in ("language_config", "gen_vision_config", "gen_head_config") if k not in config]
-    if missing:
+    if missing and missing != ["language_config", "gen_head_config"]:
         kind = config.get("model_type", "unknown")
         raise UserError(f"{path} is the config of another model (model_type {kind!r}): it has no {missing[0]}")
-    base, text, params = JanusConfig(), config["language_config"], config["gen_vision_config"].get("params", {})
-    default, language = base.vision, _language(text, path)
+    base, params = JanusConfig(), config["gen_vision_config"].get("params", {})
+    text, default = config.get("language_config"), base.vision
     aligner = config.get("gen_aligner_config", {}).get("params", {})
     if aligner.get("projector_type", "mlp_gelu") != "mlp_gelu":
         raise UserError(f"{path} asks for the aligner {aligner['projector_type']!r} of codes; only 'mlp_gelu' is known")
@@ -84,6 +95,10 @@ def _from_published(config: dict[str, Any], path: Path) -> JanusConfig:
     )
     size = ((config.get("vision_config") or {}).get("params") or {}).get("image_size")
     side = size // vision.downsampling if size else base.grid[0]
+    grid = config.get("image_grid") or (side, side)
+    if text is None:
+        return JanusConfig(language=None, vision=vision).with_grid(grid)
+    language = _language(text, path)
     return JanusConfig(
         language=language,
         vision=vision,
@@ -92,7 +107,7 @@ def _from_published(config: dict[str, Any], path: Path) -> JanusConfig:
         pad_id=_pad_id(text, language, path),
         max_positions=_max_positions(text),
         faid=_faid(text),
-    ).with_grid(config.get("image_grid") or (side, side))
+    ).with_grid(grid)
 
 
 def _from_transformers(config: dict[str, Any], path: Path) -> JanusConfig:
@@ -219,32 +234,12 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-def config_to_json(config: JanusConfig) -> dict:
+def config_to_json(config: JanusConfig) -> dict[str, Any]:
     """The published form of a config; ``read_config`` of it gives the same config back."""
-    language, vision, faid = config.language, config.vision, config.faid
-    blending = (
-        {}
-        if faid is None
-        else {"num_SmoothPatchBlender": faid.stride, "num_hop": list(faid.hops), "retrieved_key_num": faid.neighbors}
-    )
-    return {
+    vision, language = config.vision, config.language
+    form = {
         "model_type": "multi_modality",
         "image_grid": list(config.grid),
-        "language_config": {
-            "model_type": "llama",
-            "vocab_size": language.vocab_size,
-            "hidden_size": language.width,
-            "num_hidden_layers": language.layers,
-            "num_attention_heads": language.heads,
-            "num_key_value_heads": language.kv_heads,
-            "intermediate_size": language.mlp,
-            "rope_theta": language.rope_theta,
-            "rms_norm_eps": language.norm_eps,
-            "pad_token_id": config.pad_id,
-            **({} if config.max_positions is None else {"max_position_embeddings": config.max_positions}),
-            **({} if language.head_dim is None else {"head_dim": language.head_dim}),
-            **blending,
-        },
         "gen_vision_config": {
             "cls": "VQ-16",
             "params": {
@@ -259,6 +254,34 @@ def config_to_json(config: JanusConfig) -> dict:
                 "encoder_kernel": vision.encoder_kernel,
                 "middle": vision.middle,
             },
+        },
+    }
+    return form if language is None else form | _language_to_json(config, language)
+
+
+def _language_to_json(config: JanusConfig, language: LlamaConfig) -> dict[str, Any]:
+    """The sections of the language model and of what joins it to the tokenizer."""
+    vision, faid = config.vision, config.faid
+    blending = (
+        {}
+        if faid is None
+        else {"num_SmoothPatchBlender": faid.stride, "num_hop": list(faid.hops), "retrieved_key_num": faid.neighbors}
+    )
+    return {
+        "language_config": {
+            "model_type": "llama",
+            "vocab_size": language.vocab_size,
+            "hidden_size": language.width,
+            "num_hidden_layers": language.layers,
+            "num_attention_heads": language.heads,
+            "num_key_value_heads": language.kv_heads,
+            "intermediate_size": language.mlp,
+            "rope_theta": language.rope_theta,
+            "rms_norm_eps": language.norm_eps,
+            "pad_token_id": config.pad_id,
+            **({} if config.max_positions is None else {"max_position_embeddings": config.max_positions}),
+            **({} if language.head_dim is None else {"head_dim": language.head_dim}),
+            **blending,
         },
         "gen_aligner_config": {
             "cls": "MlpProjector",

@@ -26,6 +26,7 @@ from arrag_jax.models.tensor_files import (
     Stored,
     checkpoint_folder,
     read_tensors,
+    some,
     stored_tensors,
     write_tensors,
 )
@@ -66,8 +67,9 @@ def convert(source: Path, target: Path, to: str, merge_lora: bool = True) -> Con
         raise UserError(f"--to={to!r} is unknown; choose one of {', '.join(TARGETS)}")
     require_new(target, "--target=")  # before any work; once more when the folder is held
     source = checkpoint_folder(source)
-    model, layout = abstract_model(source)
+    model, layout = abstract_model(source, parts=None)
     stored = stored_tensors(source, also=(UNUSED,))
+    _require_no_other(model, stored, layout, source)
     matched = match(model, stored, layout, source)
     weights = {published_key(path): tensor for path, tensor in matched.items() if "_lora." not in path}
     lora = {published_key(path): tensor for path, tensor in matched.items() if "_lora." in path}
@@ -82,6 +84,17 @@ def convert(source: Path, target: Path, to: str, merge_lora: bool = True) -> Con
         _write_companions(folder, source, model, apart=bool(lora) and not merge_lora)
     tensors = [tensor for file in files.values() for tensor in file.values()]
     return Conversion(len(tensors), sum(tensor.nbytes for tensor in tensors), tuple(dropped))
+
+
+def _require_no_other(model: Janus, stored: dict[str, Stored], layout: Layout, source: Path) -> None:
+    """Raises UserError where a folder whose config is a tokenizer's alone holds tensors of more than that."""
+    absent = tuple(prefix for part, prefix in layout.parts.items() if getattr(model, part) is None)
+    other = sorted(key for key in stored if absent and key.startswith(absent))
+    if other:
+        raise UserError(
+            f"{source / 'config.json'} describes an image tokenizer alone, but its weights hold {some(other)}; "
+            "copy the checkpoint again"
+        )
 
 
 def _unused(stored: dict[str, Stored], layout: Layout) -> tuple[dict[str, Stored], list[str]]:

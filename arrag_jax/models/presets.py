@@ -16,7 +16,7 @@ PAD = "<｜▁pad▁｜>"  # as Janus' tokenizers call it
 class JanusConfig:
     """A Janus: language model, tokenizer, and the parts that join them."""
 
-    language: LlamaConfig = LlamaConfig()
+    language: LlamaConfig | None = LlamaConfig()  # None: an image tokenizer alone
     vision: VQConfig = VQConfig()
     grid: tuple[int, int] = (24, 24)
     aligner_depth: int = 2
@@ -24,6 +24,11 @@ class JanusConfig:
     pad_id: int = 100002  # the token that fills the unconditional prompt: ``PAD`` of Janus-Pro's tokenizer
     max_positions: int | None = None  # longest prompt and picture together that it was trained on; None = not said
     faid: FaidConfig | None = None  # None: no blenders
+
+    @property
+    def draws(self) -> bool:
+        """Is there a language model? A vocabulary of 0 stands for none: so were tokenizers exported at first."""
+        return self.language is not None and self.language.vocab_size > 0
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.fields import local_path
 from arrag_jax.models.layouts import plain_key
 
+PACKAGE = Path(__file__).resolve().parents[1]
 ADAPTER = "adapter_model"  # the PEFT library's name
 # What has been read of a mapped file counts as this process's memory, so files are closed after so many bytes.
 OPEN_BYTES = 32 * 2**20
@@ -125,13 +126,22 @@ def is_run(directory: Path) -> bool:
     return (directory / "checkpoints").is_dir() and (directory / "base.json").is_file()
 
 
+def wherever(directory: Path) -> Path:
+    """The folder as it is named, or where nothing is there and it is named so, the one inside this package.
+
+    So "arrag_jax/assets/emoji_janus", as the shipped configs have it, holds from any working directory.
+    """
+    inside = PACKAGE.parent / directory
+    return inside if directory.parts[:1] == (PACKAGE.name,) and not directory.exists() else directory
+
+
 def checkpoint_folder(directory: Path) -> Path:
-    """The folder itself (``~`` expanded), or the export in it where it is the --workdir of a training run.
+    """The folder itself (``wherever`` it is, ``~`` expanded), or the export in it where it is that of a training run.
 
     Raises:
       UserError: an address, or a run that has no export yet.
     """
-    directory = Path(local_path(directory, "checkpoint"))
+    directory = wherever(Path(local_path(directory, "checkpoint")))
     if not is_run(directory):
         return directory
     if not (directory / "export" / "config.json").is_file():

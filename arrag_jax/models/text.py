@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from arrag_jax.errors import UserError
-from arrag_jax.models.config_json import read_config
+from arrag_jax.models.config_json import read_config, require_language
 from arrag_jax.models.presets import PAD
 from arrag_jax.models.tensor_files import checkpoint_folder
 
@@ -52,6 +52,9 @@ class PromptTokenizer:
         """Reads ``tokenizer.json`` from a checkpoint folder, or from the export of a training run."""
         directory = checkpoint_folder(Path(directory))
         path = directory / "tokenizer.json"
+        config = read_config(directory) if (directory / "config.json").is_file() else None
+        if config is not None:
+            require_language(config, directory)
         if not path.is_file():
             raise UserError(f"{path} is not there; copy the checkpoint's tokenizer.json beside its weights")
         try:
@@ -60,8 +63,7 @@ class PromptTokenizer:
             raise
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(f"{path} cannot be read as a tokenizer ({error}); copy it again") from error
-        if (directory / "config.json").is_file():
-            config = read_config(directory)
+        if config is not None:
             text.pad_id = config.pad_id
             if config.max_positions is not None:
                 text.max_length = config.max_positions - math.prod(config.grid)

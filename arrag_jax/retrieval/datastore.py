@@ -21,6 +21,7 @@ each file of codes 128 KiB more. Images are numbered without the bad ones, those
 import contextlib
 import dataclasses
 import functools
+import shlex
 import zipfile
 from collections.abc import Iterator, Sized
 from pathlib import Path
@@ -32,11 +33,13 @@ from jaxtyping import Float, UInt16
 
 from arrag_jax.errors import UserError
 from arrag_jax.failures import is_of_the_machine
+from arrag_jax.files import sha256_of
 from arrag_jax.ops import grid as grid_ops
-from arrag_jax.retrieval.shards import ShardFolder, ShardSettings, read_lines
+from arrag_jax.retrieval.shards import MANIFEST, ShardFolder, ShardSettings, content_hash, read_lines
 
 KEY_KINDS = ("codebook", "latent")
 CODEBOOK = "codebook.npz"
+FURTHER = ("latents-", "captions-")  # files that a whole store can be given later; see ``retrieval.extension``
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +50,17 @@ class StoreSettings(ShardSettings):
       code_dim: C.
       keys: kinds of key that can be had, of ``KEY_KINDS``.
       captions: are the images' captions kept?
-      command: the command that began the build; a record, never compared.
+      command: the command that began the build; with ``model``, ``data_dir`` and ``batch_size``, its config's, a record
+        that is never compared.
     """
 
     code_dim: int
     keys: tuple[str, ...]
     captions: bool = False
     command: str = dataclasses.field(default="", compare=False)
+    model: str = dataclasses.field(default="", compare=False)
+    data_dir: str = dataclasses.field(default="", compare=False)
+    batch_size: int = dataclasses.field(default=0, compare=False)
     other_files: ClassVar[tuple[str, ...]] = (CODEBOOK,)
 
     def __post_init__(self):
@@ -94,7 +101,11 @@ class Datastore(ShardFolder):
     noun: ClassVar[str] = "datastore"
     format_version: ClassVar[int] = 1
     settings_class: ClassVar[type[ShardSettings]] = StoreSettings
-    rebuild: ClassVar[str] = "build it with: python -m arrag_jax.build_datastore --config=… --workdir=…"
+    command: ClassVar[str] = "build_datastore"
+    rebuild: ClassVar[str] = (
+        "build it with: python -m arrag_jax.build_datastore --config=… --workdir=… (in manifest.json), "
+        "once its folder is deleted"
+    )
 
     @classmethod
     def open(cls, directory: str | Path) -> "Datastore":
@@ -106,9 +117,23 @@ class Datastore(ShardFolder):
     @classmethod
     def _open_part(cls, store: "Datastore", name: str, fingerprint: str) -> "Datastore":
         part = cls.open(store.directory / name)
-        if part.fingerprint != fingerprint:
+        if fingerprint not in (part.fingerprint, sha256_of(part.directory / MANIFEST)):  # the latter in older stores
             raise UserError(f"{part.directory} is not the part that {store.directory} was given; {cls.rebuild}")
         return part
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides the stored patches: two stores share it only if they hold the same ones.
+
+        Latents and captions, which can be added to a whole store, are no part of it.
+        """
+        apart = {field.name for field in dataclasses.fields(self.settings) if not field.compare} | {"keys", "captions"}
+        content = {
+            "settings": {key: value for key, value in self.manifest["settings"].items() if key not in apart},
+            "files": {name: facts for name, facts in self.files.items() if not name.startswith(FURTHER)},
+            "parts": [part.fingerprint for part in self.parts],
+        }
+        return content_hash(content)
 
     def verify(self) -> None:
         """Checks every file's SHA-256, those of all parts too; as ``ShardFolder.verify``."""
@@ -176,14 +201,25 @@ class Datastore(ShardFolder):
           UserError: the store was built without them.
         """
         if not self.settings.captions:
-            raise UserError(f"datastore {self.directory} holds no captions; build one with --config.captions=True")
+            raise UserError(
+                f"datastore {self.directory} holds no captions; build one with --config.captions=True, or add them: "
+                f"{self.further('--config.captions=True')}"
+            )
         return self._lines("captions")
 
     def require_kind(self, kind: str) -> None:
         """Raises UserError unless the store holds keys of this kind."""
         if kind not in self.settings.keys:
-            held = ", ".join(self.settings.keys)
-            raise UserError(f"datastore {self.directory} holds keys of kind {held}, not {kind!r}; {self.rebuild}")
+            held = self.settings.keys
+            mend = self.further(f"--config.keys={','.join((*held, kind))}", f"--config.indexes={kind}")
+            raise UserError(
+                f"datastore {self.directory} holds keys of kind {', '.join(held)}, not {kind!r}; add: {mend}"
+            )
+
+    def further(self, *flags: str) -> str:
+        """The command that adds to this store what the flags say."""
+        words = ["python", "-m", "arrag_jax.build_datastore", *flags, f"--workdir={self.directory}"]
+        return shlex.join(words)
 
     def _files(self, part: str, first: int, end: int) -> Iterator[tuple[Path, int, slice]]:
         """The files that hold images ``first`` to ``end`` of a part: path, images in it, and which are meant."""

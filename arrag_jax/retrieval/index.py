@@ -4,8 +4,10 @@
 the size and SHA-256 of every file, and the SHA-256 of all that it says itself. A whole index appears by one rename.
 """
 
+import contextlib
+import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from tqdm import tqdm
 
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
-from arrag_jax.files import clear_leftovers, sha256_of, sync, whole_folder, write_json
+from arrag_jax.files import clear_leftovers, is_being_written, sha256_of, sync, whole_folder, write_json
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.patches import stored_patches
 from arrag_jax.retrieval.scann import (
@@ -48,10 +50,17 @@ def build_index(store: Datastore, kind: str, options: ScannOptions, shards: int 
     Raises:
       UserError: the kind is not in the store, ScaNN can't be imported, or the disk is full.
     """
-    final = index_directory(store, kind)
-    with whole_folder(final, "an index", replace=True) as temporary:
+    with new_index(store, kind, options, shards):
+        pass
+    return index_directory(store, kind)
+
+
+@contextlib.contextmanager
+def new_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> Iterator[None]:
+    """Builds the index beside the one that is there; on leaving it takes its place. As ``build_index``."""
+    with whole_folder(index_directory(store, kind), "an index", replace=True) as temporary:
         _write_index(temporary, store, kind, options, shards)
-    return final
+        yield
 
 
 def refresh_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> None:
@@ -144,22 +153,37 @@ def _checked_files(
 ) -> None:
     """Raises UserError, with the mend, unless the saved index is the wanted one and (in ``local`` shards) undamaged."""
     directory = index_directory(store, kind)
-    command = "run: python -m arrag_jax.build_datastore --config=…"
-    mend = f"{command} --workdir={store.directory}"
+    mend = f"run: {_command(store, kind, options, shards)}"
+    if not directory.exists() and is_being_written(directory):
+        raise UserError(f"no index over {kind} keys in {store.directory} yet: another process builds it; wait for it")
     if not directory.exists():
         raise UserError(f"no index over {kind} keys in {store.directory}; {mend}")
     saved = _read_record(directory, mend)
     entries = saved["entries"]
     if len(entries) != shards:
-        raise UserError(
-            f"index {directory} has {len(entries)} shards, not {shards}; {command} --config.index_shards={shards} "
-            f"--workdir={store.directory}"
-        )
+        raise UserError(f"index {directory} has {len(entries)} shards, not {shards}; {mend}")
     wanted = _identity(store, kind, options, entries)
     differ = [f"{key} {saved.get(key)!r}, not {wanted[key]!r}" for key in wanted if saved.get(key) != wanted[key]]
     if differ:
         raise UserError(f"index {directory} does not fit: it has {'; '.join(differ)}; {mend}")
     _require_files(directory, saved["files"], mend, None if local is None else tuple(map(_shard_name, local)))
+
+
+def _command(store: Datastore, kind: str, options: ScannOptions, shards: int) -> str:
+    """The command that builds the index over keys of a kind with these options."""
+    usual = dataclasses.asdict(ScannOptions())
+    other = {f"scann.{key}": value for key, value in dataclasses.asdict(options).items() if value != usual[key]}
+    other |= {"index_shards": shards} if shards > 1 or saved_shards(store, kind) > 1 else {}
+    return store.further(f"--config.indexes={kind}", *(f"--config.{key}={value}" for key, value in other.items()))
+
+
+def fits(store: Datastore, kind: str) -> bool:
+    """Is there an index over just what the store holds, whatever its options?"""
+    try:
+        record = _read_record(index_directory(store, kind), "")
+    except UserError:
+        return False
+    return (record.get("datastore"), record.get("rows")) == (store.fingerprint, store.num_patches)
 
 
 def _read_record(directory: Path, mend: str) -> dict[str, Any]:

@@ -1,17 +1,20 @@
 """Stores of several parts: images added to a whole store, and stores merged into one.
 
-A part is a store of its own in a folder ``part-00001`` of the first one, whose manifest names it with the SHA-256 of
-its manifest. Nothing that is whole is ever written again but that manifest, which is replaced in one step.
+A part is a store of its own in a folder ``part-00001`` of the first one, whose manifest names it with its fingerprint.
+Nothing that is whole is ever written again but that manifest, which is replaced in one step.
 """
 
+import contextlib
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from arrag_jax.errors import UserError
-from arrag_jax.files import folder_in, only_writer, require_within, sha256_of, whole_file, write_json
+from arrag_jax.files import folder_in, only_writer, require_within, whole_file, write_json
 from arrag_jax.retrieval.building import state_of
 from arrag_jax.retrieval.datastore import Datastore, StoreSettings
 from arrag_jax.retrieval.shards import MANIFEST, write_manifest
@@ -25,27 +28,61 @@ def next_part(store: Datastore) -> Path:
     return require_within(store.directory, store.directory / _part_name(len(store.parts) + 1))
 
 
-def require_fits(store: Datastore, settings: StoreSettings) -> None:
-    """Raises UserError unless images of these settings can be a part of the store."""
+def require_fits(store: Datastore, settings: StoreSettings, other: Datastore | None = None) -> None:
+    """Raises UserError unless images of these settings can be a part of the store.
+
+    Args:
+      other: the store that has these settings, where it is there already.
+    """
     for name in SAME_IN_ALL_PARTS:
         ours, theirs = getattr(store.settings, name), getattr(settings, name)
-        if ours != theirs:
+        if ours != theirs and not (name == "keys" and set(ours) == set(theirs)):
+            mend = _mend(name, (store, ours), (other, theirs))
             raise UserError(
-                f"datastore {store.directory} has {name}={ours!r}, what is added {theirs!r}; keep the two apart"
+                f"datastore {store.directory} has {name}={ours!r}, what is added {theirs!r}; keep the two apart{mend}"
             )
 
 
-def add_part(store: Datastore, part: Path) -> Datastore:
+def _mend(name: str, *both: tuple[Datastore | None, Any]) -> str:
+    """The words that follow on "keep the two apart" where a command makes them fit."""
+    if name == "keys":
+        union = tuple(dict.fromkeys(kind for _, held in both for kind in held))
+        flag, lacking = f"--config.keys={','.join(union)}", [x for x, held in both if set(held) < set(union)]
+    elif name == "captions":
+        flag, lacking = "--config.captions=True", [x for x, held in both if not held]
+    else:
+        return ""
+    commands = [store.further(flag) if store else f"this command again with {flag}" for store in lacking]
+    return f", or first run: {' and '.join(commands)}"
+
+
+def add_part(
+    store: Datastore, part: Path, prepare: Callable[[Datastore], contextlib.AbstractContextManager] | None = None
+) -> Datastore:
     """Adds a whole part to the store's manifest.
+
+    Args:
+      prepare: given the store as it will be, builds what belongs to it (its indexes) aside; left right after the
+        manifest is written, it puts that in place. Readers have the old store with the old indexes until then.
 
     Raises:
       UserError: the part is not whole or does not fit, or another process writes to the store.
     """
-    require_fits(store, Datastore.open(part).settings)
+    whole = Datastore.open(part)
+    require_fits(store, whole.settings)
     content = {key: value for key, value in store.manifest.items() if key != "sha256"}
-    parts = {**content.get("parts", {}), part.name: sha256_of(part / MANIFEST)}
-    with only_writer(store.directory):
-        write_manifest(store.directory, {**content, "parts": parts})
+    content["parts"] = {**content.get("parts", {}), part.name: whole.fingerprint}
+    grown = dataclasses.replace(
+        store, manifest=content, parts=(*store.parts, whole), num_images=store.num_images + whole.num_images
+    )
+    with contextlib.ExitStack() as prepared:
+        if prepare is not None:
+            prepared.enter_context(prepare(grown))
+        with only_writer(store.directory):
+            if Datastore.open(store.directory).manifest != store.manifest:
+                raise UserError(f"another process has changed {store.directory}; run the same command again")
+            write_manifest(store.directory, content)
+            prepared.close()
     return Datastore.open(store.directory)
 
 
@@ -57,7 +94,7 @@ def merge(stores: list[Datastore], directory: str | Path) -> Datastore:
     """
     directory = Path(directory)
     for store in stores:
-        require_fits(stores[0], store.settings)
+        require_fits(stores[0], store.settings, store)
         if store.directory.resolve() == directory.resolve():
             raise UserError(f"--workdir={directory} is one of the stores to merge; choose another")
     merged = [store.fingerprint for store in stores]
@@ -98,7 +135,7 @@ def _copy(parts: list[Datastore], directory: Path, merged: list[str]) -> None:
     names = {}
     for target, content in list(contents.items())[1:]:
         write_manifest(target, content)
-        names[target.name] = sha256_of(target / MANIFEST)
+        names[target.name] = Datastore.open(target).fingerprint
     write_manifest(directory, {**contents[directory], "parts": names, "merged": merged})
 
 

@@ -99,7 +99,8 @@ class ShardFolder:
     noun: ClassVar[str]  # what messages call it
     format_version: ClassVar[int]
     settings_class: ClassVar[type[ShardSettings]]
-    rebuild: ClassVar[str]  # how a user mends a missing or damaged one
+    command: ClassVar[str]  # that builds one
+    rebuild: ClassVar[str]  # how a user mends a damaged one
 
     @classmethod
     def open(cls: type[Folder], directory: str | Path) -> Folder:
@@ -111,7 +112,10 @@ class ShardFolder:
         directory = Path(local_path(directory, cls.noun))
         path = directory / MANIFEST
         if not path.is_file():
-            raise UserError(f"no finished {cls.noun} in {directory} ({MANIFEST} is missing); {cls.rebuild}")
+            raise UserError(
+                f"no finished {cls.noun} in {directory} ({MANIFEST} is missing); build it with: python -m "
+                f"arrag_jax.{cls.command} --config=CONFIG --workdir={directory}"
+            )
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             version = manifest["format_version"]
@@ -169,7 +173,8 @@ class ShardFolder:
         if fingerprint != self.settings.fingerprint:
             raise UserError(
                 f"{self.noun} {self.directory} was made by tokenizer {self.settings.fingerprint}, "
-                f"the model has {fingerprint}; use that tokenizer's model, or {self.rebuild}"
+                f"the model has {fingerprint}; use that tokenizer's model, or build another with: python -m "
+                f"arrag_jax.{self.command} --config=… --config.model=… --workdir=…"
             )
 
     @functools.cached_property

@@ -66,7 +66,7 @@ def build(
         bad, skip = left_out.of_shard(shard, bar)
         batches = encoded(examples, settings.shard_images(shard), encode, batch_size, settings, skip)
         files = settings.shard_files(shard)
-        _write_records(directory, files, batches, bar)
+        write_files(directory, files, batches, bar)
         building.write_lines(directory / files["sources"], left_out.write(shard, bad))
         left_out.require_few()
 
@@ -80,17 +80,25 @@ def _require_codebook(codebook: np.ndarray, settings: StoreSettings) -> None:
         raise UserError("the codebook's rows are not of unit norm; normalise them")
 
 
-def _write_records(directory: Path, files: dict[str, str], batches: Iterator, bar: tqdm) -> None:
-    """Writes a shard's codes and, if it holds them, latents and captions."""
+def write_files(directory: Path, files: dict[str, str], batches: Iterator, bar: tqdm) -> None:
+    """Writes those of a shard's files of codes, latents and captions whose names are given, each whole or not at all.
+
+    Args:
+      files: as of ``StoreSettings.shard_files``; "sources" is left to others.
+      batches: as of ``encoding.encoded``.
+      bar: told of every image.
+    """
     code_records, latent_records, captions = [], [], []
     for batch, codes, latents in batches:
-        code_records += [grid.tobytes() for grid in codes]
+        if "codes" in files:
+            code_records += [grid.tobytes() for grid in codes]
         if "latents" in files:
             latent_records += [grid.tobytes() for grid in unit_norm(latents).astype("<f2")]
         if "captions" in files:
             captions += [caption_of(example) for example in batch]
         bar.update(len(batch))
-    building.write_records(directory / files["codes"], code_records, RECORD_OPTIONS)
+    if "codes" in files:
+        building.write_records(directory / files["codes"], code_records, RECORD_OPTIONS)
     if "latents" in files:
         building.write_records(directory / files["latents"], latent_records, RECORD_OPTIONS)
     if "captions" in files:

@@ -4,11 +4,20 @@ import dataclasses
 from pathlib import Path
 
 from arrag_jax.config import MeshConfig, TrainConfig
+from arrag_jax.json_files import read_json
 from arrag_jax.mesh import make_mesh
 from arrag_jax.training.checkpoint import read_config, read_params, require_base
 from arrag_jax.training.loop import Task, export, init_state, origin, whole_model
 from arrag_jax.training.optimizer import make_optimizer
 from arrag_jax.training.tasks import make_task
+
+
+def summary(workdir: Path) -> str:
+    """One line about a run that has ended: the held-out figures of its export, and where that is."""
+    folder = workdir / "export"
+    manifest = read_json(folder / "manifest.json")
+    figures = ", ".join(f"{name} {value:g}" for name, value in manifest["figures"].items())
+    return f"trained {manifest['step']:,} steps; held out: {figures}; the model is in {folder}"
 
 
 def export_run(workdir: Path, target: Path, last: bool = False) -> int:

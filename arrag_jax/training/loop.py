@@ -30,9 +30,10 @@ from arrag_jax.errors import UserError
 from arrag_jax.files import whole_folder
 from arrag_jax.mesh import check_batch_size, make_mesh, put_batch, put_everywhere, put_state, put_whole_batch
 from arrag_jax.nn.variables import Frozen
-from arrag_jax.training.checkpoint import Checkpoints, claimed, read_params
+from arrag_jax.training.checkpoint import Checkpoints, claimed
 from arrag_jax.training.metrics import Journal, training_minutes
 from arrag_jax.training.optimizer import make_optimizer, make_schedule
+from arrag_jax.training.start import params_of
 
 Batch = Mapping[str, Any]  # arrays whose first axis is the batch's
 Scalars = dict[str, Float[Array, ""]]
@@ -178,9 +179,8 @@ def resume_or_start(
     if resumed is not None:
         state, words = resumed, f"continuing at step {int(resumed.step)}"
     elif config.init_from:
-        step, params = read_params(Path(config.init_from), state.params, task.selects)
-        ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
-        state, words = state._replace(params=params, ema=ema), f"starting from step {step} of {config.init_from}"
+        params, words = params_of(config.init_from, state.params, task.selects)
+        state = state._replace(params=params, ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None)
     else:
         words = "starting from scratch"
     if jax.process_index() == 0:

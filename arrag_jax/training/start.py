@@ -1,0 +1,67 @@
+"""The parameters that a run starts from where its config names a model: those of another run, or of a model folder."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from arrag_jax.errors import UserError
+from arrag_jax.models.config_json import layout_of, read_json
+from arrag_jax.models.layouts import to_ours, to_published
+from arrag_jax.models.tensor_files import read_tensors, some, stored_tensors, wherever
+from arrag_jax.training.checkpoint import read_params
+
+
+def params_of(place: str, params: PyTree, selects: tuple[str, str]) -> tuple[PyTree, str]:
+    """Trained parameters, laid out as ``params`` are, and words that say where they come from.
+
+    Args:
+      place: ``TrainConfig.init_from``: the workdir of a run, or a model folder (an export, what ``convert`` wrote).
+      params: the run's own at step 0.
+      selects: as for ``training.checkpoint.Checkpoints``.
+
+    Raises:
+      UserError: neither is there, or it holds parameters of another model.
+    """
+    folder = wherever(Path(place))
+    if (folder / "config.json").is_file() and not (folder / "base.json").is_file():  # which every run's workdir has
+        return _of_folder(folder, params), f"starting from the weights in {folder}"
+    step, found = read_params(folder, params, selects)
+    return found, f"starting from step {step} of {folder}"
+
+
+def _of_folder(folder: Path, params: PyTree) -> PyTree:
+    """The parameters of these paths and shapes from the weights of a model folder."""
+    layout, stored = layout_of(read_json(folder)), stored_tensors(folder)
+    leaves = {_dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    keys = {path: layout.key(path) for path in leaves}
+    absent = sorted(key for key in keys.values() if key not in stored)
+    if absent:
+        raise UserError(
+            f"init_from={folder} does not hold {some(absent, 3)}, which this run trains (an export's LoRA is merged: "
+            "tune it further as config.options.base); give the workdir of a run of the same task"
+        )
+    for path, leaf in leaves.items():
+        shape, wanted = stored[keys[path]].shape, to_published(np.empty(leaf.shape, np.bool_), path).shape
+        if shape != wanted:
+            raise UserError(
+                f"init_from={folder} holds parameters of another model: {keys[path]} has shape {shape}, not {wanted}; "
+                "choose another run"
+            )
+    paths = {key: path for path, key in keys.items()}
+    found = {}
+    for key, value in read_tensors({key: stored[key] for key in paths}):
+        found[paths[key]] = _like(leaves[paths[key]], to_ours(value, paths[key]))
+    return jax.tree_util.tree_map_with_path(lambda path, _: found[_dotted(path)], params)
+
+
+def _like(leaf: jax.Array, value: np.ndarray) -> jax.Array:
+    """The numbers in a leaf's dtype, over the devices that it is spread over."""
+    value = np.ascontiguousarray(value.astype(leaf.dtype))
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda place: value[place])
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
