@@ -5,11 +5,13 @@ A command is a function ``main(config, **flags)``; see ``arrag_jax/train.py`` fo
 
 import contextlib
 import dataclasses
+import inspect
 import keyword
 import math
 import os
 import re
 import runpy
+import stat
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -175,7 +177,7 @@ def _parse(
         default = None if flag.default is REQUIRED else flag.default
         define.get(type(default), absl_flags.DEFINE_string)(name, default, flag.help, flag_values=values)
     if {"-h", "-help", "--help", "-helpfull", "--helpfull"} & set(argv[1:]):
-        text = sys.modules[main.__module__].__doc__ or main.__doc__ or ""
+        text = inspect.unwrap(main).__globals__.get("__doc__") or main.__doc__ or ""
         about_flags = values.get_help(include_special_flags=False).partition(":\n")[2]  # after the module's name
         print(f"{text.strip()}\n\nflags:\n{about_flags}")
         if config_class is not None:
@@ -219,6 +221,8 @@ def _load(value: str, config_class: type) -> ConfigDict:
     """What ``get_config`` of a config file returns, ready for overrides."""
     path, _, argument = value.partition(":")
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"config file {path} is not a file; give the path of one")
         open(path, "rb").close()
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist") from None

@@ -81,10 +81,16 @@ def test_a_path_that_cannot_be_looked_at_is_refused_by_its_name(capsys, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == {"loop", "file"}
 
 
-@pytest.mark.parametrize("path", ["loop", "", "x" * 300])
+@pytest.mark.parametrize("path", ["loop", "", "x" * 300, "pipe"])
 def test_a_config_file_that_cannot_be_read_is_one_line(capsys, monkeypatch, tmp_path, loop, path):
+    os.mkfifo(tmp_path / "pipe")
     done = running.run(capsys, monkeypatch, "train", f"--config={tmp_path / path}", f"--workdir={tmp_path / 'w'}")
-    running.assert_one_line(done, f"cannot read the config file {tmp_path / path}")
+    running.assert_one_line(done, f"config file {tmp_path / path}")
+
+
+def test_a_name_that_breaks_lines_breaks_no_message(capsys, monkeypatch, tmp_path):
+    done = running.run(capsys, monkeypatch, "train", f"--config={tmp_path}/a\nb\x1b[31m.py", "--workdir=w")
+    running.assert_one_line(done, "a\\nb\\x1b[31m.py does not exist")
 
 
 def test_a_workdir_is_looked_at_before_any_work(capsys, monkeypatch, tmp_path):
