@@ -16,10 +16,12 @@ processes (JAX_COORDINATOR_ADDRESS and so on, see launch/) it shares the work; -
 all of them see.
 """
 
+import contextlib
 import dataclasses
+import functools
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ from arrag_jax.retrieval.building import require_same_settings, state_of
 from arrag_jax.retrieval.datastore import Datastore, StoreSettings
 from arrag_jax.retrieval.encoding import Examples
 from arrag_jax.retrieval.identity import contents_of_files
+from arrag_jax.retrieval.load import settled
 from arrag_jax.retrieval.scann import BY_RULE
 from arrag_jax.retrieval.shards import DUPLICATE, MANIFEST, PASSED_OVER
 from arrag_jax.retrieval.team import Team, team_in
@@ -76,10 +79,9 @@ def run(
         check(directory)
     elif report:
         options = BY_RULE if config is None else config.scann
-        store = Datastore.open(directory)
-        for kind in measure.indexed(store):
+        for kind, figures in settled(directory, lambda: measured(directory, options)).items():
             print(f"index over {kind} keys")
-            for name, figure in measure.report(store, options, kind).items():
+            for name, figure in figures.items():
                 print(f"{name:20}{figure:>16,.4f}" if isinstance(figure, float) else f"{name:20}{figure:>16,}")
     elif config is None and not merge:
         finish(Datastore.open(directory), None, start)
@@ -200,7 +202,16 @@ def add(
     if build(config, part, tokenizer, team, keep_duplicates, store) is None:
         print(f"nothing to add: {directory} holds every image of {printable(config.source)}")
         return store
-    return parts.add_part(store, part) if team.leads else store
+    return parts.add_part(store, part, functools.partial(new_indexes, config)) if team.leads else store
+
+
+@contextlib.contextmanager
+def new_indexes(config: DatastoreConfig, store: Datastore) -> Iterator[None]:
+    """Builds the indexes that are wanted of a store beside those that are there; on leaving they take their place."""
+    with contextlib.ExitStack() as stack:
+        for kind in config.indexes:
+            stack.enter_context(index.new_index(store, kind, config.scann, config.index_shards))
+        yield
 
 
 def names_not_to_take(store: Datastore, keep_duplicates: bool) -> tuple[set[str], set[str]]:
@@ -272,11 +283,22 @@ def recorded(flags: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def measured(directory: Path, options: ScannOptions) -> dict[str, dict[str, float | int]]:
+    """The figures of each of a store's indexes, by kind of key."""
+    store = Datastore.open(directory)
+    return {kind: measure.report(store, options, kind) for kind in measure.indexed(store)}
+
+
 def check(directory: Path) -> None:
     """Reads every file of a store and of its indexes, and says so if all are as they were written."""
-    store = Datastore.open(directory)
-    store.verify()
-    index.verify_indexes(store)
+
+    def verified() -> Datastore:
+        store = Datastore.open(directory)
+        store.verify()
+        index.verify_indexes(store)
+        return store
+
+    store = settled(directory, verified)
     print(f"datastore {directory} is as it was written: {store.num_images:,} images")
 
 

@@ -5,11 +5,13 @@ A command is a function ``main(config, **flags)``; see ``arrag_jax/train.py`` fo
 
 import contextlib
 import dataclasses
+import inspect
 import keyword
 import math
 import os
 import re
 import runpy
+import stat
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +20,12 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags as absl_flags
+from absl import logging
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from arrag_jax import console, progress
 from arrag_jax.errors import UserError, run_command
-from arrag_jax.failures import explanation, out_of_memory, tells_of_memory
+from arrag_jax.failures import explanation, out_of_memory, refused, tells_of_memory
 from arrag_jax.fields import local_path, paths_in
 from arrag_jax.meeting import is_one_of_several
 from arrag_jax.parsing import parse
@@ -70,7 +73,8 @@ def main_with_config(
       processes: whether a run may have several of them: "together" if each needs all others all the time, "apart" if
         not, as ``start_distributed`` has it; "": one alone. Several are started before ``main`` is called, and have
         a flag ``--wait`` more.
-      sections: for --help, dataclasses of the sections that the config leaves free, by key and choice.
+      sections: the dataclasses of the sections that the config leaves free: by section, the key that chooses one, and
+        the choices.
     """
     if processes:
         flags["wait"] = Flag("of several processes: seconds in which all must have come", WAIT)
@@ -84,7 +88,7 @@ def main_with_config(
             arguments = [parse(config_class, given) if given else None]
         _start(processes, values, *arguments)
         try:
-            for name, path in _paths(flags, values, *arguments):
+            for name, path in _paths(flags, values, sections or {}, *arguments):
                 _require_place(name, path)
             enable_compilation_cache()
             result = main(*arguments, **values)
@@ -98,6 +102,7 @@ def main_with_config(
         return result
 
     console.prepare()
+    logging.set_verbosity(logging.ERROR)  # of libraries, which log pages
     with console.written_out():
         run_command(run, sys.argv)
 
@@ -142,34 +147,36 @@ def enable_compilation_cache() -> None:
             jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def _paths(flags: dict[str, Flag], values: dict[str, Any], config: Any = None) -> Iterator[tuple[str, str]]:
+def _paths(
+    flags: dict[str, Flag], values: dict[str, Any], sections: Sections, config: Any = None
+) -> Iterator[tuple[str, str]]:
     """Name and value of every path that is given."""
     for name, flag in flags.items():
-        if flag.path and name in values:
+        if _is_path(name, flag) and name in values:
             given = values[name] if isinstance(values[name], list) else [values[name]]
             yield from ((f"--{name}", path) for path in given if path)
     if config is not None:
         yield from paths_in(config)
+        for section, (key, choices) in sections.items():
+            name = f"config.{section}"
+            yield from paths_in(parse(choices[getattr(config, key)], getattr(config, section), name), name)
 
 
 def _require_place(name: str, path: str) -> None:
-    """Refuses a path that the system cannot look at, and a --workdir that is no folder and cannot become one.
-
-    Raises:
-      OSError: as the system says it: a loop of links, a name that is too long, …
-      UserError: of the --workdir.
-    """
+    """Raises UserError if the system cannot look at a path, or if a --workdir is no folder and cannot become one."""
     place = Path(path).absolute()
     try:
         os.stat(place)
     except FileNotFoundError:
-        if os.path.islink(place):  # which leads to nothing
-            raise
+        if os.path.islink(place):
+            raise UserError(f"{name}={path} is a link that leads to nothing; mend it, or give another path") from None
         if name != "--workdir":
             return  # who needs it says so
         place = next(parent for parent in place.parents if parent.exists())
         if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
             raise UserError(f"cannot make {name}={path}: {place} cannot be written; choose another --workdir") from None
+    except OSError as error:  # a loop of links, a name that is too long, …
+        raise UserError(refused(name, path, error)) from error
     if name == "--workdir" and not place.is_dir():
         raise UserError(f"{name}={path} cannot be a folder: {place} is none; choose another --workdir")
 
@@ -205,7 +212,7 @@ def _parse(
         default = None if flag.default is REQUIRED else flag.default
         define.get(type(default), absl_flags.DEFINE_string)(name, default, flag.help, flag_values=values)
     if {"-h", "-help", "--help", "-helpfull", "--helpfull"} & set(argv[1:]):
-        text = sys.modules[main.__module__].__doc__ or main.__doc__ or ""
+        text = inspect.unwrap(main).__globals__.get("__doc__") or main.__doc__ or ""
         about_flags = values.get_help(include_special_flags=False).partition(":\n")[2]  # after the module's name
         print(f"{text.strip()}\n\nflags:\n{about_flags}")
         if config_class is not None:
@@ -218,7 +225,7 @@ def _parse(
         if missing:
             raise UserError(f"missing {', '.join(missing)} (see --help)")
         for name, flag in flags.items():
-            if flag.path and parsed[name]:
+            if _is_path(name, flag) and parsed[name]:
                 parsed[name] = _local(parsed[name], f"--{name}")
             if isinstance(parsed[name], float) and not math.isfinite(parsed[name]):
                 raise UserError(f"--{name}={parsed[name]} must be a finite number")
@@ -237,6 +244,10 @@ def _parse(
     return parsed
 
 
+def _is_path(name: str, flag: Flag) -> bool:
+    return flag.path or name == "workdir"
+
+
 def _local(given: str | list[str], name: str) -> str | list[str]:
     return [local_path(path, name) for path in given] if isinstance(given, list) else local_path(given, name)
 
@@ -245,6 +256,8 @@ def _load(value: str, config_class: type) -> ConfigDict:
     """What ``get_config`` of a config file returns, ready for overrides."""
     path, _, argument = value.partition(":")
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"config file {path} is not a file; give the path of one")
         open(path, "rb").close()
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist") from None

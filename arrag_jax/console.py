@@ -1,12 +1,14 @@
 """The console as a command finds it: without UTF-8, closed before the command ends, or not there at all."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
 
 CLOSED = 141  # exit code of a program that SIGPIPE ends, as shells give it
 UNWRITABLE = 2
+LOST = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # what the file says that stdout is sent into
 
 
 def prepare() -> None:
@@ -36,8 +38,9 @@ def written_out() -> Iterator[None]:
         _drop_unwritten()
         sys.exit(CLOSED)
     except OSError as error:
-        if error.filename is not None or not _drop_unwritten():
+        if error.filename is not None or error.errno not in LOST:
             raise
+        _drop_unwritten()
         print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
         sys.exit(UNWRITABLE)
 
@@ -51,16 +54,13 @@ def is_closed(error: BaseException | None) -> bool:
     return False
 
 
-def _drop_unwritten() -> bool:
+def _drop_unwritten() -> None:
     """Sends the streams that cannot be written into nothing, so that the interpreter's end does not fail on them."""
-    dropped = False
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):
-            dropped = True
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream.fileno())
                 os.close(nowhere)
-    return dropped

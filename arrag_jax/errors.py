@@ -20,7 +20,7 @@ class UserError(ValueError):
     @property
     def line(self) -> str:
         """The command's last line."""
-        return "error: " + "\n".join(map(printable, str(self).split("\n")))  # a few errors are lists of ours
+        return "error: " + "\n  ".join(map(printable, str(self).split("\n  ")))  # a few errors are indented lists
 
 
 def printable(text: object) -> str:

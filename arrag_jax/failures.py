@@ -108,6 +108,12 @@ def explanation(error: BaseException, workdir: str | None = None) -> str | None:
     return f"cannot read or write {path or 'a file'}: {said}; {_PLACES[code]}"
 
 
+def refused(name: str, path: str, error: OSError) -> str:
+    """Returns what to say where the system cannot even look at a path that a flag or a config's key gives."""
+    mend = _MACHINE.get(error.errno) or _PLACES.get(error.errno) or "give another path"
+    return f"{name}={path}: {error.strerror}; {mend}"
+
+
 def unwritable(path: Path, error: Exception, full: bool = False) -> str:
     """Returns what to say where ``path`` cannot be written; ``full``: because the disk is known to be."""
     code = errno.ENOSPC if full else code_of(error)

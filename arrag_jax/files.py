@@ -8,15 +8,17 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from arrag_jax.errors import UserError
-from arrag_jax.failures import tells_of_a_full_disk, tells_of_memory, unwritable
+from arrag_jax.failures import code_of, tells_of_a_full_disk, tells_of_memory, unwritable
 
 # What a file system without locks answers; NFS takes no lock of a folder that is opened for reading.
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
+GLANCE = 0.3  # seconds for which a lock may be another process's look at it (``is_held``)
 _told: set[str] = set()  # folders of which it is said that they cannot be locked
 
 
@@ -194,9 +196,15 @@ def only_writer(directory: Path, wait: bool = False, alone: bool = True, refusal
 
 def _lock(handle: int, directory: Path, wait: bool, alone: bool, refusal: str) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        raise UserError(refusal) from None
+        give_up = time.monotonic() + GLANCE
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    raise UserError(refusal) from None
+                time.sleep(GLANCE / 10)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -212,6 +220,28 @@ def _lock(handle: int, directory: Path, wait: bool, alone: bool, refusal: str) -
         raise UserError(refusal)
 
 
+def is_held(directory: Path) -> bool:
+    """Tells whether a process holds the directory by ``only_writer``."""
+    try:
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+def is_being_written(target: Path) -> bool:
+    """Tells whether a process is at work on ``whole_folder`` of this target."""
+    return is_held(target.with_name(f".{target.name}.tmp"))
+
+
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turns a failure to write ``path`` into one line."""
@@ -222,14 +252,17 @@ def explained(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:  # ArrayRecord and ScaNN raise RuntimeError
         if tells_of_memory(error):
             raise
-        full = tells_of_a_full_disk(error) or _free_bytes(path) < 2**20  # ScaNN says "I/O error" of everything
+        # ScaNN says "I/O error" of everything.
+        full = tells_of_a_full_disk(error) or (code_of(error) in (None, errno.EIO) and free_bytes(path) < 2**20)
         raise UserError(unwritable(path, error, full)) from error
 
 
-def _free_bytes(path: Path) -> float:
+def free_bytes(path: Path) -> int | float:
+    """Returns how much more the file system of ``path`` takes; infinity where it does not tell (/proc)."""
     for parent in path.absolute().parents:
         with contextlib.suppress(OSError):  # it is not there, or its name is too long, …
-            return shutil.disk_usage(parent).free
+            usage = shutil.disk_usage(parent)
+            return usage.free if usage.total else float("inf")
     return float("inf")
 
 

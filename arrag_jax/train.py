@@ -27,6 +27,6 @@ if __name__ == "__main__":
         run,
         TrainConfig,
         "together",
-        sections={"options": {task: options for task, (_, options) in TASKS.items()}},
+        sections={"options": ("task", {task: options for task, (_, options) in TASKS.items()})},
         workdir=Flag("folder of the run; made when absent", path=True),
     )

@@ -18,7 +18,7 @@ from typing import Any
 from arrag_jax.fields import hints, is_path
 
 WIDTH = 100
-Sections = Mapping[str, Mapping[str, type]]  # key of a free section → choice → the dataclass of its keys then
+Sections = Mapping[str, tuple[str, Mapping[str, type]]]  # free section → key that chooses, choice → its dataclass
 
 
 def keys_text(config_class: type, sections: Sections) -> str:
@@ -30,9 +30,9 @@ def keys_text(config_class: type, sections: Sections) -> str:
     """
     lines = ["", "config keys, in the file that --config names or as --config.KEY=VALUE:", ""]
     lines += _keys(config_class, "config")
-    for section, choices in sections.items():
+    for section, (key, choices) in sections.items():
         for choice, cls in choices.items():
-            lines += ["", f"config.{section} of {choice}:", "", *_keys(cls, f"config.{section}")]
+            lines += ["", f"config.{section} where config.{key} is {choice!r}:", "", *_keys(cls, f"config.{section}")]
     return "\n".join(lines)
 
 

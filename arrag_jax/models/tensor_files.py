@@ -163,7 +163,7 @@ def wherever(directory: Path) -> Path:
 
 
 def checkpoint_folder(directory: Path) -> Path:
-    """The folder itself (``wherever`` it is), or the export in it where it is the --workdir of a training run.
+    """The folder itself (``wherever`` it is, ``~`` expanded), or the export in it where it is that of a training run.
 
     Raises:
       UserError: an address, no such folder, or a run that has no export yet.

@@ -53,6 +53,10 @@ class BadImages:
     least: int = 0
     others: Tally = NONE
 
+    def __post_init__(self):
+        if not 0 <= self.most <= 1:
+            raise UserError(f"max_bad_fraction={self.most} is outside [0, 1]")
+
     def of_shard(self, shard: int, bar: Bar) -> tuple[dict[int, str], Callable[[int, BadImage], None]]:
         """Begins a shard: its bad images (number → line), and whom to tell of each (``encoding.encoded``)."""
         # A killed run's file: what was bad then may be good by now.

@@ -4,9 +4,10 @@
 the size and SHA-256 of every file, and the SHA-256 of all that it says itself. A whole index appears by one rename.
 """
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from arrag_jax import progress
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
-from arrag_jax.files import clear_leftovers, sha256_of, sync, whole_folder, write_json
+from arrag_jax.files import clear_leftovers, is_being_written, sha256_of, sync, whole_folder, write_json
 from arrag_jax.json_files import read_object
 from arrag_jax.parsing import in_range, parse, shown
 from arrag_jax.retrieval.datastore import Datastore
@@ -91,10 +92,17 @@ def build_index(store: Datastore, kind: str, options: ScannOptions, shards: int 
     Raises:
       UserError: the kind is not in the store, ScaNN can't be imported, or the disk is full.
     """
-    final = index_directory(store, kind)
-    with whole_folder(final, "an index", replace=True) as temporary:
+    with new_index(store, kind, options, shards):
+        pass
+    return index_directory(store, kind)
+
+
+@contextlib.contextmanager
+def new_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> Iterator[None]:
+    """Builds the index beside the one that is there; on leaving it takes its place. As ``build_index``."""
+    with whole_folder(index_directory(store, kind), "an index", replace=True) as temporary:
         _write_index(temporary, store, kind, options, shards)
-    return final
+        yield
 
 
 def refresh_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> None:
@@ -228,6 +236,8 @@ def _checked_files(
     """
     store.require_kind(kind)
     directory, mend = index_directory(store, kind), _mend(store, kind, options, shards)
+    if not directory.exists() and is_being_written(directory):
+        raise UserError(f"no index over {kind} keys in {store.directory} yet: another process builds it; wait for it")
     if not directory.exists():
         raise UserError(f"no index over {kind} keys in {store.directory}; {mend}")
     saved = _read_record(directory, mend)

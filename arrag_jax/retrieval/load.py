@@ -1,17 +1,65 @@
 """From a config to a store and its search."""
 
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
 from jax.sharding import Mesh
 
 from arrag_jax.config import RetrievalConfig
+from arrag_jax.errors import UserError
+from arrag_jax.files import is_held
 from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import Retriever
 from arrag_jax.processes import require_same
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.dense import DenseRetriever
-from arrag_jax.retrieval.index import load_index
+from arrag_jax.retrieval.index import RECORD, load_index
 from arrag_jax.retrieval.patches import Patches, stored_patches
 from arrag_jax.retrieval.scann import ScannRetriever, build_host
 from arrag_jax.retrieval.sharded import local_shards, shard_dense, shard_scann
+from arrag_jax.retrieval.shards import MANIFEST
+
+T = TypeVar("T")
+PATIENCE = 5.0  # seconds in which a writer puts what it has built in place
+TRIES = 5
+
+
+def settled(directory: str | Path, read: Callable[[], T]) -> T:
+    """Returns what ``read`` makes of a store and its indexes, all of one state.
+
+    A store that grows and its new indexes take the place of the old ones in several steps. What is read meanwhile, or
+    cannot be, is read again.
+
+    Raises:
+      UserError: as ``read``, of a store that nobody changes.
+    """
+    directory = Path(directory)
+    for tries in range(TRIES, 0, -1):
+        before, found, failure = _state(directory), None, None
+        try:
+            found = read()
+        except UserError as error:
+            failure = error
+            give_up = time.monotonic() + PATIENCE
+            while is_held(directory) and _state(directory) == before and time.monotonic() < give_up:
+                time.sleep(0.02)
+        if _state(directory) == before or tries == 1:
+            break
+    if failure is not None:
+        raise failure
+    return found
+
+
+def _state(directory: Path) -> dict[str, bytes]:
+    """What the manifest and the indexes' records say."""
+    state = {}
+    for path in (directory / MANIFEST, *sorted(directory.glob(f"index-*/{RECORD}"))):
+        with contextlib.suppress(OSError):
+            state[path.parent.name] = path.read_bytes()
+    return state
 
 
 def open_store(config: RetrievalConfig, fingerprint: str) -> tuple[Datastore, bool]:
@@ -48,6 +96,12 @@ def load_retriever(
       UserError: no such store or index, one of another tokenizer, or k larger than the store.
     """
     require_own_process()
+    return settled(config.store, lambda: _load(config, fingerprint, mesh, axis, batch_axis))
+
+
+def _load(
+    config: RetrievalConfig, fingerprint: str, mesh: Mesh | None, axis: str, batch_axis: str | None
+) -> tuple[Datastore, Retriever]:
     store, whole = open_store(config, fingerprint)
 
     def patches(rows: tuple[int, int]) -> Patches:

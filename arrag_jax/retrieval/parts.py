@@ -7,6 +7,8 @@ Of stores that are merged each image is taken once, from the first that holds it
 store stay. A part that others share images with is written anew without them, the other parts are copied byte by byte.
 """
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,18 +63,34 @@ def _mend(name: str, *both: tuple[Datastore | None, Any]) -> str:
     return f", or first run: {' and '.join(commands)}"
 
 
-def add_part(store: Datastore, part: Path) -> Datastore:
+def add_part(
+    store: Datastore, part: Path, prepare: Callable[[Datastore], contextlib.AbstractContextManager] | None = None
+) -> Datastore:
     """Adds a whole part to the store's manifest.
+
+    Args:
+      prepare: given the store as it will be, builds what belongs to it (its indexes) aside; left right after the
+        manifest is written, it puts that in place. Readers have the old store with the old indexes until then.
 
     Raises:
       UserError: the part is not whole or does not fit, or another process writes to the store.
     """
-    require_fits(store, Datastore.open(part).settings)
+    whole = Datastore.open(part)
+    require_fits(store, whole.settings)
     store.require_manifest()  # what is written anew would get a hash that fits
     content = {key: value for key, value in store.manifest.items() if key != "sha256"}
-    parts = {**content.get("parts", {}), part.name: Datastore.open(part).fingerprint}
-    with only_writer(store.directory):
-        write_manifest(store.directory, {**content, "parts": parts})
+    content["parts"] = {**content.get("parts", {}), part.name: whole.fingerprint}
+    grown = dataclasses.replace(
+        store, manifest=content, parts=(*store.parts, whole), num_images=store.num_images + whole.num_images
+    )
+    with contextlib.ExitStack() as prepared:
+        if prepare is not None:
+            prepared.enter_context(prepare(grown))
+        with only_writer(store.directory):
+            if Datastore.open(store.directory).manifest != store.manifest:
+                raise UserError(f"another process has changed {store.directory}; run the same command again")
+            write_manifest(store.directory, content)
+            prepared.close()
     return Datastore.open(store.directory)
 
 
