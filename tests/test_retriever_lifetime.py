@@ -152,6 +152,30 @@ def test_progress_callbacks_share_a_program_and_go(store, model):
     assert_gone(references)
 
 
+def test_an_object_stays_until_pending_results_are_there(monkeypatch):
+    """On an accelerator a call returns before its program ends."""
+
+    class Result:
+        ready = False
+
+        def is_ready(self):
+            return self.ready
+
+        def is_deleted(self):
+            return False
+
+    result = Result()
+    monkeypatch.setattr(handles.jax, "live_arrays", lambda: [result])
+    handle = handles.Handle(object())
+    number, target = handle.number, handle.target
+    del handle
+    gc.collect()
+    assert handles.look_up(number) is target
+    result.ready = True
+    gc.collect()
+    assert handles.look_up(number) is None
+
+
 def test_a_retriever_that_is_gone_is_named(store):
     retriever, references = opened(store)
     number = retriever.number

@@ -27,6 +27,7 @@ def write_pages(
     Thumbnails are the store's own codes decoded by the model, so that no original file is needed. Keys of a record:
 
       prompt, method: what was drawn.
+      index: hash of the ScaNN index that was searched (``retrieval.index.index_hash``); empty where none was.
       share_retrieved: share of the cells whose code was among the retrieved.
       share_copied: share of the cells that lie in a run from one stored image (``evaluation.copies``), looked for in
         the images and at the displacements of the cells' origins, and in the image nearest in place.
@@ -41,7 +42,8 @@ def write_pages(
     records = []
     for i, prompt in enumerate(prompts):
         one = jax.tree.map(lambda x, i=i: np.asarray(x[i]), drawn)
-        record = {"prompt": prompt, "method": method, **picture_record(one, studio.store.codes, studio.store.sources)}
+        record = {"prompt": prompt, "method": method, "index": studio.index_hash(method)}
+        record |= picture_record(one, studio.store.codes, studio.store.sources)
         thumbnails = _stored_pictures(studio, [source["image"] for source in record["sources"]])
         image, _ = image_and_cell(one.source, *studio.model.grid)
         maps = (x.reshape(studio.model.grid) for x in (image, one.log_p - one.log_p_model))

@@ -28,7 +28,7 @@ from arrag_jax.retrieval.scann import (
 )
 from arrag_jax.retrieval.shards import content_hash
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4  # since 4 entries are in the order of their first patches
 RECORD = "index.json"
 
 
@@ -133,7 +133,18 @@ def load_index(
     for shard in local:
         searcher = scann.load_searcher(str(directory / _shard_name(shard)))
         searches[shard] = ShardSearch(searcher, stored_patches(store, kind, bounds[shard]), options)
-    return HostSearch(searches, bounds, store.codebook, k)
+    return HostSearch(searches, bounds, store.codebook, k, index_hash(store, kind))
+
+
+def index_hash(store: Datastore, kind: str) -> str:
+    """SHA-256 over the names and hashes of a saved index's files: equal ones find the same neighbours.
+
+    Raises:
+      UserError: no index here, or its record is damaged.
+    """
+    mend = f"run: python -m arrag_jax.build_datastore --config=… --workdir={store.directory}"
+    files = _read_record(index_directory(store, kind), mend)["files"]
+    return content_hash({name: facts["sha256"] for name, facts in files.items()})
 
 
 def saved_shards(store: Datastore, kind: str) -> int:

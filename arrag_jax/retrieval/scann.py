@@ -83,7 +83,7 @@ def import_scann() -> ModuleType:
 
 
 def build_searcher(patches: Patches, options: ScannOptions) -> Any:
-    """A ScaNN searcher over the entries. Builds with a tree are not deterministic (a random start of k-means)."""
+    """A ScaNN searcher over the entries; on one kind of machine its files have the same bytes in every build."""
     entries, rows = len(patches.keys), len(patches.codes)
     keys = np.empty((entries, patches.keys[:1].shape[1]), np.float32)
     for first in range(0, entries, BLOCK):
@@ -93,7 +93,9 @@ def build_searcher(patches: Patches, options: ScannOptions) -> Any:
     builder = import_scann().builder(keys, 10, "squared_l2")
     if leaves:
         sample, searched = min(entries, TRAINING_KEYS), num_leaves_to_search(entries, 10, options)
-        builder = builder.tree(leaves, searched, training_sample_size=sample, quantize_centroids=True)
+        # ScaNN's random start has no seed, its k-means++ has one; several threads put some entries into any leaf
+        means = {"training_sample_size": sample, "quantize_centroids": True, "random_init": False}
+        builder = builder.tree(leaves, searched, **means).set_n_training_threads(1)
     return builder.score_brute_force(quantize=bytes_a_number(entries, rows, options) == 1).build()
 
 
@@ -190,6 +192,7 @@ class HostSearch:
         bounds: list[tuple[int, int]],
         codebook: Float[np.ndarray, "V C"],
         k: int,
+        index_hash: str = "",
     ):
         """
         Args:
@@ -197,17 +200,18 @@ class HostSearch:
           bounds: first row and end of every shard.
           codebook: float32, rows of unit norm; embeds the queries.
           k: neighbours a query.
+          index_hash: of the saved index (``index.index_hash``); empty: built in memory.
 
         Raises:
           UserError: k is not in 1..N.
         """
         require_k(k, bounds[-1][1])
-        self.shards, self.bounds, self.k = shards, bounds, k
+        self.shards, self.bounds, self.k, self.index_hash = shards, bounds, k, index_hash
         self.codebook = np.asarray(codebook, np.float32)
 
     def with_k(self, k: int) -> "HostSearch":
         """The same searchers for another number of neighbours; errors as the constructor."""
-        return HostSearch(self.shards, self.bounds, self.codebook, k)
+        return HostSearch(self.shards, self.bounds, self.codebook, k, self.index_hash)
 
     def search(
         self,
@@ -215,10 +219,7 @@ class HostSearch:
         shard: Int[Array | np.ndarray | np.int32, "*one"],
         k: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The callback: codes, distances and ids [*batch, K]; ids count from the shard's first row.
-
-        ``k``: K; None = the attribute.
-        """
+        """The callback: codes, distances and ids [*batch, K], K = ``k`` or its own; ids count from a shard's first."""
         context, which, k = np.asarray(context), int(np.asarray(shard).reshape(-1)[0]), self.k if k is None else k
         flat = context.reshape(-1, 4)
         answer, whole = no_neighbors(len(flat), k), np.flatnonzero((flat >= 0).all(1))
@@ -293,8 +294,7 @@ class ScannRetriever:
       shard: which of the host's searchers to ask; int32 scalar, or [S] inside a ``ShardedRetriever``.
       number: the handle's; int32, of the same shape.
       k: neighbours a query.
-      handle: of the ``HostSearch``, which lives as long as any retriever that holds it, and as the programs it is
-        given to run. None inside a program.
+      handle: of the ``HostSearch``, held by all retrievers made of this one; None inside a program.
     """
 
     shard: Any
@@ -308,7 +308,7 @@ class ScannRetriever:
 
     @classmethod
     def tree_unflatten(cls, kind: _Kind, leaves: Any) -> "ScannRetriever":
-        """For JAX: the inverse. Equal kinds stand for one another, so the number decides which handle it is."""
+        """For JAX: the inverse. Equal kinds stand for one another, so the number decides which handle is meant."""
         handle = handles.holder(leaves[1]) or (kind.handle() if kind.handle is not None else None)
         return cls(*leaves, kind.k, handle)
 
