@@ -22,6 +22,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import ArrayLike, Backbone, DecodePolicy, Retriever
 from arrag_jax.mesh import put_everywhere, put_rows
+from arrag_jax.ops import handles
 from arrag_jax.ops.grid import context_cells, context_codes, has_context
 from arrag_jax.ops.host import awaited
 from arrag_jax.ops.neighbors import empty_neighbors
@@ -69,7 +70,7 @@ def decode(
       cond, uncond: prompt ids int [B, L] and mask bool [B, L]; ``uncond`` None without guidance.
       retriever: None only for a policy that uses no retrieval.
       keys: one a picture.
-      on_cell: called on the host with the cell's number as cells are done (a progress bar).
+      on_cell: traced with the cell's number as cells are done (a call of the host, say).
     """
     height, width = model.grid
     cells, batch = height * width, len(cond[0])
@@ -92,7 +93,7 @@ def decode(
         drawn = jax.lax.dynamic_update_slice_in_dim(drawn, code[:, None], cell, axis=1)
         hidden = model.embed_codes(code if uncond is None else jnp.tile(code, 2))
         if on_cell is not None:
-            jax.debug.callback(on_cell, cell)
+            on_cell(cell)
         record = _record(code, log_p, log_p_model, neighbors)
         return (drawn, hidden, cache), record._replace(log_probs=log_p if return_log_probs else None)
 
@@ -117,10 +118,19 @@ def _record(code, log_p, log_p_model, neighbors) -> Drawn:
     )
 
 
-@jax.jit(static_argnames=("graph", "sampling", "on_cell", "return_log_probs"))
-def _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, on_cell, return_log_probs):
+@jax.jit(static_argnames=("graph", "sampling", "return_log_probs"))
+def _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, listener, return_log_probs):
+    """``decode``, compiled; ``listener`` is the number of the handle of a host function, or None."""
     model = nnx.merge(graph, state)
+    on_cell = None if listener is None else lambda cell: jax.debug.callback(_tell, listener, cell)
     return decode(model, cond, uncond, policy, retriever, keys, sampling, on_cell, return_log_probs)
+
+
+def _tell(listener: Any, cell: Any) -> None:
+    """Calls the host function of a number, if it is still there."""
+    on_cell = handles.look_up(listener)
+    if on_cell is not None:
+        on_cell(cell)
 
 
 def picture_keys(seed: ArrayLike, batch: int) -> Key[Array, " batch"]:
@@ -209,6 +219,8 @@ def sample(
             raise UserError(f"{len(keys)} prompts do not split evenly over a mesh of data={mesh.shape['data']}")
         cond, uncond, keys = put_rows((cond, uncond, keys), mesh)
         state = put_everywhere(state, mesh)
-    drawn = _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, on_cell, return_log_probs)
+    told = None if on_cell is None else handles.Handle(on_cell)
+    listener = None if told is None else np.int32(told.number)
+    drawn = _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, listener, return_log_probs)
     awaited(drawn.codes)
     return drawn if mesh is None else put_everywhere(drawn, mesh)

@@ -26,7 +26,7 @@ from arrag_jax.nn.vq import from_uint8, to_uint8
 from arrag_jax.processes import require_same
 from arrag_jax.retrieval.captions import CaptionIndex, LimitedRetriever
 from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.load import load_retriever, open_store
+from arrag_jax.retrieval.load import index_hash_of, load_retriever, open_store
 
 METHODS = ("plain", "static", "daid", "caption", "lora", "faid", "faid+daid")
 LARGE_MODEL = 10**8  # parameters from which drawing a picture takes minutes on a CPU
@@ -96,6 +96,10 @@ class Studio:
     def model_of(self, method: str) -> Janus:
         """The model that a method draws with."""
         return self.tuned.get(method, self.model)
+
+    def index_hash(self, method: str = "") -> str:
+        """The hash of the saved index that a method (or any) searches; empty where it searches none."""
+        return "" if method in LIMITED else index_hash_of(self.retriever)
 
     def retriever_for(self, method: str, prompts: Sequence[str]) -> Retriever | None:
         """What a method searches while it draws these prompts."""

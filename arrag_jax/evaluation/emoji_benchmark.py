@@ -40,6 +40,7 @@ def measure(studio: Studio, split: str, num_prompts: int, num_scenes: int) -> di
         "num_prompts": num_prompts,
         "num_scenes": num_scenes,
         "seeds": SEEDS,
+        "index": studio.index_hash(),
         "settings": dataclasses.asdict(studio.config),
     }
 

@@ -24,6 +24,7 @@ def page_and_record(
     Thumbnails are the store's own codes decoded by the model, so that no original file is needed. Keys of a record:
 
       prompt, method: what was drawn.
+      index: hash of the ScaNN index that was searched (``retrieval.index.index_hash``); empty where none was.
       share_retrieved: share of the cells whose code was among the retrieved.
       share_copied: share of the cells that lie in a run from one stored image (``evaluation.copies``), looked for in
         the images and at the displacements of the cells' origins, and in the image nearest in place.
@@ -35,7 +36,8 @@ def page_and_record(
         stored "image" and "image_cell" of the nearest neighbour that holds the code, all null if none does;
         "log_p" of the draw; "log_p_moved", less what it was before retrieval: null if the model never draws the code.
     """
-    record = {"prompt": prompt, "method": method, **picture_record(drawn, studio.store.codes, studio.store.sources)}
+    record = {"prompt": prompt, "method": method, "index": studio.index_hash(method)}
+    record |= picture_record(drawn, studio.store.codes, studio.store.sources)
     thumbnails = _stored_pictures(studio, [source["image"] for source in record["sources"]])
     origin, _ = image_and_cell(drawn.source, *studio.model.grid)
     maps = (x.reshape(studio.model.grid) for x in (origin, drawn.log_p - drawn.log_p_model))

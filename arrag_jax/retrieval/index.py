@@ -32,7 +32,7 @@ from arrag_jax.retrieval.scann import (
 )
 from arrag_jax.retrieval.shards import MOST_IMAGES, content_hash
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4  # since 4 entries are in the order of their first patches
 RECORD = "index.json"
 ASSETS = "scann_assets.pbtxt"  # ScaNN's list of a searcher's files
 MOST_SHARDS = 2**16
@@ -174,7 +174,18 @@ def load_index(
             held = f"{entries[shard]:,} entries, the store has {len(patches.keys):,}"
             raise UserError(f"index {place} holds {held}; delete {directory} and {mend}")
         searches[shard] = ShardSearch(searcher, patches, options)
-    return HostSearch(searches, bounds, store.codebook, k)
+    return HostSearch(searches, bounds, store.codebook, k, index_hash(store, kind))
+
+
+def index_hash(store: Datastore, kind: str) -> str:
+    """SHA-256 over the names and hashes of a saved index's files: equal ones find the same neighbours.
+
+    Raises:
+      UserError: no index here, or its record is damaged.
+    """
+    mend = f"run: {store.further(f'--config.indexes={kind}')}"
+    files = _read_record(index_directory(store, kind), mend).files
+    return content_hash({name: facts.sha256 for name, facts in files.items()})
 
 
 def _load_searcher(directory: Path, entries: int, store: Datastore, mend: str) -> Any:

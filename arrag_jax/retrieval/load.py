@@ -77,6 +77,12 @@ def open_store(config: RetrievalConfig, fingerprint: str) -> tuple[Datastore, bo
     return store if whole else store.subset(config.num_images), whole
 
 
+def index_hash_of(retriever: Retriever | None) -> str:
+    """The hash of the saved index that a search asks (``index.index_hash``); empty where it asks none."""
+    asked = getattr(retriever, "local", retriever)
+    return asked.host.index_hash if isinstance(asked, ScannRetriever) else ""
+
+
 def load_retriever(
     config: RetrievalConfig,
     fingerprint: str,

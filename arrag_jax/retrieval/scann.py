@@ -14,9 +14,9 @@ The callback's body is numpy and ScaNN alone: jax.numpy inside a host callback h
 """
 
 import dataclasses
-import functools
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
+from arrag_jax.ops import handles
 from arrag_jax.ops.distances import host_distances, score_error
 from arrag_jax.ops.host import host_call
 from arrag_jax.ops.neighbors import Neighbors
@@ -83,7 +84,7 @@ def import_scann() -> ModuleType:
 
 
 def build_searcher(patches: Patches, options: ScannOptions) -> Any:
-    """A ScaNN searcher over the entries. Builds with a tree are not deterministic (a random start of k-means)."""
+    """A ScaNN searcher over the entries; on one kind of machine its files have the same bytes in every build."""
     entries, rows = len(patches.keys), len(patches.codes)
     keys = np.empty((entries, patches.keys[:1].shape[1]), np.float32)
     for first in range(0, entries, BLOCK):
@@ -93,7 +94,9 @@ def build_searcher(patches: Patches, options: ScannOptions) -> Any:
     builder = import_scann().builder(keys, 10, "squared_l2")
     if leaves:
         sample, searched = min(entries, TRAINING_KEYS), num_leaves_to_search(entries, 10, options)
-        builder = builder.tree(leaves, searched, training_sample_size=sample, quantize_centroids=True)
+        # ScaNN's random start has no seed, its k-means++ has one; several threads put some entries into any leaf
+        means = {"training_sample_size": sample, "quantize_centroids": True, "random_init": False}
+        builder = builder.tree(leaves, searched, **means).set_n_training_threads(1)
     return builder.score_brute_force(quantize=bytes_a_number(entries, rows, options) == 1).build()
 
 
@@ -182,10 +185,7 @@ class ShardSearch:
 
 
 class HostSearch:
-    """The searches of one or more shards as one callback.
-
-    Compared by identity, so that it can be a static part of a jit argument.
-    """
+    """The searches of one or more shards as one callback."""
 
     def __init__(
         self,
@@ -193,6 +193,7 @@ class HostSearch:
         bounds: list[tuple[int, int]],
         codebook: Float[np.ndarray, "V C"],
         k: int,
+        index_hash: str = "",
     ):
         """
         Args:
@@ -200,33 +201,37 @@ class HostSearch:
           bounds: first row and end of every shard.
           codebook: float32, rows of unit norm; embeds the queries.
           k: neighbours a query.
+          index_hash: of the saved index (``index.index_hash``); empty: built in memory.
 
         Raises:
           UserError: k is not in 1..N.
         """
         require_k(k, bounds[-1][1])
-        self.shards, self.bounds, self.k = shards, bounds, k
+        self.shards, self.bounds, self.k, self.index_hash = shards, bounds, k, index_hash
         self.codebook = np.asarray(codebook, np.float32)
 
     def with_k(self, k: int) -> "HostSearch":
         """The same searchers for another number of neighbours; errors as the constructor."""
-        return HostSearch(self.shards, self.bounds, self.codebook, k)
+        return HostSearch(self.shards, self.bounds, self.codebook, k, self.index_hash)
 
     def search(
-        self, context: Int[Array | np.ndarray, "*batch 4"], shard: Int[Array | np.ndarray | np.int32, "*one"]
+        self,
+        context: Int[Array | np.ndarray, "*batch 4"],
+        shard: Int[Array | np.ndarray | np.int32, "*one"],
+        k: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The callback: codes, distances and ids [*batch, K]; ids count from the shard's first row."""
-        context, which = np.asarray(context), int(np.asarray(shard).reshape(-1)[0])
+        """The callback: codes, distances and ids [*batch, K], K = ``k`` or its own; ids count from a shard's first."""
+        context, which, k = np.asarray(context), int(np.asarray(shard).reshape(-1)[0]), self.k if k is None else k
         flat = context.reshape(-1, 4)
-        answer, whole = no_neighbors(len(flat), self.k), np.flatnonzero((flat >= 0).all(1))
+        answer, whole = no_neighbors(len(flat), k), np.flatnonzero((flat >= 0).all(1))
         if len(whole):
             # contexts repeat (plain grounds), so each is asked for once
             _, first, place = np.unique(packed(flat[whole]), return_index=True, return_inverse=True)
             asked = flat[whole[first]]
             query = self.codebook[asked].reshape(len(asked), -1)
-            for slots, found in zip(answer, self.shards[which].search(asked, query, self.k), strict=True):
+            for slots, found in zip(answer, self.shards[which].search(asked, query, k), strict=True):
                 slots[whole] = found[place]
-        code, distance, id_ = (slots.reshape(*context.shape[:-1], self.k) for slots in answer)
+        code, distance, id_ = (slots.reshape(*context.shape[:-1], k) for slots in answer)
         return code, distance, id_
 
 
@@ -257,22 +262,61 @@ def build_host(
     return HostSearch(searches, bounds, codebook, k)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["shard"], meta_fields=["host", "k"])
+@dataclasses.dataclass(frozen=True)
+class _Ask:
+    """The callback of every program that asks for K neighbours; equal ones are one part of one program."""
+
+    k: int
+
+    def __call__(self, context: Any, shard: Any, number: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        host = handles.look_up(number)
+        if host is None:
+            raise RuntimeError("a program asks a ScannRetriever that is gone: keep it until the results are there")
+        return host.search(context, shard, self.k)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What a program knows of a ``ScannRetriever``: K. Equal ones share a program, which must not keep the handle."""
+
+    k: int
+    handle: "weakref.ReferenceType[handles.Handle] | None" = dataclasses.field(compare=False)
+
+
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScannRetriever:
     """Approximate ``interfaces.Retriever`` on the host; exact with ``EXHAUSTIVE``. Make one with ``create``.
 
-    Where more than k stored patches share the k-th distance, those of lowest row are returned.
+    Where more than k stored patches share the k-th distance, those of lowest row are returned. One compiled program
+    serves all retrievers of one k and batch; it finds the searchers by their number.
 
     Attributes:
       shard: which of the host's searchers to ask; int32 scalar, or [S] inside a ``ShardedRetriever``.
-      host: the searchers; static, hashed by identity.
+      number: the handle's; int32, of the same shape.
       k: neighbours a query.
+      handle: of the ``HostSearch``, held by all retrievers made of this one; None inside a program.
     """
 
     shard: Any
-    host: HostSearch
+    number: Any
     k: int
+    handle: handles.Handle | None
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], _Kind]:
+        """For JAX: the arrays, and what is static."""
+        return (self.shard, self.number), _Kind(self.k, None if self.handle is None else weakref.ref(self.handle))
+
+    @classmethod
+    def tree_unflatten(cls, kind: _Kind, leaves: Any) -> "ScannRetriever":
+        """For JAX: the inverse. Equal kinds stand for one another, so the number decides which handle is meant."""
+        handle = handles.holder(leaves[1]) or (kind.handle() if kind.handle is not None else None)
+        return cls(*leaves, kind.k, handle)
+
+    @property
+    def host(self) -> HostSearch:
+        """The searchers, for k neighbours; not inside a program."""
+        return self.handle.target.with_k(self.k)
 
     @classmethod
     def create(
@@ -289,11 +333,13 @@ class ScannRetriever:
     @classmethod
     def of(cls, host: HostSearch) -> "ScannRetriever":
         """The retriever of a host search with one shard."""
-        return cls(jnp.int32(0), host, host.k)
+        handle = handles.Handle(host)
+        return cls(np.int32(0), np.int32(handle.number), host.k, handle)
 
     def with_k(self, k: int) -> "ScannRetriever":
         """The same search for another number of neighbours; errors as ``create``."""
-        return dataclasses.replace(self, host=self.host.with_k(k), k=k)
+        require_k(k, self.handle.target.bounds[-1][1])
+        return dataclasses.replace(self, k=k)
 
     def search(self, context: Int[Array, "B 4"]) -> Neighbors:
         """Neighbours of B contexts given as code ids; see ``interfaces.Retriever``."""
@@ -301,5 +347,5 @@ class ScannRetriever:
         shape = (len(context), self.k)
         result = tuple(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.int32))
         # a callback has no derivative, and none is wanted
-        context, shard = jax.lax.stop_gradient((context, self.shard))
-        return Neighbors(*host_call(self.host.search, result, context, shard))
+        asked = jax.lax.stop_gradient((context, self.shard, self.number))
+        return Neighbors(*host_call(_Ask(self.k), result, *asked))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
+from arrag_jax.ops import handles
 from arrag_jax.ops.neighbors import Neighbors, merge_neighbors
 from arrag_jax.retrieval.dense import DenseRetriever, leaves_of, require_k
 from arrag_jax.retrieval.patches import Patches
@@ -132,7 +133,9 @@ def shard_scann(host: HostSearch, mesh: Mesh, axis: str, batch_axis: str | None 
     """
     if len(host.bounds) != mesh.shape[axis]:
         raise UserError(f"an index of {len(host.bounds)} shards does not fit mesh axis {axis!r} of {mesh.shape[axis]}")
-    local = ScannRetriever(_stacked(lambda s: np.int32(s), (), mesh, axis), host, host.k)
+    handle = handles.Handle(host)  # each process has a number of its own
+    shard, number = (_stacked(leaf, (), mesh, axis) for leaf in (np.int32, lambda _: np.int32(handle.number)))
+    local = ScannRetriever(shard, number, host.k, handle)
     return ShardedRetriever(local, _first_rows(host.bounds, mesh, axis), mesh, axis, batch_axis)
 
 
