@@ -31,6 +31,8 @@ from arrag_jax.evaluation.run_folder import GRID, RunFolder, settings_of, texts_
 from arrag_jax.files import only_writer
 from arrag_jax.mesh import start_distributed
 
+AUTO, SIDE = "auto", 144  # pixels: the side towards which small pictures are enlarged
+
 
 def run(
     config: DrawConfig,
@@ -38,17 +40,18 @@ def run(
     prompt: list[str],
     test_prompts: int,
     method: str,
-    scale: int,
+    scale: int | str,
     provenance: bool = True,
 ) -> None:
     """Draws every --prompt with every method (or --method alone), same seeds, into --workdir; run again to continue."""
     start_distributed()
-    if scale < 1:
-        raise UserError(f"--scale={scale} must be at least 1")
+    if scale != AUTO and not (str(scale).isdecimal() and int(scale) >= 1):
+        raise UserError(f"--scale={scale} must be at least 1, or {AUTO}")
     prompt = [*prompt, *(scene.caption for scene in scenes.test_prompts(test_prompts))]
     if not prompt:
         raise UserError('nothing to draw; give at least one --prompt "…" or --test_prompts=N')
     studio = open_studio(config, [method] if method else [])
+    scale = max(1, SIDE // max(studio.model.config.image_size)) if scale == AUTO else int(scale)
     studio.text(prompt)  # so that a bad prompt is said before anything is drawn
     names = [name_of(i, name) for name in studio.methods for i in range(len(prompt))]
     if jax.process_index() > 0:  # all draw, one writes
@@ -143,6 +146,6 @@ if __name__ == "__main__":
         prompt=Flag("what to draw; give it once or several times", ()),
         test_prompts=Flag("draw the first N captions of the test split of emoji_scenes as well", 0),
         method=Flag(f"one of {', '.join(METHODS)}; default: all that the models can do, side by side", ""),
-        scale=Flag("how many times a picture is enlarged", 3),
+        scale=Flag(f"how many times a picture is enlarged; {AUTO}: small ones to about {SIDE} pixels", AUTO),
         provenance=Flag("of methods that retrieve, write where the codes came from, and how much is copied", True),
     )

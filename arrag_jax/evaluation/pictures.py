@@ -13,11 +13,10 @@ from arrag_jax.evaluation.canvas import (
     Canvas,
     Picture,
     luminance,
-    text_size,
     upscale,
     value_color,
-    wrapped,
 )
+from arrag_jax.evaluation.lettering import text_size, wrapped
 
 
 def grid(images: UInt8[np.ndarray, "N h w 3"], columns: int, scale: int = 1, gap: int = 2) -> Picture:
