@@ -1,11 +1,15 @@
 """Figures say what they name: draws owed to retrieval, equal patches, common ground, and names on pages."""
 
+import time
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from pixels import find, random_pictures
+from toy import lines, toy_config
 
 from arrag_jax.decode.loop import Drawn, sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
@@ -16,6 +20,7 @@ from arrag_jax.evaluation.provenance_page import COMMON_GROUND, LEAST_RANGE, NOT
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.ops.sampling import mix, neighbor_log_probs
+from arrag_jax.training import metrics
 
 
 def drawn_with(weight: float) -> tuple[Drawn, Daid, np.ndarray]:
@@ -223,3 +228,16 @@ def test_a_page_has_a_readable_size(side):
     drawn = provenance_page(image, source, np.zeros((12, 12)), {3: image}, {3: "a/b.jpg"})
     find(drawn, upscale(image, max(1, 288 // side)))
     assert drawn.shape[0] < 480 and drawn.shape[1] < 1600
+
+
+def test_a_pace_does_not_count_the_step_that_compiles(tmp_path, monkeypatch):
+    now = iter([0.0, 100.0, 101.0, 102.0, 104.0, 106.0, 108.0])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(now), time=time.time))
+    config = toy_config(steps=6, log_every=3)
+    journal = metrics.Journal(config, 5, tmp_path, 0)
+    values = {"loss": jnp.float32(1.0), "grad_norm": jnp.float32(1.0)}
+    for step in range(1, 7):
+        journal.step_done(step, values, np.arange(2))
+    journal.flush()
+    journal._writer.close()
+    assert [line["steps_per_second"] for line in lines(tmp_path)] == [1.0, 0.5]
