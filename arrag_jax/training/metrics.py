@@ -172,7 +172,7 @@ def peak_memory_gib() -> float:
 
 
 def training_minutes(workdir: Path, step: int) -> float:
-    """Time spent in steps up to this one by the lines of ``metrics.jsonl``: restarts too, evaluations and compiling not."""
+    """Time spent in steps up to this one, restarts too, evaluations and compiling not, by ``metrics.jsonl``."""
     seconds, before = 0.0, 0
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
