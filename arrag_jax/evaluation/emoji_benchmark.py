@@ -143,7 +143,7 @@ def sweep(studio: Studio, num_scenes: int, out: Path) -> str:
         page = pictures.heat_map(
             gain, [f"{w:g}" for w in WEIGHTS], [f"{t:g}" for t in TEMPERATURES],
             title=f"gain in bits a code, copies: {copies}, K = {k}", row_name="weight", column_name="temperature",
-            form="{:.3f}",
+            form="{:+.4f}",
         )  # fmt: skip
         save(out / f"sweep_{copies}_k{k}.png", page)
         best = np.unravel_index(gain.argmax(), gain.shape)
