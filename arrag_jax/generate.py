@@ -5,8 +5,8 @@ python -m arrag_jax.generate --config configs/emoji_daid.py --prompt "a cat" --p
 Leaves in --workdir: a picture a prompt and method, and ``grid.png`` (prompt, one column a method, same seeds). A PNG
 holds prompt, seed, method, model and store as text. Pictures are written batch by batch: the same command goes on
 where it was (``run.json`` says what is drawn), and another one replaces the pictures of the run before it. For every
-method that retrieves also, unless --noprovenance, ``provenance_NN_METHOD.png`` (from which stored image each cell's
-code came, and how far that moved the draw) and ``provenance.json`` (the same in numbers, and a copy audit; its keys
+method that retrieves also, unless --noprovenance, ``provenance_NN_METHOD.png`` (which stored images hold its
+patches, and how far retrieval moved each draw) and ``provenance.json`` (the same in numbers, and a copy audit; its keys
 are those of ``evaluation.provenance.page_and_record``).
 """
 
@@ -30,6 +30,8 @@ from arrag_jax.evaluation.provenance import page_and_record, summary
 from arrag_jax.evaluation.run_folder import GRID, RunFolder, settings_of, texts_of
 from arrag_jax.files import only_writer
 
+AUTO, SIDE = "auto", 144  # pixels: the side towards which small pictures are enlarged
+
 
 def run(
     config: DrawConfig,
@@ -37,16 +39,17 @@ def run(
     prompt: list[str],
     test_prompts: int,
     method: str,
-    scale: int,
+    scale: int | str,
     provenance: bool = True,
 ) -> None:
     """Draws every --prompt with every method (or --method alone), same seeds, into --workdir; run again to continue."""
-    if scale < 1:
-        raise UserError(f"--scale={scale} must be at least 1")
+    if scale != AUTO and not (str(scale).isdecimal() and int(scale) >= 1):
+        raise UserError(f"--scale={scale} must be at least 1, or {AUTO}")
     prompt = [*prompt, *(scene.caption for scene in scenes.test_prompts(test_prompts))]
     if not prompt:
         raise UserError('nothing to draw; give at least one --prompt "…" or --test_prompts=N')
     studio = open_studio(config, [method] if method else [])
+    scale = max(1, SIDE // max(studio.model.config.image_size)) if scale == AUTO else int(scale)
     studio.text(prompt)  # so that a bad prompt is said before anything is drawn
     names = [name_of(i, name) for name in studio.methods for i in range(len(prompt))]
     if jax.process_index() > 0:  # all draw, one writes
@@ -132,6 +135,6 @@ if __name__ == "__main__":
         prompt=Flag("what to draw; give it once or several times", ()),
         test_prompts=Flag("draw the first N captions of the test split of emoji_scenes as well", 0),
         method=Flag(f"one of {', '.join(METHODS)}; default: all that the models can do, side by side", ""),
-        scale=Flag("how many times a picture is enlarged", 3),
+        scale=Flag(f"how many times a picture is enlarged; {AUTO}: small ones to about {SIDE} pixels", AUTO),
         provenance=Flag("of methods that retrieve, write where the codes came from, and how much is copied", True),
     )

@@ -85,7 +85,7 @@ def test_generate_draws_every_prompt_and_says_where_codes_came_from(config, tmp_
         tiles = np.lib.stride_tricks.sliding_window_view(grid, picture.shape)[:, :, 0]
         assert (tiles == picture).all((2, 3, 4)).any()  # the grid holds the picture itself
         cells = record["cells"]
-        assert record["share_retrieved"] == round(np.mean([cell["rank"] is not None for cell in cells]), 4)
+        assert record["share_among_neighbors"] == round(np.mean([cell["rank"] is not None for cell in cells]), 4)
         for cell in cells:
             if cell["rank"] is not None:  # the stored image holds that code there
                 assert cell["code"] == store.codes[cell["image"]].reshape(-1)[cell["image_cell"]]
@@ -94,19 +94,21 @@ def test_generate_draws_every_prompt_and_says_where_codes_came_from(config, tmp_
         find(page, upscale(picture, 6))  # the picture itself stands in its page
 
 
-def test_weight_zero_draws_the_plain_pictures(config, tmp_path):
+def test_weight_zero_draws_the_plain_pictures_and_credits_no_draw_to_retrieval(config, tmp_path, capsys):
     nothing = dataclasses.replace(config, daid=DaidConfig(weight=0.0))
-    run_generate(nothing, tmp_path, provenance=False)
-    assert not list(tmp_path.glob("provenance*"))
+    run_generate(nothing, tmp_path)
     for i in (0, 1):
         np.testing.assert_array_equal(read(tmp_path / f"{i:02d}_daid.png"), read(tmp_path / f"{i:02d}_plain.png"))
+    records = json.loads((tmp_path / "provenance.json").read_text())
+    assert all(record["share_retrieved"] == 0 < record["share_among_neighbors"] for record in records)
+    assert "daid: 0.0% of the draws made by retrieval" in capsys.readouterr().out
 
 
 def test_a_picture_does_not_depend_on_its_batch(config, tmp_path):
-    run_generate(config, tmp_path / "two", method="plain")
-    assert not list((tmp_path / "two").glob("provenance*"))  # nothing was retrieved
-    run_generate(dataclasses.replace(config, seed=1), tmp_path / "one", prompt=["two dogs"], method="plain")
-    np.testing.assert_array_equal(read(tmp_path / "two" / "01_plain.png"), read(tmp_path / "one" / "00_plain.png"))
+    run_generate(config, tmp_path / "two", method="daid", provenance=False)
+    assert not list((tmp_path / "two").glob("provenance*"))  # as told
+    run_generate(dataclasses.replace(config, seed=1), tmp_path / "one", prompt=["two dogs"], method="daid")
+    np.testing.assert_array_equal(read(tmp_path / "two" / "01_daid.png"), read(tmp_path / "one" / "00_daid.png"))
 
 
 def test_likelihood_equals_the_codes_scored_one_scene_at_a_time(config):

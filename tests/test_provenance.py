@@ -56,7 +56,7 @@ def test_records_agree_with_a_search_of_the_finished_grid(k):
         outside = set(range(height * width)) - set(cells.tolist())
         assert all(record["cells"][cell]["rank"] is None for cell in outside)
         assert sum(cell["rank"] is not None for cell in record["cells"]) / grid.size == pytest.approx(
-            record["share_retrieved"], abs=1e-4
+            record["share_among_neighbors"], abs=1e-4
         )
 
 
@@ -130,7 +130,8 @@ def traced() -> dict:
     moved[1, 1], moved[1, 2], moved[3, 4], moved[2, 2] = 2.0, 1.0, np.inf, -0.5
     image = np.maximum(random_pictures(2, 1)[0] // 2, 20)
     sources = {40: image[::-1], 7: image[:, ::-1]}
-    return {"image": image, "source": source, "moved": moved, "sources": sources}
+    names = {40: "holiday/beach.jpg", 7: "00017.tar!000123.jpg"}
+    return {"image": image, "source": source, "moved": moved, "sources": sources, "names": names}
 
 
 def test_a_retrieved_cell_carries_its_sources_colour(traced):
@@ -188,7 +189,7 @@ def test_nothing_retrieved_leaves_no_colour_but_the_pictures(traced):
     ("change", "said"),
     [
         ({"top": 7}, "top=7"),
-        ({"sources": {}}, r"no thumbnail of source images \[40"),
+        ({"sources": {}}, r"no thumbnail or name of source images \[40"),
         ({"image": np.zeros((9, 12, 3), np.uint8)}, "9 x 12"),
     ],
 )

@@ -61,6 +61,15 @@ def test_recall_is_the_naive_one(store, shards):
     assert counts == (IMAGES * 16, IMAGES, 0)
 
 
+def test_queries_are_not_stored(store):
+    """Contexts read from right to left may be, such as those of a plain ground."""
+    whole = {tuple(context) for context in grid_ops.contexts_of_grids(store.codes).reshape(-1, 4).tolist()}
+    mirrored = grid_ops.contexts_of_grids(store.codes[:, :, ::-1]).reshape(-1, 4).tolist()
+    assert any(tuple(context) in whole for context in mirrored)
+    asked = measure.held_out_contexts(store)
+    assert len(asked) == measure.QUERIES and not any(tuple(context) in whole for context in asked.tolist())
+
+
 def test_an_exact_index_finds_everything_and_its_bytes_are_counted(store, capsys):
     index.build_index(store, "codebook", ScannOptions())
     build_datastore.run(None, str(store.directory), report=True)

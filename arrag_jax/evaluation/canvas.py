@@ -5,14 +5,13 @@ figure's pixels are the model's. Colours are Okabe and Ito's ("Color Universal D
 colour-blind readers, and viridis for values.
 """
 
-import functools
-import textwrap
-import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from arrag_jax.evaluation.lettering import text_size, write
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
 
@@ -20,12 +19,9 @@ BLUE, ORANGE = (0, 114, 178), (213, 94, 0)
 PALETTE = (BLUE, ORANGE, (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
 INK, FAINT, PAPER = (30, 30, 30), (120, 120, 120), (255, 255, 255)
 MARGIN = 12  # pixels around and between the parts of a figure
-FONT_SIZE = 14
 
 # Viridis at equal steps; its luminance rises from end to end.
 _VALUE_COLORS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], np.float64)
-# PIL's own font holds little but ASCII.
-_ASCII = dict(zip(map(ord, "λτ×−–—·’≤≥→"), ("lambda", "tau", *"x----'", "<=", ">=", "->"), strict=True))
 
 
 def upscale(image: Picture, scale: int) -> Picture:
@@ -60,39 +56,14 @@ class Canvas:
 
     def text(self, x: int, y: int, words: str, anchor: str, color: tuple[int, int, int] = INK) -> None:
         """Writes ``words`` so that their box's ``anchor`` (l/m/r, then a/m/d = top/middle/bottom) is at (x, y)."""
-        words, (width, height) = _printable(words), text_size(words)
+        width, height = text_size(words)
         x -= {"l": 0, "m": width // 2, "r": width}[anchor[0]]
         y -= {"a": 0, "m": height // 2, "d": height}[anchor[1]]
-        align = {"l": "left", "m": "center", "r": "right"}[anchor[0]]
-        self._draw.multiline_text((x, y), words, color, _font(), align=align, spacing=2)
+        write(self._draw, x, y, words, {"l": "left", "m": "center", "r": "right"}[anchor[0]], color)
 
     def pixels(self) -> Picture:
         """The whole page."""
         return np.array(self._image)
-
-
-@functools.cache
-def _font() -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(FONT_SIZE)  # comes with PIL, so figures look the same everywhere
-
-
-def _printable(words: str) -> str:
-    """The text in letters that the font has; a letter without a near one becomes "?"."""
-    parts = unicodedata.normalize("NFKD", words.translate(_ASCII))
-    return "".join(c for c in parts if not unicodedata.combining(c)).encode("ascii", "replace").decode()
-
-
-def text_size(words: str) -> tuple[int, int]:
-    """(width, height) in pixels of the box of a text; every line has the same height."""
-    lines = _printable(words).split("\n")
-    ascent, descent = _font().getmetrics()
-    return round(max(_font().getlength(line) for line in lines)), len(lines) * (ascent + descent + 2) - 2
-
-
-def wrapped(words: str, width: int) -> str:
-    """The text in lines of at most ``width`` pixels, as far as its words allow."""
-    letters = max(1, int(width / (_font().getlength("abcdefghij klmnop") / 17)))
-    return "\n".join(textwrap.wrap(words, letters, break_long_words=False)) or " "
 
 
 def fitted(image: Picture, side: int) -> Picture:

@@ -105,10 +105,14 @@ class Studio:
         """What a method searches while it draws these prompts."""
         if method not in LIMITED:
             return self.retriever
-        number = self.config.caption.static_images if method == "static" else self.config.caption.images
-        config, images = self.config.retrieval, self.captions.nearest(prompts, number)
-        k = min(config.k, number * self.store.settings.patches_per_image)
+        config, images = self.config.retrieval, self.images_for(method, prompts)
+        k = min(config.k, images.shape[1] * self.store.settings.patches_per_image)
         return LimitedRetriever.create(self.store, images, config.keys, k)
+
+    def images_for(self, method: str, prompts: Sequence[str]) -> Int[np.ndarray, "B M"]:
+        """Returns the stored images that a method of ``LIMITED`` searches for each prompt."""
+        number = self.config.caption.static_images if method == "static" else self.config.caption.images
+        return self.captions.nearest(prompts, number)
 
     def tells_every_cell(self, method: str) -> bool:
         """Whether a method's decode loop tells the host of every cell, for the progress bar.

@@ -87,7 +87,7 @@ def object_scores(studio: Studio, split: str, num_prompts: int) -> dict[str, dic
 
 
 def _summary(drawn: list[np.ndarray], scenes: list[Scene]) -> dict[str, Any]:
-    """Mean and spread over the drawings, the families' means, and prompts with and without held-out pairs."""
+    """Mean and spread over the drawings, the families' means, and the prompts with and without held-out pairs."""
     results = [object_score(images, scenes) for images in drawn]
     right = np.stack([result["right"] for result in results])
     held_out = np.array([s.held_out for s in scenes])
@@ -95,7 +95,7 @@ def _summary(drawn: list[np.ndarray], scenes: list[Scene]) -> dict[str, Any]:
         **_mean_and_std([result["overall"] for result in results]),
         "families": {name: float(np.mean([r["families"][name] for r in results])) for name in results[0]["families"]},
         "held_out_pairs": float(right[:, held_out].mean()) if held_out.any() else None,
-        "seen_pairs": None if held_out.all() else float(right[:, ~held_out].mean()),
+        "other_prompts": None if held_out.all() else float(right[:, ~held_out].mean()),
     }
 
 
@@ -111,9 +111,9 @@ def report(results: dict[str, Any]) -> str:
         [[name, row["mean"], row["std"], *row.get("gain", nothing).values()] for name, row in bits.items()],
         digits=4,
     )
-    columns = ["object score", "mean", "spread", *FAMILIES, "seen pairs", "held-out pairs"]
+    columns = ["object score", "mean", "spread", *FAMILIES, "other prompts", "held-out pairs"]
     rows = [
-        [name, r["mean"], r["std"], *(r["families"].get(f) for f in FAMILIES), r["seen_pairs"], r["held_out_pairs"]]
+        [name, r["mean"], r["std"], *(r["families"].get(f) for f in FAMILIES), r["other_prompts"], r["held_out_pairs"]]
         for name, r in objects.items()
     ]
     if not rows:
@@ -143,7 +143,7 @@ def sweep(studio: Studio, num_scenes: int, out: Path) -> str:
         page = pictures.heat_map(
             gain, [f"{w:g}" for w in WEIGHTS], [f"{t:g}" for t in TEMPERATURES],
             title=f"gain in bits a code, copies: {copies}, K = {k}", row_name="weight", column_name="temperature",
-            form="{:.3f}",
+            form="{:+.4f}",
         )  # fmt: skip
         pictures.save(out / f"sweep_{copies}_k{k}.png", page)
         best = np.unravel_index(gain.argmax(), gain.shape)

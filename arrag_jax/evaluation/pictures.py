@@ -16,11 +16,10 @@ from arrag_jax.evaluation.canvas import (
     Canvas,
     Picture,
     luminance,
-    text_size,
     upscale,
     value_color,
-    wrapped,
 )
+from arrag_jax.evaluation.lettering import text_size, wrapped
 from arrag_jax.files import whole_file
 
 

@@ -1,15 +1,18 @@
 """Where drawn pictures came from: a figure and a record a picture, from what the decode loop kept of each draw."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Integer, UInt8
+from jaxtyping import Bool, Float, Integer, UInt8
 
 from arrag_jax.decode.loop import Drawn
+from arrag_jax.decode.policies import Daid, Faid
 from arrag_jax.evaluation.copies import copied_runs, equal_in_place
-from arrag_jax.evaluation.drawing import Studio
-from arrag_jax.evaluation.provenance_page import provenance_page
+from arrag_jax.evaluation.drawing import LIMITED, Studio
+from arrag_jax.evaluation.origins import Origins, origins
+from arrag_jax.evaluation.provenance_page import COMMON_GROUND, NOT_FOUND, provenance_page
+from arrag_jax.interfaces import DecodePolicy
 from arrag_jax.nn.vq import to_uint8
 from arrag_jax.ops.grid import image_and_cell
 
@@ -25,70 +28,159 @@ def page_and_record(
 
       prompt, method: what was drawn.
       index: hash of the ScaNN index that was searched (``retrieval.index.index_hash``); empty where none was.
-      share_retrieved: share of the cells whose code was among the retrieved.
-      share_copied: share of the cells that lie in a run from one stored image (``evaluation.copies``), looked for in
-        the images and at the displacements of the cells' origins, and in the image nearest in place.
+      share_retrieved: expected share of the draws that the retrieved distribution made, not the model (see
+        ``share_of_draws``); null where nothing is mixed, as with FAiD alone.
+      share_among_neighbors: share of the cells whose code is among the neighbours, whoever drew it.
+      share_common: share of the cells whose code is there on common ground (see ``evaluation.origins``).
+      share_copied: share of the cells that lie in a run that equals one stored image (``evaluation.copies``), looked
+        for in the images and at the displacements of the cells' neighbours, and in the image nearest in place.
       share_largest_copy: share of the cells in the largest of these runs.
       nearest_in_place: the stored image that equals the picture in most cells at the same place: "image", its number;
         "source", where it came from; "share_equal".
-      sources: the images most codes came from, most first: "image", "source", "cells".
-      cells: one a cell in raster order. "code"; "rank" among the retrieved (0 = nearest), squared L2 "distance",
-        stored "image" and "image_cell" of the nearest neighbour that holds the code, all null if none does;
+      sources: the images that hold most of the cells' patches, common ground aside, most first: "image", "source",
+        "cells" shown as this image's, and "credit": its part of the cells when all equal patches share a cell alike.
+      cells: one a cell in raster order. "code"; "rank" among the neighbours (0 = nearest), squared L2 "distance",
+        stored "image" and "image_cell" of the nearest neighbour that holds the code, all null if none does. "copies":
+        stored patches of the same context and code, in so many "images", of which the one named has most credit;
+        "common": are these too many to tell anything? "retrieved": probability that retrieval made the draw, or null.
         "log_p" of the draw; "log_p_moved", less what it was before retrieval: null if the model never draws the code.
     """
+    studied = _study(studio, method, prompt, drawn)
     record = {"prompt": prompt, "method": method, "index": studio.index_hash(method)}
-    record |= picture_record(drawn, studio.store.codes, studio.store.sources)
-    thumbnails = _stored_pictures(studio, [source["image"] for source in record["sources"]])
-    origin, _ = image_and_cell(drawn.source, *studio.model.grid)
-    maps = (x.reshape(studio.model.grid) for x in (origin, drawn.log_p - drawn.log_p_model))
-    return provenance_page(image, *maps, thumbnails, top=THUMBNAILS), record
+    record |= picture_record(drawn, *studied)
+    shown = [source["image"] for source in record["sources"]]
+    origin = np.where(studied.origins.copies == 0, NOT_FOUND, studied.origins.image)
+    origin = np.where(studied.origins.common, COMMON_GROUND, origin).reshape(studio.model.grid)
+    moved = (drawn.log_p - drawn.log_p_model).reshape(studio.model.grid)
+    names = {number: studied.sources[number] for number in shown}
+    mixed = studied.retrieved is not None
+    page = provenance_page(image, origin, moved if mixed else None, _stored_pictures(studio, shown), names)
+    return page, record
 
 
-def picture_record(drawn: Drawn, stored: Integer[np.ndarray, "n H W"], sources: Sequence[str]) -> dict[str, Any]:
-    """The record of one picture (fields of ``drawn``: [T]), drawn from these stored images; see ``page_and_record``."""
+class Studied(NamedTuple):
+    """What is known of a picture's cells beside what was drawn.
+
+    Attributes:
+      stored: codes of all stored images.
+      sources: where they came from.
+      origins: of the cells.
+      retrieved: see ``share_of_draws``.
+    """
+
+    stored: Integer[np.ndarray, "n H W"]
+    sources: Sequence[str]
+    origins: Origins
+    retrieved: Float[np.ndarray, " T"] | None
+
+
+def _study(studio: Studio, method: str, prompt: str, drawn: Drawn) -> Studied:
+    stored, searched = studio.store.codes, studio.images_for(method, [prompt]) if method in LIMITED else None
+    found = origins(drawn.source, stored, None if searched is None else searched[0])
+    return Studied(stored, studio.store.sources, found, share_of_draws(drawn, studio.policy(method)))
+
+
+def share_of_draws(drawn: Drawn, policy: DecodePolicy) -> Float[np.ndarray, "*n"] | None:
+    """Returns each draw's probability to have come from the retrieved part of the mixture, not from the model's.
+
+    A draw from p = (1 − λ) p_model + λ p_retrieved is one from either, by a coin of weight λ. Given the code c, the
+    coin showed p_retrieved with probability λ p_retrieved(c) / p(c) = 1 − (1 − λ) p_model(c) / p(c): 0 when λ = 0, 1
+    when λ = 1, and 0 in cells where nothing was mixed. FAiD's features act on p_model: no share of a draw is theirs.
+
+    Args:
+      drawn: fields of any shape.
+
+    Returns:
+      None for a policy that mixes nothing.
+    """
+    mixture = policy.mixture if isinstance(policy, Faid) else policy
+    if not isinstance(mixture, Daid):
+        return None
+    kept = (1.0 - float(mixture.weight)) * np.exp(np.asarray(drawn.log_p_model, np.float64) - drawn.log_p)
+    return np.where(np.asarray(drawn.rank) >= 0, np.clip(1.0 - kept, 0.0, 1.0), 0.0)
+
+
+def picture_record(
+    drawn: Drawn,
+    stored: Integer[np.ndarray, "n H W"],
+    sources: Sequence[str],
+    found: Origins | None = None,
+    retrieved: Float[np.ndarray, " T"] | None = None,
+) -> dict[str, Any]:
+    """Returns the record of one picture (fields of ``drawn``: [T]), drawn from these stored images.
+
+    Args:
+      found: the origins; None = looked for in all images.
+      retrieved: of ``share_of_draws``.
+
+    See ``page_and_record`` for its keys.
+    """
     height, width = stored.shape[1:]
-    image, cell = image_and_cell(drawn.source, height, width)
-    found, moved = image >= 0, drawn.log_p - drawn.log_p_model
-    ids, counts = np.unique(image[found], return_counts=True)
+    found = origins(drawn.source, stored) if found is None else found
     equal = equal_in_place(drawn.codes.reshape(height, width), stored)
     nearest = int(equal.argmax())
-    runs = _runs(drawn.codes, image, cell, nearest, stored)
-    cells = [
-        {
-            "code": int(drawn.codes[t]),
-            "rank": int(drawn.rank[t]) if found[t] else None,
-            "distance": round(float(drawn.distance[t]), 6) if found[t] else None,
-            "image": int(image[t]) if found[t] else None,
-            "image_cell": int(cell[t]) if found[t] else None,
-            "log_p": round(float(drawn.log_p[t]), 4),
-            "log_p_moved": round(float(moved[t]), 4) if np.isfinite(moved[t]) else None,
-        }
-        for t in range(height * width)
-    ]
+    runs = _runs(drawn.codes, *image_and_cell(drawn.source, height, width), nearest, stored)
     return {
-        "share_retrieved": round(float(found.mean()), 4),
+        "share_retrieved": None if retrieved is None else round(float(retrieved.mean()), 4),
+        "share_among_neighbors": round(float((found.copies > 0).mean()), 4),
+        "share_common": round(float(found.common.mean()), 4),
         "share_copied": round(float(runs.any(0).mean()), 4),
         "share_largest_copy": round(float(runs.mean((1, 2)).max(initial=0.0)), 4),
         "nearest_in_place": {
             "image": nearest,
             "source": sources[nearest],
-            "share_equal": round(float(equal[nearest] / found.size), 4),
+            "share_equal": round(float(equal[nearest] / found.copies.size), 4),
         },
-        "sources": [
-            {"image": int(ids[place]), "source": sources[ids[place]], "cells": int(counts[place])}
-            for place in np.lexsort((ids, -counts))[:THUMBNAILS]
-        ],
-        "cells": cells,
+        "sources": _most_credited(found, sources),
+        "cells": [_cell(drawn, found, retrieved, cell) for cell in range(height * width)],
+    }
+
+
+def _most_credited(found: Origins, sources: Sequence[str]) -> list[dict[str, Any]]:
+    """The images that most cells are shown as coming from."""
+    images, cells = np.unique(found.image[(found.copies > 0) & ~found.common], return_counts=True)
+    order = np.lexsort((images, -cells))[:THUMBNAILS]  # as the page has it
+    return [
+        {
+            "image": int(images[place]),
+            "source": sources[images[place]],
+            "cells": int(cells[place]),
+            "credit": round(float(found.credit[images[place]]), 4),
+        }
+        for place in order
+    ]
+
+
+def _cell(drawn: Drawn, found: Origins, retrieved: Float[np.ndarray, " T"] | None, cell: int) -> dict[str, Any]:
+    held, moved = found.copies[cell] > 0, drawn.log_p[cell] - drawn.log_p_model[cell]
+    return {
+        "code": int(drawn.codes[cell]),
+        "rank": int(drawn.rank[cell]) if held else None,
+        "distance": round(float(drawn.distance[cell]), 6) if held else None,
+        "image": int(found.image[cell]) if held else None,
+        "image_cell": int(found.cell[cell]) if held else None,
+        "copies": int(found.copies[cell]),
+        "images": int(found.images[cell]),
+        "common": bool(found.common[cell]),
+        "retrieved": None if retrieved is None else round(float(retrieved[cell]), 4),
+        "log_p": round(float(drawn.log_p[cell]), 4),
+        "log_p_moved": round(float(moved), 4) if np.isfinite(moved) else None,
     }
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
-    """The records' shares in one line, the mean over the pictures."""
-    means = [
-        np.mean([record[share] for record in records])
-        for share in ("share_retrieved", "share_copied", "share_largest_copy")
-    ]
-    return "{:.1%} of the codes retrieved, {:.1%} in runs from one stored image, {:.1%} in the largest".format(*means)
+    """Returns the records' shares in one line, the mean over the pictures."""
+
+    def mean(share: str) -> str:
+        return f"{np.mean([record[share] for record in records]):.1%}"
+
+    mixed = all(record["share_retrieved"] is not None for record in records)
+    drawn = f"{mean('share_retrieved')} of the draws made by retrieval" if mixed else "no draw is mixed"
+    return (
+        f"{drawn}; {mean('share_among_neighbors')} of the codes are among the neighbours "
+        f"({mean('share_common')} as common ground); {mean('share_copied')} lie in runs that equal a stored image, "
+        f"{mean('share_largest_copy')} in the largest"
+    )
 
 
 def _runs(

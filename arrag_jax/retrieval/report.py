@@ -17,7 +17,7 @@ from arrag_jax.files import write_json
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.index import index_directory, load_index, saved_shards
-from arrag_jax.retrieval.patches import Patches
+from arrag_jax.retrieval.patches import Patches, packed
 from arrag_jax.retrieval.scann import BY_RULE, HostSearch
 
 QUERIES = 256  # whose recall is measured
@@ -26,6 +26,7 @@ SECONDS = 2.0  # for which it is measured, at least
 NEIGHBORS = (10, 2048)  # K of the two recalls; capped at the number of stored patches
 TOLERANCE = 1e-5  # of distances that count as equal
 BLOCK = 2**16  # entries compared with at once
+BLOCK_IMAGES = 4096  # whose contexts are looked through at once
 
 
 def indexed(store: Datastore) -> list[str]:
@@ -72,11 +73,20 @@ def report(store: Datastore, options: ScannOptions = BY_RULE, kind: str = "") ->
 
 
 def held_out_contexts(store: Datastore) -> Int[np.ndarray, "n 4"]:
-    """At most ``QUERIES`` contexts of stored grids read from right to left, drawn with a fixed seed."""
+    """At most ``QUERIES`` contexts of stored grids read from right to left, drawn with a fixed seed.
+
+    A plain ground reads alike from both sides. So contexts that the store holds are left out, unless it holds all.
+    """
     rng = np.random.default_rng(0)
     images = rng.permutation(store.num_images)[:QUERIES]
     contexts = grid_ops.contexts_of_grids(store.codes[images][:, :, ::-1].astype(np.int32)).reshape(-1, 4)
-    return contexts[rng.permutation(len(contexts))[:QUERIES]]
+    contexts = contexts[rng.permutation(len(contexts))]
+    known, wanted = np.zeros(len(contexts), bool), packed(contexts)
+    for first in range(0, store.num_images, BLOCK_IMAGES):
+        known |= np.isin(
+            wanted, packed(grid_ops.contexts_of_grids(store.codes[first : first + BLOCK_IMAGES]).reshape(-1, 4))
+        )
+    return (contexts if known.all() else contexts[~known])[:QUERIES]
 
 
 def kth_distances(

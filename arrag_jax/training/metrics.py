@@ -30,8 +30,9 @@ WATCHED = {"loss": "the loss", "grad_norm": "the gradient's norm"}  # a step in 
 class Journal:
     """Follows a run step by step. The figures of a step are fetched when the next is under way.
 
-    So the device never waits for the host. A log line holds the means since the line before it. Only
-    process 0 writes and shows anything; every process stops at a loss or gradient that is not finite.
+    So the device never waits for the host. A log line holds the means since the line before it; its pace leaves out
+    the first step of a process, which compiles, where the line holds others. Only process 0 writes and shows anything;
+    every process stops at a loss or gradient that is not finite.
     """
 
     def __init__(self, config: TrainConfig, tokens: int, workdir: Path, done: int):
@@ -41,6 +42,7 @@ class Journal:
         self._pending: tuple[int, Mapping[str, jax.Array], Int[np.ndarray, " B"]] | None = None
         self._window: list[dict[str, float]] = []
         self._seconds, self._mark = 0.0, time.monotonic()  # the window's time so far, up to when
+        self._first: float | None = None  # seconds of this process's first step, which compiles
         leads = jax.process_index() == 0
         self._writer = MetricWriter(workdir, done) if leads else None
         self._bar = progress.bar(wanted=leads, total=config.steps, initial=done, unit="step")
@@ -74,6 +76,7 @@ class Journal:
         self._pending = None
         now = time.monotonic()
         self._seconds, self._mark = self._seconds + now - self._mark, now
+        self._first = self._seconds if self._first is None else self._first
         for name, words in WATCHED.items():
             if not math.isfinite(values[name]):
                 raise UserError(
@@ -95,7 +98,11 @@ class Journal:
 
     def _write_window(self, step: int) -> None:
         means = {name: float(np.mean([values[name] for values in self._window])) for name in self._window[-1]}
-        pace = len(self._window) / self._seconds
+        steps, seconds = len(self._window), self._seconds
+        if self._first and steps > 1:  # a pace of steps that do not compile
+            steps, seconds = steps - 1, seconds - self._first
+        self._first = 0.0
+        pace = steps / seconds
         means |= {
             "steps_per_second": pace,
             "tokens_per_second": pace * self._step_tokens,
@@ -164,7 +171,7 @@ def peak_memory_gib() -> float:
 
 
 def training_minutes(workdir: Path, step: int) -> float:
-    """Time spent in steps up to this one, restarts included, evaluations not, by the lines of ``metrics.jsonl``."""
+    """Time spent in steps up to this one, restarts too, evaluations and compiling not, by ``metrics.jsonl``."""
     seconds, before = 0.0, 0
     for _, values in _whole_lines(workdir / "metrics.jsonl"):
         pace = values.get("steps_per_second")
