@@ -78,9 +78,10 @@ PEERS = {
     ("training", "evaluation"),
     ("evaluation", "data"),
 }
-FORBIDDEN_IMPORTS = {"tensorflow", "torch", "pickle", "cloudpickle", "dill"}
+FORBIDDEN_IMPORTS = {"tensorflow", "torch", "pickle", "cloudpickle", "dill", "pillow_heif"}
 # PyTorch's own files can be read by PyTorch alone; it is imported where one is met, and its absence is a UserError.
-OPTIONAL_IMPORTS = {("models.tensor_files", "torch")}
+# HEIC is read by pillow-heif alone; without it such files are passed over, with the reason.
+OPTIONAL_IMPORTS = {("models.tensor_files", "torch"), ("data.pixels", "pillow_heif")}
 # Written in two halves, so that this file does not hold what it looks for.
 FORBIDDEN_TEXT = re.compile(r"(?<![\w.])/(ho" r"me/|ro" r"ot/|wo" r"rk\b)|\b(TO" r"DO|FIX" r"ME)\b")
 

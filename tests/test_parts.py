@@ -97,7 +97,8 @@ def test_bad_images_are_a_share_of_the_whole_store(whole, config, tmp_path, monk
     with pytest.raises(UserError, match=rf"raise it, or mend them, delete {store / 'part-00001'} and run the same"):
         build_datastore.run(more, str(store), append=True)
     shutil.rmtree(store / "part-00001")
-    shutil.copy(Path(config.source) / "scene_00.png", source / "b.png")
+    write_scenes(tmp_path, range(40, 41))
+    (tmp_path / "scene_40.png").rename(source / "b.png")
     build_datastore.run(more, str(store), append=True)
     grown = Datastore.open(store)
     assert (grown.num_images, grown.num_bad, grown.sources[-1]) == (22, 3, "b.png")

@@ -33,8 +33,8 @@ DRAWINGS = _those(".svg .svgz .eps .ps .ai .pdf .wmf .emf .cdr .dxf")
 
 
 def ending(name: str) -> str:
-    """Returns the ending that a name is counted by: ".jpg", ".tar.gz"; ``NO_ENDING``, ``HIDDEN``."""
-    base = PurePosixPath(name).name.lower()
+    """Returns the ending that a name or an image's id is counted by: ".jpg", ".tar.gz"; ``NO_ENDING``, ``HIDDEN``."""
+    base = PurePosixPath(name.lower().rpartition(f"{TAR}!")[2]).name
     if base.startswith("."):
         return HIDDEN
     compressed = next((x for x in COMPRESSED if base.endswith(x)), None)

@@ -18,7 +18,7 @@ CHUNK = 16_384  # grids read at once
 
 
 def digests(codes: UInt16[np.ndarray, "n H W"], captions: Sequence[str] | None) -> UInt64[np.ndarray, " n"]:
-    """Returns 64 bits of a hash of each grid and its caption; 10^7 images hold a chance pair once in 10^5 stores."""
+    """Returns 64 bits of a hash of each grid and its caption; 10^7 images agree by chance once in 10^5 stores."""
     words = [""] * len(codes) if captions is None else captions
     contents = (grid.astype("<u2").tobytes() + word.encode() for grid, word in zip(codes, words, strict=True))
     found = [hashlib.blake2b(content, digest_size=8).digest() for content in contents]

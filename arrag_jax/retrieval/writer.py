@@ -22,6 +22,7 @@ from arrag_jax.retrieval.team import Team
 # Grouped, for ArrayRecord adds 9 bytes a record else; it adds 128 KiB a file in any case, so that a store stays within
 # 5 % of 2 bytes a code from 2.5 MiB of codes on whatever they are, and from 0.3 MiB on if 9 bits of 16 are in use.
 RECORD_OPTIONS = "group_size:512,zstd"
+IsNew = Callable[[np.ndarray, Sequence[str] | None], np.ndarray]  # codes [n, H, W], captions → bool [n]
 
 
 def build(
@@ -73,20 +74,7 @@ def build(
         bad, skip = left_out.of_shard(shard, bar)
         batches = encoded(examples, settings.shard_images(shard), encode, batch_size, settings, skip)
         files = settings.shard_files(shard)
-        going = iter(settings.shard_images(shard))
-
-        def is_new(codes: np.ndarray, captions: Sequence[str] | None) -> np.ndarray:
-            """Whether each image of the next batch is none of the known; the others are noted."""
-            numbers = list(itertools.islice((number for number in going if number not in bad), len(codes)))
-            names = known.find(digests(codes, captions)) if known else [None] * len(codes)
-            bad.update(
-                (number, left_out.line(number, f"{DUPLICATE}{name}"))
-                for number, name in zip(numbers, names, strict=True)
-                if name is not None
-            )
-            return np.array([name is None for name in names], bool)
-
-        write_files(directory, files, batches, bar, is_new)
+        write_files(directory, files, batches, bar, _is_new(known, left_out, shard, bad))
         building.write_lines(directory / files["sources"], left_out.write(shard, bad))
         left_out.require_few()
 
@@ -100,12 +88,28 @@ def _require_codebook(codebook: np.ndarray, settings: StoreSettings) -> None:
         raise UserError("the codebook's rows are not of unit norm; normalise them")
 
 
+def _is_new(known: KnownContents | None, left_out: BadImages, shard: int, bad: dict[int, str]) -> IsNew:
+    """Tells of one batch of a shard after another which images are none of the known; notes the others as bad."""
+    going = iter(left_out.settings.shard_images(shard))
+
+    def is_new(codes: np.ndarray, captions: Sequence[str] | None) -> np.ndarray:
+        if known is None:
+            return np.ones(len(codes), bool)
+        numbers = list(itertools.islice((number for number in going if number not in bad), len(codes)))
+        names = known.find(digests(codes, captions))
+        same = {number: name for number, name in zip(numbers, names, strict=True) if name is not None}
+        bad.update((number, left_out.line(number, f"{DUPLICATE}{name}")) for number, name in same.items())
+        return np.array([name is None for name in names], bool)
+
+    return is_new
+
+
 def write_files(
     directory: Path,
     files: dict[str, str],
     batches: Iterator,
     bar: Bar,
-    is_new: Callable[[np.ndarray, Sequence[str] | None], np.ndarray] = lambda codes, _: np.ones(len(codes), bool),
+    is_new: IsNew = lambda codes, _: np.ones(len(codes), bool),
 ) -> None:
     """Writes those of a shard's files of codes, latents and captions whose names are given, each whole or not at all.
 
