@@ -159,18 +159,23 @@ class TestEmoji:
         assert not (emoji / "none").exists()
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory) -> Path:
-    """A folder with a small random checkpoint of the published Janus-Pro layout, and captioned photos."""
-    folder = tmp_path_factory.mktemp("published")
-    checkpoint, text = folder / "checkpoints" / "janus-pro-1b", byte_tokenizer()
+def published_checkpoint(folder: Path) -> None:
+    """A small random checkpoint of the published Janus-Pro layout: 4 x 4 codes of 8 x 8 pixels."""
+    text = byte_tokenizer()
     language = dataclasses.replace(tiny.CONFIG.language, vocab_size=text.get_vocab_size())
-    save_model(tiny.janus(config=dataclasses.replace(tiny.CONFIG, language=language)), checkpoint)
-    config = json.loads((checkpoint / "config.json").read_text())
+    save_model(tiny.janus(config=dataclasses.replace(tiny.CONFIG, language=language)), folder)
+    config = json.loads((folder / "config.json").read_text())
     del config["image_grid"], config["language_config"]["pad_token_id"]
     config["vision_config"] = {"cls": "CLIPVisionTower", "params": {"image_size": 8}}
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    text.save(str(checkpoint / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps(config))
+    text.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """A folder with such a checkpoint and captioned photos."""
+    folder = tmp_path_factory.mktemp("published")
+    published_checkpoint(folder / "checkpoints" / "janus-pro-1b")
     write_scenes(folder / "photos", [0, 1, 2, 3, 4, *range(6, 11), *range(12, 24)])
     for path in (folder / "photos").glob("*.png"):
         path.with_suffix(".txt").write_text(scene("store", int(path.stem[-2:])).caption)
@@ -210,7 +215,7 @@ def test_a_folder_of_images_and_a_published_checkpoint_draw_with_every_method(pu
         command("train", "janus_pro_1b_faid", "further", *tuned, "options.base=faid/export"),
         command("generate", "janus_pro_1b", "every", *small, *CATS, *everything),
         command("build_datastore", "janus_pro_1b_datastore", "stores/at_once", "source=photos", "captions=True"),
-        command("generate", "janus_pro_1b", "at_once", *small, *CATS, *everything, "retrieval.store=stores/at_once"),
+        command("generate", "janus_pro_1b", "at_once", *small, *CATS, "retrieval.store=stores/at_once", "methods=daid"),
     )
     every = pictures(published / "every")
     assert {name.partition("_")[2] for name in every} == {
