@@ -162,6 +162,14 @@ def _number(name: str, value: Any) -> Any:
         raise UserError(f"{name} = {value!r} must be one number") from error
 
 
+def _sampling(model: Backbone, numbers: dict[str, Any], greedy: bool) -> SamplingConfig:
+    """The settings that ``sample`` is given; a UserError where they cannot be."""
+    sampling = SamplingConfig(**{name: _number(name, value) for name, value in numbers.items()}, greedy=greedy)
+    if sampling.top_k is not None and sampling.top_k > model.codebook_size:
+        raise UserError(f"top_k = {sampling.top_k} is more than the {model.codebook_size} codes there are")
+    return sampling
+
+
 def sample(
     model: Backbone,
     prompt_ids: ArrayLike,
@@ -206,9 +214,7 @@ def sample(
     if policy.blends:
         require_blenders(model, retriever, policy.neighbors)
     numbers = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    sampling = SamplingConfig(**{name: _number(name, value) for name, value in numbers.items()}, greedy=bool(greedy))
-    if sampling.top_k is not None and sampling.top_k > model.codebook_size:
-        raise UserError(f"top_k = {sampling.top_k} is more than the {model.codebook_size} codes there are")
+    sampling = _sampling(model, numbers, bool(greedy))
     cond = model.check_prompt(prompt_ids, prompt_mask)
     uncond = None if cfg_scale is None else (model.unconditional(*cond), cond[1])
     keys = picture_keys(seed, len(cond[0]))

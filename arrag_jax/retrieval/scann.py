@@ -9,7 +9,6 @@ same time, longer builds. Trees for the dot product find less on keys of equal n
 keys are held as int8. Distances of what ScaNN gives are computed anew in float32, and a bound on its errors tells
 when it has to be asked for more. So in both forms distances are exact, equal in every batch, and only neighbours in
 leaves that are not searched are missed. A context that has k patches of its own needs no search at all.
-
 The callback's body is numpy and ScaNN alone: jax.numpy inside a host callback hangs on CPU.
 """
 
