@@ -3,7 +3,6 @@
 What is interrupted is a real process; ``-X importtime`` and the files that appear tell how far it has come.
 """
 
-import hashlib
 import os
 import signal
 import subprocess
@@ -15,18 +14,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import children
+import drawings
 import numpy as np
 import pytest
 import tiny
+from drawings import MODEL, PROMPTS, bytes_of
 
-from arrag_jax import build_datastore, progress, signals
-from arrag_jax.config import DatastoreConfig
+from arrag_jax import progress, signals
 from arrag_jax.decode.loop import sample
 from arrag_jax.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = str(ROOT / "arrag_jax" / "assets" / "emoji_janus")
-PROMPTS = ["a cat", "two dogs", "three cats", "a dog"]
 INTERRUPTED = "error: interrupted; run the same command again to continue"
 STOPPED = "stopped; run the same command again to continue"
 ENOUGH = 120  # seconds after which a process is taken to hang
@@ -37,10 +35,7 @@ HEED = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> str:
     """Of 24 scenes, with a ScaNN index."""
-    data, store = (str(tmp_path_factory.mktemp(name)) for name in ("data", "store"))
-    config = DatastoreConfig(MODEL, "emoji_scenes/tiny", data_dir=data, num_images=24, captions=True)
-    build_datastore.run(config, workdir=store)
-    return store
+    return drawings.make_store(tmp_path_factory)
 
 
 def drawing(store: str, out: Path) -> list[str]:
@@ -86,12 +81,6 @@ class Running:
         self._child.stdout.close()
         foreign = ("import time:", "WARNING:absl", "W0", "W1", "I0", "I1")
         return code, [line.rstrip("\n") for line in self.lines if not line.startswith(foreign)]
-
-
-def bytes_of(folder: Path) -> dict[str, str]:
-    """Every file below a folder, hidden ones too, by its SHA-256."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize("module", ["arrag_jax", "numpy", "jax"])

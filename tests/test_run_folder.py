@@ -2,14 +2,21 @@
 
 from pathlib import Path
 
+import drawings
 import pytest
+from drawings import MODEL, PROMPTS, bytes_of
 from PIL import Image
-from test_interrupts import MODEL, PROMPTS, bytes_of  # noqa: F401 (a fixture)
 
 from arrag_jax import generate
 from arrag_jax.config import DaidConfig, DrawConfig, MeshConfig, RetrievalConfig, SamplingConfig
 from arrag_jax.errors import UserError
 from arrag_jax.files import only_writer
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> str:
+    """Of 24 scenes, with a ScaNN index."""
+    return drawings.make_store(tmp_path_factory)
 
 
 def config_of(store: str = "") -> DrawConfig:

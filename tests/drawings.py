@@ -1,0 +1,24 @@
+"""A small store for the embedded model, prompts that it can draw, and folders told apart by their bytes."""
+
+import hashlib
+from pathlib import Path
+
+from arrag_jax import build_datastore
+from arrag_jax.config import DatastoreConfig
+
+MODEL = str(Path(__file__).resolve().parents[1] / "arrag_jax" / "assets" / "emoji_janus")
+PROMPTS = ["a cat", "two dogs", "three cats", "a dog"]
+
+
+def make_store(tmp_path_factory) -> str:
+    """A store of 24 scenes with a ScaNN index."""
+    data, store = (str(tmp_path_factory.mktemp(name)) for name in ("data", "store"))
+    config = DatastoreConfig(MODEL, "emoji_scenes/tiny", data_dir=data, num_images=24, captions=True)
+    build_datastore.run(config, workdir=store)
+    return store
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    """Every file below a folder, hidden ones too, by its SHA-256."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
