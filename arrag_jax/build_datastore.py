@@ -226,7 +226,7 @@ def names_not_to_take(store: Datastore, keep_duplicates: bool) -> tuple[set[str]
 
 def tally_of(store: Datastore) -> Tally:
     """How many images a store went through, and how many of them were bad."""
-    return Tally(store.num_images + store.num_bad, store.num_bad)
+    return Tally(store.num_images + store.num_duplicates + store.num_bad, store.num_bad)
 
 
 def spelt_alike(config: DatastoreConfig, known: Collection[StoreSettings]) -> DatastoreConfig:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """``source`` must be given; one image in a hundred may be unreadable."""
+    """``source`` must be given; one image in a hundred may be unreadable, of few images up to ten (one in twenty)."""
     return ConfigDict(
         {
             "model": "arrag_jax/assets/emoji_janus",

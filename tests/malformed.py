@@ -61,6 +61,7 @@ FILES = {
     "empty.jpg": (b"", "empty file"),
     "zeros.png": (bytes(1000), NOTHING),
     "text.jpg": (b"hello", NOTHING),
+    "pointer.jpg": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
     "page.png": (b"<!doctype html><html></html>", NOTHING),
     "drawing.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", NOTHING),
     "document.jpg": (b"%PDF-1.7\n%%EOF\n", NOTHING),

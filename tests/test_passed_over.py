@@ -150,9 +150,10 @@ MANY = [(60, 4), (8, 2), (400, 11), (2000, 21), (3, 3), (1, 1)]
 def test_a_few_bad_images_fail_no_build(tmp_path, images, bad):
     """The least number is ten while they are one in twenty at most, and one in all; a whole source of them fails."""
     settings = ShardSettings("f", (3, 3), 8, images, 100, "photos", "")
-    lines = [*(f"{i}\tempty file\n" for i in range(bad)), f"x\t{PASSED_OVER}a film\n", f"y\t{DUPLICATE}0\n"]
+    lines = [*(f"{i}\tempty file\n" for i in range(bad)), f"x\t{PASSED_OVER}a film\n"]
+    lines += [f"y\t{DUPLICATE}0\n"] if bad < images else []
     (tmp_path / "bad-0.txt").write_text("".join(lines))
-    settings = dataclasses.replace(settings, num_images=images + 2)  # which do not count
+    settings = dataclasses.replace(settings, num_images=images + 1)  # what is passed over does not count
     left_out = BadImages(tmp_path, settings, str, 0.01, 10, Tally(0, 0))
     if (images, bad) in FEW:
         left_out.require_few()

@@ -18,6 +18,7 @@ from arrag_jax.retrieval.encoding import BadImage
 # PIL warns of sizes and of odd metadata; what can't be read is said in one line by us, what can is no news.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
+LFS_POINTER = b"version https://git-lfs"
 HEIF = (".heic", ".heics", ".heif", ".heifs", ".hif")
 HEIF_PACKAGE = "pillow-heif==1.8.1"
 
@@ -58,6 +59,8 @@ def decode(data: bytes, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
     """
     if not data:
         raise BadImage("empty file")
+    if data.startswith(LFS_POINTER):
+        raise BadImage("a pointer of Git LFS in the place of the image; fetch it: git lfs pull")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.draft(None, (2 * size[1], 2 * size[0]))

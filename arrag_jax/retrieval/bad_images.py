@@ -1,7 +1,7 @@
 """The images that a build leaves out: listed beside their shard; of those that cannot be read, no more than allowed.
 
 A bad image, which cannot be read, is said at once and counts in what is allowed. What is passed over, and duplicates of
-images that are there, are listed alike and do not count.
+images that are there, are listed alike and are no bad images.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ ONE_IN = 20  # images; among fewer than this many times `least` the least number
 
 
 class Tally(NamedTuple):
-    """Images gone through, and the bad ones among them; without what is passed over and duplicates."""
+    """Images gone through, without what is passed over, and the bad ones among them."""
 
     images: int
     bad: int
@@ -88,7 +88,8 @@ class BadImages:
         left_out = [line for path in sorted(self.directory.glob(BAD_FILES)) for line in read_bad(path)]
         bad = [(name, reason) for name, reason in left_out if is_bad(reason)]
         found = len(bad) + self.others.bad
-        total = self.settings.num_images - (len(left_out) - len(bad)) + self.others.images
+        passed_over = sum(reason.startswith(PASSED_OVER) for _, reason in left_out)
+        total = self.settings.num_images - passed_over + self.others.images
         first = "; ".join(f"{name}: {reason}" for name, reason in bad[:3]) + (" …" if len(bad) > 3 else "")
         if found and found == total:
             raise UserError(f"none of the {total:,} images can be read ({first}); is config.source right?")
