@@ -45,6 +45,8 @@ def commands_in(message: str) -> list[str]:
 
 FEW = ("steps=2", "batch_size=4", "data.eval_examples=8")
 TINY = ("data.name=emoji_scenes/tiny",)
+DRAW = ("model=runs/prior/export", "retrieval.k=16", *TINY)
+LIMITED = ("caption.images=8", "caption.static_images=3")
 CATS = ("--prompt=a cat", "--prompt=two dogs", "--noprovenance")
 
 
@@ -66,8 +68,9 @@ def emoji(tmp_path_factory) -> Path:
         ),
         command("train", "emoji_faid", "runs/faid", *tuned),
         command("train", "emoji_lora_only", "runs/lora_only", *tuned),
+        command("generate", "emoji_compare", "drawn", *DRAW, *CATS),
     )
-    for train in (done[0], done[1], *done[4:]):  # its last line: what was reached, and where it is
+    for train in (*done[:2], *done[4:6]):  # its last line: what was reached, and where it is
         workdir = re.search(r"--workdir=(\S+)", train.command)[1]
         figures = json.loads((folder / workdir / "export" / "manifest.json").read_text())["figures"]
         last = train.out.splitlines()[-1]
@@ -76,68 +79,59 @@ def emoji(tmp_path_factory) -> Path:
     return folder
 
 
-DRAW = ("model=runs/prior/export", "retrieval.k=16", *TINY)
-
-
 class TestEmoji:
     """The embedded model's own way, from its first training on."""
 
     def test_the_tokenizers_store_is_drawn_from_by_all_methods(self, emoji):
-        every = [flag for name in ("lora", "faid", "faid+daid") for flag in ()]
         run_in_turn(
             emoji,
-            command("generate", "emoji_compare", "drawn", *DRAW, *CATS, *every),
-            command(
-                "generate", "emoji_caption", "captions", *DRAW, *CATS, "caption.images=8", "caption.static_images=3"
-            ),
-            command("eval", "emoji_compare", "measured", *DRAW, "--num_prompts=2", "--num_scenes=3"),
+            command("generate", "emoji_caption", "captions", *DRAW, *CATS, *LIMITED, "methods=static,caption"),
+            command("eval", "emoji_daid", "measured", *DRAW, "--num_prompts=0", "--num_scenes=3"),
         )
-        methods = {name.partition("_")[2].removesuffix(".png") for name in pictures(emoji / "drawn")}
-        assert methods == {"plain", "daid", "lora", "faid", "faid+daid"}
-        assert {f"0{i}_{name}.png" for i in (0, 1) for name in ("static", "caption")} <= pictures(
-            emoji / "captions"
-        ).keys()
+        names = ("plain", "daid", "lora", "faid", "faid+daid")
+        assert pictures(emoji / "drawn").keys() == {f"0{i}_{name}.png" for i in (0, 1) for name in names}
+        limited = {f"0{i}_{name}.png" for i in (0, 1) for name in ("static", "caption")}
+        assert pictures(emoji / "captions").keys() == limited
         assert (emoji / "measured" / "results.json").exists()
 
     def test_what_is_converted_draws_the_same(self, emoji):
-        """The last checkpoint by ``convert`` is the export; there and back through the published layout too."""
-        tuned = ("faid_model=published/faid", "lora_model=published/lora")
+        """The newest checkpoint by ``convert`` is the export; there and back through the published layout, too."""
+        tuned = ("faid_model=published/faid", "methods=plain,faid")
         run_in_turn(
             emoji,
-            *(convert(f"runs/{name}", f"best/{name}") for name in ("tokenizer", "prior", "faid")),
-            *(convert(f"runs/{name}", f"last/{name}", "--last") for name in ("prior", "faid", "lora_only")),
-            *(convert(f"last/{name}", f"published/{name[:4]}", "--to=janus") for name in ("faid", "lora_only")),
+            *(convert(f"runs/{name}", f"best/{name}") for name in ("tokenizer", "prior")),
+            *(convert(f"runs/{name}", f"last/{name}", "--last") for name in ("prior", "faid")),
+            convert("last/faid", "published/faid", "--to=janus"),
             convert("last/prior", "published/prior", "--to=janus"),
             convert("published/prior", "ours/prior"),
             convert("best/tokenizer", "published/tokenizer", "--to=janus"),
             convert("published/tokenizer", "ours/tokenizer"),
             command("generate", "emoji_compare", "again", "model=ours/prior", *DRAW[1:], *CATS, *tuned),
-            command("generate", "emoji_compare", "first", *DRAW, *CATS),
         )
+        trained = fingerprint(load_model(emoji / "runs" / "tokenizer", parts=VISION))
         for folder in ("ours/tokenizer", "published/tokenizer", "best/prior"):
-            assert fingerprint(load_model(emoji / folder, parts=VISION)) == fingerprint(
-                load_model(emoji / "runs" / "tokenizer", parts=VISION)
-            )
-        for name, picture in pictures(emoji / "first").items():
-            np.testing.assert_array_equal(picture, pictures(emoji / "again")[name])
+            assert fingerprint(load_model(emoji / folder, parts=VISION)) == trained
+        again = pictures(emoji / "again")
+        assert again.keys() == {f"0{i}_{name}.png" for i in (0, 1) for name in ("plain", "faid")}
+        for name, picture in again.items():
+            np.testing.assert_array_equal(picture, pictures(emoji / "drawn")[name])
 
-    def test_every_model_is_one_to_start_from_store_with_and_tune(self, emoji):
+    def test_every_model_is_one_to_start_from_and_to_store_with(self, emoji):
         """Run, export and converted folder alike."""
-        scenes = ("source=emoji_scenes/tiny", "num_images=8", "indexes=()")
-        tuned = ("options.base=runs/faid/export", "options.faid.neighbors=4", "options.faid.stride=6")
-        tuned += ("options.lora.rank=2", "options.retrieval.k=16")
-        starts = [("tokenizer", "runs/tokenizer"), ("tokenizer", "runs/prior/export"), ("prior", "runs/prior/export")]
+        scenes, start = ("source=emoji_scenes/tiny", "num_images=8", "indexes=()"), "init_from=runs/prior/export"
+        models = ("runs/prior", "runs/faid/export", "runs/lora_only")
         done = run_in_turn(
             emoji,
-            *(command("train", f"emoji_{task}", f"more/{i}", *FEW, *TINY, f"init_from={start}", "steps=1")
-              for i, (task, start) in enumerate(starts)),
-            command("train", "emoji_prior", "more/tokenizer_of_a_prior", *FEW, *TINY, "options.tokenizer=runs/prior"),
-            command("train", "emoji_faid", "more/faid", *FEW, *tuned),  # whose blenders are trained further
-            *(command("build_datastore", "emoji_datastore", f"stores/{i}", f"model={model}", *scenes)
-              for i, model in enumerate(("runs/prior", "runs/faid/export", "runs/lora_only"))),
-        )  # fmt: skip
-        assert "starting from step 2 of runs/tokenizer" in done[0].err
-        assert "starting from the weights in runs/prior/export" in done[1].err + done[2].err
+            command("train", "emoji_tokenizer", "more/tokenizer", *FEW, *TINY, start, "steps=1"),
+            command(
+                "train", "emoji_prior", "more/prior", *FEW, *TINY, start, "steps=1", "options.tokenizer=runs/prior"
+            ),
+            *(
+                command("build_datastore", "emoji_datastore", f"stores/{i}", f"model={model}", *scenes)
+                for i, model in enumerate(models)
+            ),
+        )
+        assert all("starting from the weights in runs/prior/export" in train.err for train in done[:2])
         stores = [Datastore.open(emoji / f"stores/{i}") for i in range(3)]
         assert all(store.fingerprint == stores[0].fingerprint for store in stores)
 
@@ -150,7 +144,7 @@ class TestEmoji:
             command("generate", "emoji_compare", "none", *DRAW, f"faid_model={alone}", *CATS),
             command("eval", "emoji_daid", "none", f"model={alone}", *TINY),
             command("train", "emoji_faid", "none", *FEW, f"options.base={alone}"),
-            command("train", "emoji_prior", "none", *FEW, *TINY, f"init_from={alone}"),
+            command("train", "emoji_prior", "refused", *FEW, *TINY, f"init_from={alone}"),
             needed=False,
         )
         for done in refused[:-1]:
@@ -162,21 +156,26 @@ class TestEmoji:
         mend = mend.replace("configs/", f"{CONFIGS}/").replace("runs/prior", "mended")
         run_in_turn(emoji, shlex.join([*shlex.split(mend), *(f"--config.{flag}" for flag in (*FEW, *TINY))]))
         assert load_model(emoji / "mended").language_model is not None
-        assert not (emoji / "none" / "checkpoints").exists()
+        assert not (emoji / "none").exists()
+
+
+def published_checkpoint(folder: Path) -> None:
+    """A small random checkpoint of the published Janus-Pro layout: 4 x 4 codes of 8 x 8 pixels."""
+    text = byte_tokenizer()
+    language = dataclasses.replace(tiny.CONFIG.language, vocab_size=text.get_vocab_size())
+    save_model(tiny.janus(config=dataclasses.replace(tiny.CONFIG, language=language)), folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["image_grid"], config["language_config"]["pad_token_id"]
+    config["vision_config"] = {"cls": "CLIPVisionTower", "params": {"image_size": 8}}
+    (folder / "config.json").write_text(json.dumps(config))
+    text.save(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
-    """A folder with a small random checkpoint of the published Janus-Pro layout, and captioned photos."""
+    """A folder with such a checkpoint and captioned photos."""
     folder = tmp_path_factory.mktemp("published")
-    checkpoint, text = folder / "checkpoints" / "janus-pro-1b", byte_tokenizer()
-    language = dataclasses.replace(tiny.CONFIG.language, vocab_size=text.get_vocab_size())
-    save_model(tiny.janus(config=dataclasses.replace(tiny.CONFIG, language=language)), checkpoint)
-    config = json.loads((checkpoint / "config.json").read_text())
-    del config["image_grid"], config["language_config"]["pad_token_id"]
-    config["vision_config"] = {"cls": "CLIPVisionTower", "params": {"image_size": 8}}
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    text.save(str(checkpoint / "tokenizer.json"))
+    published_checkpoint(folder / "checkpoints" / "janus-pro-1b")
     write_scenes(folder / "photos", [0, 1, 2, 3, 4, *range(6, 11), *range(12, 24)])
     for path in (folder / "photos").glob("*.png"):
         path.with_suffix(".txt").write_text(scene("store", int(path.stem[-2:])).caption)
@@ -185,7 +184,7 @@ def published(tmp_path_factory) -> Path:
 
 def test_a_folder_of_images_and_a_published_checkpoint_draw_with_every_method(published):
     """The store is the plain one of a folder; the errors' own commands give it what Janus-Pro's configs search."""
-    store, small = "stores/janus-pro-1b", ("retrieval.k=16", "caption.images=8", "caption.static_images=3")
+    store, small = "stores/janus-pro-1b", ("retrieval.k=16", *LIMITED)
     draw = command("generate", "janus_pro_1b", "drawn", *small, *CATS)
     captions = command("generate", "janus_pro_1b", "captions", *small, *CATS, "--method=static")
     first = run_in_turn(
@@ -212,9 +211,11 @@ def test_a_folder_of_images_and_a_published_checkpoint_draw_with_every_method(pu
         command("train", "janus_pro_1b_faid", "lora", *tuned, "options.blend=False"),
         convert("lora", "best/lora"),
         convert("best/lora", "published/lora", "--to=janus"),
+        # Whose blenders are trained further, with the export as its base.
+        command("train", "janus_pro_1b_faid", "further", *tuned, "options.base=faid/export"),
         command("generate", "janus_pro_1b", "every", *small, *CATS, *everything),
         command("build_datastore", "janus_pro_1b_datastore", "stores/at_once", "source=photos", "captions=True"),
-        command("generate", "janus_pro_1b", "at_once", *small, *CATS, *everything, "retrieval.store=stores/at_once"),
+        command("generate", "janus_pro_1b", "at_once", *small, *CATS, "retrieval.store=stores/at_once", "methods=daid"),
     )
     every = pictures(published / "every")
     assert {name.partition("_")[2] for name in every} == {

@@ -165,7 +165,9 @@ def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
     store = retriever = captions = None
     if set(chosen) & set(LIMITED):
         if mesh is not None:
-            raise UserError("methods static and caption run on one device; give --config.mesh.data=1")
+            raise UserError(
+                "methods static and caption run on one device; give --config.mesh.data=1 --config.mesh.fsdp=1"
+            )
         store, _ = open_store(config.retrieval, fingerprint(model))
         captions = CaptionIndex(store.captions)
     if set(chosen) - {"plain", "lora", *LIMITED}:

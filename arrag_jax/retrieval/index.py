@@ -152,6 +152,7 @@ def _checked_files(
     store: Datastore, kind: str, options: ScannOptions, shards: int, local: Iterable[int] | None = None
 ) -> None:
     """Raises UserError, with the mend, unless the saved index is the wanted one and (in ``local`` shards) undamaged."""
+    store.require_kind(kind)
     directory = index_directory(store, kind)
     mend = f"run: {_command(store, kind, options, shards)}"
     if not directory.exists() and is_being_written(directory):

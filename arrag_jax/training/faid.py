@@ -111,12 +111,14 @@ class FaidTask:
                 if neighbors.k < options.faid.neighbors:
                     raise UserError(
                         f"config.options.faid.neighbors={options.faid.neighbors}, but {neighbors.directory} holds "
-                        f"{neighbors.k} a cell; build it with a larger k"
+                        f"{neighbors.k} a cell; build it with a larger k, in another --workdir: "
+                        f"--config.retrieval.k={options.faid.neighbors}"
                     )
             if options.retrieval.k < options.faid.neighbors:
                 raise UserError(
                     f"config.options.retrieval.k={options.retrieval.k} gives sample grids fewer neighbours than "
-                    f"config.options.faid.neighbors={options.faid.neighbors}; raise k"
+                    f"config.options.faid.neighbors={options.faid.neighbors}; raise k: "
+                    f"--config.options.retrieval.k={options.faid.neighbors}"
                 )
 
     def init_model(self, rngs: nnx.Rngs) -> Janus:

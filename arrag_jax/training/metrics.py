@@ -77,7 +77,8 @@ class Journal:
             if not math.isfinite(values[name]):
                 raise UserError(
                     f"{words} is {values[name]} at step {step} ({_named(examples)}); the last checkpoint is from "
-                    "before it: lower optimizer.learning_rate or optimizer.clip_norm"
+                    "before it: begin again in another --workdir with a lower optimizer.learning_rate or "
+                    "optimizer.clip_norm (config.init_from takes this run's best checkpoint)"
                 )
         self._window.append(values)
         self._bar.update(1)

@@ -1,0 +1,119 @@
+"""README's commands, word for word and in order, in a scratch folder; the long ones are named and parsed."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import children
+import pytest
+from folders import write_scenes
+from in_turn import parse_in_turn, run_in_turn
+from test_chains import published_checkpoint
+
+from arrag_jax import build_datastore
+from arrag_jax.config import DatastoreConfig
+from arrag_jax.data.scenes import scene
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+# What is not run here, by how it begins: trainings and measurements of minutes or hours, whose keys and flags are
+# parsed, and what needs their results.
+TAKES_LONG = (
+    "python -m arrag_jax.train ",
+    "python -m arrag_jax.eval ",
+    "python -m arrag_jax.build_neighbors ",
+    "python -m arrag_jax.build_datastore --config configs/emoji_datastore.py ",
+    "python -m arrag_jax.generate --config configs/emoji_compare.py ",  # of the tuned models
+)
+# What is no command of this package, and why it is not run.
+ELSEWHERE = {
+    "make ": "installs packages; CI runs it",
+    "mkdir -p runs/prior_hour && git archive": "needs the whole history",
+    "export XLA_FLAGS": "for the training after it",
+    "sbatch ": "needs SLURM",
+    "python benchmarks/": "measures for minutes",
+}
+
+
+def blocks() -> list[str]:
+    """The code blocks of commands."""
+    return [block for language, block in re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL) if not language]
+
+
+def commands() -> list[str]:
+    """Every command of those blocks, in order, without comments; those that are lines of a tree are none."""
+    lines = [
+        line for block in blocks() if "interfaces.py  " not in block for line in block.replace("\\\n", " ").split("\n")
+    ]
+    return [re.sub(r" {2,}", " ", re.sub(r"\s{2,}#.*", "", line)).strip() for line in lines if line.strip()]
+
+
+def spans() -> list[str]:
+    """Commands inside sentences, as they stand there, but for those that leave something out."""
+    found = re.findall(r"`(python\s-m\sarrag_jax\.[^`]*)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    return [" ".join(each.split()) for each in found if "…" not in each and "COMMAND" not in each]
+
+
+def starts(command: str, beginnings) -> bool:
+    return any(command.startswith(beginning) for beginning in beginnings)
+
+
+def runnable() -> list[str]:
+    return [x for x in commands() if not starts(x, (*TAKES_LONG, *ELSEWHERE)) and not x.startswith("launch/")]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """What README takes for given: configs and launch scripts, photos, stores that were built before, a checkpoint."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("configs", "launch"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copyfile(ROOT / "requirements.txt", folder / "requirements.txt")
+    for words in ("init -q", "add .", "-c user.name=x -c user.email=x@x commit -qm x"):  # tpu_pod.sh copies a commit
+        subprocess.run(["git", *words.split()], cwd=folder, check=True)
+    published_checkpoint(folder / "checkpoints" / "Janus-Pro-1B")
+    for name, numbers in (("photos", range(12, 24)), ("more_photos", range(24, 30))):
+        write_scenes(folder / name, numbers)
+        for number in numbers:
+            (folder / name / f"scene_{number}.txt").write_text(scene("store", number).caption)
+    model = "arrag_jax/assets/emoji_janus"
+    small = DatastoreConfig(model, "emoji_scenes/tiny", data_dir=str(folder / "data"), captions=True)
+    build_datastore.run(small, str(folder / "demo" / "store"))  # `make demo` builds it, with more images
+    shutil.copytree(folder / "demo" / "store", folder / "runs" / "store")
+    more = DatastoreConfig(model, str(folder / "more_photos"), indexes=())
+    build_datastore.run(more, str(folder / "runs" / "more_photos"))
+    return folder
+
+
+@pytest.mark.slow
+def test_every_command_runs_as_it_stands(clone):
+    done = run_in_turn(clone, *runnable())
+    assert len(done) >= 10
+    for script in (x for x in commands() if x.startswith("launch/")):
+        ran = subprocess.run(shlex.split(script), cwd=clone, capture_output=True, text=True, check=False, timeout=60)
+        assert ran.returncode == 0, ran.stderr
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    words = [sys.executable, "-c", snippet]
+    ran = subprocess.run(
+        words, cwd=clone, env=children.alone(), capture_output=True, text=True, check=False, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_long_ones_parse():
+    """Their configs, keys and flags are known, those of a task's options too."""
+    own = [x for x in commands() if starts(x, TAKES_LONG)]
+    launched = [x.partition(" -- ")[2] for x in commands() if " -- python -m" in x]
+    assert len(own) >= 10 and len(launched) == 2 and len(spans()) >= 6
+    parse_in_turn(ROOT, *own, *launched, *spans())
+
+
+def test_every_command_is_run_or_named():
+    for command in commands():
+        assert command.startswith(("python -m arrag_jax.", "launch/")) or starts(command, ELSEWHERE), command
+    for beginning in (*TAKES_LONG, *ELSEWHERE):
+        assert any(command.startswith(beginning) for command in commands()), beginning
