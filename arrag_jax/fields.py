@@ -6,7 +6,6 @@ is ``LocalPath`` holds the path of a file or folder.
 
 import dataclasses
 import functools
-import math
 import operator
 import os
 import re
@@ -16,6 +15,7 @@ from typing import Annotated, Any
 
 from arrag_jax.errors import UserError
 
+LARGEST = 3.4028234e38  # of float32, in which all is computed
 _PATH = "path"  # marks the fields that are paths
 LocalPath = Annotated[str, _PATH]
 # Addresses are also written without slashes ("hf:owner/name"). A file of such a name is given as "./hf:…".
@@ -136,5 +136,5 @@ def _require_finite(settings: Any) -> None:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{field.name}={value} must be a finite number")
+            if isinstance(number, float) and not abs(number) <= LARGEST:
+                raise UserError(f"{field.name}={value} must be a finite number, at most {LARGEST:.3g}")

@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ def run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, command:
     """Runs ``python -m arrag_jax.COMMAND ARGUMENTS``."""
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
+    with warnings.catch_warnings(action="ignore"), pytest.raises(SystemExit) as end:
+        # runpy warns that the module is imported already
         runpy.run_module(f"arrag_jax.{command}", run_name="__main__")
     return Done(end.value.code or 0, *capsys.readouterr())
 

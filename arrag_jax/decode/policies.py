@@ -59,8 +59,7 @@ class Daid:
             value = getattr(self, name)
             if isinstance(value, jax.core.Tracer):
                 continue
-            numbers = np.ravel(value) if np.ndim(value) else [value]
-            for number in numbers:
+            for number in np.ravel(value).tolist():
                 DaidConfig(**{name: number})
 
     def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> None:
