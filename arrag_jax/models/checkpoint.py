@@ -106,18 +106,19 @@ def _require_room(shape: JanusConfig, stored: dict[str, Stored], parts: tuple[st
 
     It counts what is surely there: each layer or block has a tensor of its own, and a layer its seven matrices.
     """
-    text, vision, layers, blocks, depth = shape.language, shape.vision, 0, 0, 0
+    text, vision, layers, width, blocks, depth, numbers = shape.language, shape.vision, 0, 0, 0, 0, 0
     if "language_model" in parts:
-        layers = text.layers
+        layers, width, numbers = text.layers, text.width, text.layers * 3 * text.width * text.mlp
     if "gen_vision_model" in parts:
         blocks = len(vision.multipliers) * vision.res_blocks
+        numbers += blocks * vision.channels**2
     if "gen_aligner" in parts:
         depth = shape.aligner_depth
-    numbers = layers * 3 * text.width * text.mlp + blocks * vision.channels**2 + depth * text.width
+        numbers += depth * text.width
     held = sum(math.prod(tensor.shape) for tensor in stored.values())
     if layers + blocks + depth > len(stored) or numbers > held:
         raise UserError(
-            f"{path} asks for {layers} layers of width {text.width}, {blocks} blocks of the tokenizer and an aligner "
+            f"{path} asks for {layers} layers of width {width}, {blocks} blocks of the tokenizer and an aligner "
             f"of {depth}, more than the {len(stored)} tensors of {held:,} numbers beside it; copy the checkpoint again"
         )
 
