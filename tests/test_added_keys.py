@@ -194,7 +194,7 @@ def test_stores_merged_from_other_places_are_added_to_part_by_part(config, tmp_p
     one, two = tmp_path / "one", tmp_path / "two"
     build_datastore.run(config, str(one))
     build_datastore.run(dataclasses.replace(config, shard_size=9), str(two))
-    build_datastore.run(None, str(tmp_path / "merged"), merge=[str(one), str(two)])
+    build_datastore.run(None, str(tmp_path / "merged"), merge=[str(one), str(two)], keep_duplicates=True)
     build_datastore.run(dataclasses.replace(config, keys=BOTH), str(tmp_path / "merged"))
     merged = Datastore.open(tmp_path / "merged")
     merged.verify()

@@ -42,6 +42,7 @@ from arrag_jax.retrieval.shards import MANIFEST, ShardFolder, ShardSettings, con
 KEY_KINDS = ("codebook", "latent")
 CODEBOOK = "codebook.npz"
 SAME_IN_ALL_PARTS = ("fingerprint", "grid", "codebook_size", "code_dim", "keys", "captions")
+GROW = ("keys", "captions")  # of these a whole store can be given more
 FURTHER = ("latents-", "captions-")  # files that a whole store can be given later; see ``retrieval.extension``
 
 
@@ -129,7 +130,11 @@ class Datastore(ShardFolder):
         part = super().open(store.directory / name)
         if part.manifest.get("parts"):
             raise UserError(f"{part.directory} is a part, but its manifest names parts of its own; {cls.rebuild}")
-        differ = [x for x in SAME_IN_ALL_PARTS if getattr(store.settings, x) != getattr(part.settings, x)]
+        ours, theirs = store.settings, part.settings
+        differ = [x for x in SAME_IN_ALL_PARTS if x not in GROW and getattr(ours, x) != getattr(theirs, x)]
+        # While keys or captions are added, parts have them before the store says so.
+        differ += ["keys"] if not set(ours.keys) <= set(theirs.keys) else []
+        differ += ["captions"] if ours.captions > theirs.captions else []
         if differ:
             raise UserError(f"{part.directory} has another {differ[0]} than {store.directory}; {cls.rebuild}")
         if fingerprint not in (part.fingerprint, sha256_of(part.directory / MANIFEST)):  # the latter in older stores
