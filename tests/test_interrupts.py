@@ -9,20 +9,16 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import children
 import drawings
-import numpy as np
 import pytest
-import tiny
 from drawings import MODEL, PROMPTS, bytes_of
 
-from arrag_jax import progress, signals
-from arrag_jax.decode.loop import sample
-from arrag_jax.errors import UserError, run_command
+from arrag_jax import signals
+from arrag_jax.errors import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = "error: interrupted; run the same command again to continue"
@@ -246,63 +242,3 @@ def test_processes_that_build_stop_together_at_sigterm(tmp_path, told):
     assert 3 < sum(name.startswith("codes-") for name in left) < 60
     assert Running(words).end()[0] == 0
     assert left.items() - {("building.json", left["building.json"])} <= bytes_of(directory).items()
-
-
-class Terminal:
-    """A stderr that says what it is."""
-
-    def __init__(self, is_terminal: bool):
-        self._is_terminal, self.text = is_terminal, ""
-
-    def isatty(self) -> bool:
-        return self._is_terminal
-
-    def write(self, text: str) -> None:
-        self.text += text
-
-    def flush(self) -> None:
-        pass
-
-
-@pytest.fixture
-def bars() -> Iterator[None]:
-    yield
-    progress.show(True)
-
-
-@pytest.mark.parametrize(("is_terminal", "wanted"), [(True, True), (True, False), (False, True)])
-def test_bars_appear_on_a_terminal_alone_and_only_where_wanted(monkeypatch, bars, is_terminal, wanted):
-    monkeypatch.setattr(sys, "stderr", Terminal(is_terminal))
-    progress.show(wanted)
-    assert list(progress.bar(range(3), desc="working")) == [0, 1, 2]
-    assert ("working" in sys.stderr.text) == (is_terminal and wanted)
-
-
-def test_every_bar_comes_from_one_place():
-    own = [path.name for path in (ROOT / "arrag_jax").rglob("*.py") if "tqdm import" in path.read_text()]
-    assert own == ["progress.py"]
-
-
-def test_a_forked_child_is_refused_and_does_not_hang():
-    model, (ids, mask) = tiny.janus(), tiny.prompts((4, 3))
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # jax warns of the fork
-        child = os.fork()
-    if not child:
-        signal.alarm(60)
-        for work in (
-            lambda: sample(model, ids, prompt_mask=mask),
-            lambda: model.score(ids, np.zeros((2, 16), int), prompt_mask=mask),
-        ):
-            try:
-                work()
-            except UserError as error:
-                os.write(writing, f"{error}\n".encode())
-        os._exit(0)
-    os.close(writing)
-    with open(reading) as said:
-        lines = said.read().splitlines()
-    assert os.waitpid(child, 0)[1] == 0
-    assert len(lines) == 2 and all("spawn" in line for line in lines)
-    sample(model, ids, prompt_mask=mask)  # the parent goes on

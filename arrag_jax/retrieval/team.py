@@ -71,10 +71,15 @@ class Team:
             time.sleep(BEAT)
 
     def check(self) -> None:
-        """Raises ``signals.Stop`` where this process or another one of the team was told to end."""
+        """Raises ``signals.Stop`` where this process or another one of the team was told to end.
+
+        Takes note of the others' signs, so that the silence of one that dies counts from then on.
+        """
         signals.check()
         if any(self._stops(other) for other in self._others):
             raise signals.Stop
+        for other in self._others:
+            self._note(other)
 
     def stop(self) -> None:
         """Tells the others that this process stops, and waits until they do, too: at most ``STOP_SECONDS``."""
@@ -95,12 +100,20 @@ class Team:
         sign = self._sign_of(other)
         return sign is not None and sign.endswith(STOPPING) and sign != self._before[other]
 
+    def _note(self, other: int) -> bool:
+        """Takes note of a process' sign of life; is it a new one?"""
+        sign = self._sign_of(other)
+        new = sign is not None and sign != self._seen[other][0]
+        if new:
+            self._seen[other] = sign, time.monotonic()
+        return new
+
     def _require_alive(self, other: int, started: float, condition: Callable[[], bool]) -> None:
+        if self._note(other):
+            return
         sign, now = self._sign_of(other), time.monotonic()
-        last, changed = self._seen[other]
-        if sign is not None and sign != last:
-            self._seen[other] = sign, now
-        elif sign is None and changed is not None and not condition():
+        _, changed = self._seen[other]
+        if sign is None and changed is not None and not condition():
             raise UserError(f"process {other} of {self.count} has ended (see what it said); {AGAIN}")
         elif now - (changed or started) > SILENCE:
             raise UserError(f"process {other} of {self.count} gave no sign of life for {SILENCE:.0f} s; {AGAIN}")
