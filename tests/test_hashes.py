@@ -26,7 +26,7 @@ from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.training.checkpoint import Checkpoints, read_params
 from arrag_jax.training.loop import init_state
 from arrag_jax.training.optimizer import make_optimizer
-from arrag_jax.training.sums import sums_of_arrays
+from arrag_jax.training.sums import _on_devices, sums_of_arrays
 
 
 def flipped(data: bytes, rng: np.random.Generator) -> bytes:
@@ -211,13 +211,15 @@ def test_sums_of_arrays_know_each_bit_and_no_mesh():
         for name, x in values.items() if np.ndim(x)
     }  # fmt: skip
     assert sums_of_arrays(spread) == {name: sums[name] for name in spread}
+    for name, x in spread.items():  # as on other devices than CPUs
+        assert tuple(map(int, _on_devices(x))) == sums[name]
     for name, value in values.items():
         for _ in range(5):
             other = np.frombuffer(flipped(np.asarray(value).tobytes(), rng), np.asarray(value).dtype)
             if value.dtype != bool:
                 assert sums_of_arrays({name: jnp.asarray(other.reshape(np.shape(value)))}) != {name: sums[name]}
-    swapped = values["a"][::-1]
-    assert sums_of_arrays({"a": jnp.asarray(swapped)}) != {"a": sums["a"]}
+    for swapped in (values["a"][::-1], values["a"][:, ::-1], values["a"][..., ::-1]):
+        assert sums_of_arrays({"a": jnp.asarray(swapped)}) != {"a": sums["a"]}
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8 * WORDS - 1, 8 * WORDS, 20 * WORDS + 3])
