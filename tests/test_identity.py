@@ -80,6 +80,30 @@ def test_photos_that_were_moved_or_renamed_are_not_added_again(base, whole, grow
     assert contents(store.directory) == before
 
 
+def test_stopped_while_duplicates_are_left_out_it_goes_on_to_the_same_bytes(base, whole, tmp_path, monkeypatch):
+    shutil.copytree(base.source, tmp_path / "moved")
+    write_scenes(tmp_path / "moved", range(30, 33))
+    config = dataclasses.replace(base, source=str(tmp_path / "moved"))
+    shutil.copytree(whole.directory, tmp_path / "wanted")
+    build_datastore.run(config, str(tmp_path / "wanted"), append=True)
+    wanted, sync = contents(tmp_path / "wanted"), os.fsync
+    for moment in range(3, 44, 10):
+        store, left = tmp_path / str(moment), iter(range(moment))
+        shutil.copytree(whole.directory, store)
+
+        def stopping(handle: int, left=left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            sync(handle)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                build_datastore.run(config, str(store), append=True)
+        build_datastore.run(config, str(store), append=True)
+        assert contents(store) == wanted, moment
+
+
 def test_they_are_kept_on_demand(base, whole, grown, tmp_path):
     shutil.copytree(base.source, tmp_path / "moved")
     assert grown(tmp_path / "moved").num_images == 21
