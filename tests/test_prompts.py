@@ -124,6 +124,11 @@ def test_a_word_in_capitals_that_is_known_stays():
     assert [upper.tokenizer.id_to_token(int(i)) for i in ids][3:-3] == ["a", "Cat", "NASA"]
 
 
+def test_bytes_that_are_no_text_are_said():
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        text()(["a cat \udcff"])
+
+
 @pytest.mark.parametrize("prompt", ["A red car.", "两只猫。", "  Ａ cat…", "naïve: «кот»"])
 def test_a_tokenizer_of_bytes_reads_every_sign(prompt):
     """Published models know capitals and marks: their prompts are left as they are, but for the space around them."""

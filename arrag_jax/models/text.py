@@ -133,6 +133,8 @@ class PromptTokenizer:
     def _encode(self, prompt: str) -> list[int]:
         if not prompt.strip():
             raise UserError("a prompt is empty; say what to draw")
+        if any("\ud800" <= sign <= "\udfff" for sign in prompt):  # as Python reads bytes that are not UTF-8
+            raise UserError(f"the prompt {prompt[:60]!a} is not UTF-8 text; write it in UTF-8")
         special = next((token for token in self._special if token in prompt), None)
         if special is not None:
             raise UserError(f"a prompt holds {special!r}, a special token of the model; say it in words alone")
