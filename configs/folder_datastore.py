@@ -2,8 +2,8 @@
 
 python -m arrag_jax.build_datastore --config configs/folder_datastore.py --config.source=photos --workdir runs/photos
 
-Model: the embedded one. Keys: "codebook", which configs/emoji_daid.py searches. For Janus-Pro's tokenizer and its configs,
-which search keys of kind "latent", see configs/janus_pro_1b_datastore.py.
+Model: the embedded one. Keys: "codebook", which configs/emoji_daid.py searches. For Janus-Pro's tokenizer and its
+configs, which search keys of kind "latent", see configs/janus_pro_1b_datastore.py.
 """
 
 from ml_collections import ConfigDict
