@@ -4,8 +4,8 @@ python -m arrag_jax.build_datastore --config configs/janus_pro_1b_datastore.py -
   --workdir stores/janus-pro-1b
 
 Model: checkpoints/janus-pro-1b (24 x 24 codes of 384 x 384 pixels; seconds an image on CPU cores). Keys: "latent",
-which configs/janus_pro_1b.py, janus_pro_1b_neighbors.py and janus_pro_1b_faid.py search, and "codebook". A store that has
-"codebook" alone (configs/folder_datastore.py) is given the others later:
+which configs/janus_pro_1b.py, janus_pro_1b_neighbors.py and janus_pro_1b_faid.py search, and "codebook". A store that
+has "codebook" alone (configs/folder_datastore.py) is given the others later:
 
 python -m arrag_jax.build_datastore --config.keys=codebook,latent --config.indexes=latent --workdir stores/janus-pro-1b
 """
