@@ -36,7 +36,7 @@ def parse_in_turn(cwd: Path, *commands: str) -> list[Done]:
 def _in_a_process(cwd: Path, commands: tuple[str, ...], needed: bool, how: str) -> list[Done]:
     words = [sys.executable, __file__, str(int(needed)), how, *commands]
     done = subprocess.run(
-        words, cwd=cwd, env=children.alone(), capture_output=True, text=True, check=False, timeout=900
+        words, cwd=cwd, env=children.alone(), capture_output=True, text=True, check=False, timeout=1800
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [Done(*each) for each in json.loads(done.stdout)]
