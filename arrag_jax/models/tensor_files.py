@@ -312,4 +312,17 @@ def write_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
     mode = path.stat().st_mode
     sums = {name: checksum(value) for name, value in tensors.items()}
     save_file(tensors, path, metadata={"format": "pt", CHECKSUMS: json.dumps(sums)})
+    _order_metadata(path)
     path.chmod(mode)
+
+
+def _order_metadata(path: Path) -> None:
+    """Puts the metadata of a safetensors file in order: the library writes them in another one every time."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # as the library writes it, padded with blanks
+            file.seek(8)
+            file.write(text.ljust(size))
