@@ -271,8 +271,8 @@ def _release() -> None:
 
 
 def _forget() -> None:
-    global _listening, _received, _leaving
-    _listening, _received, _leaving = False, None, False
+    global _listening, _received, _leaving, _result
+    _listening, _received, _leaving, _result = False, None, False, None
     _unsaid[:] = [True]
 
 

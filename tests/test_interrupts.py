@@ -202,6 +202,20 @@ def test_a_signal_waits_for_the_check_of_a_held_block_and_for_nothing_else(capfd
     assert [signal.getsignal(number) for number in signals.NUMBERS] == before
 
 
+def test_a_program_that_runs_several_commands_outlives_a_signal_to_the_second(capfd):
+    """What the first one ended with is no reason to end the program."""
+
+    def main(_) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ENOUGH)
+
+    with pytest.raises(SystemExit):
+        run_command(lambda _: 0, [])
+    with pytest.raises(SystemExit) as stop:
+        run_command(main, [])
+    assert stop.value.code == 0 and STOPPED in capfd.readouterr().err
+
+
 def test_an_error_that_an_interrupt_leaves_behind_is_the_interrupt(capfd):
     """XLA makes an error of its own of an exception in a host call."""
 
