@@ -144,7 +144,7 @@ class DenseRetriever:
     def _widths(self) -> tuple[int, ...]:
         """How many entries are kept by their scores: at first, and where these do not suffice."""
         if self.keys is None or self.keys.dtype == jnp.float32:
-            return (self.k + max(32, self.k // 8),)
+            return (self.k + max(16, self.k // 16),)
         width = self.k + max(64, self.k // 4)
         return width, WIDER * width
 

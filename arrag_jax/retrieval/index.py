@@ -32,7 +32,7 @@ from arrag_jax.retrieval.scann import (
 )
 from arrag_jax.retrieval.shards import MOST_IMAGES, content_hash
 
-INDEX_VERSION = 4  # since 4 entries are in the order of their first patches
+INDEX_VERSION = 3
 RECORD = "index.json"
 ASSETS = "scann_assets.pbtxt"  # ScaNN's list of a searcher's files
 MOST_SHARDS = 2**16
@@ -229,6 +229,7 @@ def _identity(store: Datastore, kind: str, options: ScannOptions, entries: list[
         "index_version": INDEX_VERSION,
         "datastore": store.fingerprint,
         "kind": kind,
+        "order": "first patch",  # of entries; older indexes have another one
         "rows": store.num_patches,
         "leaves": [num_leaves(number, options) for number in entries],
         "bytes_a_number": [
