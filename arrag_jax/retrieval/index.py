@@ -52,6 +52,7 @@ class IndexRecord:
 
     Attributes:
       entries: unique contexts of each shard.
+      order: of entries; older records do not tell theirs.
       files: by path below the index's folder, "shard-00000/dataset.npy".
       sha256: of all the rest.
     """
@@ -65,6 +66,7 @@ class IndexRecord:
     entries: tuple[int, ...]
     files: dict[str, IndexedFile]
     sha256: str
+    order: str = ""
 
     def __post_init__(self):
         in_range("the number of shards in entries", len(self.entries), 1, MOST_SHARDS)
