@@ -178,7 +178,7 @@ def test_errors_are_printed_without_control_characters(capsys):
     with pytest.raises(SystemExit):
         run_command(fail, [])
     printed = capsys.readouterr().err
-    assert printed == "error: cannot read \\x1b[2J\\x9b31m\\r\n\\u202e\\u2028\n"
+    assert printed == "error: cannot read \\x1b[2J\\x9b31m\\r\\n\\u202e\\u2028\n"
 
 
 def test_printable_escapes_controls_alone():

@@ -212,6 +212,7 @@ class _Shard(NamedTuple):
     new: list[int]
     bad_file: str
     left_out: list[tuple[str, str]]
+    told: int  # how many more are left out, which a store before lists
 
 
 def _shards(taken: _Taken) -> Iterator[_Shard]:
@@ -222,7 +223,9 @@ def _shards(taken: _Taken) -> Iterator[_Shard]:
         new = [number for number in images if taken.same[number] is None]
         bad = read_bad(part.directory / bad_file) if bad_file in part.files else []
         same = [(part.sources[i], f"{DUPLICATE}{taken.same[i]}") for i in images if taken.same[i] is not None]
-        yield _Shard(files, images, new, bad_file, [*(line for line in bad if line not in taken.told), *same])
+        untold = [line for line in bad if line not in taken.told]
+        told = len(bad) - len(untold) + part.files[files["codes"]].get("told", 0)
+        yield _Shard(files, images, new, bad_file, [*untold, *same], told)
 
 
 def _writers(taken: _Taken) -> dict[str, Callable[[Path], None]]:
@@ -251,7 +254,8 @@ def _facts(taken: _Taken, target: Path) -> dict[str, dict[str, Any]]:
     """What the manifest says of the files of a part that was written anew."""
     counts = {name: {"images": 0} for name in taken.part.settings.other_files}
     for shard in _shards(taken):
-        counts |= {name: {"images": len(shard.new)} for name in shard.files.values()}
+        count = {"images": len(shard.new)} | ({"told": shard.told} if shard.told else {})
+        counts |= {name: count for name in shard.files.values()}
         if shard.left_out:
             counts[shard.bad_file] = counts_of([reason for _, reason in shard.left_out])
     return {

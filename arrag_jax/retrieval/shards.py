@@ -27,6 +27,7 @@ BAD_FILES = "bad-*.txt"
 # How the reason of a line in a file of bad images begins that tells of no damage: what may be an image and is not read,
 # and an image that is there already. Both are left out, and neither counts among those that cannot be read.
 PASSED_OVER, DUPLICATE = "passed over: ", "duplicate of "
+LEFT_OUT = ("bad", "passed_over", "duplicates")  # what a manifest counts in such a file
 
 Folder = TypeVar("Folder")
 
@@ -101,15 +102,18 @@ class ShardSettings:
 
 @dataclasses.dataclass(frozen=True)
 class FileFacts:
-    """What a manifest says of a file: its size, its hash, and how many images it holds and how many it lists as bad."""
+    """What a manifest says of a file: size, hash, how many images it holds, and how many it lists as left out."""
 
     sha256: str
     bytes: int
     images: int
     bad: int = 0
+    passed_over: int = 0
+    duplicates: int = 0
+    told: int = 0  # left out, and listed by the store that this one was merged behind
 
     def __post_init__(self):
-        for name in ("bytes", "images", "bad"):
+        for name in ("bytes", "images", "told", *LEFT_OUT):
             in_range(name, getattr(self, name), 0, MOST_IMAGES)
 
 
@@ -133,9 +137,11 @@ class Manifest:
         for name in settings.other_files:
             self._facts(name)
         for shard in range(settings.num_shards):
-            bad = self.files.get(settings.bad_file(shard), FileFacts("", 0, 0)).bad
+            listed = self.files.get(settings.bad_file(shard), FileFacts("", 0, 0))
+            left_out = sum(getattr(listed, kind) for kind in LEFT_OUT)
             for name in settings.shard_files(shard).values():
-                images, expected = self._facts(name).images, len(settings.shard_images(shard)) - bad
+                images = self._facts(name).images
+                expected = len(settings.shard_images(shard)) - left_out - self._facts(name).told
                 if images != expected or images < 0:
                     raise UserError(f"files.{name} has {images} images, its settings give it {expected}")
 
@@ -237,7 +243,7 @@ class ShardFolder:
         with reading(path, self.verify_command, self.rebuild):
             content = path.read_bytes()
             lines = content.decode().split("\n")[:-1]
-            require_count(lines, facts["images"] + facts.get("bad", 0))
+            require_count(lines, facts["images"] + sum(facts.get(kind, 0) for kind in LEFT_OUT))
             if hashlib.sha256(content).hexdigest() != facts["sha256"]:
                 raise ValueError("its SHA-256 is not the manifest's")
         return lines
@@ -311,12 +317,7 @@ def require_count(found: Sized, expected: int) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path, verify: str, rebuild: str) -> Iterator[None]:
-    """Turns what a damaged file raises into one line that names it and the mend.
-
-    Args:
-      verify: a command that tells what else is damaged; "" = none.
-      rebuild: the mend.
-    """
+    """Turns what a damaged file raises into one line: it, what tells of more (``verify``, "" = nothing), the mend."""
     try:
         yield
     except UserError:
