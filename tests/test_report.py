@@ -77,7 +77,7 @@ def test_an_exact_index_finds_everything_and_its_bytes_are_counted(store, capsys
     assert figures["recall_at_10"] == figures["recall_at_2048"] == 1
     assert all(name in printed for name in KEYS)
     entries = len(np.unique(grid_ops.contexts_of_grids(store.codes).reshape(-1, 4), axis=0))
-    keys, lists = 128 * entries, 12 * entries + 6 * store.num_patches + 4
+    keys, lists = 128 * entries, 16 * entries + 6 * store.num_patches + 4
     assert keys + lists <= figures["bytes_per_patch"] * store.num_patches <= keys + lists + 2000
 
 
