@@ -116,6 +116,7 @@ class TestEmoji:
         for name, picture in again.items():
             np.testing.assert_array_equal(picture, pictures(emoji / "drawn")[name])
 
+    @pytest.mark.long
     def test_every_model_is_one_to_start_from_and_to_store_with(self, emoji):
         """Run, export and converted folder alike."""
         scenes, start = ("source=emoji_scenes/tiny", "num_images=8", "indexes=()"), "init_from=runs/prior/export"
