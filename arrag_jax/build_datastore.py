@@ -52,9 +52,10 @@ from arrag_jax.retrieval.building import require_same_settings, state_of
 from arrag_jax.retrieval.datastore import Datastore, StoreSettings
 from arrag_jax.retrieval.encoding import Examples
 from arrag_jax.retrieval.identity import contents_of_files
+from arrag_jax.retrieval.left_out import DUPLICATE, PASSED_OVER
 from arrag_jax.retrieval.load import settled
 from arrag_jax.retrieval.scann import BY_RULE
-from arrag_jax.retrieval.shards import DUPLICATE, MANIFEST, PASSED_OVER
+from arrag_jax.retrieval.shards import MANIFEST
 from arrag_jax.retrieval.team import Team, team_in
 
 
@@ -83,11 +84,11 @@ def run(
             print(f"index over {kind} keys")
             for name, figure in figures.items():
                 print(f"{name:20}{figure:>16,.4f}" if isinstance(figure, float) else f"{name:20}{figure:>16,}")
-    elif config is None and not merge:
-        finish(Datastore.open(directory), None, start)
     elif merge:
         stores = [Datastore.open(store) for store in merge]
         finish(parts.merge(stores, directory, keep_duplicates), config, start)
+    elif config is None:
+        finish(Datastore.open(directory), None, start)
     else:
         build_or_add(config, directory, append, start, keep_duplicates)
 
@@ -313,7 +314,7 @@ def finish(store: Datastore, config: DatastoreConfig | None, start: float) -> No
     size = sum(path.stat().st_size for path in store.directory.rglob("*") if path.is_file())
     there = ", ".join(kind for kind in store.settings.keys if index.fits(store, kind))
     indexes = f"ScaNN over {there} keys" if there else "no index"
-    told = told_of([x.alone for x in (store, *store.parts)], "that cannot be read", store.num_duplicates)
+    told = told_of(store.wholes, "that cannot be read", store.num_duplicates)
     wordless = f" ({sum(not words for words in store.captions):,} without caption)" if store.settings.captions else ""
     print(
         f"datastore {store.directory} is complete: {store.num_images:,} images{wordless}{told}, "

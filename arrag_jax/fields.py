@@ -84,9 +84,10 @@ def is_path(hint: Any) -> bool:
     return _PATH in getattr(hint, "__metadata__", ())
 
 
+@functools.cache
 def hints(cls: type) -> dict[str, Any]:
     """Returns the type of each field, marks included."""
-    return _hints(cls)
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def paths_in(config: Any, where: str = "config") -> Iterator[tuple[str, str]]:
@@ -97,11 +98,6 @@ def paths_in(config: Any, where: str = "config") -> Iterator[tuple[str, str]]:
             yield from paths_in(value, name)
         elif is_path(hints(type(config))[field.name]) and value:
             yield name, value
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls, include_extras=True)
 
 
 def _convert(settings: Any) -> None:

@@ -1,6 +1,5 @@
 """What one command writes the next ones take: the shipped configs in a row, as a user types them, in few steps."""
 
-import dataclasses
 import json
 import re
 import shlex
@@ -12,7 +11,7 @@ import tiny
 from folders import write_scenes
 from in_turn import run_in_turn
 from PIL import Image
-from test_published import byte_tokenizer
+from published import write_checkpoint
 
 from arrag_jax.data.scenes import scene
 from arrag_jax.models.checkpoint import fingerprint, load_model, save_model
@@ -160,23 +159,11 @@ class TestEmoji:
         assert not (emoji / "none").exists()
 
 
-def published_checkpoint(folder: Path) -> None:
-    """A small random checkpoint of the published Janus-Pro layout: 4 x 4 codes of 8 x 8 pixels."""
-    text = byte_tokenizer()
-    language = dataclasses.replace(tiny.CONFIG.language, vocab_size=text.get_vocab_size())
-    save_model(tiny.janus(config=dataclasses.replace(tiny.CONFIG, language=language)), folder)
-    config = json.loads((folder / "config.json").read_text())
-    del config["image_grid"], config["language_config"]["pad_token_id"]
-    config["vision_config"] = {"cls": "CLIPVisionTower", "params": {"image_size": 8}}
-    (folder / "config.json").write_text(json.dumps(config))
-    text.save(str(folder / "tokenizer.json"))
-
-
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
     """A folder with such a checkpoint and captioned photos."""
     folder = tmp_path_factory.mktemp("published")
-    published_checkpoint(folder / "checkpoints" / "janus-pro-1b")
+    write_checkpoint(folder / "checkpoints" / "janus-pro-1b")
     write_scenes(folder / "photos", [0, 1, 2, 3, 4, *range(6, 11), *range(12, 24)])
     for path in (folder / "photos").glob("*.png"):
         path.with_suffix(".txt").write_text(scene("store", int(path.stem[-2:])).caption)

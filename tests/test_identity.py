@@ -1,9 +1,11 @@
 """Identity of images: whatever path leads to them, and wherever they were moved, a store holds each once."""
 
+import contextlib
 import dataclasses
 import functools
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import folders
@@ -19,7 +21,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.retrieval import parts, writer
 from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.shards import DUPLICATE
+from arrag_jax.retrieval.left_out import DUPLICATE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,6 +31,22 @@ def one_model():
         patch.setattr(build_datastore, "load_model", functools.cache(load_model))
         patch.setattr(build_datastore, "encoder", functools.cache(encoder))
         yield
+
+
+@contextlib.contextmanager
+def stopped_at(moment: int) -> Iterator[None]:
+    """What runs inside must be interrupted when it has made so many files safe, before the next one is."""
+    sync, left = os.fsync, iter(range(moment))
+
+    def stopping(handle: int) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        sync(handle)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 @pytest.fixture(scope="module")
@@ -80,26 +98,18 @@ def test_photos_that_were_moved_or_renamed_are_not_added_again(base, whole, grow
     assert contents(store.directory) == before
 
 
-def test_stopped_while_duplicates_are_left_out_it_goes_on_to_the_same_bytes(base, whole, tmp_path, monkeypatch):
+def test_stopped_while_duplicates_are_left_out_it_goes_on_to_the_same_bytes(base, whole, tmp_path):
     shutil.copytree(base.source, tmp_path / "moved")
     write_scenes(tmp_path / "moved", range(30, 33))
     config = dataclasses.replace(base, source=str(tmp_path / "moved"))
     shutil.copytree(whole.directory, tmp_path / "wanted")
     build_datastore.run(config, str(tmp_path / "wanted"), append=True)
-    wanted, sync = contents(tmp_path / "wanted"), os.fsync
+    wanted = contents(tmp_path / "wanted")
     for moment in range(3, 44, 10):
-        store, left = tmp_path / str(moment), iter(range(moment))
+        store = tmp_path / str(moment)
         shutil.copytree(whole.directory, store)
-
-        def stopping(handle: int, left=left) -> None:
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            sync(handle)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", stopping)
-            with pytest.raises(KeyboardInterrupt):
-                build_datastore.run(config, str(store), append=True)
+        with stopped_at(moment):
+            build_datastore.run(config, str(store), append=True)
         build_datastore.run(config, str(store), append=True)
         assert contents(store) == wanted, moment
 
@@ -197,7 +207,7 @@ def sharing(base, tmp_path_factory) -> Datastore:
     return Datastore.open(folder / "store")
 
 
-def test_stores_that_share_images_hold_each_once(whole, sharing, tmp_path, monkeypatch):
+def test_stores_that_share_images_hold_each_once(whole, sharing, tmp_path):
     """Interrupted before any file, the merge goes on to the same bytes."""
     both = merged([whole, sharing], tmp_path / "both")
     new = [name for name in sharing.sources if name not in whole.sources]
@@ -206,19 +216,10 @@ def test_stores_that_share_images_hold_each_once(whole, sharing, tmp_path, monke
     np.testing.assert_array_equal(both.codes, np.concatenate([whole.codes, sharing.codes[rows]]))
     assert duplicates(both) == {name: name for name in sharing.sources if name in whole.sources}
     assert (both.num_duplicates, both.num_bad) == (12, 2)
-    wanted, sync = contents(both.directory), os.fsync
+    wanted = contents(both.directory)
     for moment in range(1, 2 * len(wanted), 9):
-        left = iter(range(moment))
-
-        def stopping(handle: int, left=left) -> None:
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            sync(handle)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", stopping)
-            with pytest.raises(KeyboardInterrupt):
-                merged([whole, sharing], tmp_path / "stopped")
+        with stopped_at(moment):
+            merged([whole, sharing], tmp_path / "stopped")
         merged([whole, sharing], tmp_path / "stopped")
         assert contents(tmp_path / "stopped") == wanted, moment
         shutil.rmtree(tmp_path / "stopped")

@@ -20,7 +20,8 @@ from arrag_jax.errors import UserError
 from arrag_jax.retrieval.bad_images import BadImages, Tally
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.encoding import BadImage
-from arrag_jax.retrieval.shards import DUPLICATE, PASSED_OVER, ShardSettings
+from arrag_jax.retrieval.left_out import DUPLICATE, PASSED_OVER
+from arrag_jax.retrieval.shards import ShardSettings
 
 ODD = ("a.CR2", "b.nef", "c.zip", "d.mov", "e.svg", "noend", "f.jxl", "g.unheard-of-and-long", "h.jpg.gz", "i.")
 BESIDE = ("a.txt", "b.JSON", "c.caption", "d.npy", "list.csv", ".DS_Store", "Thumbs.db", "._a.png")

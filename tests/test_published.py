@@ -1,15 +1,12 @@
 """The API on folders as they are published, whose configs name no grid, no K and no pad."""
 
-import dataclasses
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from published import write_checkpoint
 
 import arrag_jax
 from arrag_jax import generate
@@ -19,7 +16,7 @@ from arrag_jax.decode.policies import Daid
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import drawing
 from arrag_jax.models.checkpoint import save_model
-from arrag_jax.models.text import BOS, SPECIAL, PromptTokenizer, chat_form
+from arrag_jax.models.text import BOS, PromptTokenizer, chat_form
 from arrag_jax.nn.vq import to_uint8
 
 
@@ -99,28 +96,11 @@ class TestAnyArrays:
             model.encode_images(np.zeros((1, 4, 4, 3), np.uint8))
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Byte-level BPE that puts no first token, as Janus' own does; without merges every byte is a token."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    return tokenizer
-
-
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A tiny model under a config without keys of our own, its image size 8 x 8 pixels, with a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("published")
-    tokenizer = byte_tokenizer()
-    language = dataclasses.replace(tiny.CONFIG.language, vocab_size=tokenizer.get_vocab_size())
-    save_model(tiny.janus(config=dataclasses.replace(tiny.CONFIG, language=language)), folder)
-    config = json.loads((folder / "config.json").read_text())
-    del config["image_grid"], config["language_config"]["pad_token_id"]
-    config["vision_config"] = {"cls": "CLIPVisionTower", "params": {"image_size": 8}}
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_checkpoint(folder)
     return folder
 
 

@@ -20,7 +20,8 @@ from arrag_jax.models.janus import Janus, encode_split
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.encoding import Encode, Examples
-from arrag_jax.retrieval.shards import PASSED_OVER, ShardFolder, ShardSettings
+from arrag_jax.retrieval.left_out import PASSED_OVER
+from arrag_jax.retrieval.shards import ShardFolder, ShardSettings
 
 LISTING = ".listing.jsonl"  # in the folder of an unfinished build: the images as they were when it was begun
 
@@ -186,9 +187,8 @@ def names_below(source: str) -> Callable[[str], str]:
 
 def names_in(store: Datastore) -> list[str]:
     """The names of a store's images, in order."""
-    wholes = [x.alone for x in (store, *store.parts)]
     name_of = itertools.chain.from_iterable(
-        itertools.repeat(names_below(x.settings.origin or x.settings.source), x.num_images) for x in wholes
+        itertools.repeat(names_below(x.settings.found_in), x.num_images) for x in store.wholes
     )
     return [name(id_) for name, id_ in zip(name_of, store.sources, strict=False)]  # of a subset the first alone
 
@@ -196,8 +196,8 @@ def names_in(store: Datastore) -> list[str]:
 def names_left_out(store: Datastore) -> list[tuple[str, str]]:
     """The name of each image that a store left out, and why."""
     found = []
-    for part in (x.alone for x in (store, *store.parts)):
-        name_of = names_below(part.settings.origin or part.settings.source)
+    for part in store.wholes:
+        name_of = names_below(part.settings.found_in)
         found += [(name_of(id_), reason) for id_, reason in part.bad]
     return found
 
@@ -213,7 +213,7 @@ def told_of(folders: Sequence[ShardFolder], bad: str, duplicates: int = 0) -> st
     """
     number = sum(folder.num_bad for folder in folders)
     passed = [id_ for folder in folders for id_, reason in folder.bad if reason.startswith(PASSED_OVER)]
-    beside = {x.settings.origin or x.settings.source: x.settings.beside for x in folders}
+    beside = {x.settings.found_in: x.settings.beside for x in folders}
     counts = Counter()
     for found in beside.values():
         counts.update(found)

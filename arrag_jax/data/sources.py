@@ -26,9 +26,10 @@ from arrag_jax.data.sidecars import Sidecars
 from arrag_jax.errors import UserError, printable
 from arrag_jax.files import whole_file
 from arrag_jax.retrieval.encoding import BadImage
-from arrag_jax.retrieval.shards import PASSED_OVER
+from arrag_jax.retrieval.left_out import PASSED_OVER
 
 LARGEST = 2**30  # bytes of an image file; no image of as many pixels as are taken needs more
+NO_FILE = "not a file but a folder or a device"
 # Reading fails for these reasons whenever it is tried; for others (a network's, too many open files) it may not.
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -221,7 +222,7 @@ class _Lister:
                     yield Entry(path, path, fault="a link to a folder, which is not followed")
                 elif name in folders:
                     if endings.is_image(name):
-                        yield Entry(path, path, fault="not a file but a folder or a device")
+                        yield Entry(path, path, fault=NO_FILE)
                 elif name.lower().endswith(TAR):
                     yield from self.members(path)
                 else:
@@ -298,7 +299,7 @@ _PACKED = "a compressed tar, in which nothing can be looked up; unpack it"
 _KINDS = {
     "link": "a link inside a tar",
     "sparse": "stored with holes (a sparse member); pack the tar again without them",
-    "other": "not a file but a folder or a device",
+    "other": NO_FILE,
 }
 
 
@@ -311,7 +312,7 @@ def _file_entry(root: Path, path: str) -> Entry:
         facts = os.stat(root / path)
     except OSError as error:
         return Entry(path, path, fault=f"unreadable: {error.strerror}")
-    fault = "" if stat.S_ISREG(facts.st_mode) else "not a file but a folder or a device"
+    fault = "" if stat.S_ISREG(facts.st_mode) else NO_FILE
     return Entry(path, path, 0, facts.st_size, fault)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
 from arrag_jax.ops import grid as grid_ops
+from arrag_jax.retrieval.patches import packed
 
 COMMON = 20
 BLOCK_IMAGES = 4096  # stored images looked through at once
@@ -82,8 +83,7 @@ class _Held(NamedTuple):
 
 def _whole(context: Integer[np.ndarray, "m 4"], code: Integer[np.ndarray, " m"]) -> Integer[np.ndarray, "m 2"]:
     """Patches as two numbers each: the context's four codes, of 16 bits, and the code."""
-    packed = np.ascontiguousarray(context, "<u2").view("<u8")[:, 0]
-    return np.stack([packed, code.astype(np.uint64)], 1)
+    return np.stack([packed(context), code.astype(np.uint64)], 1)
 
 
 def _held(

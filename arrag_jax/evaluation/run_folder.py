@@ -24,7 +24,7 @@ from arrag_jax.evaluation.drawing import LIMITED, Studio
 from arrag_jax.evaluation.pictures import save
 from arrag_jax.files import sha256_of, whole_file, write_json
 from arrag_jax.json_files import read_json
-from arrag_jax.models.tensor_files import checkpoint_folder, stored_tensors
+from arrag_jax.models.checkpoint import files_of
 from arrag_jax.retrieval.index import RECORD as INDEX_RECORD
 from arrag_jax.retrieval.index import index_directory
 
@@ -63,7 +63,7 @@ def texts_of(settings: Mapping[str, Any], number: int, method: str) -> dict[str,
 def _method(studio: Studio, method: str) -> dict[str, Any]:
     """What a method draws with."""
     folder, policy, config = studio.folders[method], studio.policy(method), studio.config
-    facts = {"model": folder, "model_sha256": _sha256_of_model(Path(folder))}
+    facts = {"model": folder, "model_sha256": _sha256_of_model(folder)}
     if not policy.uses_retrieval:
         return facts
     facts |= {"store": config.retrieval.store, "store_fingerprint": studio.store.fingerprint}
@@ -75,12 +75,10 @@ def _method(studio: Studio, method: str) -> dict[str, Any]:
     return facts | {"retrieval": dataclasses.asdict(config.retrieval), "policy": dataclasses.asdict(policy)}
 
 
-def _sha256_of_model(folder: Path) -> str:
+def _sha256_of_model(folder: str) -> str:
     """Of a model folder's config, weights and text tokenizer."""
-    folder, digest = checkpoint_folder(folder), hashlib.sha256()
-    files = {tensor.file for tensor in stored_tensors(folder).values()}
-    files |= {path for path in folder.glob("*.json") if path.is_file()}
-    for path in sorted(files):
+    digest = hashlib.sha256()
+    for path in files_of(folder):
         digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
 

@@ -141,14 +141,19 @@ def save_model(model: Janus, directory: str | Path, dtype: str = "float32") -> N
 
 
 def sample_hashes(directory: str | Path) -> dict[str, str]:
-    """``files.sample_hash`` of each file that ``load_model`` and the text tokenizer read, by name.
+    """``files.sample_hash`` of each of ``files_of``, by name.
 
     Raises:
       UserError: this is no checkpoint folder.
     """
+    return {f"{directory}/{path.name}": sample_hash(path) for path in files_of(directory)}
+
+
+def files_of(directory: str | Path) -> list[Path]:
+    """The files that ``load_model`` and the text tokenizer read, in order; errors as ``sample_hashes``."""
     folder = checkpoint_folder(Path(directory))
-    files = {tensor.file for tensor in stored_tensors(folder).values()} | set(folder.glob("*.json"))
-    return {f"{directory}/{path.name}": sample_hash(path) for path in sorted(files)}
+    files = {tensor.file for tensor in stored_tensors(folder).values()}
+    return sorted(files | {path for path in folder.glob("*.json") if path.is_file()})
 
 
 def fingerprint(model: Janus) -> str:

@@ -211,9 +211,10 @@ def read_lora(directory: Path) -> LoraConfig | None:
         if adapter is not None:
             raise UserError(f"{adapter} needs an adapter_config.json beside it, with r and lora_alpha")
         return None
-    if not {"r", "lora_alpha"} <= _object(path).keys():
+    content = _object(path)
+    if not {"r", "lora_alpha"} <= content.keys():
         raise UserError(f"{path} does not give r and lora_alpha; copy the checkpoint again")
-    config = _read(AdapterConfig, path)
+    config = _schema(AdapterConfig, content, path)
     other = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if getattr(config, key)]
     if other:
         raise UserError(f"{path} asks for {other[0]}, which is not known here: merge the adapter where it was made")

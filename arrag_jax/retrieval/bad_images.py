@@ -13,7 +13,8 @@ from arrag_jax.errors import UserError, printable
 from arrag_jax.progress import Bar, tell
 from arrag_jax.retrieval import building
 from arrag_jax.retrieval.encoding import BadImage
-from arrag_jax.retrieval.shards import BAD_FILES, DUPLICATE, PASSED_OVER, ShardSettings, read_bad
+from arrag_jax.retrieval.left_out import BAD_FILES, DUPLICATE, PASSED_OVER, read_bad
+from arrag_jax.retrieval.shards import ShardSettings
 
 ONE_IN = 20  # images; among fewer than this many times `least` the least number is smaller
 

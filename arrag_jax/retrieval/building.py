@@ -14,11 +14,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from arrag_jax import progress, signals
 from arrag_jax.errors import UserError
-from arrag_jax.files import explained, only_writer, sha256_of, whole_file, write_json
+from arrag_jax.files import explained, only_writer, whole_file, write_json
 from arrag_jax.json_files import read_object
 from arrag_jax.parsing import parse, shown
 from arrag_jax.progress import Bar
-from arrag_jax.retrieval.shards import MANIFEST, ShardFolder, ShardSettings, write_manifest
+from arrag_jax.retrieval.shards import MANIFEST, ShardFolder, ShardSettings, facts_of, write_manifest
 from arrag_jax.retrieval.team import Team
 
 BUILDING = "building.json"
@@ -173,8 +173,5 @@ def _manifest(kind: type[ShardFolder], directory: Path, settings: ShardSettings)
     counts = {name: {"images": 0} for name in settings.other_files}
     for shard in range(settings.num_shards):
         counts |= settings.shard_counts(directory, shard)
-    files = {}
-    for name, count in counts.items():
-        path = directory / name
-        files[name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size, **count}
+    files = {name: facts_of(directory / name, count) for name, count in counts.items()}
     return {"format_version": kind.format_version, "settings": dataclasses.asdict(settings), "files": files}

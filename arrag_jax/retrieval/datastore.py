@@ -27,7 +27,7 @@ import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
@@ -37,7 +37,15 @@ from arrag_jax.errors import UserError
 from arrag_jax.files import sha256_of
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.parsing import in_range
-from arrag_jax.retrieval.shards import MANIFEST, ShardFolder, ShardSettings, content_hash, reading, require_count
+from arrag_jax.retrieval.shards import (
+    MANIFEST,
+    ShardFolder,
+    ShardSettings,
+    content_hash,
+    reading,
+    require_count,
+    require_digest,
+)
 
 KEY_KINDS = ("codebook", "latent")
 CODEBOOK = "codebook.npz"
@@ -137,7 +145,8 @@ class Datastore(ShardFolder):
         differ += ["captions"] if ours.captions > theirs.captions else []
         if differ:
             raise UserError(f"{part.directory} has another {differ[0]} than {store.directory}; {cls.rebuild}")
-        if fingerprint not in (part.fingerprint, sha256_of(part.directory / MANIFEST)):  # the latter in older stores
+        # older stores name a part by the hash of its manifest
+        if fingerprint != part.fingerprint and fingerprint != sha256_of(part.directory / MANIFEST):
             raise UserError(f"{part.directory} is not the part that {store.directory} was given; {cls.rebuild}")
         return part
 
@@ -187,6 +196,11 @@ class Datastore(ShardFolder):
     def alone(self) -> "Datastore":
         """The store without the parts that were added later."""
         return dataclasses.replace(self, parts=(), num_images=self.count_images(self.settings, self.manifest))
+
+    @property
+    def wholes(self) -> tuple["Datastore", ...]:
+        """The stores that this one consists of, each without parts: itself alone, then what was added."""
+        return (self.alone, *self.parts)
 
     @property
     def bad(self) -> list[tuple[str, str]]:
@@ -316,12 +330,6 @@ def require_length(record: bytes, dtype: str, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless a record holds an array of this shape."""
     if len(record) != math.prod(shape) * np.dtype(dtype).itemsize:
         raise ValueError(f"its records have {len(record)} bytes, not those of {list(shape)} numbers")
-
-
-def require_digest(digest: str, facts: dict[str, Any]) -> None:
-    """Raises ValueError unless a file's SHA-256 is the manifest's."""
-    if digest != facts["sha256"]:
-        raise ValueError("its SHA-256 is not the manifest's")
 
 
 def unit_norm(vectors: Float[np.ndarray, "*dims C"]) -> Float[np.ndarray, "*dims C"]:

@@ -15,11 +15,12 @@ import numpy as np
 
 from arrag_jax import progress
 from arrag_jax.errors import UserError
-from arrag_jax.files import only_writer, sha256_of
+from arrag_jax.files import only_writer
 from arrag_jax.progress import Bar
 from arrag_jax.retrieval.datastore import Datastore, StoreSettings
 from arrag_jax.retrieval.encoding import BadImage, Encode, Example, Examples, encoded
-from arrag_jax.retrieval.shards import read_lines, write_manifest
+from arrag_jax.retrieval.left_out import read_lines
+from arrag_jax.retrieval.shards import content_of, facts_of, write_manifest
 from arrag_jax.retrieval.team import Team
 from arrag_jax.retrieval.writer import write_files
 
@@ -96,15 +97,11 @@ def extend(
 def _jobs(store: Datastore, keys: tuple[str, ...], captions: bool) -> list[_Job]:
     """All shards, the parts' first and the store's own last."""
     jobs = []
-    for part in (*store.parts, dataclasses.replace(store, parts=(), num_images=_own_images(store))):
+    for part in (*store.parts, store.alone):
         both = {"keys": all_keys(part.settings.keys, keys), "captions": captions or part.settings.captions}
         wanted = dataclasses.replace(part.settings, **both)
         jobs += [_Job(part, wanted, shard) for shard in range(wanted.num_shards)]
     return jobs
-
-
-def _own_images(store: Datastore) -> int:
-    return store.count_images(store.settings, store.manifest)
 
 
 def _write_shards(
@@ -178,7 +175,7 @@ def _write_manifests(store: Datastore, jobs: list[_Job]) -> None:
     """The parts' manifests, then the store's own: what was written before keeps its hashes, what is new gets them."""
     names = {part.directory.name: part.fingerprint for part in store.parts}
     if names != store.manifest.get("parts", {}):  # stores made before named parts by the bytes of their manifests
-        write_manifest(store.directory, {**_content(store), "parts": names})
+        write_manifest(store.directory, {**content_of(store.manifest), "parts": names})
     by_part: dict[Path, list[_Job]] = {}
     for job in jobs:
         by_part.setdefault(job.part.directory, []).append(job)
@@ -189,14 +186,6 @@ def _write_manifests(store: Datastore, jobs: list[_Job]) -> None:
         counts = {name: {"images": 0} for name in wanted.other_files}
         for job in own:
             counts |= wanted.shard_counts(directory, job.shard)
-        files = {name: part.files.get(name) or _facts(directory / name, count) for name, count in counts.items()}
-        content = {**_content(part), "settings": dataclasses.asdict(wanted), "files": files}
+        files = {name: part.files.get(name) or facts_of(directory / name, count) for name, count in counts.items()}
+        content = {**content_of(part.manifest), "settings": dataclasses.asdict(wanted), "files": files}
         write_manifest(directory, content | ({"parts": names} if names and directory == store.directory else {}))
-
-
-def _content(part: Datastore) -> dict[str, Any]:
-    return {key: value for key, value in part.manifest.items() if key != "sha256"}
-
-
-def _facts(path: Path, count: dict[str, int]) -> dict[str, Any]:
-    return {"sha256": sha256_of(path), "bytes": path.stat().st_size, **count}

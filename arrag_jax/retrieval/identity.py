@@ -7,7 +7,7 @@ equal scenes on purpose: among those the name decides.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import UInt16, UInt64
@@ -20,7 +20,11 @@ CHUNK = 16_384  # grids read at once
 def digests(codes: UInt16[np.ndarray, "n H W"], captions: Sequence[str] | None) -> UInt64[np.ndarray, " n"]:
     """Returns 64 bits of a hash of each grid and its caption; 10^7 images agree by chance once in 10^5 stores."""
     words = [""] * len(codes) if captions is None else captions
-    contents = (grid.astype("<u2").tobytes() + word.encode() for grid, word in zip(codes, words, strict=True))
+    return _hashes(grid.astype("<u2").tobytes() + word.encode() for grid, word in zip(codes, words, strict=True))
+
+
+def _hashes(contents: Iterable[bytes]) -> UInt64[np.ndarray, " n"]:
+    """64 bits of a hash of each."""
     found = [hashlib.blake2b(content, digest_size=8).digest() for content in contents]
     return np.frombuffer(b"".join(found), "<u8").astype(np.uint64)
 
@@ -28,8 +32,7 @@ def digests(codes: UInt16[np.ndarray, "n H W"], captions: Sequence[str] | None) 
 def digests_of(part: Datastore) -> UInt64[np.ndarray, " n"]:
     """Returns what tells the images of a store without parts from others: of a data set's their ids, else contents."""
     if part.settings.split:  # which files have none of
-        found = [hashlib.blake2b(f"id:{id_}".encode(), digest_size=8).digest() for id_ in part.sources]
-        return np.frombuffer(b"".join(found), "<u8").astype(np.uint64)
+        return _hashes(f"id:{id_}".encode() for id_ in part.sources)
     captions = part.captions if part.settings.captions else None
 
     def chunks() -> Iterator[np.ndarray]:
@@ -58,6 +61,6 @@ class KnownContents:
 
 def contents_of_files(store: Datastore) -> KnownContents:
     """Returns the contents of all images of a store, those of its parts too, that came from files."""
-    wholes = [x.alone for x in (store, *store.parts) if not x.settings.split]
+    wholes = [x for x in store.wholes if not x.settings.split]
     contents = [np.zeros(0, np.uint64), *map(digests_of, wholes)]
     return KnownContents(np.concatenate(contents), [id_ for part in wholes for id_ in part.sources])

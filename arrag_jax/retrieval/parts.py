@@ -18,12 +18,13 @@ import numpy as np
 
 from arrag_jax import progress
 from arrag_jax.errors import UserError
-from arrag_jax.files import folder_in, only_writer, require_within, sha256_of, whole_file, write_json
+from arrag_jax.files import folder_in, only_writer, require_within, whole_file, write_json
 from arrag_jax.json_files import read_object
 from arrag_jax.retrieval.building import state_of, write_lines, write_records
 from arrag_jax.retrieval.datastore import SAME_IN_ALL_PARTS, Datastore, StoreSettings
 from arrag_jax.retrieval.identity import KnownContents, digests_of
-from arrag_jax.retrieval.shards import DUPLICATE, MANIFEST, counts_of, read_bad, write_manifest
+from arrag_jax.retrieval.left_out import DUPLICATE, counts_of, read_bad
+from arrag_jax.retrieval.shards import MANIFEST, content_of, facts_of, write_manifest
 from arrag_jax.retrieval.writer import RECORD_OPTIONS
 
 MERGING = ".merging.json"  # in the folder of an unfinished merge: the fingerprints of what is merged
@@ -78,7 +79,7 @@ def add_part(
     whole = Datastore.open(part)
     require_fits(store, whole.settings)
     store.require_manifest()  # what is written anew would get a hash that fits
-    content = {key: value for key, value in store.manifest.items() if key != "sha256"}
+    content = content_of(store.manifest)
     content["parts"] = {**content.get("parts", {}), part.name: whole.fingerprint}
     grown = dataclasses.replace(
         store, manifest=content, parts=(*store.parts, whole), num_images=store.num_images + whole.num_images
@@ -157,7 +158,7 @@ def _taken(stores: list[Datastore], keep_duplicates: bool) -> Iterator[_Taken]:
     contents, names, told = [np.zeros(0, np.uint64)], [], frozenset()
     for store in stores:
         known, before = KnownContents(np.concatenate(contents), list(names)), told
-        for part in (x.alone for x in (store, *store.parts)):
+        for part in store.wholes:
             if keep_duplicates:
                 yield _Taken(part, [None] * part.num_images, frozenset())
                 continue
@@ -258,10 +259,7 @@ def _facts(taken: _Taken, target: Path) -> dict[str, dict[str, Any]]:
         counts |= {name: count for name in shard.files.values()}
         if shard.left_out:
             counts[shard.bad_file] = counts_of([reason for _, reason in shard.left_out])
-    return {
-        name: {"sha256": sha256_of(target / name), "bytes": (target / name).stat().st_size, **count}
-        for name, count in counts.items()
-    }
+    return {name: facts_of(target / name, count) for name, count in counts.items()}
 
 
 def _part_name(number: int) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -20,14 +20,10 @@ from arrag_jax.files import sha256_of, write_json
 from arrag_jax.json_files import read_object
 from arrag_jax.ops.grid import MOST_SIDE
 from arrag_jax.parsing import in_range, parse, shown
+from arrag_jax.retrieval.left_out import BAD_FILES, LEFT_OUT, bad_line, counts_of, read_bad
 
 MANIFEST = "manifest.json"
 MOST_IMAGES = 2**40
-BAD_FILES = "bad-*.txt"
-# How the reason of a line in a file of bad images begins that tells of no damage: what may be an image and is not read,
-# and an image that is there already. Both are left out, and neither counts among those that cannot be read.
-PASSED_OVER, DUPLICATE = "passed over: ", "duplicate of "
-LEFT_OUT = ("bad", "passed_over", "duplicates")  # what a manifest counts in such a file
 
 Folder = TypeVar("Folder")
 
@@ -70,6 +66,11 @@ class ShardSettings:
         for side in self.grid:
             in_range("a side of grid", side, 1, MOST_SIDE)
         in_range("codebook_size", self.codebook_size, 1, 2**31)
+
+    @property
+    def found_in(self) -> str:
+        """Where its files were found, as exactly as is known; the name of a data set."""
+        return self.origin or self.source
 
     @property
     def num_shards(self) -> int:
@@ -123,7 +124,7 @@ class Manifest:
 
     settings: Any
     files: dict[str, FileFacts]
-    parts: dict[str, str] = dataclasses.field(default_factory=dict)  # folder of each part → SHA-256 of its manifest
+    parts: dict[str, str] = dataclasses.field(default_factory=dict)  # folder of each part → its fingerprint
     sha256: str = ""  # of all the rest; absent in the oldest ones
 
     def __post_init__(self):
@@ -140,10 +141,10 @@ class Manifest:
             listed = self.files.get(settings.bad_file(shard), FileFacts("", 0, 0))
             left_out = sum(getattr(listed, kind) for kind in LEFT_OUT)
             for name in settings.shard_files(shard).values():
-                images = self._facts(name).images
-                expected = len(settings.shard_images(shard)) - left_out - self._facts(name).told
-                if images != expected or images < 0:
-                    raise UserError(f"files.{name} has {images} images, its settings give it {expected}")
+                facts = self._facts(name)
+                expected = len(settings.shard_images(shard)) - left_out - facts.told
+                if facts.images != expected:
+                    raise UserError(f"files.{name} has {facts.images} images, its settings give it {expected}")
 
     def _facts(self, name: str) -> FileFacts:
         if name not in self.files:
@@ -244,8 +245,7 @@ class ShardFolder:
             content = path.read_bytes()
             lines = content.decode().split("\n")[:-1]
             require_count(lines, facts["images"] + sum(facts.get(kind, 0) for kind in LEFT_OUT))
-            if hashlib.sha256(content).hexdigest() != facts["sha256"]:
-                raise ValueError("its SHA-256 is not the manifest's")
+            require_digest(hashlib.sha256(content).hexdigest(), facts)
         return lines
 
     @property
@@ -287,22 +287,6 @@ class ShardFolder:
         return sha256_of(self.directory / MANIFEST)
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file of ours, each of which ends in a newline."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
-
-
-def read_bad(path: Path) -> list[tuple[str, str]]:
-    """Image and reason from each line of a file of bad images."""
-    return [bad_line(line) for line in read_lines(path)]
-
-
-def bad_line(line: str) -> tuple[str, str]:
-    """Image and reason from a line of a file of bad images."""
-    name, _, reason = line.partition("\t")
-    return name, reason
-
-
 def require_inside(name: str) -> None:
     """Raises UserError unless a name is that of a file or folder directly inside the folder that names it."""
     if name in ("", ".", "..") or len(name.encode()) > 255 or "/" in name or not name.isprintable():
@@ -313,6 +297,12 @@ def require_count(found: Sized, expected: int) -> None:
     """Raises ValueError unless a file holds as many images as its manifest says."""
     if len(found) != expected:
         raise ValueError(f"it holds {len(found)} images, not {expected}")
+
+
+def require_digest(digest: str, facts: dict[str, Any]) -> None:
+    """Raises ValueError unless a file's SHA-256 is the manifest's."""
+    if digest != facts["sha256"]:
+        raise ValueError("its SHA-256 is not the manifest's")
 
 
 @contextlib.contextmanager
@@ -329,17 +319,19 @@ def reading(path: Path, verify: str, rebuild: str) -> Iterator[None]:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); {see}{rebuild}") from error
 
 
-def counts_of(reasons: list[str]) -> dict[str, int]:
-    """What the manifest says of a file of bad images with these reasons; what is passed over and duplicates apart."""
-    passed, same = (sum(reason.startswith(kind) for reason in reasons) for kind in (PASSED_OVER, DUPLICATE))
-    counts = {"images": 0, "bad": len(reasons) - passed - same}
-    return counts | {name: count for name, count in (("passed_over", passed), ("duplicates", same)) if count}
+def facts_of(path: Path, counts: Mapping[str, int]) -> dict[str, Any]:
+    """What the manifest says of a file, with these counts of ``FileFacts``; reads all of it."""
+    return {"sha256": sha256_of(path), "bytes": path.stat().st_size, **counts}
+
+
+def content_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """All that a manifest says but its own hash."""
+    return {key: value for key, value in manifest.items() if key != "sha256"}
 
 
 def content_hash(manifest: dict[str, Any]) -> str:
-    """Hex SHA-256 of all that a manifest says but this hash."""
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """Hex SHA-256 of ``content_of`` a manifest."""
+    return hashlib.sha256(json.dumps(content_of(manifest), sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(directory: Path, content: dict[str, Any]) -> None:

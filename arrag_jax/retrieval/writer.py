@@ -15,7 +15,7 @@ from arrag_jax.retrieval.bad_images import NONE, BadImages, Tally
 from arrag_jax.retrieval.datastore import CODEBOOK, Datastore, StoreSettings, unit_norm
 from arrag_jax.retrieval.encoding import Encode, Examples, caption_of, encoded, require_images
 from arrag_jax.retrieval.identity import KnownContents, digests
-from arrag_jax.retrieval.shards import DUPLICATE
+from arrag_jax.retrieval.left_out import DUPLICATE
 from arrag_jax.retrieval.team import Team
 
 # Codes have spare bits (10 to 14 of 16 are in use), which zstd finds; where there are none it adds next to nothing.

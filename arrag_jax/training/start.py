@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 
 from arrag_jax.errors import UserError
 from arrag_jax.models.config_json import layout_of, read_json
-from arrag_jax.models.layouts import to_ours, to_published
+from arrag_jax.models.layouts import published_shape, to_ours
 from arrag_jax.models.tensor_files import read_tensors, some, stored_tensors, wherever
 from arrag_jax.training.checkpoint import read_params
 
@@ -44,7 +44,7 @@ def _of_folder(folder: Path, params: PyTree) -> PyTree:
             "tune it further as config.options.base); give the workdir of a run of the same task"
         )
     for path, leaf in leaves.items():
-        shape, wanted = stored[keys[path]].shape, to_published(np.empty(leaf.shape, np.bool_), path).shape
+        shape, wanted = stored[keys[path]].shape, published_shape(leaf.shape, path)
         if shape != wanted:
             raise UserError(
                 f"init_from={folder} holds parameters of another model: {keys[path]} has shape {shape}, not {wanted}; "
