@@ -30,7 +30,20 @@ import numpy as np
 
 from arrag_jax.command import OPTIONAL_CONFIG, Flag, main_with_config
 from arrag_jax.config import DatastoreConfig, ScannOptions
-from arrag_jax.data.images import (
+from arrag_jax.data.examples import DUPLICATE, PASSED_OVER, Examples
+from arrag_jax.errors import UserError, printable
+from arrag_jax.models.checkpoint import load_model, tokenizer_fingerprint
+from arrag_jax.models.janus import VISION, Janus
+from arrag_jax.processes import require_same
+from arrag_jax.retrieval import index
+from arrag_jax.retrieval import report as measure
+from arrag_jax.retrieval.load import settled
+from arrag_jax.retrieval.scann import BY_RULE
+from arrag_jax.store import extension, segments, writer
+from arrag_jax.store.building import require_same_settings, state_of
+from arrag_jax.store.datastore import Datastore, StoreSettings
+from arrag_jax.store.identity import contents_of_files
+from arrag_jax.store.images import (
     LISTING,
     ImageSource,
     encoder,
@@ -41,22 +54,9 @@ from arrag_jax.data.images import (
     origin_of,
     told_of,
 )
-from arrag_jax.errors import UserError, printable
-from arrag_jax.models.checkpoint import fingerprint, load_model
-from arrag_jax.models.janus import VISION, Janus
-from arrag_jax.processes import require_same
-from arrag_jax.retrieval import extension, index, parts, writer
-from arrag_jax.retrieval import report as measure
-from arrag_jax.retrieval.bad_images import NONE, Tally
-from arrag_jax.retrieval.building import require_same_settings, state_of
-from arrag_jax.retrieval.datastore import Datastore, StoreSettings
-from arrag_jax.retrieval.encoding import Examples
-from arrag_jax.retrieval.identity import contents_of_files
-from arrag_jax.retrieval.left_out import DUPLICATE, PASSED_OVER
-from arrag_jax.retrieval.load import settled
-from arrag_jax.retrieval.scann import BY_RULE
-from arrag_jax.retrieval.shards import MANIFEST
-from arrag_jax.retrieval.team import Team, team_in
+from arrag_jax.store.shards import MANIFEST
+from arrag_jax.store.skipped import NONE, SkippedCounts
+from arrag_jax.store.workers import Workers, workers_in
 
 
 def run(
@@ -86,7 +86,7 @@ def run(
                 print(f"{name:20}{figure:>16,.4f}" if isinstance(figure, float) else f"{name:20}{figure:>16,}")
     elif merge:
         stores = [Datastore.open(store) for store in merge]
-        finish(parts.merge(stores, directory, keep_duplicates), config, start)
+        finish(segments.merge(stores, directory, keep_duplicates), config, start)
     elif config is None:
         finish(Datastore.open(directory), None, start)
     else:
@@ -97,19 +97,19 @@ def build_or_add(
     config: DatastoreConfig, directory: Path, append: bool, start: float, keep_duplicates: bool = False
 ) -> None:
     """This process's part in building the store, or in adding to it."""
-    with team_in(directory, jax.process_index(), jax.process_count()) as team:
+    with workers_in(directory, jax.process_index(), jax.process_count()) as workers:
         tokenizer = load_model(config.model, parts=VISION)
-        require_same({f"tokenizer of {config.model}": fingerprint(tokenizer)}, "model")
-        config = with_what_is_held(config, directory, tokenizer, team, append)
-        store = (add if append else build)(config, directory, tokenizer, team, keep_duplicates)
-        if team.leads:
+        require_same({f"tokenizer of {config.model}": tokenizer_fingerprint(tokenizer)}, "model")
+        config = with_what_is_held(config, directory, tokenizer, workers, append)
+        store = (add if append else build)(config, directory, tokenizer, workers, keep_duplicates)
+        if workers.leads:
             finish(store, config, start)
         else:
-            team.wait_for_leader_to_leave()
+            workers.wait_for_leader_to_leave()
 
 
 def with_what_is_held(
-    config: DatastoreConfig, directory: Path, tokenizer: Janus, team: Team, append: bool
+    config: DatastoreConfig, directory: Path, tokenizer: Janus, workers: Workers, append: bool
 ) -> DatastoreConfig:
     """The config with all kinds of key (and the captions) of a whole store in the directory, once that has its own.
 
@@ -132,7 +132,7 @@ def with_what_is_held(
             return examples, {examples.source_id(number): number for number in range(len(examples))}
 
         store = Datastore.open(directory)
-        extension.extend(store, keys, captions, images, encoder(tokenizer), config.batch_size, team)
+        extension.extend(store, keys, captions, images, encoder(tokenizer), config.batch_size, workers)
     return dataclasses.replace(config, keys=keys, captions=captions)
 
 
@@ -140,7 +140,7 @@ def build(
     config: DatastoreConfig,
     directory: Path,
     tokenizer: Janus,
-    team: Team,
+    workers: Workers,
     keep_duplicates: bool = False,
     whole: Datastore | None = None,
 ) -> Datastore | None:
@@ -154,8 +154,8 @@ def build(
     def state() -> tuple[str, StoreSettings | None]:
         return state_of(Datastore, directory)
 
-    if not team.leads:  # the first process makes the data set, or lists the folder
-        team.wait_until(lambda: state()[0] != "nothing" or team.leader_has_left())
+    if not workers.leads:  # the first process makes the data set, or lists the folder
+        workers.wait_until(lambda: state()[0] != "nothing" or workers.leader_has_left())
         if state()[0] == "nothing":
             return None
     begun, found = state()
@@ -178,32 +178,32 @@ def build(
         config.batch_size,
         images.source_id,
         config.max_bad_fraction,
-        team,
+        workers,
         tally_of(whole) if whole else NONE,
         config.min_bad,
         contents_of_files(whole) if whole and not (keep or is_data_set(config.source)) else None,
     )
-    if team.leads:
+    if workers.leads:
         (directory / LISTING).unlink(missing_ok=True)
     return store
 
 
 def add(
-    config: DatastoreConfig, directory: Path, tokenizer: Janus, team: Team, keep_duplicates: bool = False
+    config: DatastoreConfig, directory: Path, tokenizer: Janus, workers: Workers, keep_duplicates: bool = False
 ) -> Datastore:
     """The store with those of the config's images that it did not hold, as one more part."""
     store = Datastore.open(directory)
-    store.require_tokenizer(fingerprint(tokenizer))
-    parts.require_fits(store, settings_of(config, tokenizer, 1))
-    config = spelt_alike(config, [x.settings for x in (store, *store.parts)])
-    part = parts.next_part(store)
+    store.require_tokenizer(tokenizer_fingerprint(tokenizer))
+    segments.require_fits(store, settings_of(config, tokenizer, 1))
+    config = spelt_alike(config, [x.settings for x in (store, *store.segments)])
+    part = segments.next_segment(store)
     _, found = state_of(Datastore, part)
     if found and not is_same_source(found, config.source):
         raise UserError(f"{part} is what is left of adding {found.source}; run that command again first, or delete it")
-    if build(config, part, tokenizer, team, keep_duplicates, store) is None:
+    if build(config, part, tokenizer, workers, keep_duplicates, store) is None:
         print(f"nothing to add: {directory} holds every image of {printable(config.source)}")
         return store
-    return parts.add_part(store, part, functools.partial(new_indexes, config)) if team.leads else store
+    return segments.add_segment(store, part, functools.partial(new_indexes, config)) if workers.leads else store
 
 
 @contextlib.contextmanager
@@ -225,9 +225,9 @@ def names_not_to_take(store: Datastore, keep_duplicates: bool) -> tuple[set[str]
     return known, passed_over
 
 
-def tally_of(store: Datastore) -> Tally:
+def tally_of(store: Datastore) -> SkippedCounts:
     """How many images a store went through, and how many of them were bad."""
-    return Tally(store.num_images + store.num_duplicates + store.num_bad, store.num_bad)
+    return SkippedCounts(store.num_images + store.num_duplicates + store.num_bad, store.num_bad)
 
 
 def spelt_alike(config: DatastoreConfig, known: Collection[StoreSettings]) -> DatastoreConfig:
@@ -244,7 +244,7 @@ def split_of(config: DatastoreConfig) -> str:
 def settings_of(config: DatastoreConfig, tokenizer: Janus, num_images: int) -> StoreSettings:
     """What the store of the first images of the config's source is to hold."""
     return StoreSettings(
-        fingerprint=fingerprint(tokenizer),
+        fingerprint=tokenizer_fingerprint(tokenizer),
         grid=tokenizer.grid,
         codebook_size=tokenizer.codebook_size,
         code_dim=tokenizer.codebook.shape[1],

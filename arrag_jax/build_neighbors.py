@@ -19,24 +19,24 @@ import numpy as np
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import NeighborsConfig
 from arrag_jax.data import sources
-from arrag_jax.data.images import LISTING, ImageSource, encoder, names_below, names_in, origin_of, told_of
 from arrag_jax.files import require_within
-from arrag_jax.models.checkpoint import fingerprint, load_model
+from arrag_jax.models.checkpoint import load_model, tokenizer_fingerprint
 from arrag_jax.models.janus import VISION, Janus
 from arrag_jax.ops.neighbors import Neighbors
-from arrag_jax.retrieval import neighbor_writer
-from arrag_jax.retrieval.building import require_same_settings, state_of
-from arrag_jax.retrieval.datastore import Datastore
+from arrag_jax.retrieval.leave_one_out import LeaveOneOut
 from arrag_jax.retrieval.load import load_retriever
-from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings
-from arrag_jax.retrieval.neighbor_writer import NO_CAPTION
-from arrag_jax.retrieval.others import OtherImages
+from arrag_jax.store import neighbor_writer
+from arrag_jax.store.building import require_same_settings, state_of
+from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.images import LISTING, ImageSource, encoder, names_below, names_in, origin_of, told_of
+from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings
+from arrag_jax.store.neighbor_writer import NO_CAPTION
 
 
 def run(config: NeighborsConfig, workdir: str) -> None:
     """Looks up the neighbours of two splits, in --workdir/train and --workdir/valid; run again to continue."""
     start, tokenizer = time.perf_counter(), load_model(config.model, parts=VISION)
-    store, retriever = load_retriever(config.retrieval, fingerprint(tokenizer))
+    store, retriever = load_retriever(config.retrieval, tokenizer_fingerprint(tokenizer))
     splits = {"train": config.train_split, "valid": config.valid_split}
     splits = {require_within(Path(workdir), Path(workdir) / name): split for name, split in splits.items()}
     there = {directory: state_of(NeighborSet, directory) for directory in splits}
@@ -55,7 +55,7 @@ def run(config: NeighborsConfig, workdir: str) -> None:
         require_same_settings(NeighborSet, directory, settings)  # of both, before the first is begun
     source.keep_listing()
     encode, name_of = encoder(tokenizer), names_below(config.source)
-    others = OtherImages(store, names_in(store), retriever)
+    others = LeaveOneOut(store, names_in(store), retriever)
 
     def search(codes: np.ndarray, ids: Sequence[str], count: Callable[[int], Any]) -> Neighbors:
         return others.search(codes, [name_of(id_) for id_ in ids], count)
@@ -90,7 +90,7 @@ def settings_of(
         search=search.search,
         scann=search.scann,
         storage=search.storage if search.search == "dense" else "",
-        datastore=store.fingerprint,
+        datastore=store.store_fingerprint,
         store_images=store.num_images,
         source=config.source,
         split=split,

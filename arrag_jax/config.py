@@ -245,14 +245,14 @@ class DaidConfig(Settings):
 
     weight: float = 0.1  # λ
     temperature: float = 0.05  # τ, squared L2
-    copies: str = "nearest"  # "nearest" (the paper) | "sum"
+    reduction: str = "max"  # "max" (the paper) | "sum"
 
     def __post_init__(self):
         if not 0 <= self.weight <= 1:
             raise UserError(f"DAiD's weight λ = {self.weight} is outside [0, 1]")
         require_temperature("DAiD's temperature τ", self.temperature)
-        if self.copies not in ("nearest", "sum"):
-            raise UserError(f"DAiD's copies = {self.copies!r} is unknown; choose nearest (the paper) or sum")
+        if self.reduction not in ("max", "sum"):
+            raise UserError(f"DAiD's reduction = {self.reduction!r} is unknown; choose max (the paper) or sum")
 
 
 @dataclasses.dataclass(frozen=True)

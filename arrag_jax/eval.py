@@ -13,8 +13,8 @@ from arrag_jax import signals
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import DrawConfig, MeshConfig
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation.drawing import open_studio
-from arrag_jax.evaluation.emoji_benchmark import SEEDS, measure, report, scaling, sweep
+from arrag_jax.evaluation.emoji.benchmark import SEEDS, measure, report, scaling, sweep
+from arrag_jax.evaluation.pipeline import open_pipeline
 from arrag_jax.files import require_writable, write_json
 
 BENCHMARKS = ("emoji_scenes",)
@@ -36,15 +36,15 @@ def run(
     if config.mesh not in (MeshConfig(), MeshConfig(1, 1)):
         raise UserError("eval measures on one device; leave config.mesh out")
     config = dataclasses.replace(config, mesh=MeshConfig(1, 1))
-    studio = open_studio(config, ("plain", "daid") if modes["sweep"] or modes["scaling"] else ())
+    pipeline = open_pipeline(config, ("plain", "daid") if modes["sweep"] or modes["scaling"] else ())
     out = Path(workdir)
     require_writable(out)
     if modes["sweep"]:
-        print(sweep(studio, num_scenes, out))
+        print(sweep(pipeline, num_scenes, out))
     elif modes["scaling"]:
-        print(scaling(studio, num_scenes))
+        print(scaling(pipeline, num_scenes))
     else:
-        results = measure(studio, split, num_prompts, num_scenes)
+        results = measure(pipeline, split, num_prompts, num_scenes)
         write_json(out / "results.json", results)
         print(report(results))
 

@@ -43,7 +43,7 @@ def sha256_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside ``path``; on leaving it is synced and renamed to ``path``.
 
     The temporary name is fixed, so that a killed run's remains are overwritten by the next one.
@@ -53,7 +53,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with explained(path):
+        with write_errors(path):
             temporary.unlink(missing_ok=True)  # it may be a link, which would be written through
             yield temporary
             sync(temporary)
@@ -72,14 +72,14 @@ def folder_in(root: Path, *names: str) -> Path:
       UserError: as ``require_within``, or it cannot be made.
     """
     folder = require_within(root, root.joinpath(*names))
-    with explained(folder):
+    with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def require_within(root: Path, folder: Path) -> Path:
     """Returns the folder of ``root``; a UserError if a link leads out of ``root``, where nothing is to be written."""
-    with explained(folder):
+    with write_errors(folder):
         real, top = os.path.realpath(folder), os.path.realpath(root)
     if os.path.commonpath([real, top]) != top:
         raise UserError(f"{folder} is a link that leads out of {root}, to {real}; nothing is written there: remove it")
@@ -88,7 +88,7 @@ def require_within(root: Path, folder: Path) -> Path:
 
 def require_writable(folder: Path) -> None:
     """Makes a folder where it is absent; a UserError if it cannot be written, said before any long work."""
-    with explained(folder):
+    with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
@@ -103,7 +103,7 @@ def removed(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path, what: str, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path, what: str, replace: bool = False) -> Iterator[Path]:
     """Gives an empty folder beside ``target``; on leaving it becomes ``target``, and vanishes if anything fails.
 
     Its name is fixed, so that the next run clears away what a killed one left; it is locked, so that of two runs at
@@ -119,17 +119,17 @@ def whole_folder(target: Path, what: str, replace: bool = False) -> Iterator[Pat
     """
     target = target.parent.absolute() / target.name if replace else Path(os.path.realpath(target))
     temporary, old = (target.with_name(f".{target.name}.{state}") for state in ("tmp", "old"))
-    with explained(target):
+    with write_errors(target):
         if temporary.is_symlink() or temporary.is_file():
             temporary.unlink()
         temporary.mkdir(parents=True, exist_ok=True)  # perhaps that of another process, see below
-    with only_writer(temporary, refusal=f"another process writes {what} to {target}; wait for it"):
+    with exclusive_lock(temporary, refusal=f"another process writes {what} to {target}; wait for it"):
         for left in (old, *temporary.iterdir()):
             removed(left)
         try:
             if not replace:
                 require_new(target)
-            with explained(target):
+            with write_errors(target):
                 yield temporary
                 sync(temporary)
                 if replace and os.path.lexists(target):
@@ -146,10 +146,10 @@ def whole_folder(target: Path, what: str, replace: bool = False) -> Iterator[Pat
 
 
 def clear_leftovers(target: Path) -> None:
-    """Removes what a killed ``whole_folder`` left beside ``target``, unless another process is at work on it."""
+    """Removes what a killed ``atomic_folder`` left beside ``target``, unless another process is at work on it."""
     temporary, old = (target.with_name(f".{target.name}.{state}") for state in ("tmp", "old"))
     if temporary.is_dir() and not temporary.is_symlink():
-        with contextlib.suppress(UserError, OSError), only_writer(temporary):
+        with contextlib.suppress(UserError, OSError), exclusive_lock(temporary):
             removed(old)
             removed(temporary)
     else:
@@ -165,14 +165,14 @@ def require_new(target: Path, flag: str = "") -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON, whole or not at all; keys in the order given."""
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         # A file's name that is not UTF-8 has half characters, which JSON knows as escapes.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager
-def only_writer(directory: Path, wait: bool = False, alone: bool = True, refusal: str = "") -> Iterator[None]:
+def exclusive_lock(directory: Path, wait: bool = False, alone: bool = True, refusal: str = "") -> Iterator[None]:
     """Holds the directory for this process; the lock ends with the process, however it ends.
 
     Where the file system has no locks, this is said once, and nothing is held.
@@ -221,7 +221,7 @@ def _lock(handle: int, directory: Path, wait: bool, alone: bool, refusal: str) -
 
 
 def is_held(directory: Path) -> bool:
-    """Tells whether a process holds the directory by ``only_writer``."""
+    """Tells whether a process holds the directory by ``exclusive_lock``."""
     try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
@@ -238,12 +238,12 @@ def is_held(directory: Path) -> bool:
 
 
 def is_being_written(target: Path) -> bool:
-    """Tells whether a process is at work on ``whole_folder`` of this target."""
+    """Tells whether a process is at work on ``atomic_folder`` of this target."""
     return is_held(target.with_name(f".{target.name}.tmp"))
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
     """Turns a failure to write ``path`` into one line."""
     try:
         yield

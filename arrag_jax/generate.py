@@ -21,14 +21,14 @@ from jax.experimental import multihost_utils
 from arrag_jax import progress, signals
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import DrawConfig
-from arrag_jax.data import scenes
+from arrag_jax.data.emoji import scenes
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation.canvas import upscale
-from arrag_jax.evaluation.drawing import METHODS, Batch, Studio, open_studio
-from arrag_jax.evaluation.pictures import labelled_grid
+from arrag_jax.evaluation.pipeline import METHODS, Batch, Pipeline, open_pipeline
 from arrag_jax.evaluation.provenance import page_and_record, summary
 from arrag_jax.evaluation.run_folder import GRID, RunFolder, settings_of, texts_of
-from arrag_jax.files import only_writer
+from arrag_jax.figures.canvas import upscale
+from arrag_jax.figures.grids import labelled_grid
+from arrag_jax.files import exclusive_lock
 
 AUTO, SIDE = "auto", 144  # pixels: the side towards which small pictures are enlarged
 
@@ -48,29 +48,29 @@ def run(
     prompt = [*prompt, *(scene.caption for scene in scenes.test_prompts(test_prompts))]
     if not prompt:
         raise UserError('nothing to draw; give at least one --prompt "…" or --test_prompts=N')
-    studio = open_studio(config, [method] if method else [])
-    scale = max(1, SIDE // max(studio.model.config.image_size)) if scale == AUTO else int(scale)
-    studio.text(prompt)  # so that a bad prompt is said before anything is drawn
-    names = [name_of(i, name) for name in studio.methods for i in range(len(prompt))]
+    pipeline = open_pipeline(config, [method] if method else [])
+    scale = max(1, SIDE // max(pipeline.model.config.image_size)) if scale == AUTO else int(scale)
+    pipeline.text(prompt)  # so that a bad prompt is said before anything is drawn
+    names = [name_of(i, name) for name in pipeline.methods for i in range(len(prompt))]
     if jax.process_index() > 0:  # all draw, one writes
-        draw_missing(studio, prompt, missing_for_all(None, len(names)), None)
+        draw_missing(pipeline, prompt, missing_for_all(None, len(names)), None)
         return
     out = Path(workdir)
     out.mkdir(parents=True, exist_ok=True)
-    folder = RunFolder(out, settings_of(studio, prompt, scale, provenance), names)
+    folder = RunFolder(out, settings_of(pipeline, prompt, scale, provenance), names)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(only_writer(out))
+        stack.enter_context(exclusive_lock(out))
         whole = folder.begin()
         missing = missing_for_all(np.array([name not in whole for name in names]), len(names))
         if folder.earlier:
             progress.tell(f"{out} held pictures of another run ({', '.join(folder.earlier)} differ); they are replaced")
         elif whole and missing.any():
             progress.tell(f"continuing: {len(whole)} of {len(names)} pictures are drawn already")
-        draw_missing(studio, prompt, missing, folder)
+        draw_missing(pipeline, prompt, missing, folder)
         if not folder.complete:
-            finish(studio, prompt, folder)
+            finish(pipeline, prompt, folder)
         what = "nothing to do: there are" if folder.complete else "drew"
-        print(f"{what} {len(prompt)} prompts x {', '.join(studio.methods)}: {out / GRID}")
+        print(f"{what} {len(prompt)} prompts x {', '.join(pipeline.methods)}: {out / GRID}")
 
 
 def name_of(number: int, method: str) -> str:
@@ -87,41 +87,45 @@ def missing_for_all(missing: np.ndarray | None, count: int) -> np.ndarray:
     return known.astype(bool) if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(known).astype(bool)
 
 
-def draw_missing(studio: Studio, prompts: list[str], missing: np.ndarray, folder: RunFolder | None) -> None:
+def draw_missing(pipeline: Pipeline, prompts: list[str], missing: np.ndarray, folder: RunFolder | None) -> None:
     """Draws the pictures that are missing and writes them into the folder (None: another process does), in batches.
 
     Raises:
       signals.Stop: after the batch in which a signal comes.
     """
-    seeds, steps = studio.config.seed + np.arange(len(prompts)), itertools.count(1)
+    seeds, steps = pipeline.config.seed + np.arange(len(prompts)), itertools.count(1)
     with signals.held("batch") as point:
-        for name, wanted in zip(studio.methods, missing.reshape(-1, len(prompts)), strict=True):
-            for batch in studio.draw(prompts, name, seeds, wanted):
+        for name, wanted in zip(pipeline.methods, missing.reshape(-1, len(prompts)), strict=True):
+            for batch in pipeline.draw(prompts, name, seeds, wanted):
                 if folder is not None:
-                    write(studio, prompts, name, batch, wanted, folder)
+                    write(pipeline, prompts, name, batch, wanted, folder)
                 point.check(next(steps))
 
 
-def write(studio: Studio, prompts: list[str], method: str, batch: Batch, wanted: np.ndarray, folder: RunFolder) -> None:
+def write(
+    pipeline: Pipeline, prompts: list[str], method: str, batch: Batch, wanted: np.ndarray, folder: RunFolder
+) -> None:
     """Writes the wanted pictures of a batch, with their pages where they were retrieved."""
     settings = folder.settings
-    told = settings["provenance"] and studio.policy(method).uses_retrieval
+    told = settings["provenance"] and pipeline.policy(method).uses_retrieval
     for place, number in enumerate(batch.numbers.tolist()):
         if wanted[number]:
             image, drawn = batch.images[place], jax.tree.map(lambda x, place=place: x[place], batch.drawn)
-            page, record = page_and_record(studio, method, prompts[number], image, drawn) if told else (None, None)
+            page, record = page_and_record(pipeline, method, prompts[number], image, drawn) if told else (None, None)
             texts = texts_of(settings, number, method)
             folder.add(name_of(number, method), upscale(image, settings["scale"]), texts, page, record)
 
 
-def finish(studio: Studio, prompts: list[str], folder: RunFolder) -> None:
+def finish(pipeline: Pipeline, prompts: list[str], folder: RunFolder) -> None:
     """Writes the grid and the records of all pictures, and prints the methods' shares."""
-    rows = [(text, [folder.picture(name_of(i, method)) for method in studio.methods]) for i, text in enumerate(prompts)]
+    rows = [
+        (text, [folder.picture(name_of(i, method)) for method in pipeline.methods]) for i, text in enumerate(prompts)
+    ]
     shares: dict[str, list[dict[str, float]]] = {}
     for record in folder.records():
         kept = {key: value for key, value in record.items() if key.startswith("share_")}
         shares.setdefault(record["method"], []).append(kept)
-    folder.finish(labelled_grid(rows, studio.methods, folder.settings["scale"]))
+    folder.finish(labelled_grid(rows, pipeline.methods, folder.settings["scale"]))
     for method, records in shares.items():
         print(f"{method}: {summary(records)}")
 

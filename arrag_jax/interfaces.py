@@ -51,7 +51,7 @@ class Backbone(Protocol):
         """The same model over another grid (height, width); it shares every parameter."""
         ...
 
-    def folded(self) -> "Backbone":
+    def fused(self) -> "Backbone":
         """The model as ``decode`` takes it for a policy that blends: all that no cell changes is worked out ahead."""
         ...
 

@@ -63,6 +63,10 @@ class _Shown(reprlib.Repr):
         self.maxlevel = 3
 
 
+# Keys that configs had before: (dataclass, old key) → what to write instead.
+RENAMED = {("DaidConfig", "copies"): 'reduction, with "max" for "nearest"'}
+
+
 def _parse(cls: type, config: Any, where: str, errors: list[str], ignore_unknown: bool) -> Any:
     if not hasattr(config, "items"):
         errors.append(f"{where} must hold keys, not {shown(config)}")
@@ -77,7 +81,8 @@ def _parse(cls: type, config: Any, where: str, errors: list[str], ignore_unknown
             name = key if len(key) <= 80 and key.isprintable() else shown(key)
             near = difflib.get_close_matches(key[:80], fields, 1) if len(errors) < MOST_ERRORS else []
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-            errors.append(f"unknown key {where}.{name} ({hint})")
+            new = RENAMED.get((cls.__name__, name))
+            errors.append(f"unknown key {where}.{name} ({f'it is called {new} now' if new else hint})")
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if key not in config and required:

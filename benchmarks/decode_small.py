@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from arrag_jax.data.scenes import render, scene
+from arrag_jax.data.emoji.scenes import render, scene
 from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid, Plain
-from arrag_jax.evaluation.pictures import table
+from arrag_jax.figures.grids import table
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.nn.vq import from_uint8
@@ -89,14 +89,14 @@ def main(_: list[str]) -> None:
     model, text = load_model(MODEL), PromptTokenizer.load(MODEL)
     codebook, cells, rows = np.asarray(model.codebook), int(np.prod(model.grid)), []
     for patches in map(int, PATCHES.value):
-        folded = stored(model, patches)
-        host = build_host(lambda rows, folded=folded: folded, patches, codebook, K.value)
+        fused = stored(model, patches)
+        host = build_host(lambda rows, fused=fused: fused, patches, codebook, K.value)
         searches = {
             "mixing": InstantRetriever(jnp.int32(0), K.value, "device"),
             "host call": InstantRetriever(jnp.int32(0), K.value, "host call"),
             "pure_callback": InstantRetriever(jnp.int32(0), K.value, "pure_callback"),
             "DAiD, ScaNN": ScannRetriever.of(host),
-            "DAiD, dense": DenseRetriever.of(folded, codebook, K.value),
+            "DAiD, dense": DenseRetriever.of(fused, codebook, K.value),
         }
         for batch in map(int, BATCHES.value):
             ids, mask = text(["a blue car and a green fish"] * batch)

@@ -21,14 +21,14 @@ from PIL import Image
 
 from arrag_jax.build_datastore import build
 from arrag_jax.config import DatastoreConfig
-from arrag_jax.data.images import encoder
-from arrag_jax.data.scenes import render, scene
+from arrag_jax.data.emoji.scenes import render, scene
 from arrag_jax.data.sources import FileImages, list_images, root_of
-from arrag_jax.evaluation.pictures import table
+from arrag_jax.figures.grids import table
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.models.janus import VISION
-from arrag_jax.retrieval.encoding import READERS
-from arrag_jax.retrieval.team import team_in
+from arrag_jax.store.encoding import READERS
+from arrag_jax.store.images import encoder
+from arrag_jax.store.workers import workers_in
 
 SOURCE = flags.DEFINE_string("source", "", "folder or tar of images; default: scenes")
 MODEL = flags.DEFINE_string(
@@ -53,9 +53,9 @@ def main(_: list[str]) -> None:
         jax.block_until_ready([encode(batch) for _ in jax.local_devices()])  # compiles
         for turn in range(ROUNDS.value):
             rates["encoder"].append(rate(len(images), lambda: encode_all(encode, batch, len(images))))
-            with team_in(folder) as team:
+            with workers_in(folder) as workers:
                 store = Path(folder) / f"store_{turn}"
-                rates["build"].append(rate(len(images), lambda: build(config, store, tokenizer, team)))  # noqa: B023
+                rates["build"].append(rate(len(images), lambda: build(config, store, tokenizer, workers)))  # noqa: B023
             rates["reading"].append(rate(len(images), lambda: read_all(images)))
     rows = [
         [name, statistics.median(found), statistics.median(x / y for x, y in zip(found, rates["encoder"], strict=True))]

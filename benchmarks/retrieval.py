@@ -27,10 +27,10 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
-from arrag_jax.data.scenes import render, scene
+from arrag_jax.data.emoji.scenes import render, scene
 from arrag_jax.errors import UserError, run_command
-from arrag_jax.evaluation.pictures import table
-from arrag_jax.models.checkpoint import fingerprint, load_model
+from arrag_jax.figures.grids import table
+from arrag_jax.models.checkpoint import load_model, tokenizer_fingerprint
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.ops.grid import contexts_of_grids, next_codes_of_grids
 from arrag_jax.retrieval.dense import STORAGES, DenseRetriever
@@ -63,7 +63,10 @@ def crop(photo: bytes, seed: int) -> np.ndarray:
 
 def code_grids(model: Any, images: int) -> np.ndarray:
     """uint16 [QUERY_IMAGES + images, H, W]: the images of queries first, which come from photos of their own."""
-    total, kind = QUERY_IMAGES + images, f"{Path(PHOTOS.value).name or 'scenes'}, tokenizer {fingerprint(model)}"
+    total, kind = (
+        QUERY_IMAGES + images,
+        f"{Path(PHOTOS.value).name or 'scenes'}, tokenizer {tokenizer_fingerprint(model)}",
+    )
     if GRIDS.value and Path(GRIDS.value).is_file():
         with np.load(GRIDS.value) as kept:
             if str(kept["kind"]) != kind or len(kept["grids"]) < total:

@@ -19,6 +19,6 @@ def get_config() -> ConfigDict:
     config.caption = {
         "images": 1024,
         "static_images": 4,
-        "daid": {"weight": 0.02, "temperature": 0.003, "copies": "sum"},
+        "daid": {"weight": 0.02, "temperature": 0.003, "reduction": "sum"},
     }
     return config

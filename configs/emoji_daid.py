@@ -8,12 +8,12 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """λ, τ, K, the rule for copies and the sampling were chosen on the validation split (docs/LOG.md)."""
+    """λ, τ, K, the reduction and the sampling were chosen on the validation split (docs/LOG.md)."""
     return ConfigDict(
         {
             "model": "arrag_jax/assets/emoji_janus",
             "retrieval": {"store": "runs/store", "k": 128},
-            "daid": {"weight": 0.01, "temperature": 0.003, "copies": "sum"},
+            "daid": {"weight": 0.01, "temperature": 0.003, "reduction": "sum"},
             "sampling": {"cfg_scale": 1.5, "top_p": 0.9},
             "data": {"name": "emoji_scenes/full"},
         }

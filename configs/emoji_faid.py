@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
                 "lora": {"rank": 16, "alpha": 32.0},
                 "start_silent": True,
                 "prompt_length": 16,
-                "daid": {"weight": 0.01, "temperature": 0.003, "copies": "sum"},
+                "daid": {"weight": 0.01, "temperature": 0.003, "reduction": "sum"},
                 "sampling": {"cfg_scale": 1.5, "top_p": 0.9},
             },
             "eval_every": 200,

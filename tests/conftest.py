@@ -26,7 +26,7 @@ install_import_hook("arrag_jax", "beartype.beartype")
 import jax
 import pytest
 
-from arrag_jax.retrieval import others
+from arrag_jax.retrieval import leave_one_out
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -55,5 +55,5 @@ def photos() -> Path:
 def small_calls():
     """A hundred contexts a call of the search for neighbours (K 3), not thousands."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(others, "ANSWERS", 300)
+        patch.setattr(leave_one_out, "ANSWERS", 300)
         yield

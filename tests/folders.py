@@ -8,7 +8,7 @@ from PIL import Image
 
 from arrag_jax.config import DatastoreConfig
 from arrag_jax.data import pixels
-from arrag_jax.data.scenes import render, scene
+from arrag_jax.data.emoji.scenes import render, scene
 from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.nn.vq import from_uint8

@@ -7,9 +7,9 @@ import numpy as np
 import tiny
 
 from arrag_jax.ops import grid as grid_ops
-from arrag_jax.retrieval import writer
-from arrag_jax.retrieval.datastore import Datastore, StoreSettings, keys_of_maps, unit_norm
-from arrag_jax.retrieval.encoding import Encode
+from arrag_jax.store import writer
+from arrag_jax.store.datastore import Datastore, StoreSettings, keys_of_maps, unit_norm
+from arrag_jax.store.encoding import Encode
 
 GRID, CODES, IMAGES = tiny.CONFIG.grid, tiny.CONFIG.vision.codebook_size, 12
 

@@ -14,13 +14,14 @@ from folders import BAD, contents, write_scenes
 
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig, ScannOptions
-from arrag_jax.data.scenes import scene
+from arrag_jax.data.emoji.scenes import scene
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.models.janus import VISION
-from arrag_jax.retrieval import building, extension, index, shards
-from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.team import team_in
+from arrag_jax.retrieval import index
+from arrag_jax.store import building, extension, shards
+from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.workers import workers_in
 
 BOTH = ("codebook", "latent")
 
@@ -77,7 +78,7 @@ def test_what_is_added_makes_the_bytes_of_a_store_built_with_all_at_once(config,
     build_datastore.run(dataclasses.replace(config, captions=True), str(store))  # the latents stay
     after = Datastore.open(store)
     after.verify()
-    assert after.fingerprint == before.fingerprint == Datastore.open(at_once).fingerprint
+    assert after.store_fingerprint == before.store_fingerprint == Datastore.open(at_once).store_fingerprint
     assert index.is_current(after, "codebook", ScannOptions())
     shutil.rmtree(index.index_directory(after, "codebook"))
     assert contents(store) == contents(at_once)
@@ -176,8 +177,8 @@ def test_several_processes_share_the_shards(config, store, at_once):
 
     def member(number: int) -> None:
         try:
-            with team_in(store, number, 2) as team:
-                build_datastore.with_what_is_held(wanted, store, tokenizer, team, append=False)
+            with workers_in(store, number, 2) as workers:
+                build_datastore.with_what_is_held(wanted, store, tokenizer, workers, append=False)
         except BaseException as error:
             errors.append(error)
 
@@ -199,7 +200,7 @@ def test_stores_merged_from_other_places_are_added_to_part_by_part(config, tmp_p
     merged = Datastore.open(tmp_path / "merged")
     merged.verify()
     assert len(merged.latents) == 42
-    assert [part.settings.keys for part in (merged, *merged.parts)] == [BOTH, BOTH]
+    assert [part.settings.keys for part in (merged, *merged.segments)] == [BOTH, BOTH]
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ from test_datastore import contents
 
 from arrag_jax import build_datastore, build_neighbors
 from arrag_jax.config import DatastoreConfig, NeighborsConfig, RetrievalConfig, ScannOptions
-from arrag_jax.data import scenes
-from arrag_jax.data.images import encoder
+from arrag_jax.data.emoji import scenes
 from arrag_jax.errors import UserError
-from arrag_jax.models.checkpoint import fingerprint, save_model
+from arrag_jax.models.checkpoint import save_model, tokenizer_fingerprint
 from arrag_jax.models.janus import VISION
-from arrag_jax.retrieval.building import BUILDING
-from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings
+from arrag_jax.store.building import BUILDING
+from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.images import encoder
+from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings
 
 pytestmark = pytest.mark.usefixtures("small_calls")
 
@@ -45,7 +45,7 @@ def test_the_command_end_to_end(world, tmp_path, capsys):
     build_neighbors.run(config, str(tmp_path))
     train, valid = NeighborSet.open(tmp_path / "train"), NeighborSet.open(tmp_path / "valid")
     assert (len(train), len(valid), train.settings.store_images) == (4, 3, 9)
-    assert (train.settings.datastore, train.settings.storage) == (store.fingerprint, "float32")
+    assert (train.settings.datastore, train.settings.storage) == (store.store_fingerprint, "float32")
     for i, example in enumerate(train):
         np.testing.assert_array_equal(example["codes"], store.codes[4 + i].reshape(-1))
         assert example["caption"] == scenes.scene("store", 4 + i).caption
@@ -84,7 +84,7 @@ def test_a_bad_second_split_is_told_before_the_first_is_begun(world, tmp_path, c
         search="dense",
         scann=ScannOptions(),
         storage="float32",
-        datastore=store.fingerprint,
+        datastore=store.store_fingerprint,
         store_images=9,
         source=config.source,
         split="valid[:3]",
@@ -101,6 +101,6 @@ def test_a_store_of_another_tokenizer_is_refused(world, tmp_path):
     config, store = world
     model = tiny.janus(1, dataclasses.replace(tiny.CONFIG, grid=(12, 12)), VISION)
     save_model(model, tmp_path / "model")
-    with pytest.raises(UserError, match=f"{store.settings.fingerprint}.*{fingerprint(model)}"):
+    with pytest.raises(UserError, match=f"{store.settings.fingerprint}.*{tokenizer_fingerprint(model)}"):
         build_neighbors.run(dataclasses.replace(config, model=str(tmp_path / "model")), str(tmp_path / "sets"))
     assert not (tmp_path / "sets").exists()

@@ -10,9 +10,9 @@ import pytest
 
 from arrag_jax import build_datastore
 from arrag_jax.data import sources
+from arrag_jax.data.examples import caption_of
 from arrag_jax.data.sidecars import LONGEST_JSON, LONGEST_TEXT
-from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.encoding import caption_of
+from arrag_jax.store.datastore import Datastore
 
 # Name of an image → the files beside it, and its caption.
 CASES = {

@@ -19,8 +19,8 @@ from arrag_jax.interfaces import Retriever
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval import captions as captions_module
 from arrag_jax.retrieval.captions import CaptionIndex, LimitedRetriever
-from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.dense import DenseRetriever
+from arrag_jax.store.datastore import Datastore
 
 CAPTIONS = [
     "a cat",

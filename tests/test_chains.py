@@ -13,11 +13,11 @@ from in_turn import run_in_turn
 from PIL import Image
 from published import write_checkpoint
 
-from arrag_jax.data.scenes import scene
-from arrag_jax.models.checkpoint import fingerprint, load_model, save_model
+from arrag_jax.data.emoji.scenes import scene
+from arrag_jax.models.checkpoint import load_model, save_model, tokenizer_fingerprint
 from arrag_jax.models.janus import VISION
 from arrag_jax.models.tensor_files import read_tensors, stored_tensors
-from arrag_jax.retrieval.datastore import Datastore
+from arrag_jax.store.datastore import Datastore
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 pytestmark = pytest.mark.slow
@@ -107,9 +107,9 @@ class TestEmoji:
             convert("published/tokenizer", "ours/tokenizer"),
             command("generate", "emoji_compare", "again", "model=ours/prior", *DRAW[1:], *CATS, *tuned),
         )
-        trained = fingerprint(load_model(emoji / "runs" / "tokenizer", parts=VISION))
+        trained = tokenizer_fingerprint(load_model(emoji / "runs" / "tokenizer", parts=VISION))
         for folder in ("ours/tokenizer", "published/tokenizer", "best/prior"):
-            assert fingerprint(load_model(emoji / folder, parts=VISION)) == trained
+            assert tokenizer_fingerprint(load_model(emoji / folder, parts=VISION)) == trained
         again = pictures(emoji / "again")
         assert again.keys() == {f"0{i}_{name}.png" for i in (0, 1) for name in ("plain", "faid")}
         for name, picture in again.items():
@@ -133,7 +133,7 @@ class TestEmoji:
         )
         assert all("starting from the weights in runs/prior/export" in train.err for train in done[:2])
         stores = [Datastore.open(emoji / f"stores/{i}") for i in range(3)]
-        assert all(store.fingerprint == stores[0].fingerprint for store in stores)
+        assert all(store.store_fingerprint == stores[0].store_fingerprint for store in stores)
 
     def test_a_tokenizer_alone_does_not_draw_and_says_what_does(self, emoji):
         """One line, before anything is written; the command that it names trains what draws."""

@@ -27,16 +27,16 @@ from arrag_jax.config import (
     RetrievalConfig,
     SamplingConfig,
 )
-from arrag_jax.data.scenes import render, scene
+from arrag_jax.data.emoji.scenes import render, scene
 from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid, Plain
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation import emoji_benchmark
-from arrag_jax.evaluation.canvas import upscale
-from arrag_jax.evaluation.drawing import open_studio
+from arrag_jax.evaluation.emoji import benchmark
 from arrag_jax.evaluation.likelihood import bits_per_code, look_up, score_scenes
+from arrag_jax.evaluation.pipeline import open_pipeline
+from arrag_jax.figures.canvas import upscale
 from arrag_jax.files import sha256_of
-from arrag_jax.models.checkpoint import fingerprint, load_model
+from arrag_jax.models.checkpoint import load_model, tokenizer_fingerprint
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.ops.grid import image_and_cell
 from arrag_jax.retrieval.captions import CaptionIndex
@@ -79,7 +79,7 @@ def test_generate_draws_every_prompt_and_says_where_codes_came_from(config, tmp_
     grid = read(tmp_path / "grid.png")
     records = json.loads((tmp_path / "provenance.json").read_text())
     assert [record["prompt"] for record in records] == ["a cat", "two dogs"]
-    store = open_studio(config, ["daid"]).store
+    store = open_pipeline(config, ["daid"]).store
     for i, record in enumerate(records):
         picture = read(tmp_path / f"{i:02d}_daid.png")
         tiles = np.lib.stride_tricks.sliding_window_view(grid, picture.shape)[:, :, 0]
@@ -112,14 +112,14 @@ def test_a_picture_does_not_depend_on_its_batch(config, tmp_path):
 
 
 def test_likelihood_equals_the_codes_scored_one_scene_at_a_time(config):
-    studio = open_studio(config, ["plain", "daid"])
+    pipe = open_pipeline(config, ["plain", "daid"])
     scenes = [scene("valid", i) for i in range(5)]
     examples = [{"image": render(s), "caption": s.caption.encode()} for s in scenes]
-    scored = score_scenes(studio.model, look_up(studio.model, studio.text, examples, studio.retriever, batch_size=2))
-    model, total = studio.model, 0.0
+    scored = score_scenes(pipe.model, look_up(pipe.model, pipe.text, examples, pipe.retriever, batch_size=2))
+    model, total = pipe.model, 0.0
     for example in examples:
         codes, _ = model.encode_images(from_uint8(example["image"][None]))
-        logits = np.asarray(model.score(*studio.text([example["caption"].decode()])[:1], np.asarray(codes)), np.float64)
+        logits = np.asarray(model.score(*pipe.text([example["caption"].decode()])[:1], np.asarray(codes)), np.float64)
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         total -= np.take_along_axis(log_p[0], np.asarray(codes)[0][:, None], 1).mean() / np.log(2)
     assert bits_per_code(scored, Plain()) == pytest.approx(total / 5, abs=1e-4)
@@ -128,9 +128,9 @@ def test_likelihood_equals_the_codes_scored_one_scene_at_a_time(config):
 
 def test_a_store_of_the_scenes_themselves_lowers_their_likelihood_cost(config):
     """Retrieval adds knowledge. The weight is small, for a sure prior pays for it in every cell."""
-    studio = open_studio(config, ["plain", "daid"])
+    pipe = open_pipeline(config, ["plain", "daid"])
     examples = [{"image": render(s), "caption": s.caption.encode()} for s in (scene("store", i) for i in range(12))]
-    scored = score_scenes(studio.model, look_up(studio.model, studio.text, examples, studio.retriever))
+    scored = score_scenes(pipe.model, look_up(pipe.model, pipe.text, examples, pipe.retriever))
     assert bits_per_code(scored, Daid(0.1, 0.001, "sum")) < bits_per_code(scored, Plain()) - 0.01
 
 
@@ -138,18 +138,18 @@ def test_pictures_of_limited_methods_come_from_images_of_the_caption(config, tmp
     limited = CaptionConfig(images=3, static_images=1, daid=DaidConfig(weight=0.3))
     config = dataclasses.replace(config, caption=limited, methods=("caption", "static"))
     run_generate(config, tmp_path, method="caption")
-    studio = open_studio(config)
-    assert studio.methods == ("static", "caption")
-    index = CaptionIndex(studio.store.captions)
+    pipe = open_pipeline(config)
+    assert pipe.methods == ("static", "caption")
+    index = CaptionIndex(pipe.store.captions)
     records = json.loads((tmp_path / "provenance.json").read_text())
     assert [record["prompt"] for record in records] == ["a cat", "two dogs"]
     for record in records:
         images = index.nearest([record["prompt"]], 3)
         assert {cell["image"] for cell in record["cells"]} - {None} <= set(images[0].tolist())
     examples = [{"image": render(s), "caption": s.caption.encode()} for s in (scene("valid", i) for i in range(3))]
-    limit = functools.partial(studio.retriever_for, "static")
-    (found,) = look_up(studio.model, studio.text, examples, None, limit=limit)
-    images, _ = image_and_cell(np.asarray(found.neighbors.id).reshape(3, -1), *studio.model.grid)
+    limit = functools.partial(pipe.retriever_for, "static")
+    (found,) = look_up(pipe.model, pipe.text, examples, None, limit=limit)
+    images, _ = image_and_cell(np.asarray(found.neighbors.id).reshape(3, -1), *pipe.model.grid)
     for i, example in enumerate(examples):
         nearest = index.nearest([example["caption"].decode()], 1)
         assert set(images[i]) - {-1} == set(nearest[0].tolist())
@@ -182,23 +182,22 @@ def test_eval_writes_its_figures_and_true_scenes_score_best(config, tmp_path, ca
 
 
 def test_sweep_and_scaling_measure_what_each_setting_gives_alone(config, tmp_path, capsys, monkeypatch):
-    studio = open_studio(config, ["daid"])
+    pipe = open_pipeline(config, ["daid"])
     examples = [{"image": render(s), "caption": s.caption.encode()} for s in (scene("valid", i) for i in range(3))]
 
     def bits(policy: Daid | Plain, **retrieval) -> float:
-        _, retriever = load_retriever(dataclasses.replace(config.retrieval, **retrieval), fingerprint(studio.model))
-        return bits_per_code(
-            score_scenes(studio.model, look_up(studio.model, studio.text, examples, retriever)), policy
-        )
+        asked, tokenizer = dataclasses.replace(config.retrieval, **retrieval), tokenizer_fingerprint(pipe.model)
+        _, retriever = load_retriever(asked, tokenizer)
+        return bits_per_code(score_scenes(pipe.model, look_up(pipe.model, pipe.text, examples, retriever)), policy)
 
     plain = bits(Plain())
-    monkeypatch.setattr(emoji_benchmark, "NEIGHBORS", (16, 64))
+    monkeypatch.setattr(benchmark, "NEIGHBORS", (16, 64))
     run_eval(config, tmp_path, 3, mode="sweep")
     sweep = json.loads((tmp_path / "sweep.json").read_text())
     assert sweep["plain"] == pytest.approx(plain, abs=1e-6)
-    maps = [(record["copies"], record["k"]) for record in sweep["maps"]]
-    assert maps == [("nearest", 16), ("nearest", 64), ("sum", 16), ("sum", 64)]
-    assert all((tmp_path / f"sweep_{copies}_k{k}.png").is_file() for copies, k in maps)
+    maps = [(record["reduction"], record["k"]) for record in sweep["maps"]]
+    assert maps == [("max", 16), ("max", 64), ("sum", 16), ("sum", 64)]
+    assert all((tmp_path / f"sweep_{reduction}_k{k}.png").is_file() for reduction, k in maps)
     policy, gain = Daid(sweep["weights"][3], sweep["temperatures"][2], "sum"), sweep["maps"][2]["gain"][3][2]
     assert gain == pytest.approx(plain - bits(policy), abs=1e-5)
     capsys.readouterr()
@@ -206,7 +205,7 @@ def test_sweep_and_scaling_measure_what_each_setting_gives_alone(config, tmp_pat
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
     rows = [[float(cell) for cell in line.strip("|").split("|")] for line in lines]
     assert [row[:2] for row in rows] == [[images, 110 * images] for images in (3, 12, 48)]
-    expected = bits(studio.policy("daid"), num_images=12, search="dense")
+    expected = bits(pipe.policy("daid"), num_images=12, search="dense")
     assert rows[1][2:] == pytest.approx([plain, expected, plain - expected], abs=1e-4)
 
 
@@ -215,24 +214,24 @@ def test_methods_that_choose_images_need_no_index(config, tmp_path):
         if path.is_file():
             os.symlink(path, tmp_path / path.name)
     bare = changed(config, "retrieval", store=str(tmp_path))
-    studio = open_studio(bare, ["plain", "static", "caption"])
-    assert studio.retriever is None and studio.store.num_images == 48
+    pipe = open_pipeline(bare, ["plain", "static", "caption"])
+    assert pipe.retriever is None and pipe.store.num_images == 48
     with pytest.raises(UserError, match="index"):
-        open_studio(bare, ["daid"])
+        open_pipeline(bare, ["daid"])
 
 
 def test_the_dtype_is_that_of_the_model_and_not_of_its_tokenizer(config):
-    studio = open_studio(dataclasses.replace(config, dtype="bfloat16"), ["plain", "daid"])
-    assert studio.model.gen_head.layers[0].weight.dtype == jnp.bfloat16 and studio.model.codebook.dtype == jnp.float32
-    ((_, _, drawn),) = studio.draw(["a cat"], "plain", np.array([3]))
-    model, (ids, mask) = load_model(MODEL, "bfloat16"), studio.text(["a cat"])
+    pipe = open_pipeline(dataclasses.replace(config, dtype="bfloat16"), ["plain", "daid"])
+    assert pipe.model.gen_head.layers[0].weight.dtype == jnp.bfloat16 and pipe.model.codebook.dtype == jnp.float32
+    ((_, _, drawn),) = pipe.draw(["a cat"], "plain", np.array([3]))
+    model, (ids, mask) = load_model(MODEL, "bfloat16"), pipe.text(["a cat"])
     expected = sample(model, ids, seed=np.array([3]), cfg_scale=config.sampling.cfg_scale, prompt_mask=mask)
     np.testing.assert_array_equal(drawn.codes, expected.codes)
 
 
 def test_a_second_run_finds_the_loops_without_host_calls_compiled(config):
     """All that is compiled for plain and dense drawing comes from the cache on disk when it is met again."""
-    studio = open_studio(changed(config, "retrieval", search="dense"), ["plain", "daid"])
+    pipe = open_pipeline(changed(config, "retrieval", search="dense"), ["plain", "daid"])
     events = []
     listen = lambda event, **_: events.append(event.rpartition("/")[2])  # noqa: E731
     for again in (False, True):
@@ -240,7 +239,7 @@ def test_a_second_run_finds_the_loops_without_host_calls_compiled(config):
             jax.clear_caches()
             jax.monitoring.register_event_listener(listen)
         for method in ("plain", "daid"):
-            list(studio.draw(["a cat", "two dogs"], method, np.arange(2)))
+            list(pipe.draw(["a cat", "two dogs"], method, np.arange(2)))
     jax.monitoring.unregister_event_listener(listen)
     assert events.count("cache_hits") == events.count("compile_requests_use_cache") > 10
 
@@ -254,7 +253,7 @@ def changed(config: DrawConfig, where: str, **fields) -> DrawConfig:
     [
         ("daid", {"weight": 1.5}, r"λ = 1.5 is outside \[0, 1\]"),
         ("daid", {"temperature": 0.0}, "τ = 0.0 must be above 0"),
-        ("daid", {"copies": "all"}, "choose nearest"),
+        ("daid", {"reduction": "all"}, "choose max"),
         ("retrieval", {"k": 10**6}, "k=1000000 neighbours asked of 5280 stored patches"),
         ("retrieval", {"store": "no/such/store"}, "no finished datastore in no/such/store"),
         ("retrieval", {"keys": "latent"}, "latent"),
@@ -320,7 +319,7 @@ def test_the_embedded_checkpoint_is_what_its_manifest_says():
     assert size <= 12 * 2**20
     assert sha256_of(Path(MODEL) / "model.safetensors") == manifest["sha256"]
     model = load_model(MODEL)
-    assert fingerprint(model) == manifest["tokenizer_fingerprint"]
+    assert tokenizer_fingerprint(model) == manifest["tokenizer_fingerprint"]
     truth = np.stack([render(scene("valid", i)) for i in range(64)])
     codes, _ = model.encode_images(from_uint8(truth))
     decoded = np.asarray(model.decode_codes(np.asarray(codes), *model.grid))

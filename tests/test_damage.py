@@ -13,9 +13,9 @@ import stored
 from arrag_jax import build_datastore
 from arrag_jax.errors import UserError
 from arrag_jax.retrieval import index
-from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.patches import MOST_ROWS, stored_patches
 from arrag_jax.retrieval.scann import EXHAUSTIVE, shard_bounds
+from arrag_jax.store.datastore import Datastore
 
 CODES, LATENTS, SOURCES = (
     "codes-00001-of-00003.arrayrecord",

@@ -13,13 +13,14 @@ from stored import keys_of, values_of
 
 from arrag_jax import files
 from arrag_jax.config import ScannOptions
+from arrag_jax.data.examples import BadImage
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
-from arrag_jax.retrieval import building, index, writer
-from arrag_jax.retrieval.datastore import Datastore, StoreSettings, unit_norm
-from arrag_jax.retrieval.encoding import BadImage
+from arrag_jax.retrieval import index
 from arrag_jax.retrieval.patches import stored_patches
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever
+from arrag_jax.store import building, writer
+from arrag_jax.store.datastore import Datastore, StoreSettings, unit_norm
 
 GRID, V, C = (4, 5), 16, 8
 CODEBOOK = unit_norm(np.random.default_rng(0).normal(size=(V, C)))
@@ -128,7 +129,7 @@ KILLER = """
 import os, pathlib, signal, sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 import test_datastore as t
-from arrag_jax.retrieval import building
+from arrag_jax.store import building
 
 root, moment, left = pathlib.Path(sys.argv[3]), 0, 0
 
@@ -269,7 +270,7 @@ def test_whole_store_is_not_built_again(store, monkeypatch):
 
 
 def test_two_builders_exclude_each_other(tmp_path):
-    with files.only_writer(tmp_path), pytest.raises(UserError, match="another process"):
+    with files.exclusive_lock(tmp_path), pytest.raises(UserError, match="another process"):
         build(tmp_path)
 
 

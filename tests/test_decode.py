@@ -8,7 +8,7 @@ import tiny
 from flax import nnx
 
 from arrag_jax.config import SamplingConfig
-from arrag_jax.decode.loop import decode, picture_keys, sample
+from arrag_jax.decode.loop import decode, image_keys, sample
 from arrag_jax.decode.policies import Daid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
@@ -73,11 +73,11 @@ def test_no_future_code_reaches_a_past_distribution(model):
     assert np.all(influence[np.tril_indices(20, -1)] > 0.0)
 
 
-@pytest.mark.parametrize("copies", ["nearest", "sum"])
-def test_weight_zero_draws_plain_to_the_bit(model, retriever, copies):
+@pytest.mark.parametrize("reduction", ["max", "sum"])
+def test_weight_zero_draws_plain_to_the_bit(model, retriever, reduction):
     ids, mask = tiny.prompts((5, 2))
     plain = sample(model, ids, prompt_mask=mask, seed=1)
-    daid = sample(model, ids, Daid(0.0, 0.1, copies), retriever, prompt_mask=mask, seed=1)
+    daid = sample(model, ids, Daid(0.0, 0.1, reduction), retriever, prompt_mask=mask, seed=1)
     np.testing.assert_array_equal(plain.codes, daid.codes)
     np.testing.assert_array_equal(plain.log_p, daid.log_p)
 
@@ -108,7 +108,7 @@ def test_a_mesh_draws_what_one_device_draws(model, retriever):
     over = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     cond = jax.device_put((jnp.asarray(ids), jnp.asarray(mask)), over)
-    keys = jax.device_put(picture_keys(0, 8), over)
+    keys = jax.device_put(image_keys(0, 8), over)
     graph, state = nnx.split(model)
     uncond = (jax.jit(lambda s, c: nnx.merge(graph, s).unconditional(*c))(jax.device_put(state, whole), cond), cond[1])
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arrag_jax.data.scenes import BUCKETS, GROUNDS, SIDE, Scene, Sprite, render, scene, sprite_rgba, test_prompts
+from arrag_jax.data.emoji.scenes import BUCKETS, GROUNDS, SIDE, Scene, Sprite, render, scene, sprite_rgba, test_prompts
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation.detector import detect
-from arrag_jax.evaluation.object_score import object_score
+from arrag_jax.evaluation.emoji.detector import detect
+from arrag_jax.evaluation.emoji.object_score import object_score
 
 PROMPTS = test_prompts(72)
 

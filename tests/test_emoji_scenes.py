@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arrag_jax.data import emoji_scenes, scenes
-from arrag_jax.data.scenes import BUCKETS, CLASSES, COLOURS, FAMILIES, GROUNDS, SIDE, SIZES, STEP, render, scene
+from arrag_jax.data.emoji import dataset, scenes
+from arrag_jax.data.emoji.scenes import BUCKETS, CLASSES, COLOURS, FAMILIES, GROUNDS, SIDE, SIZES, STEP, render, scene
 from arrag_jax.errors import UserError
 
 PER_SPLIT = 300
@@ -182,8 +182,8 @@ def test_the_first_prompts_are_the_test_split(drawn):
 def test_files_give_back_the_scenes_in_order_to_the_bit(data_dir):
     names, tints = list(CLASSES), list(COLOURS)
     for split in BUCKETS:
-        source = emoji_scenes.load_source("emoji_scenes/tiny", split, data_dir)
-        bare = emoji_scenes.load_source("emoji_scenes/tiny", split, data_dir, images=False)
+        source = dataset.load_source("emoji_scenes/tiny", split, data_dir)
+        bare = dataset.load_source("emoji_scenes/tiny", split, data_dir, images=False)
         assert len(source) == len(bare) == 64
         for index in range(64):
             expected, got = scene(split, index), source[index]
@@ -210,25 +210,25 @@ def test_a_build_that_broke_off_is_not_taken_for_whole(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return whole(s, index)
 
-    whole = emoji_scenes._example
+    whole = dataset._example
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(emoji_scenes, "_example", break_off)
-        emoji_scenes.load_source("emoji_scenes/tiny", "train", tmp_path)
-    source = emoji_scenes.load_source("emoji_scenes/tiny", "train", tmp_path, images=False)
+        patch.setattr(dataset, "_example", break_off)
+        dataset.load_source("emoji_scenes/tiny", "train", tmp_path)
+    source = dataset.load_source("emoji_scenes/tiny", "train", tmp_path, images=False)
     assert [source[i]["index"] for i in range(len(source))] == list(range(64))
 
 
 def test_of_several_that_find_it_absent_one_builds(tmp_path, monkeypatch):
     """Threads stand for processes: the lock belongs to an open folder, of which each has its own."""
-    built, prepare = [], emoji_scenes.EmojiScenes.download_and_prepare
+    built, prepare = [], dataset.EmojiScenes.download_and_prepare
 
     def noted(builder):
         built.append(builder)
         prepare(builder)
 
-    monkeypatch.setattr(emoji_scenes.EmojiScenes, "download_and_prepare", noted)
+    monkeypatch.setattr(dataset.EmojiScenes, "download_and_prepare", noted)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        load = functools.partial(emoji_scenes.load_source, "emoji_scenes/tiny", "valid", images=False)
+        load = functools.partial(dataset.load_source, "emoji_scenes/tiny", "valid", images=False)
         sources = list(pool.map(load, [tmp_path] * 3))
     assert len(built) == 1
     assert [[source[i]["index"] for i in range(len(source))] for source in sources] == [list(range(64))] * 3
@@ -236,9 +236,9 @@ def test_of_several_that_find_it_absent_one_builds(tmp_path, monkeypatch):
 
 def test_bad_names_are_named(tmp_path):
     with pytest.raises(UserError, match=r"'emoji_scenes/huge'.*emoji_scenes/small"):
-        emoji_scenes.load_source("emoji_scenes/huge", "train", tmp_path)
+        dataset.load_source("emoji_scenes/huge", "train", tmp_path)
     with pytest.raises(UserError, match=r"'dev'.*valid"):
-        emoji_scenes.load_source("emoji_scenes/tiny", "dev", tmp_path)
+        dataset.load_source("emoji_scenes/tiny", "dev", tmp_path)
     with pytest.raises(UserError, match=r"'dev'.*valid"):
         scene("dev", 0)
     with pytest.raises(UserError, match="-1"):
@@ -248,7 +248,7 @@ def test_bad_names_are_named(tmp_path):
 @pytest.mark.parametrize("split", ["store[65:]", "store[:65]", "valid[x]"])
 def test_a_slice_beyond_the_split_tells_what_it_holds(data_dir, split):
     with pytest.raises(UserError, match=rf"has no {re.escape(split)}: {split[:5]} holds 64 scenes"):
-        emoji_scenes.load_source("emoji_scenes/tiny", split, data_dir)
+        dataset.load_source("emoji_scenes/tiny", split, data_dir)
 
 
 def test_a_disk_that_is_full_while_the_data_set_is_built_is_named(monkeypatch, tmp_path):
@@ -257,4 +257,4 @@ def test_a_disk_that_is_full_while_the_data_set_is_built_is_named(monkeypatch, t
 
     monkeypatch.setattr("tensorflow_datasets.core.DatasetBuilder.download_and_prepare", full)
     with pytest.raises(UserError, match=f"cannot write {tmp_path}: the disk is full"):
-        emoji_scenes.load_source("emoji_scenes/tiny", "valid", tmp_path)
+        dataset.load_source("emoji_scenes/tiny", "valid", tmp_path)

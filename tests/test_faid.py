@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from arrag_jax.config import MeshConfig, SamplingConfig
-from arrag_jax.decode.loop import decode, picture_keys, sample
+from arrag_jax.decode.loop import decode, image_keys, sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.mesh import make_mesh, put_everywhere
@@ -20,7 +20,7 @@ from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.config_json import read_config
 from arrag_jax.models.layouts import published_key, to_ours
 from arrag_jax.models.weights import parameters
-from arrag_jax.nn.faid import FaidConfig, FoldedBlender
+from arrag_jax.nn.faid import FaidConfig, FusedBlender
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.variables import Adapter, Frozen
 from arrag_jax.ops import grid
@@ -100,19 +100,19 @@ def test_unconditional_rows_are_not_computed(model, retriever, monkeypatch):
     """Of the 2B rows of a guided batch the blenders work off B, and keep past hidden states of B."""
     ids, mask = tiny.prompts((5, 2, 3))
     cond = model.check_prompt(ids, mask)
-    uncond, keys = (model.unconditional(*cond), cond[1]), picture_keys(0, 3)
-    rows, blend_cell = set(), FoldedBlender.blend_cell
+    uncond, keys = (model.unconditional(*cond), cond[1]), image_keys(0, 3)
+    rows, blend_cell = set(), FusedBlender.blend_cell
 
     def noted(self, window, features, complete):
         rows.add((len(window), len(features)))
         return blend_cell(self, window, features, complete)
 
-    monkeypatch.setattr(FoldedBlender, "blend_cell", noted)
-    folded = model.folded()
-    jax.eval_shape(lambda: decode(folded, cond, uncond, Faid(), retriever, keys, SamplingConfig(2.0)))
+    monkeypatch.setattr(FusedBlender, "blend_cell", noted)
+    fused = model.fused()
+    jax.eval_shape(lambda: decode(fused, cond, uncond, Faid(), retriever, keys, SamplingConfig(2.0)))
     assert rows == {(3, 3)}
     guided = [jnp.concatenate(pair) for pair in zip(cond, uncond, strict=True)]
-    _, cache = jax.eval_shape(lambda: folded.prefill(*guided, 3))
+    _, cache = jax.eval_shape(lambda: fused.prefill(*guided, 3))
     assert [len(past) for past in cache.looked_at] == [3, 3]
     assert {len(kept) for kept in (*cache.keys, *cache.values)} == {6}
 

@@ -13,10 +13,10 @@ from toy import by_path, lines, losses, split_leaves
 
 from arrag_jax import convert, generate, mesh
 from arrag_jax.config import DataConfig, DataSetConfig, DrawConfig, MeshConfig, RetrievalConfig
-from arrag_jax.data.pipeline import make_loader
+from arrag_jax.data.loader import make_loader
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation.drawing import open_studio
-from arrag_jax.evaluation.emoji_benchmark import likelihoods
+from arrag_jax.evaluation.emoji.benchmark import likelihoods
+from arrag_jax.evaluation.pipeline import open_pipeline
 from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.weights import parameters
 from arrag_jax.nn.variables import Adapter, Frozen
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 def without_pictures(monkeypatch):
     """Drawing them takes longer than a short training."""
-    monkeypatch.setattr(FaidTask, "painter", lambda self: lambda model: {})
+    monkeypatch.setattr(FaidTask, "sample_callback", lambda self: lambda model: {})
 
 
 def first_batch(task) -> dict[str, jax.Array]:
@@ -191,18 +191,18 @@ def test_eval_measures_what_training_measures_and_generate_draws_it(folder, tmp_
     retrieval = RetrievalConfig(str(folder / "store"), workshop.STORED, search="dense")
     data = DataSetConfig(workshop.SOURCE, str(folder / "data"))
     config = DrawConfig(plain, retrieval, tuned, data=data, mesh=MeshConfig(1, 1))
-    studio = open_studio(config)
-    assert studio.methods == ("plain", "daid", "faid", "faid+daid")
-    figures = likelihoods(studio, "valid", 12)
+    pipeline = open_pipeline(config)
+    assert pipeline.methods == ("plain", "daid", "faid", "faid+daid")
+    figures = likelihoods(pipeline, "valid", 12)
     for method, blend in (("plain", False), ("faid", True)):
         reference = make_task(workshop.config(folder, {"blend": blend}))
         batch = jax.tree.map(jnp.asarray, next(iter(reference.eval_batches(12))))
         expected = bits(reference, load_model(tuned if blend else plain), batch)
         assert figures[method]["mean"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(UserError, match=r"'lora' is not what these models can do: .* give config\.lora_model"):
-        open_studio(config, ["lora"])
+        open_pipeline(config, ["lora"])
     with pytest.raises(UserError, match="no FAiD blenders"):
-        open_studio(DrawConfig(plain, retrieval, plain, mesh=MeshConfig(1, 1)), ["faid"])
+        open_pipeline(DrawConfig(plain, retrieval, plain, mesh=MeshConfig(1, 1)), ["faid"])
     generate.run(config, str(tmp_path / "out"), ["a cat"], 0, "faid+daid", 1)
     assert (tmp_path / "out" / "00_faid+daid.png").is_file() and (tmp_path / "out" / "provenance.json").is_file()
 

@@ -11,19 +11,19 @@ import tiny
 from pixels import find, random_pictures
 from toy import lines, toy_config
 
-from arrag_jax.decode.loop import Drawn, sample
+from arrag_jax.decode.loop import SampleOutput, sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
-from arrag_jax.evaluation.canvas import PALETTE, greyed, upscale
 from arrag_jax.evaluation.origins import COMMON, origins
 from arrag_jax.evaluation.provenance import picture_record, share_of_draws, summary
 from arrag_jax.evaluation.provenance_page import COMMON_GROUND, LEAST_RANGE, NOT_FOUND, STRONGEST, provenance_page
+from arrag_jax.figures.canvas import PALETTE, greyed, upscale
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.ops.sampling import mix, neighbor_log_probs
 from arrag_jax.training import metrics
 
 
-def drawn_with(weight: float) -> tuple[Drawn, Daid, np.ndarray]:
+def drawn_with(weight: float) -> tuple[SampleOutput, Daid, np.ndarray]:
     """Sixty pictures, their policy, and which cells have a context; compiled once."""
     model, policy, rows = tiny.janus(), Daid(weight, 0.5, "sum"), np.arange(60) % 2
     ids, mask = tiny.prompts((4, 3))
@@ -67,7 +67,7 @@ def test_a_share_is_how_often_the_coin_of_the_mixture_fell_so():
     code = np.where(by_retrieval, rng.choice(6, number, p=q / q.sum()), rng.choice(6, number, p=p / p.sum()))
     rank = np.array([1, -1, 0, -1, -1, 3])
     fields = (np.arange(6), np.asarray(mixed[0]), np.asarray(log_p[0]), rank, rank, np.where(rank < 0, np.inf, 0.1))
-    shares = share_of_draws(Drawn(*fields), Daid(weight, 0.2, "sum"))
+    shares = share_of_draws(SampleOutput(*fields), Daid(weight, 0.2, "sum"))
     for c in range(6):
         times = (code == c).sum()
         counted = by_retrieval[code == c].mean()
@@ -126,9 +126,9 @@ def test_origins_are_the_equal_patches_of_the_store(limited):
     assert found.common.any() and not found.common[rows >= 0].all()
 
 
-def drawn_from(grid: np.ndarray, rows: np.ndarray) -> Drawn:
+def drawn_from(grid: np.ndarray, rows: np.ndarray) -> SampleOutput:
     zeros = np.zeros(grid.size, np.float32)
-    return Drawn(grid.reshape(-1).astype(np.int32), zeros, zeros, rows, np.where(rows < 0, -1, 0), zeros)
+    return SampleOutput(grid.reshape(-1).astype(np.int32), zeros, zeros, rows, np.where(rows < 0, -1, 0), zeros)
 
 
 def ground_with_motifs(number: int, height: int = 6, width: int = 8) -> np.ndarray:

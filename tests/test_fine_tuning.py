@@ -13,7 +13,7 @@ import pytest
 from toy import ONE_DEVICE, WIDTH, ToyTask, assert_same_bits, by_path, final_state, lines, losses, toy_config
 
 from arrag_jax.config import MeshConfig, OptimizerConfig
-from arrag_jax.data.pipeline import make_loader
+from arrag_jax.data.loader import make_loader
 from arrag_jax.errors import UserError
 from arrag_jax.mesh import make_mesh, put_batch
 from arrag_jax.training.checkpoint import Checkpoints, read_params
@@ -150,7 +150,7 @@ def test_low_precision_is_in_loss_and_evaluation_alone(tmp_path):
 
 
 def test_a_start_from_another_run_takes_its_best_average(tmp_path, other_run, capsys):
-    with Checkpoints(other_run, ToyTask.selects) as checkpoints:
+    with Checkpoints(other_run, ToyTask.best_metric) as checkpoints:
         best = checkpoints.best_step()
     # The same run, ended at its best step, exports that average.
     train(dataclasses.replace(OTHER, steps=best), ToyTask(), tmp_path / "best")
@@ -171,7 +171,7 @@ def test_a_start_from_nothing_or_from_another_model_is_refused(tmp_path, other_r
     with pytest.raises(UserError, match=r"init_from=.*gone holds no checkpoint"):
         train(toy_config(init_from=str(tmp_path / "gone")), ToyTask(), tmp_path / "run")
     with pytest.raises(UserError, match=rf"of another model: middle \(\({WIDTH}, {WIDTH}\) there, \(3,\) now\)"):
-        read_params(other_run, {"middle": jnp.zeros(3), "bias": jnp.zeros(WIDTH)}, ToyTask.selects)
+        read_params(other_run, {"middle": jnp.zeros(3), "bias": jnp.zeros(WIDTH)}, ToyTask.best_metric)
     shutil.copytree(other_run, tmp_path / "damaged")
     for file in (tmp_path / "damaged" / "checkpoints").glob("*/state/**/*"):
         if file.is_file():
@@ -185,7 +185,7 @@ class ScriptedTask(ToyTask):
 
     def __init__(self, mode: str):
         super().__init__()
-        self.selects = ("error", mode)
+        self.best_metric = ("error", mode)
 
     def eval_metrics(self, model, batch):
         return {"error": jnp.array([0.0, 4.0, 1.0, jnp.nan, 9.0, 3.0, 5.0])[model.examples[...] // 16]}
@@ -210,7 +210,7 @@ def test_a_checkpoint_is_exported_the_best_or_the_last(tmp_path):
     for last, step in ((False, 2), (True, 4)):
         target = tmp_path / str(step)
         assert export_checkpoint(task, config, run, target, last) == step
-        _, params = read_params(run, like, task.selects, last=last)
+        _, params = read_params(run, like, task.best_metric, last=last)
         exported = np.load(target / "weights.npz")
         assert exported["middle"].tobytes() == np.asarray(params["middle"]).tobytes()
         assert (exported["middle"].tobytes() == whole["middle"].tobytes()) is last

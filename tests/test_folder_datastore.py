@@ -18,14 +18,15 @@ from stored import values_of
 
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig, ScannOptions
-from arrag_jax.data.images import LISTING
 from arrag_jax.data.sources import FileImages, list_images, read_entry
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.nn.vq import from_uint8
-from arrag_jax.retrieval import building, index, report, writer
-from arrag_jax.retrieval.datastore import Datastore, unit_norm
+from arrag_jax.retrieval import index, report
+from arrag_jax.store import building, writer
+from arrag_jax.store.datastore import Datastore, unit_norm
+from arrag_jax.store.images import LISTING
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = str(ROOT / "arrag_jax" / "assets" / "emoji_janus")
@@ -90,7 +91,7 @@ def encode(images):
     codes = images[..., 0].astype(np.int32) % 8
     return codes, CODEBOOK[codes]
 
-build_datastore.load_model, build_datastore.fingerprint = (lambda *_, **__: tokenizer), (lambda _: "fake")
+build_datastore.load_model, build_datastore.tokenizer_fingerprint = (lambda *_, **__: tokenizer), (lambda _: "fake")
 build_datastore.encoder = lambda _: encode
 import_scann()
 source, root, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])

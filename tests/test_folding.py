@@ -10,10 +10,10 @@ from arrag_jax.config import RetrievalConfig, ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval import sharded
-from arrag_jax.retrieval.datastore import unit_norm
 from arrag_jax.retrieval.dense import STORAGES, DenseRetriever
 from arrag_jax.retrieval.patches import LatentKeys, Patches
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever, build_host
+from arrag_jax.store.datastore import unit_norm
 
 V, K = 12, 40
 CODEBOOK = unit_norm(np.random.default_rng(0).normal(size=(V, 8)))
@@ -35,7 +35,7 @@ def queries() -> np.ndarray:
     return np.concatenate([drawn, CONTEXTS[:20], [[0, 0, 0, 0], [3, -1, 2, 1]]]).astype(np.int32)
 
 
-def folded(rows: tuple[int, int] = (0, len(CODES)), codebook: np.ndarray = CODEBOOK) -> Patches:
+def fused(rows: tuple[int, int] = (0, len(CODES)), codebook: np.ndarray = CODEBOOK) -> Patches:
     return Patches.fold(CONTEXTS[slice(*rows)], CODES[slice(*rows)], codebook)
 
 
@@ -71,7 +71,7 @@ def search(retriever, context: np.ndarray):
 
 
 def test_every_patch_is_in_the_entry_of_its_context():
-    patches = folded()
+    patches = fused()
     assert len(patches.keys) < len(CODES) / 2
     entry = np.repeat(np.arange(len(patches.keys)), np.diff(patches.starts))
     np.testing.assert_array_equal(patches.contexts[entry], CONTEXTS[patches.rows])
@@ -87,7 +87,7 @@ def test_every_patch_is_in_the_entry_of_its_context():
 def test_scann_over_entries_is_the_naive_search(codebook, options, k):
     """With int8 too: its rounding is bounded, so that nothing nearer is left out. Where ties are exact, to the id."""
     context = queries() if k <= K else queries()[::8]
-    host = build_host(lambda rows: folded(rows, codebook), len(CODES), codebook, k, options)
+    host = build_host(lambda rows: fused(rows, codebook), len(CODES), codebook, k, options)
     check(search(ScannRetriever.of(host), context), context, k, codebook, ids=codebook is HALVES)
 
 
@@ -96,13 +96,13 @@ def test_scann_over_entries_is_the_naive_search(codebook, options, k):
 def test_dense_over_entries_is_the_naive_search(storage, k, score_bytes):
     """In one block and in several."""
     context = queries()
-    check(search(DenseRetriever.of(folded(), CODEBOOK, k, storage, score_bytes), context), context, k)
+    check(search(DenseRetriever.of(fused(), CODEBOOK, k, storage, score_bytes), context), context, k)
 
 
 @pytest.mark.parametrize("storage", ["codes", "float32"])
 def test_dense_orders_ties_by_row(storage):
     context = queries()
-    retriever = DenseRetriever.of(folded(codebook=HALVES), HALVES, K, storage, 4 * len(context) * 900)
+    retriever = DenseRetriever.of(fused(codebook=HALVES), HALVES, K, storage, 4 * len(context) * 900)
     check(search(retriever, context), context, K, HALVES, ids=True)
 
 
@@ -113,10 +113,10 @@ def test_sharded_over_entries_is_the_naive_search(storage):
     context = queries()
     if storage == "scann":
         retriever = sharded.shard_scann(
-            build_host(folded, len(CODES), CODEBOOK, K, EXHAUSTIVE, 4), mesh, "store", "data"
+            build_host(fused, len(CODES), CODEBOOK, K, EXHAUSTIVE, 4), mesh, "store", "data"
         )
     else:
-        retriever = sharded.shard_dense(folded, len(CODES), CODEBOOK, K, mesh, "store", "data", storage)
+        retriever = sharded.shard_dense(fused, len(CODES), CODEBOOK, K, mesh, "store", "data", storage)
     check(search(retriever, context), context, K)
 
 
@@ -125,18 +125,18 @@ def test_a_process_holds_its_own_shards_alone():
 
     def patches(rows: tuple[int, int]) -> Patches:
         asked.append(rows)
-        return folded(rows)
+        return fused(rows)
 
     host = build_host(patches, len(CODES), CODEBOOK, K, EXHAUSTIVE, shards=4, local=[2])
     assert list(host.shards) == [2] and asked == [host.bounds[2]]
     whole = queries()[:-1]
-    alone = build_host(lambda _: folded(host.bounds[2]), len(CODES) // 4, CODEBOOK, K, EXHAUSTIVE)
+    alone = build_host(lambda _: fused(host.bounds[2]), len(CODES) // 4, CODEBOOK, K, EXHAUSTIVE)
     for ours, theirs in zip(host.search(whole, np.int32(2)), alone.search(whole, np.int32(0)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_an_answer_does_not_depend_on_its_batch():
-    host = build_host(folded, len(CODES), CODEBOOK, K, INT8)
+    host = build_host(fused, len(CODES), CODEBOOK, K, INT8)
     context = queries()
     together = host.search(context, np.int32(0))
     for i in range(0, len(context), 7):
@@ -173,7 +173,7 @@ def test_a_part_of_the_latents_is_its_rows():
 
 def test_what_an_index_of_entries_holds():
     """An entry takes its context, its start and its place by context, a patch a row and a code: 16 U + 6 N + 4."""
-    patches = folded()
+    patches = fused()
     assert patches.nbytes == 16 * len(patches.keys) + 6 * len(CODES) + 4
 
 

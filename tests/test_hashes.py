@@ -14,7 +14,7 @@ import toy
 from safetensors.numpy import load_file, save_file
 
 from arrag_jax.checksums import WORDS, all_finite, checksum
-from arrag_jax.data.pipeline import make_loader
+from arrag_jax.data.loader import make_loader
 from arrag_jax.errors import UserError
 from arrag_jax.mesh import make_mesh
 from arrag_jax.models.checkpoint import load_model, save_model
@@ -22,7 +22,7 @@ from arrag_jax.models.conversion import convert
 from arrag_jax.models.manifest import write_manifest
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.models.weights import parameters
-from arrag_jax.retrieval.datastore import Datastore
+from arrag_jax.store.datastore import Datastore
 from arrag_jax.training.checkpoint import Checkpoints, read_params
 from arrag_jax.training.loop import init_state
 from arrag_jax.training.optimizer import make_optimizer
@@ -161,17 +161,17 @@ def run(tmp_path_factory):
     optimizer, mesh = make_optimizer(config.optimizer, config.steps), make_mesh(config.mesh)
     _, _, state = init_state(task, optimizer, config, mesh)
     data = make_loader(task.train_source(), config.batch_size, config.seed)
-    with Checkpoints(workdir, task.selects) as checkpoints:
+    with Checkpoints(workdir, task.best_metric) as checkpoints:
         checkpoints.save(1, state, data, {"eval/error": 0.5})
 
     def restore(folder: Path) -> tuple:
         loader = make_loader(task.train_source(), config.batch_size, config.seed)
-        with Checkpoints(folder, task.selects) as checkpoints:
+        with Checkpoints(folder, task.best_metric) as checkpoints:
             found = checkpoints.restore(state, loader)
         return {path: x.tobytes() for path, x in toy.by_path(found).items()}, str(loader.get_state())
 
     def params(folder: Path) -> tuple:
-        step, found = read_params(folder, state.params, task.selects)
+        step, found = read_params(folder, state.params, task.best_metric)
         return step, {path: x.tobytes() for path, x in toy.by_path(found).items()}
 
     return workdir, restore, params

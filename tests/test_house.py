@@ -32,13 +32,15 @@ FLOORS = {
     **dict.fromkeys(("signals", "forks", "progress", "errors", "config", "parsing", "files", "json_files"), 0),
     **dict.fromkeys(("command", "mesh", "ops", "hub", "meeting", "native_output", "processes", "checksums"), 0),
     **dict.fromkeys(("fields", "failures", "console", "usage"), 0),
-    **dict.fromkeys(("interfaces", "nn"), 1),
-    **dict.fromkeys(("models", "retrieval", "decode"), 2),
-    **dict.fromkeys(("data", "training", "evaluation"), 3),
-    **dict.fromkeys(("train", "generate", "build_datastore", "build_neighbors", "eval", "convert"), 4),
+    **dict.fromkeys(("interfaces", "nn", "figures"), 1),
+    **dict.fromkeys(("models", "data"), 2),
+    **dict.fromkeys(("store",), 3),
+    **dict.fromkeys(("retrieval", "decode"), 4),
+    **dict.fromkeys(("training",), 5),
+    **dict.fromkeys(("evaluation",), 6),
+    **dict.fromkeys(("train", "generate", "build_datastore", "build_neighbors", "eval", "convert"), 7),
 }
-# The imports allowed between two names of one floor (importer, imported). Floor 2 has none: models, retrieval
-# and decode meet in `interfaces` alone.
+# The imports allowed between two names of one floor (importer, imported).
 PEERS = {
     ("errors", "signals"),
     ("forks", "errors"),
@@ -74,9 +76,6 @@ PEERS = {
     ("mesh", "config"),
     ("ops", "errors"),
     ("nn", "interfaces"),
-    ("training", "data"),
-    ("training", "evaluation"),
-    ("evaluation", "data"),
 }
 FORBIDDEN_IMPORTS = {"tensorflow", "torch", "pickle", "cloudpickle", "dill", "pillow_heif"}
 # PyTorch's own files can be read by PyTorch alone; it is imported where one is met, and its absence is a UserError.

@@ -16,12 +16,12 @@ from folders import contents, write_scenes
 
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig
-from arrag_jax.data.images import encoder
+from arrag_jax.data.examples import DUPLICATE
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
-from arrag_jax.retrieval import parts, writer
-from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.left_out import DUPLICATE
+from arrag_jax.store import segments, writer
+from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.images import encoder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -179,7 +179,7 @@ def test_a_file_that_is_there_twice_is_taken_once(base, tmp_path):
 
 
 def merged(stores: list[Datastore], into: Path, **flags) -> Datastore:
-    found = parts.merge([Datastore.open(store.directory) for store in stores], into, **flags)
+    found = segments.merge([Datastore.open(store.directory) for store in stores], into, **flags)
     found.verify()
     return found
 
@@ -190,7 +190,7 @@ def test_a_store_merged_with_itself_is_itself(whole, tmp_path):
     both = merged([whole, whole, Datastore.open(tmp_path / "copy")], tmp_path / "both")
     assert (both.sources, both.bad, both.num_duplicates) == (whole.sources, whole.bad, 42)
     np.testing.assert_array_equal(both.codes, whole.codes)
-    assert not both.parts
+    assert not both.segments
     doubled = merged([whole, whole], tmp_path / "doubled", keep_duplicates=True)
     assert doubled.sources == whole.sources * 2
     with pytest.raises(UserError, match="something else than these stores merged"):

@@ -12,8 +12,8 @@ from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.files import sha256_of
 from arrag_jax.retrieval import index
-from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.shards import content_hash
+from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.shards import content_hash
 
 OPTIONS = {
     "flat": ScannOptions(),

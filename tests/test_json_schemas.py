@@ -23,10 +23,11 @@ from arrag_jax.models.manifest import write_manifest as write_export_manifest
 from arrag_jax.models.tensor_files import stored_tensors
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.ops.neighbors import Neighbors
-from arrag_jax.retrieval import building, index, neighbor_writer, parts
-from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings
+from arrag_jax.retrieval import index
 from arrag_jax.retrieval.scann import EXHAUSTIVE
+from arrag_jax.store import building, neighbor_writer, segments
+from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings
 from arrag_jax.training.checkpoint import require_base
 from arrag_jax.training.metrics import training_minutes
 from arrag_jax.training.shared import made_by
@@ -40,15 +41,15 @@ def store(tmp_path_factory) -> Path:
     """A store with captions, a part, and an index."""
     folder = tmp_path_factory.mktemp("stores") / "store"
     whole = stored.build(folder, [f"image {i}" for i in range(12)], kept=True)
-    stored.build(parts.next_part(whole), [f"more {i}" for i in range(5)], kept=True)
-    index.build_index(parts.add_part(whole, parts.next_part(whole)), "codebook", EXHAUSTIVE)
+    stored.build(segments.next_segment(whole), [f"more {i}" for i in range(5)], kept=True)
+    index.build_index(segments.add_segment(whole, segments.next_segment(whole)), "codebook", EXHAUSTIVE)
     return folder
 
 
 @pytest.fixture
 def signed(monkeypatch):
     """Hashes of manifests and records are what these say."""
-    monkeypatch.setattr("arrag_jax.retrieval.shards.content_hash", lambda content: content.get("sha256", "0"))
+    monkeypatch.setattr("arrag_jax.store.shards.content_hash", lambda content: content.get("sha256", "0"))
     monkeypatch.setattr("arrag_jax.retrieval.index.content_hash", lambda content: content.get("sha256", "0"))
 
 

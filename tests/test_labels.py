@@ -7,9 +7,9 @@ import pytest
 from PIL import Image, ImageDraw
 from pixels import random_pictures
 
-from arrag_jax.evaluation import lettering, pictures
-from arrag_jax.evaluation.canvas import Canvas
-from arrag_jax.evaluation.lettering import OWN, font_of, has, shortened, text_size, wrapped
+from arrag_jax.figures import grids, lettering
+from arrag_jax.figures.canvas import Canvas
+from arrag_jax.figures.lettering import OWN, font_of, has, shortened, text_size, wrapped
 
 FONTS = all(importlib.util.find_spec(package) for package in lettering.PACKAGES)
 with_fonts = pytest.mark.skipif(not FONTS, reason="the packages of fonts are not installed")
@@ -138,5 +138,5 @@ def test_a_long_path_keeps_its_end(fonts, path):
 def test_labels_of_any_script_stand_in_a_grid(fonts):
     images = random_pictures(1, 2 * len(SCRIPTS))
     rows = [(words, images[2 * i : 2 * i + 2]) for i, words in enumerate(SCRIPTS.values())]
-    page = pictures.labelled_grid(rows, ["猫", "λ 0.1"], scale=3)
+    page = grids.labelled_grid(rows, ["猫", "λ 0.1"], scale=3)
     assert page.shape[1] < 12 * 6 + 4 * 12 + 260

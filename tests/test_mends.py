@@ -24,11 +24,11 @@ from arrag_jax.config import (
     ScannOptions,
 )
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation.drawing import open_studio
-from arrag_jax.models.checkpoint import fingerprint, load_model, save_model
-from arrag_jax.retrieval import parts
-from arrag_jax.retrieval.datastore import Datastore
+from arrag_jax.evaluation.pipeline import open_pipeline
+from arrag_jax.models.checkpoint import load_model, save_model, tokenizer_fingerprint
 from arrag_jax.retrieval.load import load_retriever
+from arrag_jax.store import segments
+from arrag_jax.store.datastore import Datastore
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ONE = MeshConfig(1, 1)
@@ -62,7 +62,7 @@ def run(monkeypatch, command: str) -> int:
 
 
 def search(**changes) -> object:
-    model = fingerprint(load_model("model"))
+    model = tokenizer_fingerprint(load_model("model"))
     return load_retriever(RetrievalConfig("store", k=3, **changes), model)[1]
 
 
@@ -122,9 +122,9 @@ def test_a_store_that_is_not_there_names_its_command(folder, monkeypatch):
 def test_captions_are_added_by_the_command_that_their_absence_names(folder, monkeypatch):
     config = DrawConfig("model", RetrievalConfig("store", k=3, search="dense"), mesh=ONE, caption=CaptionConfig(8, 3))
     with pytest.raises(UserError) as error:
-        open_studio(config, ["static"])
+        open_pipeline(config, ["static"])
     assert run(monkeypatch, commands_in(str(error.value))[0]) == 0
-    assert len(open_studio(config, ["static"]).store.captions) == 24
+    assert len(open_pipeline(config, ["static"]).store.captions) == 24
 
 
 def test_stores_of_other_kinds_are_made_alike_by_what_the_merge_and_the_append_say(folder, monkeypatch):
@@ -134,12 +134,12 @@ def test_stores_of_other_kinds_are_made_alike_by_what_the_merge_and_the_append_s
     stores = lambda: [Datastore.open(name) for name in ("store", "valid")]  # noqa: E731
     for _ in range(2):  # the keys, then the captions
         with pytest.raises(UserError) as error:
-            parts.merge(stores(), "both")
+            segments.merge(stores(), "both")
         commands = re.split(" and (?=python)", str(error.value).partition("first run: ")[2])
         assert commands
         for command in commands:
             assert run(monkeypatch, command) == 0
-    assert parts.merge(stores(), "both").num_images == 29
+    assert segments.merge(stores(), "both").num_images == 29
     more = dataclasses.replace(config, split="test", keys=("codebook", "latent"))
     shutil.copytree(folder.joinpath("store").resolve(), "again")
     build_datastore.run(more, "again", append=True)
@@ -176,14 +176,14 @@ def test_a_flag_that_drawing_names_ends_the_error(folder, case):
     methods, changes, mesh = FLAGS[case]
     config = DrawConfig("model", RetrievalConfig("store", k=3, search="dense"), mesh=mesh, **changes)
     with pytest.raises(UserError) as error:
-        open_studio(config, methods)
+        open_pipeline(config, methods)
     named = re.findall(r"config\.(\w+)(?:\.(\w+)=(\d))?", str(error.value))
     assert named
     for section, key, value in named:
         change = dataclasses.replace(config.mesh, **{key: int(value)}) if key else "model"
         config = dataclasses.replace(config, **{section: change})
     try:
-        open_studio(config, methods)
+        open_pipeline(config, methods)
     except UserError as other:  # the model given has no blenders, the store no captions: another error
         assert str(other) != str(error.value) and "give --config" not in str(other)
 
@@ -211,10 +211,10 @@ def test_the_embedded_model_and_configs_hold_from_any_directory(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     named = runpy.run_path(str(CONFIGS / "emoji_daid.py"))["get_config"]().model
     assert not Path(named).is_absolute()
-    embedded = fingerprint(load_model(named, parts=("gen_vision_model",)))
+    embedded = tokenizer_fingerprint(load_model(named, parts=("gen_vision_model",)))
     flags = ["--config.source=emoji_scenes/tiny", "--config.num_images=4", "--config.indexes=()", "--workdir=store"]
     command = ["python", "-m", "arrag_jax.build_datastore", f"--config={CONFIGS / 'emoji_datastore.py'}", *flags]
     assert run(monkeypatch, shlex.join(command)) == 0
     assert Datastore.open(tmp_path / "store").settings.fingerprint == embedded
     save_model(tiny.janus(), Path(named))
-    assert fingerprint(load_model(named)) == fingerprint(tiny.janus()) != embedded
+    assert tokenizer_fingerprint(load_model(named)) == tokenizer_fingerprint(tiny.janus()) != embedded

@@ -121,8 +121,8 @@ class StoppedTask(ToyTask):
         super().__init__(pause=0.02)
         self._signalled = False
 
-    def painter(self):
-        paint = super().painter()
+    def sample_callback(self):
+        paint = super().sample_callback()
 
         def paint_and_signal(model):
             if jax.process_index() == 1 and not self._signalled:

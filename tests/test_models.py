@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, processors
 
 from arrag_jax.errors import UserError
-from arrag_jax.models.checkpoint import fingerprint, load_model, save_model
+from arrag_jax.models.checkpoint import load_model, save_model, tokenizer_fingerprint
 from arrag_jax.models.config_json import config_to_json, read_config
 from arrag_jax.models.janus import PARTS, VISION
 from arrag_jax.models.presets import PRESETS
@@ -84,14 +84,14 @@ def test_saved_and_loaded_is_the_same_to_the_bit(tmp_path, parts):
     assert set(after) == {name for name in before if name.startswith(tuple(f"{p}." for p in parts))}
     for name, value in after.items():
         np.testing.assert_array_equal(value[...], before[name][...])
-    assert fingerprint(again) == fingerprint(model)
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(model)
 
 
 def test_a_bfloat16_save_keeps_the_tokenizer_exact(tmp_path):
     model = tiny.janus()
     save_model(model, tmp_path, "bfloat16")
     again = load_model(tmp_path)
-    assert fingerprint(again) == fingerprint(model)
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(model)
     weight = model.gen_head.layers[0].weight[...]
     rounded = weight.astype(jnp.bfloat16).astype(jnp.float32)
     np.testing.assert_array_equal(again.gen_head.layers[0].weight[...], rounded)
@@ -100,9 +100,9 @@ def test_a_bfloat16_save_keeps_the_tokenizer_exact(tmp_path):
 def test_fingerprints_tell_tokenizers_apart_and_nothing_else():
     one, other = tiny.janus(), tiny.janus()
     other.gen_head.layers[0].weight[...] += 1.0
-    assert fingerprint(one) == fingerprint(other)
+    assert tokenizer_fingerprint(one) == tokenizer_fingerprint(other)
     other.gen_vision_model.codes[...] += 1e-3
-    assert fingerprint(one) != fingerprint(other)
+    assert tokenizer_fingerprint(one) != tokenizer_fingerprint(other)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -173,7 +173,7 @@ def test_an_index_must_be_that_of_its_files(tmp_path):
     shutil.move(tmp_path / "model.safetensors", tmp_path / "a.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(keys, "a.safetensors")}))
-    assert fingerprint(load_model(tmp_path)) == fingerprint(tiny.janus())
+    assert tokenizer_fingerprint(load_model(tmp_path)) == tokenizer_fingerprint(tiny.janus())
     index.write_text(json.dumps({"weight_map": {**dict.fromkeys(keys, "a.safetensors"), "x": "b.safetensors"}}))
     with pytest.raises(UserError, match=r"b\.safetensors is named by its index but is not there"):
         load_model(tmp_path)
@@ -303,7 +303,7 @@ def operands(jaxpr) -> set[str]:
 def test_all_products_are_of_the_models_type(dtype, task):
     """From the first embedding on: one number of a wider type, and everything after it is computed in that."""
     model = tiny.janus(config=dataclasses.replace(tiny.CONFIG, faid=FaidConfig(stride=1, neighbors=3)))
-    model = model.folded() if task == "draw" else model
+    model = model.fused() if task == "draw" else model
     graph, tokenizer, weights = nnx.split(model, lambda path, _: "gen_vision_model" in path, ...)
     weights = jax.tree.map(lambda x: x.astype(dtype), weights)
     ids, codes = jnp.ones((2, 3), jnp.int32), jnp.zeros((2, 20), jnp.int32)

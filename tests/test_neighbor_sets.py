@@ -10,15 +10,16 @@ import test_datastore as base
 from stored import keys_of, values_of
 
 from arrag_jax.config import ScannOptions
+from arrag_jax.data.examples import BadImage
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
-from arrag_jax.retrieval import building, neighbor_writer, others, shards, writer
-from arrag_jax.retrieval.datastore import Datastore
+from arrag_jax.retrieval import leave_one_out
 from arrag_jax.retrieval.dense import DenseRetriever
-from arrag_jax.retrieval.encoding import BadImage
-from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings, from_record, to_record
-from arrag_jax.retrieval.others import OtherImages
+from arrag_jax.retrieval.leave_one_out import LeaveOneOut
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever
+from arrag_jax.store import building, neighbor_writer, shards, writer
+from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings, from_record, to_record
 
 GRID, V, CODEBOOK = base.GRID, base.V, base.CODEBOOK
 CELLS, PATCHES, K = GRID[0] * GRID[1], 9, 4
@@ -28,7 +29,7 @@ CELLS, PATCHES, K = GRID[0] * GRID[1], 9, 4
 def small_calls():
     """Fifty contexts a call of the search, not thousands."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(others, "ANSWERS", 50 * K)
+        patch.setattr(leave_one_out, "ANSWERS", 50 * K)
         yield
 
 
@@ -75,8 +76,8 @@ def retriever(store: Datastore, search: str, k: int = K) -> DenseRetriever | Sca
     return DenseRetriever.create(*arrays) if search == "dense" else ScannRetriever.create(*arrays, EXHAUSTIVE)
 
 
-def others_of(store: Datastore, search: str = "dense") -> OtherImages:
-    return OtherImages(store, store.sources, retriever(store, search))
+def leave_one_out_of(store: Datastore, search: str = "dense") -> LeaveOneOut:
+    return LeaveOneOut(store, store.sources, retriever(store, search))
 
 
 def oracle(codes: np.ndarray, stored: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -95,7 +96,7 @@ def oracle(codes: np.ndarray, stored: np.ndarray) -> tuple[list[np.ndarray], lis
 @pytest.mark.parametrize("name", STORED)
 def test_equals_the_exact_search_without_own_images(stores, name, search):
     store = stores[name]
-    found = others_of(store, search).search(QUERIES, UNKNOWN)
+    found = leave_one_out_of(store, search).search(QUERIES, UNKNOWN)
     for q, (away, value) in enumerate(zip(*oracle(QUERIES, STORED[name]), strict=True)):
         expected = np.full(K, np.inf)
         expected[: len(away)] = np.sort(away)[:K]
@@ -112,11 +113,13 @@ def test_equals_the_exact_search_without_own_images(stores, name, search):
 
 @pytest.mark.parametrize("name, rounds", [("absent", 1), ("twice", 2)])
 def test_a_context_is_asked_for_once_unless_too_few_are_left(stores, monkeypatch, name, rounds):
-    asked, search = [], others._search
-    monkeypatch.setattr(others, "ANSWERS", 5 * K)  # five contexts a call
-    monkeypatch.setattr(others, "_search", lambda who, context: asked.append((who.k, context)) or search(who, context))
+    asked, search = [], leave_one_out._search
+    monkeypatch.setattr(leave_one_out, "ANSWERS", 5 * K)  # five contexts a call
+    monkeypatch.setattr(
+        leave_one_out, "_search", lambda who, context: asked.append((who.k, context)) or search(who, context)
+    )
     told = []
-    found = others_of(stores[name]).search(QUERIES, UNKNOWN, told.append)
+    found = leave_one_out_of(stores[name]).search(QUERIES, UNKNOWN, told.append)
     first = np.concatenate([context for k, context in asked if k == K])
     distinct = np.unique(grid_ops.contexts_of_grids(QUERIES).reshape(-1, 4), axis=0)
     np.testing.assert_array_equal(np.unique(first[first[:, 0] >= 0], axis=0), distinct)
@@ -124,7 +127,7 @@ def test_a_context_is_asked_for_once_unless_too_few_are_left(stores, monkeypatch
     assert len({k for k, _ in asked}) >= rounds and (rounds > 1 or {k for k, _ in asked} == {K})
     assert sum(told) == len(QUERIES) and len(told) > 5
     monkeypatch.undo()
-    whole = others_of(stores[name]).search(QUERIES, UNKNOWN)
+    whole = leave_one_out_of(stores[name]).search(QUERIES, UNKNOWN)
     np.testing.assert_allclose(found.distance, whole.distance, atol=2e-6)  # whatever the size of a call
 
 
@@ -134,11 +137,11 @@ def test_an_image_is_left_out_by_its_name_wherever_a_code_differs(stores):
     altered[:, 1, 1] = (altered[:, 1, 1] + 1) % 3
     store = stores["twice"]
     names = [f"query/{i % 26}" for i in range(len(STORED["twice"]))]  # the last six are the first six again
-    found = OtherImages(store, names, retriever(store, "dense")).search(altered, names[:6])
+    found = LeaveOneOut(store, names, retriever(store, "dense")).search(altered, names[:6])
     rest = [np.delete(STORED["twice"], [i, i + 26], 0) for i in range(6)]
     expected = [np.sort(away)[:K] for i in range(6) for away in oracle(altered[i : i + 1], rest[i])[0]]
     np.testing.assert_allclose(found.distance, expected, atol=2e-6)
-    assert (others_of(store).search(altered, UNKNOWN).distance < found.distance - 1e-3).any()
+    assert (leave_one_out_of(store).search(altered, UNKNOWN).distance < found.distance - 1e-3).any()
 
 
 def test_record_holds_what_was_put_in():
@@ -183,7 +186,7 @@ def settings(**changes) -> NeighborSettings:
 
 @pytest.fixture(scope="module")
 def search(stores):
-    return others_of(stores["absent"]).search
+    return leave_one_out_of(stores["absent"]).search
 
 
 def build(directory: Path, search, /, **changes) -> NeighborSet:

@@ -15,8 +15,9 @@ from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig, ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
-from arrag_jax.retrieval import index, parts
-from arrag_jax.retrieval.datastore import Datastore
+from arrag_jax.retrieval import index
+from arrag_jax.store import segments
+from arrag_jax.store.datastore import Datastore
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_what_is_added_comes_after_and_changes_nothing_before(whole, config, tmp
     assert "nothing to add" in capsys.readouterr().out
     write_scenes(source, range(23, 30))
     with monkeypatch.context() as patch:  # stopped when the part is whole, but not in the manifest yet
-        patch.setattr(parts, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(segments, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             build_datastore.run(growing, str(store), append=True)
     assert Datastore.open(store).num_images == 21
@@ -66,7 +67,7 @@ def test_what_is_added_comes_after_and_changes_nothing_before(whole, config, tmp
         build_datastore.run(dataclasses.replace(growing, keys=("codebook", "latent")), str(store), append=True)
     part = store / "part-00001" / "manifest.json"
     part.write_text(part.read_text().replace('"split": ""', '"split": "x"'))
-    with pytest.raises(UserError, match="part-00001 is not the part"):
+    with pytest.raises(UserError, match="part-00001 is not the segment"):
         Datastore.open(store)
 
 
@@ -118,19 +119,19 @@ def test_merged_stores_are_one_after_another(whole, config, tmp_path, monkeypatc
     stores = [str(one.directory), str(whole.directory)]
 
     def merge(into: Path) -> Datastore:
-        return parts.merge([Datastore.open(store) for store in stores], into)
+        return segments.merge([Datastore.open(store) for store in stores], into)
 
     expected = contents(merge(tmp_path / "expected").directory)
     for moment in range(1, len(expected), 4):
-        calls, whole_file = iter(range(moment)), parts.whole_file
+        calls, atomic_write = iter(range(moment)), segments.atomic_write
 
-        def stopping(path: Path, calls=calls, whole_file=whole_file):
+        def stopping(path: Path, calls=calls, atomic_write=atomic_write):
             if next(calls, None) is None:
                 raise KeyboardInterrupt
-            return whole_file(path)
+            return atomic_write(path)
 
         with monkeypatch.context() as patch:
-            patch.setattr(parts, "whole_file", stopping)
+            patch.setattr(segments, "atomic_write", stopping)
             try:
                 merge(merging)
             except KeyboardInterrupt:
@@ -145,9 +146,9 @@ def test_merged_stores_are_one_after_another(whole, config, tmp_path, monkeypatc
     np.testing.assert_array_equal(both.codes, np.concatenate([one.codes, whole.codes]))
     assert (both.num_bad, both.num_images) == (2, 7 + 21)
     with pytest.raises(UserError, match="something else than these stores merged"):
-        parts.merge([one], merging)
+        segments.merge([one], merging)
     with pytest.raises(UserError, match="is one of the stores to merge"):
-        parts.merge([one], one.directory)
+        segments.merge([one], one.directory)
 
 
 @pytest.mark.parametrize("form", [{"append": True}, {"merge": ["x"]}, {}])

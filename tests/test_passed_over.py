@@ -16,12 +16,11 @@ from PIL import Image
 
 from arrag_jax import build_datastore
 from arrag_jax.data import endings, pixels, sources
+from arrag_jax.data.examples import DUPLICATE, PASSED_OVER, BadImage
 from arrag_jax.errors import UserError
-from arrag_jax.retrieval.bad_images import BadImages, Tally
-from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.encoding import BadImage
-from arrag_jax.retrieval.left_out import DUPLICATE, PASSED_OVER
-from arrag_jax.retrieval.shards import ShardSettings
+from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.shards import ShardSettings
+from arrag_jax.store.skipped import SkippedCounts, SkippedImages
 
 ODD = ("a.CR2", "b.nef", "c.zip", "d.mov", "e.svg", "noend", "f.jxl", "g.unheard-of-and-long", "h.jpg.gz", "i.")
 BESIDE = ("a.txt", "b.JSON", "c.caption", "d.npy", "list.csv", ".DS_Store", "Thumbs.db", "._a.png")
@@ -155,7 +154,7 @@ def test_a_few_bad_images_fail_no_build(tmp_path, images, bad):
     lines += [f"y\t{DUPLICATE}0\n"] if bad < images else []
     (tmp_path / "bad-0.txt").write_text("".join(lines))
     settings = dataclasses.replace(settings, num_images=images + 1)  # what is passed over does not count
-    left_out = BadImages(tmp_path, settings, str, 0.01, 10, Tally(0, 0))
+    left_out = SkippedImages(tmp_path, settings, str, 0.01, 10, SkippedCounts(0, 0))
     if (images, bad) in FEW:
         left_out.require_few()
     else:

@@ -14,12 +14,12 @@ from test_help import CONFIGS, keys
 from arrag_jax import files
 from arrag_jax.config import DatastoreConfig, DrawConfig, RetrievalConfig
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation import pictures
 from arrag_jax.failures import explanation
 from arrag_jax.fields import hints, is_path, local_path
+from arrag_jax.figures import grids
 from arrag_jax.models.checkpoint import load_model
-from arrag_jax.retrieval import parts
-from arrag_jax.retrieval.datastore import Datastore
+from arrag_jax.store import segments
+from arrag_jax.store.datastore import Datastore
 from arrag_jax.training.checkpoint import Checkpoints
 from arrag_jax.training.metrics import MetricWriter
 from arrag_jax.training.tasks import TASKS
@@ -123,7 +123,9 @@ def test_home_is_expanded_in_settings_flags_and_the_api(capsys, monkeypatch, tmp
     assert (made.model, made.lora_model, made.faid_model) == (str(tmp_path / "m"), str(tmp_path), "")
     assert DatastoreConfig(model="m", source="tfds:x", data_dir="~/d").source == "tfds:x"
     assert (
-        Datastore.open("~/store").fingerprint == store.fingerprint == Datastore.open(made.retrieval.store).fingerprint
+        Datastore.open("~/store").store_fingerprint
+        == store.store_fingerprint
+        == Datastore.open(made.retrieval.store).store_fingerprint
     )
     with pytest.raises(UserError, match=str(tmp_path / "nothing")):
         load_model("~/nothing")
@@ -180,7 +182,7 @@ def test_a_link_at_the_place_of_a_file_is_replaced(tmp_path, outside):
     for name in ("record.json", ".record.json.tmp", "picture.png", ".picture.png.tmp", "metrics.jsonl"):
         os.symlink(outside / "file", workdir / name)
     files.write_json(workdir / "record.json", {"a": 1})
-    pictures.save(workdir / "picture.png", np.zeros((2, 2, 3), np.uint8))
+    grids.save(workdir / "picture.png", np.zeros((2, 2, 3), np.uint8))
     with pytest.raises(json.JSONDecodeError):
         json.loads((outside / "file").read_text())
     MetricWriter(workdir, 0).close()
@@ -198,7 +200,7 @@ def test_a_folder_that_is_a_link_out_of_the_workdir_is_refused(tmp_path, outside
     os.symlink(outside, store.directory / name)
     with pytest.raises(UserError, match=f"{name} is a link that leads out of"):
         if name == "part-00001":
-            parts.next_part(store)
+            segments.next_segment(store)
         elif name == "checkpoints":
             Checkpoints(store.directory, ("loss", "min"))
         else:
@@ -224,7 +226,7 @@ def test_a_whole_folder_takes_the_place_of_anything_and_follows_nothing(tmp_path
         target.write_text("")
     else:
         (target / "old").mkdir(parents=True)
-    with files.whole_folder(target, "an index", replace=True) as folder:
+    with files.atomic_folder(target, "an index", replace=True) as folder:
         (folder / "new").write_text("")
     assert {path.name for path in target.parent.iterdir()} == {"index"}
     assert not target.is_symlink() and [path.name for path in target.iterdir()] == ["new"]

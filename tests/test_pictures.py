@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from pixels import find, random_pictures
 
-from arrag_jax.evaluation import canvas, pictures
+from arrag_jax.figures import canvas, grids
 
 
 def test_a_tile_is_its_picture_enlarged_and_gaps_are_white():
     images = random_pictures(0, 5)
-    page = pictures.grid(images, columns=3, scale=2, gap=3)
+    page = grids.grid(images, columns=3, scale=2, gap=3)
     assert page.shape == (2 * 16 + 3, 3 * 24 + 2 * 3, 3)
     covered = np.zeros(page.shape[:2], bool)
     for i, image in enumerate(images):
@@ -25,13 +25,13 @@ def test_a_tile_is_its_picture_enlarged_and_gaps_are_white():
 @pytest.mark.parametrize(("count", "columns"), [(0, 2), (2, 0)])
 def test_an_empty_grid_is_refused(count, columns):
     with pytest.raises(ValueError, match="at least one picture"):
-        pictures.grid(random_pictures(0, count), columns)
+        grids.grid(random_pictures(0, count), columns)
 
 
 def test_labelled_pictures_stand_in_rows_and_columns():
     images = random_pictures(1, 6)
     rows = [("a cat", images[:3]), ("a caption of so many words that it needs more than a single line", images[3:])]
-    page = pictures.labelled_grid(rows, ["plain", "DAiD, λ 0.1", "FAiD"], scale=3)
+    page = grids.labelled_grid(rows, ["plain", "DAiD, λ 0.1", "FAiD"], scale=3)
     places = np.array([find(page, canvas.upscale(image, 3)) for image in images]).reshape(2, 3, 2)
     assert (places[:, :, 0] == places[:, :1, 0]).all()
     assert (places[:, :, 1] == places[:1, :, 1]).all()
@@ -44,7 +44,7 @@ def test_labelled_pictures_stand_in_rows_and_columns():
 
 def test_a_row_short_of_a_picture_is_refused():
     with pytest.raises(ValueError, match="3 titles"):
-        pictures.labelled_grid([("a cat", random_pictures(0, 2))], ["a", "b", "c"])
+        grids.labelled_grid([("a cat", random_pictures(0, 2))], ["a", "b", "c"])
 
 
 def cell_colors(page: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -55,7 +55,7 @@ def cell_colors(page: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def test_every_value_has_a_cell_in_its_colour_and_the_brightest_is_the_maximum():
     values = np.random.default_rng(3).permutation(np.linspace(-1, 2, 12)).reshape(3, 4)
-    page = pictures.heat_map(values, ["a", "b", "c"], ["1", "2", "3", "4"], "title", "row", "column")
+    page = grids.heat_map(values, ["a", "b", "c"], ["1", "2", "3", "4"], "title", "row", "column")
     assert (cell_colors(page, values) > 300).all()
     order = values.ravel().argsort()
     shades = [canvas.luminance(canvas.value_color(float(v), -1.0, 2.0)) for v in values.ravel()[order]]
@@ -70,18 +70,18 @@ def test_every_value_has_a_cell_in_its_colour_and_the_brightest_is_the_maximum()
 
 def test_a_missing_value_is_grey_and_a_constant_table_is_drawn():
     values = np.array([[1.0, np.nan], [1.0, 1.0]])
-    page = pictures.heat_map(values, ["a", "b"], ["c", "d"])
+    page = grids.heat_map(values, ["a", "b"], ["c", "d"])
     assert (cell_colors(page, values) > 300).all()
     assert canvas.value_color(np.nan, 0.0, 1.0) != canvas.value_color(1.0, 1.0, 1.0)
 
 
 def test_labels_must_fit_the_values():
     with pytest.raises(ValueError, match="2 x 1 labels"):
-        pictures.heat_map(np.zeros((2, 2)), ["a", "b"], ["c"])
+        grids.heat_map(np.zeros((2, 2)), ["a", "b"], ["c"])
 
 
 def test_a_table_reads_back_cell_by_cell():
-    text = pictures.table(["method", "score", "n"], [["plain", 0.71234, 5], ["DAiD|x", 0.9, None]])
+    text = grids.table(["method", "score", "n"], [["plain", 0.71234, 5], ["DAiD|x", 0.9, None]])
     lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()]
     assert lines == [
         ["method", "score", "n"],
@@ -94,4 +94,4 @@ def test_a_table_reads_back_cell_by_cell():
 
 def test_a_ragged_table_is_refused():
     with pytest.raises(ValueError, match="1 cells under 2 columns"):
-        pictures.table(["a", "b"], [["x"]])
+        grids.table(["a", "b"], [["x"]])

@@ -15,13 +15,13 @@ from stored import assert_nearest, one_cell_off
 from arrag_jax import build_datastore, build_neighbors
 from arrag_jax.config import DatastoreConfig, NeighborsConfig, RetrievalConfig
 from arrag_jax.data import pixels
-from arrag_jax.data.images import encoder
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.nn.vq import from_uint8
-from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.neighbor_set import NeighborSet
+from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.images import encoder
+from arrag_jax.store.neighbor_set import NeighborSet
 
 FILES = [malformed.encoded("PNG", malformed.photo(size=(20 + i, 31), seed=i)) for i in range(6)]
 FILES[4] = b"no image"

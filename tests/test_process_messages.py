@@ -20,7 +20,7 @@ from tqdm import tqdm
 from arrag_jax import hub, signals
 from arrag_jax.errors import UserError, run_command
 from arrag_jax.processes import require_same, start_distributed
-from arrag_jax.retrieval.team import team_in
+from arrag_jax.store.workers import workers_in
 
 ROOT = Path(__file__).resolve().parents[1]
 DIED = "error: this process ended before its work was done, because "
@@ -216,13 +216,13 @@ def test_signs_of_killed_processes_go_once_the_work_is_done(tmp_path):
     for number in range(4):
         (tmp_path / f".process-{number:05d}").write_text("killed long ago")
     (tmp_path / ".process-list").write_text("somebody else's")
-    with team_in(tmp_path, 0, 2):
+    with workers_in(tmp_path, 0, 2):
         assert len(list(tmp_path.glob(".process-0*"))) == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == [".process-00001", ".process-list"]
-    with pytest.raises(UserError), team_in(tmp_path):
+    with pytest.raises(UserError), workers_in(tmp_path):
         raise UserError("the work is not done")
     assert (tmp_path / ".process-00001").exists()
-    with team_in(tmp_path):
+    with workers_in(tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == [".process-list"]
 

@@ -19,13 +19,13 @@ import workshop
 from PIL import Image
 
 from arrag_jax.config import MeshConfig, RetrievalConfig, ScannOptions
-from arrag_jax.decode.loop import Drawn, sample
+from arrag_jax.decode.loop import SampleOutput, sample
 from arrag_jax.decode.policies import Daid
 from arrag_jax.errors import run_command
 from arrag_jax.mesh import PATIENCE, make_mesh, start_distributed
 from arrag_jax.retrieval import index
-from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.load import load_retriever
+from arrag_jax.store.datastore import Datastore
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_LINE = "error: this process ended before its work was done"
@@ -42,7 +42,7 @@ def start(processes: int, *command: str, devices: int = 1) -> list[subprocess.Po
 
 def draw(
     store: str, mesh: jax.sharding.Mesh | None, searches: tuple[str, ...] = ("dense", "scann")
-) -> dict[str, Drawn]:
+) -> dict[str, SampleOutput]:
     """Four pictures with each search. Keys of random latents have no ties, so that the draws of all must agree."""
     model, (ids, mask) = tiny.janus(), tiny.prompts((4, 3, 5, 2))
     where, drawn = () if mesh is None else (mesh, "fsdp", "data"), {}
@@ -62,7 +62,7 @@ def store(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(store, tmp_path_factory) -> dict[str, Drawn]:
+def alone(store, tmp_path_factory) -> dict[str, SampleOutput]:
     """By one process and an index of one shard."""
     copy = Datastore.open(shutil.copytree(store, tmp_path_factory.mktemp("store") / "copy"))
     index.build_index(copy, "latent", ScannOptions())

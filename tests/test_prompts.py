@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from arrag_jax.data import scenes
+from arrag_jax.data.emoji import scenes
 from arrag_jax.errors import UserError
 from arrag_jax.models.text import SPECIAL, PromptTokenizer, chat_form
 

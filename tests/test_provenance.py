@@ -8,12 +8,12 @@ import pytest
 import tiny
 from pixels import find, random_pictures
 
-from arrag_jax.decode.loop import Drawn, sample
+from arrag_jax.decode.loop import SampleOutput, sample
 from arrag_jax.decode.policies import Daid
-from arrag_jax.evaluation.canvas import BLUE, MARGIN, ORANGE, PALETTE, greyed, upscale
-from arrag_jax.evaluation.copies import copied_runs, equal_in_place
+from arrag_jax.evaluation.memorization import copied_runs, equal_in_place
 from arrag_jax.evaluation.provenance import picture_record
 from arrag_jax.evaluation.provenance_page import OTHER_COLOR, STRONGEST, provenance_page
+from arrag_jax.figures.canvas import BLUE, MARGIN, ORANGE, PALETTE, greyed, upscale
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.grid import contexts_of_grids
 from arrag_jax.retrieval.dense import DenseRetriever
@@ -116,7 +116,7 @@ def test_a_picture_drawn_from_one_stored_image_alone_is_all_copied():
     rows = np.full(20, -1)
     rows[cells] = np.random.default_rng(0).integers(0, 3, len(cells)) * len(cells) + np.arange(len(cells))
     zeros = np.zeros(20, np.float32)
-    drawn = Drawn(grid.reshape(-1).astype(np.int32), zeros, zeros, rows, np.where(rows < 0, -1, 0), zeros)
+    drawn = SampleOutput(grid.reshape(-1).astype(np.int32), zeros, zeros, rows, np.where(rows < 0, -1, 0), zeros)
     record = picture_record(drawn, codes, SOURCES)
     assert record["share_copied"] == record["share_largest_copy"] == record["nearest_in_place"]["share_equal"] == 1.0
 

@@ -11,10 +11,10 @@ from published import write_checkpoint
 import arrag_jax
 from arrag_jax import generate
 from arrag_jax.config import DrawConfig, MeshConfig, RetrievalConfig, SamplingConfig
-from arrag_jax.decode.loop import picture_keys
+from arrag_jax.decode.loop import image_keys
 from arrag_jax.decode.policies import Daid
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation import drawing
+from arrag_jax.evaluation import pipeline as drawing
 from arrag_jax.models.checkpoint import save_model
 from arrag_jax.models.text import BOS, PromptTokenizer, chat_form
 from arrag_jax.nn.vq import to_uint8
@@ -73,7 +73,7 @@ class TestAnyArrays:
         ):
             given = {"prompt_ids": ids, "prompt_mask": mask, "seed": np.array([3, 4]), **change}
             np.testing.assert_array_equal(arrag_jax.sample(model, **given).codes, expected.codes)
-        one, other = (jax.random.key_data(picture_keys(seed, 2)) for seed in (3, np.int64(3)))
+        one, other = (jax.random.key_data(image_keys(seed, 2)) for seed in (3, np.int64(3)))
         np.testing.assert_array_equal(one, other)
 
     def test_scoring(self):
@@ -129,11 +129,11 @@ def test_generate_draws_what_the_api_draws(published, tmp_path):
 
 def test_the_bar_moves_with_every_cell_of_a_large_model_alone(published, monkeypatch):
     told = []
-    monkeypatch.setattr(drawing.CellBar, "__call__", lambda self, cell: told.append(int(cell)))
-    studio = drawing.open_studio(
+    monkeypatch.setattr(drawing.PositionBar, "__call__", lambda self, cell: told.append(int(cell)))
+    pipeline = drawing.open_pipeline(
         DrawConfig(str(published), RetrievalConfig(store=""), mesh=MeshConfig(1, 1)), ["plain"]
     )
     for smallest, cells in ((drawing.LARGE_MODEL, []), (1, list(range(16)))):
         monkeypatch.setattr(drawing, "LARGE_MODEL", smallest)
-        list(studio.draw(["a red car"], "plain", np.array([3])))
+        list(pipeline.draw(["a red car"], "plain", np.array([3])))
         assert sorted(told) == cells

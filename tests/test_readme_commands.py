@@ -15,7 +15,7 @@ from test_chains import published_checkpoint
 
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig
-from arrag_jax.data.scenes import scene
+from arrag_jax.data.emoji.scenes import scene
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

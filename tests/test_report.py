@@ -11,10 +11,11 @@ from arrag_jax import build_datastore
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
-from arrag_jax.retrieval import index, writer
+from arrag_jax.retrieval import index
 from arrag_jax.retrieval import report as measure
-from arrag_jax.retrieval.datastore import Datastore, StoreSettings, unit_norm
 from arrag_jax.retrieval.patches import LatentKeys, Patches
+from arrag_jax.store import writer
+from arrag_jax.store.datastore import Datastore, StoreSettings, unit_norm
 
 V, IMAGES = 16, 120
 CODEBOOK = unit_norm(np.random.default_rng(0).normal(size=(V, 8)))

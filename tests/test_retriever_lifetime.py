@@ -143,7 +143,7 @@ def test_progress_callbacks_share_a_program_and_go(store, model):
     references = []
     for _ in range(4):
         bar = Bar()
-        jax.block_until_ready(draw(model, retriever, on_cell=bar))
+        jax.block_until_ready(draw(model, retriever, on_position=bar))
         jax.effects_barrier()
         assert sorted(bar.cells) == list(range(20))
         references.append(weakref.ref(bar))

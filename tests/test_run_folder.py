@@ -10,7 +10,7 @@ from PIL import Image
 from arrag_jax import generate
 from arrag_jax.config import DaidConfig, DrawConfig, MeshConfig, RetrievalConfig, SamplingConfig
 from arrag_jax.errors import UserError
-from arrag_jax.files import only_writer
+from arrag_jax.files import exclusive_lock
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_picture_holds_how_it_was_made(store, tmp_path):
 
 
 def test_a_folder_that_another_process_draws_into_is_refused(tmp_path):
-    with only_writer(tmp_path), pytest.raises(UserError, match="another process is writing to"):
+    with exclusive_lock(tmp_path), pytest.raises(UserError, match="another process is writing to"):
         draw(tmp_path, PROMPTS[:1])
     assert not list(tmp_path.iterdir())
 

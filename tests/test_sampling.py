@@ -20,18 +20,18 @@ def random_neighbors(seed: int, batch: int = 5, k: int = 8, empty: int = 2) -> N
     return Neighbors(jnp.asarray(code), jnp.asarray(distance), jnp.asarray(code))
 
 
-@pytest.mark.parametrize("copies", ["nearest", "sum"])
+@pytest.mark.parametrize("reduction", ["max", "sum"])
 @pytest.mark.parametrize("temperature", [0.01, 0.3])
-def test_neighbour_distribution_equals_a_dictionary_of_codes(copies, temperature):
+def test_neighbour_distribution_equals_a_dictionary_of_codes(reduction, temperature):
     found = random_neighbors(0)
-    ours = np.exp(np.asarray(neighbor_log_probs(found, V, temperature, copies), np.float64))
+    ours = np.exp(np.asarray(neighbor_log_probs(found, V, temperature, reduction), np.float64))
     for row in range(5):
         weights = np.zeros(V)
         nearest = float(found.distance[row, 0])
         for code, distance in zip(found.code[row], found.distance[row], strict=True):
             if code >= 0:
                 weight = np.exp(-(float(distance) - nearest) / temperature)
-                weights[code] = max(weights[code], weight) if copies == "nearest" else weights[code] + weight
+                weights[code] = max(weights[code], weight) if reduction == "max" else weights[code] + weight
         np.testing.assert_allclose(ours[row], weights / weights.sum(), atol=2e-6)
 
 
@@ -46,7 +46,7 @@ def test_golden_distributions_of_the_reference(reference):
         log_p = jnp.log(jnp.asarray(golden["model_probs"]))
         everywhere = jnp.ones(len(log_p), bool)
         for t, temperature in enumerate(golden["temps"]):
-            log_q = neighbor_log_probs(found, log_p.shape[1], float(temperature), "nearest")
+            log_q = neighbor_log_probs(found, log_p.shape[1], float(temperature), "max")
             np.testing.assert_allclose(np.exp(log_q), golden[f"{kind}_retr_probs"][t], atol=1e-5)
             for r, weight in enumerate(golden["ratios"]):
                 mixed = np.exp(mix(log_p, log_q, float(weight), everywhere))
@@ -54,14 +54,14 @@ def test_golden_distributions_of_the_reference(reference):
 
 
 def test_no_neighbours_no_distribution():
-    assert np.all(np.isneginf(neighbor_log_probs(empty_neighbors(3, 4), V, 0.1, "nearest")))
+    assert np.all(np.isneginf(neighbor_log_probs(empty_neighbors(3, 4), V, 0.1, "max")))
     assert np.all(np.isneginf(neighbor_log_probs(empty_neighbors(3, 4), V, 0.1, "sum")))
 
 
 def test_weight_zero_is_the_model_to_the_bit_and_weight_one_is_the_retrieval():
     log_p = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (5, V)))
     log_p = log_p.at[:, 3].set(-jnp.inf)  # a code that truncation took away
-    log_q = neighbor_log_probs(random_neighbors(1), V, 0.1, "nearest")
+    log_q = neighbor_log_probs(random_neighbors(1), V, 0.1, "max")
     everywhere = jnp.ones(5, bool)
     np.testing.assert_array_equal(mix(log_p, log_q, 0.0, everywhere), log_p)
     np.testing.assert_array_equal(mix(log_p, log_q, 1.0, everywhere), log_q)

@@ -14,10 +14,10 @@ from arrag_jax.errors import UserError
 from arrag_jax.interfaces import Retriever
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval import dense, sharded
-from arrag_jax.retrieval.datastore import keys_of_maps, unit_norm
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.patches import unfolded
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever, build_host, num_leaves
+from arrag_jax.store.datastore import keys_of_maps, unit_norm
 
 K = 16
 

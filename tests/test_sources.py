@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from arrag_jax.data import pixels, sources
+from arrag_jax.data.examples import BadImage
 from arrag_jax.errors import UserError
-from arrag_jax.retrieval.encoding import BadImage
 
 SIZE = (12, 12)
 RAMP = np.linspace(0, 1, 144).reshape(SIZE)  # a picture of the very size, so that nothing is scaled

@@ -142,14 +142,14 @@ def without_locks(monkeypatch, request):
 
 def test_a_file_system_without_locks_is_said_once_and_used(without_locks, tmp_path, capsys):
     for _ in range(2):
-        with files.only_writer(tmp_path):
+        with files.exclusive_lock(tmp_path):
             files.write_json(tmp_path / "a.json", 1)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"the file system of {tmp_path} has no locks" in said
 
 
 def test_several_processes_need_locks(without_locks, tmp_path):
-    with pytest.raises(UserError, match="has no locks"), files.only_writer(tmp_path, wait=True, alone=False):
+    with pytest.raises(UserError, match="has no locks"), files.exclusive_lock(tmp_path, wait=True, alone=False):
         raise AssertionError
 
 
@@ -158,7 +158,7 @@ def test_other_failures_of_a_lock_are_not_passed_over(monkeypatch, tmp_path):
         raise OSError(errno.EIO, "no")
 
     monkeypatch.setattr(files.fcntl, "flock", refuse)
-    with pytest.raises(OSError, match="no"), files.only_writer(tmp_path):
+    with pytest.raises(OSError, match="no"), files.exclusive_lock(tmp_path):
         raise AssertionError
 
 
@@ -176,4 +176,4 @@ def test_texts_are_read_and_written_as_utf_8_whatever_the_locale():
             )
             if text and "encoding" not in given:
                 wrong.append(f"{path.name}:{node.lineno}")
-    assert [place for place in wrong if not place.startswith("team.py")] == []  # whose signs of life are ASCII
+    assert [place for place in wrong if not place.startswith("workers.py")] == []  # whose signs of life are ASCII

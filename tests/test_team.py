@@ -17,9 +17,9 @@ from arrag_jax.config import DatastoreConfig
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.models.janus import VISION
-from arrag_jax.retrieval import team
-from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.team import team_in
+from arrag_jax.store import workers
+from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.workers import workers_in
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,15 +38,15 @@ def whole(config, tmp_path_factory) -> Datastore:
 
 def test_a_member_that_falls_silent_ends_the_others(tmp_path, monkeypatch):
     """One that leaves is told at once, one that was killed after the silence; one that works is waited for."""
-    monkeypatch.setattr(team, "BEAT", 0.02)
-    monkeypatch.setattr(team, "SILENCE", 0.4)
-    with team_in(tmp_path, 0, 2) as first:
-        with team_in(tmp_path, 1, 2):
+    monkeypatch.setattr(workers, "BEAT", 0.02)
+    monkeypatch.setattr(workers, "SILENCE", 0.4)
+    with workers_in(tmp_path, 0, 2) as first:
+        with workers_in(tmp_path, 1, 2):
             late = time.monotonic() + 1.0  # longer than the silence
             first.wait_until(lambda: time.monotonic() > late)
         with pytest.raises(UserError, match="process 1 of 2 has ended"):
             first.wait_until(lambda: False)
-    with team_in(tmp_path, 0, 2) as first:
+    with workers_in(tmp_path, 0, 2) as first:
         (tmp_path / ".process-00001").write_text("killed long ago")
         with pytest.raises(UserError, match="process 1 of 2 gave no sign of life"):
             first.wait_until(lambda: False)
@@ -60,7 +60,7 @@ def test_two_builders_at_once_make_the_same_store(whole, config, tmp_path):
 
     def work(index: int) -> None:
         try:
-            with team_in(tmp_path / "store", index, 2) as members:
+            with workers_in(tmp_path / "store", index, 2) as members:
                 build_datastore.build(config, tmp_path / "store", tokenizer, members)
                 if index:
                     members.wait_for_leader_to_leave()

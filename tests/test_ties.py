@@ -20,10 +20,10 @@ from arrag_jax.ops import distances
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval import sharded
-from arrag_jax.retrieval.datastore import unit_norm
 from arrag_jax.retrieval.dense import STORAGES, DenseRetriever
 from arrag_jax.retrieval.patches import LatentKeys, Patches
 from arrag_jax.retrieval.scann import EXHAUSTIVE, build_host
+from arrag_jax.store.datastore import unit_norm
 
 V, IMAGES, QUERIES = 24, 100, 2000
 RNG = np.random.default_rng(0)
@@ -158,12 +158,12 @@ def test_search_over_shards(kind, storage, shards):
 def test_more_ties_than_are_kept(storage):
     """All keys at one distance, in several blocks: the lowest rows, whatever their entries."""
     codebook = np.repeat(np.eye(8, dtype=np.float32)[:1], V, 0)
-    folded = Patches.fold(CONTEXTS, CODES, codebook)
-    retriever = DenseRetriever.of(folded, codebook, 40, storage, 4 * 5 * 300)
+    fused = Patches.fold(CONTEXTS, CODES, codebook)
+    retriever = DenseRetriever.of(fused, codebook, 40, storage, 4 * 5 * 300)
     found = jax.jit(lambda r, c: r.search(c))(retriever, queries()[:5])
     np.testing.assert_array_equal(found.id, np.broadcast_to(np.arange(40), (5, 40)))
     np.testing.assert_array_equal(found.distance, 0)
-    host = build_host(lambda _: folded, ROWS, codebook, 40, EXHAUSTIVE)
+    host = build_host(lambda _: fused, ROWS, codebook, 40, EXHAUSTIVE)
     np.testing.assert_array_equal(host.search(queries()[:5], np.int32(0))[2], np.broadcast_to(np.arange(40), (5, 40)))
 
 

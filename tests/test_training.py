@@ -28,9 +28,9 @@ from toy import (
 )
 
 from arrag_jax.config import MeshConfig, OptimizerConfig
-from arrag_jax.data.pipeline import make_loader
+from arrag_jax.data.loader import make_loader
 from arrag_jax.errors import UserError, run_command
-from arrag_jax.files import only_writer
+from arrag_jax.files import exclusive_lock
 from arrag_jax.mesh import make_mesh, put_batch
 from arrag_jax.training.loop import init_state, make_evaluation, make_train_step, train
 from arrag_jax.training.metrics import MetricWriter
@@ -112,7 +112,7 @@ class SignalledTask(ToyTask):
         super().__init__()
         self._number = number
 
-    def painter(self):
+    def sample_callback(self):
         return lambda model: os.kill(os.getpid(), self._number) or {}
 
 
@@ -196,7 +196,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, 
 
 
 def test_a_workdir_is_for_one_run_at_a_time(tmp_path):
-    with only_writer(tmp_path), pytest.raises(UserError, match=f"another process is writing to {tmp_path}"):
+    with exclusive_lock(tmp_path), pytest.raises(UserError, match=f"another process is writing to {tmp_path}"):
         train(toy_config(), ToyTask(), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from arrag_jax.config import OptimizerConfig
-from arrag_jax.data.pipeline import make_loader
+from arrag_jax.data.loader import make_loader
 from arrag_jax.training.optimizer import make_optimizer, make_schedule
 
 

@@ -16,9 +16,10 @@ from arrag_jax import files
 from arrag_jax.config import RetrievalConfig, ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.models import conversion
-from arrag_jax.retrieval import index, load, parts
-from arrag_jax.retrieval.datastore import Datastore
+from arrag_jax.retrieval import index, load
 from arrag_jax.retrieval.load import load_retriever, settled
+from arrag_jax.store import segments
+from arrag_jax.store.datastore import Datastore
 
 MODEL = str(Path(__file__).resolve().parents[1] / "arrag_jax" / "assets" / "emoji_janus")
 
@@ -27,8 +28,8 @@ MODEL = str(Path(__file__).resolve().parents[1] / "arrag_jax" / "assets" / "emoj
 def another_process(directory: Path):
     """Another process that holds a directory."""
     program = (
-        "import sys, time; from pathlib import Path; from arrag_jax.files import only_writer\n"
-        "with only_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from arrag_jax.files import exclusive_lock\n"
+        "with exclusive_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     words = [sys.executable, "-c", program, str(directory)]
     process = subprocess.Popen(words, env=children.alone(), stdout=subprocess.PIPE, text=True)
@@ -59,7 +60,7 @@ def test_a_second_build_of_an_index_is_refused_and_changes_nothing(tmp_path):
 
 def test_a_second_conversion_into_one_folder_is_refused_and_mixes_nothing(tmp_path):
     target = tmp_path / "target"
-    with files.whole_folder(target, "a checkpoint") as folder:
+    with files.atomic_folder(target, "a checkpoint") as folder:
         (folder / "one").write_text("first")
         with pytest.raises(UserError, match=r"another process writes a checkpoint to .*target; wait for it"):
             conversion.convert(Path(MODEL), target, "ours")
@@ -71,7 +72,7 @@ def test_a_second_conversion_into_one_folder_is_refused_and_mixes_nothing(tmp_pa
 
 def test_what_appears_at_the_target_meanwhile_is_not_overwritten(tmp_path):
     target = tmp_path / "target"
-    with pytest.raises(UserError), files.whole_folder(target, "a checkpoint"):
+    with pytest.raises(UserError), files.atomic_folder(target, "a checkpoint"):
         target.mkdir()
         (target / "other").write_text("")
     assert [path.name for path in target.iterdir()] == ["other"]
@@ -87,7 +88,7 @@ def test_a_folder_that_is_moved_while_its_lock_is_awaited_is_not_held(tmp_path, 
         real(handle, how)
 
     monkeypatch.setattr(files.fcntl, "flock", flock)
-    with pytest.raises(UserError, match="another process"), files.only_writer(tmp_path / "a"):
+    with pytest.raises(UserError, match="another process"), files.exclusive_lock(tmp_path / "a"):
         raise AssertionError
 
 
@@ -95,7 +96,7 @@ def grown(tmp_path: Path) -> tuple[Datastore, Path]:
     """A store with its index, and a part that can be added to it."""
     store = stored.build(tmp_path / "store")
     index.build_index(store, "codebook", ScannOptions())
-    return store, stored.build(parts.next_part(store)).directory
+    return store, stored.build(segments.next_segment(store)).directory
 
 
 def test_readers_have_the_old_store_while_the_new_index_is_built(tmp_path):
@@ -104,16 +105,16 @@ def test_readers_have_the_old_store_while_the_new_index_is_built(tmp_path):
 
     @contextlib.contextmanager
     def prepare(new):
-        assert new.num_images == 2 * store.num_images and new.fingerprint != store.fingerprint
+        assert new.num_images == 2 * store.num_images and new.store_fingerprint != store.store_fingerprint
         with index.new_index(new, "codebook", ScannOptions()):
             seen.append(load_retriever(config, "f")[0].num_images)
             yield
 
-    after = parts.add_part(store, part, prepare)
+    after = segments.add_segment(store, part, prepare)
     assert seen == [store.num_images] and after.num_images == 2 * store.num_images
     assert index.is_current(after, "codebook", ScannOptions())
     assert load_retriever(config, "f")[0].num_images == after.num_images
-    assert after.fingerprint == Datastore.open(store.directory).fingerprint
+    assert after.store_fingerprint == Datastore.open(store.directory).store_fingerprint
 
 
 def test_a_part_is_not_added_where_its_index_cannot_be_built(tmp_path):
@@ -126,7 +127,7 @@ def test_a_part_is_not_added_where_its_index_cannot_be_built(tmp_path):
         yield
 
     with pytest.raises(UserError, match="no ScaNN"):
-        parts.add_part(store, part, prepare)
+        segments.add_segment(store, part, prepare)
     assert Datastore.open(store.directory).num_images == store.num_images
     assert index.is_current(store, "codebook", ScannOptions())
 
@@ -148,7 +149,7 @@ def test_readers_never_fail_while_a_store_grows(tmp_path):
     real = Path.rename
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "rename", lambda *x: (time.sleep(0.2), real(*x), time.sleep(0.2))[1])
-        parts.add_part(store, part, lambda new: index.new_index(new, "codebook", ScannOptions()))
+        segments.add_segment(store, part, lambda new: index.new_index(new, "codebook", ScannOptions()))
     while 2 * store.num_images not in sizes and not failures:
         time.sleep(0.01)
     stop.set()
@@ -158,9 +159,9 @@ def test_readers_never_fail_while_a_store_grows(tmp_path):
 
 def test_a_part_added_meanwhile_is_not_lost(tmp_path):
     store, part = grown(tmp_path)
-    parts.add_part(store, part)
+    segments.add_segment(store, part)
     with pytest.raises(UserError, match="another process has changed"):
-        parts.add_part(store, part)  # by one that knows of the old store alone
+        segments.add_segment(store, part)  # by one that knows of the old store alone
     assert Datastore.open(store.directory).num_images == 2 * store.num_images
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from arrag_jax.decode.loop import Drawn
+from arrag_jax.decode.loop import SampleOutput
 from arrag_jax.models.janus import PARTS, Janus
 from arrag_jax.models.presets import JanusConfig
 from arrag_jax.nn.transformer import LlamaConfig
@@ -63,7 +63,7 @@ def store(model: Janus, k: int = 6, images: int = 30, seed: int = 0) -> DenseRet
     return DenseRetriever.create(keys, grid.next_codes_of_grids(codes).reshape(-1), codebook, k)
 
 
-def assert_retrieved(drawn: Drawn, model: Janus, retriever: DenseRetriever) -> None:
+def assert_retrieved(drawn: SampleOutput, model: Janus, retriever: DenseRetriever) -> None:
     """Every code drawn in a cell that has a context is one of those retrieved for it."""
     inside, source = grid.has_context(*model.grid), np.asarray(drawn.source)
     assert np.all(source[:, inside] >= 0)

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from arrag_jax.config import MeshConfig, OptimizerConfig, TrainConfig
-from arrag_jax.data.pipeline import make_loader
+from arrag_jax.data.loader import make_loader
 from arrag_jax.mesh import make_mesh
 from arrag_jax.nn.variables import Adapter, freeze
 from arrag_jax.training.checkpoint import Checkpoints
@@ -66,7 +66,7 @@ class ToyTask:
     """Regression with noise on the input; every part of the protocol does something."""
 
     trainable = Adapter
-    selects = ("error", "min")
+    best_metric = ("error", "min")
     tokens = 5
 
     def __init__(self, pause: float = 0.0, noise: bool = True, base: str = "toy"):
@@ -99,7 +99,7 @@ class ToyTask:
     def eval_metrics(self, model, batch):
         return {"error": jnp.mean(jnp.abs(model(batch["x"], dropout=False) - batch["y"]))}
 
-    def painter(self):
+    def sample_callback(self):
         shades_of = jax.jit(lambda weights: 255 * jax.nn.sigmoid(jnp.dot(weights, weights))[:8, :8, None])
         return lambda model: {"middle": np.asarray(shades_of(model.middle[...]).repeat(3, -1), np.uint8)}
 
@@ -120,7 +120,7 @@ def final_state(workdir: Path, config: TrainConfig, task: Task | None = None) ->
     """Every leaf of the newest checkpoint by its path, optimizer state and random keys included."""
     task, mesh = task or ToyTask(), make_mesh(config.mesh)
     _, _, state = init_state(task, make_optimizer(config.optimizer, config.steps), config, mesh)
-    with Checkpoints(workdir, task.selects) as checkpoints:
+    with Checkpoints(workdir, task.best_metric) as checkpoints:
         state = checkpoints.restore(state, make_loader(task.train_source(), config.batch_size, config.seed))
     return by_path(state)
 

@@ -8,7 +8,7 @@ import tiny
 
 from arrag_jax import build_datastore, build_neighbors
 from arrag_jax.config import DatastoreConfig, NeighborsConfig, OptimizerConfig, RetrievalConfig, TrainConfig
-from arrag_jax.data.scenes import words
+from arrag_jax.data.emoji.scenes import words
 from arrag_jax.models.checkpoint import save_model
 from arrag_jax.models.text import PromptTokenizer
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from arrag_jax.data.examples import DUPLICATE
 from arrag_jax.data.sources import LARGEST, Entry
-from arrag_jax.retrieval.left_out import DUPLICATE
 
 PROBE = 2**12  # bytes at either end by which files of one size are told apart before they are read whole
 

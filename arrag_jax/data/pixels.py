@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageCms
 
+from arrag_jax.data.examples import BadImage
 from arrag_jax.json_files import LFS_POINTER
-from arrag_jax.retrieval.encoding import BadImage
 
 # PIL warns of sizes and of odd metadata; what can't be read is said in one line by us, what can is no news.
 warnings.filterwarnings("ignore", module=r"PIL\.")

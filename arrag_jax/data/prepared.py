@@ -15,7 +15,7 @@ PREFIX = "tfds:"
 
 
 class PreparedImages:
-    """A split as a random-access source of examples (``retrieval.encoding.Examples``) of one size.
+    """A split as a random-access source of examples (``data.examples.Examples``) of one size.
 
     Args:
       source: "tfds:NAME[/config][:version]"; the newest version unless one is given.

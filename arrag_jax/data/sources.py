@@ -22,11 +22,10 @@ from typing import Any, NamedTuple
 
 from arrag_jax.data import endings, pixels, tars
 from arrag_jax.data.endings import COMPRESSED, HIDDEN, TAR
+from arrag_jax.data.examples import PASSED_OVER, BadImage
 from arrag_jax.data.sidecars import Sidecars
 from arrag_jax.errors import UserError, printable
-from arrag_jax.files import whole_file
-from arrag_jax.retrieval.encoding import BadImage
-from arrag_jax.retrieval.left_out import PASSED_OVER
+from arrag_jax.files import atomic_write
 
 LARGEST = 2**30  # bytes of an image file; no image of as many pixels as are taken needs more
 NO_FILE = "not a file but a folder or a device"
@@ -66,7 +65,7 @@ class Listing(NamedTuple):
 
 
 class FileImages:
-    """Listed images as a random-access source of examples (``retrieval.encoding.Examples``).
+    """Listed images as a random-access source of examples (``data.examples.Examples``).
 
     Args:
       root: folder that the paths are below.
@@ -168,7 +167,7 @@ def read_entry(root: Path, entry: Entry) -> bytes:
 
 def save_listing(path: Path, entries: Iterable[Entry], beside: dict[str, int] | None = None) -> None:
     """Writes a listing, one JSON array a line, then what lies beside as an object; whole or not at all."""
-    with whole_file(path) as temporary, open(temporary, "w", encoding="ascii") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="ascii") as file:
         file.writelines(f"{json.dumps(entry)}\n" for entry in (*entries, *filter(None, [beside])))
 
 

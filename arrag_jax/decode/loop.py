@@ -29,7 +29,7 @@ from arrag_jax.ops.neighbors import empty_neighbors
 from arrag_jax.ops.sampling import draw, guide, truncate
 
 
-class Drawn(NamedTuple):
+class SampleOutput(NamedTuple):
     """Drawn grids and their provenance.
 
     Attributes:
@@ -60,17 +60,17 @@ def decode(
     retriever: Retriever | None,
     keys: Key[Array, " B"],
     sampling: SamplingConfig,
-    on_cell: Callable[[Any], None] | None = None,
+    on_position: Callable[[Any], None] | None = None,
     return_log_probs: bool = False,
-) -> Drawn:
+) -> SampleOutput:
     """Draws B grids; traceable, to be jitted by the caller.
 
     Args:
-      model: folded (``Backbone.folded``) where the policy blends.
+      model: folded (``Backbone.fused``) where the policy blends.
       cond, uncond: prompt ids int [B, L] and mask bool [B, L]; ``uncond`` None without guidance.
       retriever: None only for a policy that uses no retrieval.
       keys: one a picture.
-      on_cell: traced with the cell's number as cells are done (a call of the host, say).
+      on_position: traced with the cell's number as cells are done (a call of the host, say).
     """
     height, width = model.grid
     cells, batch = height * width, len(cond[0])
@@ -92,8 +92,8 @@ def decode(
         code = draw(log_p, keys, cell, sampling.greedy)
         drawn = jax.lax.dynamic_update_slice_in_dim(drawn, code[:, None], cell, axis=1)
         hidden = model.embed_codes(code if uncond is None else jnp.tile(code, 2))
-        if on_cell is not None:
-            on_cell(cell)
+        if on_position is not None:
+            on_position(cell)
         record = _record(code, log_p, log_p_model, neighbors)
         return (drawn, hidden, cache), record._replace(log_probs=log_p if return_log_probs else None)
 
@@ -103,12 +103,12 @@ def decode(
     return jax.tree.map(lambda x: x.swapaxes(0, 1), records)
 
 
-def _record(code, log_p, log_p_model, neighbors) -> Drawn:
+def _record(code, log_p, log_p_model, neighbors) -> SampleOutput:
     """What is kept of one cell: [B] each."""
     hit = neighbors.code == code[:, None]
     found, rank = jnp.any(hit, axis=1), jnp.argmax(hit, axis=1)  # the first hit is the nearest
     at = lambda x, i: jnp.take_along_axis(x, i[:, None], 1)[:, 0]  # noqa: E731
-    return Drawn(
+    return SampleOutput(
         codes=code,
         log_p=at(log_p, code),
         log_p_model=at(log_p_model, code),
@@ -122,18 +122,18 @@ def _record(code, log_p, log_p_model, neighbors) -> Drawn:
 def _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, listener, return_log_probs):
     """``decode``, compiled; ``listener`` is the number of the handle of a host function, or None."""
     model = nnx.merge(graph, state)
-    on_cell = None if listener is None else lambda cell: jax.debug.callback(_tell, listener, cell)
-    return decode(model, cond, uncond, policy, retriever, keys, sampling, on_cell, return_log_probs)
+    on_position = None if listener is None else lambda cell: jax.debug.callback(_tell, listener, cell)
+    return decode(model, cond, uncond, policy, retriever, keys, sampling, on_position, return_log_probs)
 
 
 def _tell(listener: Any, cell: Any) -> None:
     """Calls the host function of a number, if it is still there."""
-    on_cell = handles.look_up(listener)
-    if on_cell is not None:
-        on_cell(cell)
+    on_position = handles.look_up(listener)
+    if on_position is not None:
+        on_position(cell)
 
 
-def picture_keys(seed: ArrayLike, batch: int) -> Key[Array, " batch"]:
+def image_keys(seed: ArrayLike, batch: int) -> Key[Array, " batch"]:
     """A key a picture: from a seed a picture, or from one seed and the picture's place in the batch."""
     seeds = np.asarray(seed)
     if seeds.ndim > 1 or not np.issubdtype(seeds.dtype, np.integer):
@@ -182,11 +182,11 @@ def sample(
     prompt_mask: ArrayLike = None,
     top_k: SupportsIndex | None = None,
     top_p: SupportsFloat | None = None,
-    on_cell: Callable[[Any], None] | None = None,
+    on_position: Callable[[Any], None] | None = None,
     mesh: Mesh | None = None,
     grid: ArrayLike = None,
     return_log_probs: bool = False,
-) -> Drawn:
+) -> SampleOutput:
     """Draws one picture a prompt.
 
     Args:
@@ -196,7 +196,7 @@ def sample(
       cfg_scale, temperature, top_k, top_p, greedy: see ``config.SamplingConfig``.
       seed: one integer a picture: then it depends on its prompt and seed alone, not on its batch. Or one for all:
         then on its place in the batch as well.
-      on_cell: host function called with the number of each finished cell.
+      on_position: host function called with the number of each finished cell.
       mesh: splits the batch over its axis "data", the model is copied to every device; None = one device. Every
         process calls this with the same arguments, and gets all pictures. The retriever must live on the mesh, too.
       grid: height and width in codes; None = the model's.
@@ -217,15 +217,15 @@ def sample(
     sampling = _sampling(model, numbers, bool(greedy))
     cond = model.check_prompt(prompt_ids, prompt_mask)
     uncond = None if cfg_scale is None else (model.unconditional(*cond), cond[1])
-    keys = picture_keys(seed, len(cond[0]))
+    keys = image_keys(seed, len(cond[0]))
     retriever = retriever if policy.uses_retrieval else None
-    graph, state = nnx.split(model.folded() if policy.blends else model)
+    graph, state = nnx.split(model.fused() if policy.blends else model)
     if mesh is not None:
         if len(keys) % mesh.shape["data"]:
             raise UserError(f"{len(keys)} prompts do not split evenly over a mesh of data={mesh.shape['data']}")
         cond, uncond, keys = put_rows((cond, uncond, keys), mesh)
         state = put_everywhere(state, mesh)
-    told = None if on_cell is None else handles.Handle(on_cell)
+    told = None if on_position is None else handles.Handle(on_position)
     listener = None if told is None else np.int32(told.number)
     drawn = _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, listener, return_log_probs)
     awaited(drawn.codes)

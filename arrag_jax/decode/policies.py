@@ -41,7 +41,7 @@ class Daid:
     Attributes:
       weight: λ in [0, 1].
       temperature: τ > 0, in units of squared L2 distance of keys.
-      copies: "nearest" (the paper) or "sum"; see ``ops.sampling.neighbor_log_probs``.
+      reduction: "max" (the paper) or "sum"; see ``ops.sampling.neighbor_log_probs``.
 
     Raises:
       UserError: λ outside [0, 1], τ ≤ 0 or not finite (of tracers nothing is known), or an unknown rule.
@@ -49,12 +49,12 @@ class Daid:
 
     weight: Any  # a number or an array of them, one a row of a ``vmap``; untyped, because tracers are numbers, too
     temperature: Any
-    copies: str = "nearest"
+    reduction: str = "max"
     uses_retrieval = True
     blends = False
 
     def __post_init__(self):
-        DaidConfig(copies=self.copies)  # which refuses what cannot be
+        DaidConfig(reduction=self.reduction)  # which refuses what cannot be
         for name in ("weight", "temperature"):
             value = getattr(self, name)
             if isinstance(value, jax.core.Tracer):
@@ -69,15 +69,15 @@ class Daid:
         self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
     ) -> Float[Array, "B V"]:
         """The mixture, in cells that have a context and rows that have a neighbour."""
-        log_q = neighbor_log_probs(neighbors, log_p.shape[1], self.temperature, self.copies)
+        log_q = neighbor_log_probs(neighbors, log_p.shape[1], self.temperature, self.reduction)
         found = jnp.any(neighbors.code >= 0, axis=1)
         return mix(log_p, log_q, self.weight, found & has_context)
 
 
-def _unflattened(copies: str, numbers: tuple[Any, Any]) -> Daid:
+def _unflattened(reduction: str, numbers: tuple[Any, Any]) -> Daid:
     """A ``Daid`` of leaves that may be anything: gradients, shapes, tracers. So they are not checked."""
     policy = object.__new__(Daid)
-    for name, value in (("weight", numbers[0]), ("temperature", numbers[1]), ("copies", copies)):
+    for name, value in (("weight", numbers[0]), ("temperature", numbers[1]), ("reduction", reduction)):
         object.__setattr__(policy, name, value)
     return policy
 
@@ -86,10 +86,10 @@ jax.tree_util.register_pytree_with_keys(
     Daid,
     lambda x: (
         ((jax.tree_util.GetAttrKey("weight"), x.weight), (jax.tree_util.GetAttrKey("temperature"), x.temperature)),
-        x.copies,
+        x.reduction,
     ),
     _unflattened,
-    lambda x: ((x.weight, x.temperature), x.copies),
+    lambda x: ((x.weight, x.temperature), x.reduction),
 )
 
 

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Integer, UInt8
 
-from arrag_jax.decode.loop import Drawn
+from arrag_jax.decode.loop import SampleOutput
 from arrag_jax.decode.policies import Daid, Faid
-from arrag_jax.evaluation.copies import copied_runs, equal_in_place
-from arrag_jax.evaluation.drawing import LIMITED, Studio
+from arrag_jax.evaluation.memorization import copied_runs, equal_in_place
 from arrag_jax.evaluation.origins import Origins, origins
+from arrag_jax.evaluation.pipeline import LIMITED, Pipeline
 from arrag_jax.evaluation.provenance_page import COMMON_GROUND, NOT_FOUND, provenance_page
 from arrag_jax.interfaces import DecodePolicy
 from arrag_jax.nn.vq import to_uint8
@@ -20,7 +20,7 @@ THUMBNAILS = 5  # stored images shown beside a picture
 
 
 def page_and_record(
-    studio: Studio, method: str, prompt: str, image: UInt8[np.ndarray, "h w 3"], drawn: Drawn
+    pipeline: Pipeline, method: str, prompt: str, image: UInt8[np.ndarray, "h w 3"], drawn: SampleOutput
 ) -> tuple[UInt8[np.ndarray, "_ _ 3"], dict[str, Any]]:
     """Returns the page of one picture (fields of ``drawn``: [T]), and its record.
 
@@ -32,8 +32,8 @@ def page_and_record(
         ``share_of_draws``); null where nothing is mixed, as with FAiD alone.
       share_among_neighbors: share of the cells whose code is among the neighbours, whoever drew it.
       share_common: share of the cells whose code is there on common ground (see ``evaluation.origins``).
-      share_copied: share of the cells that lie in a run that equals one stored image (``evaluation.copies``), looked
-        for in the images and at the displacements of the cells' neighbours, and in the image nearest in place.
+      share_copied: share of the cells that lie in a run that equals one stored image (``evaluation.memorization``),
+        looked for in the images and at the displacements of the cells' neighbours, and in the image nearest in place.
       share_largest_copy: share of the cells in the largest of these runs.
       nearest_in_place: the stored image that equals the picture in most cells at the same place: "image", its number;
         "source", where it came from; "share_equal".
@@ -45,16 +45,16 @@ def page_and_record(
         "common": are these too many to tell anything? "retrieved": probability that retrieval made the draw, or null.
         "log_p" of the draw; "log_p_moved", less what it was before retrieval: null if the model never draws the code.
     """
-    studied = _study(studio, method, prompt, drawn)
-    record = {"prompt": prompt, "method": method, "index": studio.index_hash(method)}
+    studied = _study(pipeline, method, prompt, drawn)
+    record = {"prompt": prompt, "method": method, "index": pipeline.index_hash(method)}
     record |= picture_record(drawn, *studied)
     shown = [source["image"] for source in record["sources"]]
     origin = np.where(studied.origins.copies == 0, NOT_FOUND, studied.origins.image)
-    origin = np.where(studied.origins.common, COMMON_GROUND, origin).reshape(studio.model.grid)
-    moved = (drawn.log_p - drawn.log_p_model).reshape(studio.model.grid)
+    origin = np.where(studied.origins.common, COMMON_GROUND, origin).reshape(pipeline.model.grid)
+    moved = (drawn.log_p - drawn.log_p_model).reshape(pipeline.model.grid)
     names = {number: studied.sources[number] for number in shown}
     mixed = studied.retrieved is not None
-    page = provenance_page(image, origin, moved if mixed else None, _stored_pictures(studio, shown), names)
+    page = provenance_page(image, origin, moved if mixed else None, _stored_pictures(pipeline, shown), names)
     return page, record
 
 
@@ -74,13 +74,13 @@ class Studied(NamedTuple):
     retrieved: Float[np.ndarray, " T"] | None
 
 
-def _study(studio: Studio, method: str, prompt: str, drawn: Drawn) -> Studied:
-    stored, searched = studio.store.codes, studio.images_for(method, [prompt]) if method in LIMITED else None
+def _study(pipeline: Pipeline, method: str, prompt: str, drawn: SampleOutput) -> Studied:
+    stored, searched = pipeline.store.codes, pipeline.images_for(method, [prompt]) if method in LIMITED else None
     found = origins(drawn.source, stored, None if searched is None else searched[0])
-    return Studied(stored, studio.store.sources, found, share_of_draws(drawn, studio.policy(method)))
+    return Studied(stored, pipeline.store.sources, found, share_of_draws(drawn, pipeline.policy(method)))
 
 
-def share_of_draws(drawn: Drawn, policy: DecodePolicy) -> Float[np.ndarray, "*n"] | None:
+def share_of_draws(drawn: SampleOutput, policy: DecodePolicy) -> Float[np.ndarray, "*n"] | None:
     """Returns each draw's probability to have come from the retrieved part of the mixture, not from the model's.
 
     A draw from p = (1 − λ) p_model + λ p_retrieved is one from either, by a coin of weight λ. Given the code c, the
@@ -101,7 +101,7 @@ def share_of_draws(drawn: Drawn, policy: DecodePolicy) -> Float[np.ndarray, "*n"
 
 
 def picture_record(
-    drawn: Drawn,
+    drawn: SampleOutput,
     stored: Integer[np.ndarray, "n H W"],
     sources: Sequence[str],
     found: Origins | None = None,
@@ -151,7 +151,7 @@ def _most_credited(found: Origins, sources: Sequence[str]) -> list[dict[str, Any
     ]
 
 
-def _cell(drawn: Drawn, found: Origins, retrieved: Float[np.ndarray, " T"] | None, cell: int) -> dict[str, Any]:
+def _cell(drawn: SampleOutput, found: Origins, retrieved: Float[np.ndarray, " T"] | None, cell: int) -> dict[str, Any]:
     held, moved = found.copies[cell] > 0, drawn.log_p[cell] - drawn.log_p_model[cell]
     return {
         "code": int(drawn.codes[cell]),
@@ -199,9 +199,9 @@ def _runs(
     return copied_runs(codes.reshape(height, width), stored[looked_at[:, 0]], looked_at[:, 1:])
 
 
-def _stored_pictures(studio: Studio, images: Sequence[int]) -> dict[int, UInt8[np.ndarray, "h w 3"]]:
+def _stored_pictures(pipeline: Pipeline, images: Sequence[int]) -> dict[int, UInt8[np.ndarray, "h w 3"]]:
     """At most ``THUMBNAILS`` stored images, by number; decoded as a batch of just so many: one shape is compiled."""
     rows = np.resize(np.asarray(images, np.int64), THUMBNAILS)
-    codes = studio.store.codes[rows].reshape(THUMBNAILS, -1).astype(np.int32)
-    pictures = np.asarray(to_uint8(studio.model.decode_codes(codes, *studio.model.grid)))
+    codes = pipeline.store.codes[rows].reshape(THUMBNAILS, -1).astype(np.int32)
+    pictures = np.asarray(to_uint8(pipeline.model.decode_codes(codes, *pipeline.model.grid)))
     return dict(zip(images, pictures, strict=False))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from arrag_jax.evaluation.canvas import (
+from arrag_jax.figures.canvas import (
     BLUE,
     FAINT,
     MARGIN,
@@ -20,7 +20,7 @@ from arrag_jax.evaluation.canvas import (
     tinted,
     upscale,
 )
-from arrag_jax.evaluation.lettering import shortened, text_size
+from arrag_jax.figures.lettering import shortened, text_size
 
 NOT_FOUND, COMMON_GROUND = -1, -2  # in a map of sources
 OTHER_COLOR = (70, 70, 70)  # found in an image outside the legend

@@ -19,10 +19,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation.canvas import Picture
-from arrag_jax.evaluation.drawing import LIMITED, Studio
-from arrag_jax.evaluation.pictures import save
-from arrag_jax.files import sha256_of, whole_file, write_json
+from arrag_jax.evaluation.pipeline import LIMITED, Pipeline
+from arrag_jax.figures.canvas import Picture
+from arrag_jax.figures.grids import save
+from arrag_jax.files import atomic_write, sha256_of, write_json
 from arrag_jax.json_files import read_json
 from arrag_jax.models.checkpoint import files_of
 from arrag_jax.retrieval.index import RECORD as INDEX_RECORD
@@ -34,16 +34,16 @@ VERSION = 1
 NAME = re.compile(r"\d{2,}_[a-z+]+")  # of a picture; nothing else is ever removed
 
 
-def settings_of(studio: Studio, prompts: Sequence[str], scale: int, provenance: bool) -> dict[str, Any]:
+def settings_of(pipeline: Pipeline, prompts: Sequence[str], scale: int, provenance: bool) -> dict[str, Any]:
     """Returns all that the files of a run depend on; the size of a batch is not among it."""
-    config = studio.config
+    config = pipeline.config
     return {
         "prompts": list(prompts),
         "seed": config.seed,
-        "methods": {method: _method(studio, method) for method in studio.methods},
+        "methods": {method: _method(pipeline, method) for method in pipeline.methods},
         "dtype": config.dtype,
         "sampling": dataclasses.asdict(config.sampling),
-        "mesh": {} if studio.mesh is None else dict(studio.mesh.shape),
+        "mesh": {} if pipeline.mesh is None else dict(pipeline.mesh.shape),
         "scale": scale,
         "provenance": provenance,
     }
@@ -60,14 +60,14 @@ def texts_of(settings: Mapping[str, Any], number: int, method: str) -> dict[str,
     }
 
 
-def _method(studio: Studio, method: str) -> dict[str, Any]:
+def _method(pipeline: Pipeline, method: str) -> dict[str, Any]:
     """What a method draws with."""
-    folder, policy, config = studio.folders[method], studio.policy(method), studio.config
+    folder, policy, config = pipeline.folders[method], pipeline.policy(method), pipeline.config
     facts = {"model": folder, "model_sha256": _sha256_of_model(folder)}
     if not policy.uses_retrieval:
         return facts
-    facts |= {"store": config.retrieval.store, "store_fingerprint": studio.store.fingerprint}
-    index = index_directory(studio.store, config.retrieval.keys) / INDEX_RECORD
+    facts |= {"store": config.retrieval.store, "store_fingerprint": pipeline.store.store_fingerprint}
+    index = index_directory(pipeline.store, config.retrieval.keys) / INDEX_RECORD
     if config.retrieval.search == "scann" and method not in LIMITED and index.exists():
         facts["index"] = sha256_of(index)
     if method in LIMITED:
@@ -156,7 +156,7 @@ class RunFolder:
         """Writes the grid and the records, and says that the run is whole."""
         save(self.directory / GRID, grid)
         files, count = {GRID: sha256_of(self.directory / GRID)}, 0
-        with whole_file(self.directory / PROVENANCE) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        with atomic_write(self.directory / PROVENANCE) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for count, record in enumerate(self.records(), 1):
                 text = json.dumps(record, indent=1, ensure_ascii=False).replace("\n", "\n ")
                 file.write(f"{'[' if count == 1 else ','}\n {text}")

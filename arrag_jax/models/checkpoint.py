@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from arrag_jax.errors import UserError
-from arrag_jax.files import sample_hash, whole_file, write_json
+from arrag_jax.files import atomic_write, sample_hash, write_json
 from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import ArrayLike
 from arrag_jax.models.config_json import (
@@ -134,7 +134,7 @@ def save_model(model: Janus, directory: str | Path, dtype: str = "float32") -> N
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").unlink(missing_ok=True)
-    with whole_file(directory / "model.safetensors") as temporary:
+    with atomic_write(directory / "model.safetensors") as temporary:
         write_weights(model, temporary, dtype)
     shape = model.config if model.language_model is not None else dataclasses.replace(model.config, language=None)
     write_json(directory / "config.json", config_to_json(shape))
@@ -156,7 +156,7 @@ def files_of(directory: str | Path) -> list[Path]:
     return sorted(files | {path for path in folder.glob("*.json") if path.is_file()})
 
 
-def fingerprint(model: Janus) -> str:
+def tokenizer_fingerprint(model: Janus) -> str:
     """Identity of a tokenizer: sha256 over its parameters in float32, sixteen hex digits.
 
     Two models have it in common exactly if they give images the same codes and codes the same vectors.

@@ -16,7 +16,7 @@ import numpy as np
 
 from arrag_jax import progress
 from arrag_jax.errors import UserError
-from arrag_jax.files import free_bytes, require_new, sync, whole_folder, write_json
+from arrag_jax.files import atomic_folder, free_bytes, require_new, sync, write_json
 from arrag_jax.models.checkpoint import abstract_model
 from arrag_jax.models.config_json import config_to_json, layout_of, read_json, read_lora
 from arrag_jax.models.janus import Janus
@@ -172,11 +172,11 @@ def _overlaid(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _new_folder(target: Path, nbytes: int) -> Iterator[Path]:
-    """``files.whole_folder`` of a new folder, once the disk is known to have room for so many bytes."""
+    """``files.atomic_folder`` of a new folder, once the disk is known to have room for so many bytes."""
     free = free_bytes(Path(os.path.realpath(target)))
     if free < nbytes:
         raise UserError(
             f"{target} needs {nbytes / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} left; free some space"
         )
-    with whole_folder(target, "a checkpoint") as folder:
+    with atomic_folder(target, "a checkpoint") as folder:
         yield folder

@@ -97,10 +97,10 @@ class Janus(nnx.Module):
             setattr(other, name, nnx.data(getattr(self, name)))
         return other
 
-    def folded(self) -> "Janus":
+    def fused(self) -> "Janus":
         """A copy for drawing with FAiD: it shares every array, its blenders' kernels are multiplied out."""
         copy = nnx.merge(*nnx.split(self))
-        copy.language_model = nnx.data(self.language_model.folded())
+        copy.language_model = nnx.data(self.language_model.fused())
         return copy
 
     def prefill(

@@ -112,7 +112,7 @@ class Blender(nnx.Module):
         incoming = jnp.where(complete, self.norm(features), 0.0)
         return _gated(self.gate, around.reshape(batch, -1, dim), incoming, self.centre(kernels, weights))
 
-    def fold(self) -> "FoldedBlender":
+    def fold(self) -> "FusedBlender":
         """The same blender with its kernels multiplied out, for one cell after another.
 
         Worked out once for the weights as they are, then kept as long as they stay: at the 1B shape it costs as much
@@ -120,9 +120,9 @@ class Blender(nnx.Module):
         """
         graph, state = nnx.split(self)
         arrays = jax.tree.leaves(state)
-        kept = _FOLDED.get(self)
+        kept = _FUSED.get(self)
         if kept is None or any(known() is not array for known, array in zip(kept[0], arrays, strict=True)):
-            kept = _FOLDED[self] = ([weakref.ref(array) for array in arrays], nnx.merge(*_fold(graph, state)))
+            kept = _FUSED[self] = ([weakref.ref(array) for array in arrays], nnx.merge(*_fold(graph, state)))
         return kept[1]
 
     def centre(self, kernels: list[blend.HopKernels], weights: Float[Array, " hops"]) -> blend.Centre:
@@ -131,7 +131,7 @@ class Blender(nnx.Module):
         return blend.Centre(self.norm_scale[...][None] * matrix, bias)
 
 
-class FoldedBlender(nnx.Module):
+class FusedBlender(nnx.Module):
     """A blender as decoding needs it: a matrix a live offset of the window, one for the centre, and the gate."""
 
     def __init__(self, blender: Blender):
@@ -157,12 +157,12 @@ class FoldedBlender(nnx.Module):
 
 
 # By blender: weak references to the arrays it was folded from, and what came of it.
-_FOLDED: weakref.WeakKeyDictionary[Blender, tuple[list[weakref.ref], FoldedBlender]] = weakref.WeakKeyDictionary()
+_FUSED: weakref.WeakKeyDictionary[Blender, tuple[list[weakref.ref], FusedBlender]] = weakref.WeakKeyDictionary()
 
 
 @jax.jit(static_argnums=0)
 def _fold(graph, state):
-    return nnx.split(FoldedBlender(nnx.merge(graph, state)))
+    return nnx.split(FusedBlender(nnx.merge(graph, state)))
 
 
 def _gated(gate: nnx.List, around: Array, incoming: Array, centre: blend.Centre) -> Blended:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from arrag_jax.nn.faid import Blended, Blender, FaidConfig, FoldedBlender, window_cells
+from arrag_jax.nn.faid import Blended, Blender, FaidConfig, FusedBlender, window_cells
 from arrag_jax.nn.linear import Linear, embedding
 from arrag_jax.nn.lora import Lora, LoraConfig
 from arrag_jax.ops import products
@@ -161,7 +161,7 @@ class Layer(nnx.Module):
         self.attention = Attention(config, rngs)
         self.mlp_norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, rngs=rngs)
         self.mlp = Mlp(config, rngs)
-        self.blender: Blender | FoldedBlender | None = nnx.data(None)  # folded in ``Llama.folded``'s copies
+        self.blender: Blender | FusedBlender | None = nnx.data(None)  # folded in ``Llama.fused``'s copies
 
     def attend(self, x, positions, mask, kv=None, slot=None, rngs=None):
         """Returns the normed input, which the blender looks at, x after attention, and (keys, values)."""
@@ -191,7 +191,7 @@ class Llama(nnx.Module):
         for layer in self.layers[:: faid.stride]:
             layer.blender = nnx.data(Blender(faid, self.config.width, self.config.norm_eps, rngs, start_silent))
 
-    def folded(self) -> "Llama":
+    def fused(self) -> "Llama":
         """A copy, for decoding, that shares every array but holds its blenders folded."""
         copy = nnx.merge(*nnx.split(self))
         for layer, mine in zip(copy.layers, self.layers, strict=True):
@@ -290,7 +290,7 @@ class Llama(nnx.Module):
         return self.norm(x)[:, 0], cache
 
 
-def _blend_step(blender: FoldedBlender, past: Float[Array, "B slots D"], cell, grid, features) -> Blended:
+def _blend_step(blender: FusedBlender, past: Float[Array, "B slots D"], cell, grid, features) -> Blended:
     """The blend of one cell, whose window is gathered from the hidden states so far."""
     window = jnp.asarray(window_cells(blender.config.hops, *grid))[cell]
     around = jnp.where(window[None, :, None] >= 0, past[:, window + 1], 0)

@@ -54,22 +54,22 @@ def _renormalized(log_p: Float[Array, "B V"], code: Int[Array, "B n"], kept: Boo
 
 
 def neighbor_log_probs(
-    neighbors: Neighbors, codebook_size: int, temperature: float | Float[Array, ""], copies: str
+    neighbors: Neighbors, codebook_size: int, temperature: float | Float[Array, ""], reduction: str
 ) -> Float[Array, "B V"]:
     """Distribution over codes that the neighbours stand for; -inf everywhere in rows without any.
 
-    Source: reference README "DAiD" and quirk 21 for ``copies="nearest"``.
+    Source: reference README "DAiD" and quirk 21 for ``reduction="max"``.
 
     Args:
       temperature: τ, in units of squared L2 distance.
-      copies: what a code retrieved more than once counts. "nearest": its nearest copy alone, so
+      reduction: what a code retrieved more than once counts. "max": its nearest copy alone, so
         softmax(−d/τ) over the distinct codes. "sum": every copy, so its share of Σ exp(−d/τ).
     """
     batch, _ = neighbors.code.shape
     score = -neighbors.distance / temperature
     code = jnp.where(neighbors.code < 0, codebook_size, neighbors.code)  # empty slots fall off the end
     rows = jnp.arange(batch)[:, None]
-    if copies == "nearest":
+    if reduction == "max":
         total = jnp.full((batch, codebook_size), -jnp.inf).at[rows, code].max(score, mode="drop")
     else:
         best = jnp.max(score, axis=1, keepdims=True)

@@ -20,8 +20,8 @@ from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.neighbors import Neighbors
-from arrag_jax.retrieval.datastore import Datastore, keys_of_maps, unit_norm
 from arrag_jax.retrieval.dense import SCORE_BYTES, DenseRetriever
+from arrag_jax.store.datastore import Datastore, keys_of_maps, unit_norm
 
 
 def terms(text: str) -> set[str]:

@@ -16,10 +16,9 @@ import numpy as np
 from arrag_jax import progress
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
-from arrag_jax.files import clear_leftovers, is_being_written, sha256_of, sync, whole_folder, write_json
+from arrag_jax.files import atomic_folder, clear_leftovers, is_being_written, sha256_of, sync, write_json
 from arrag_jax.json_files import read_object
 from arrag_jax.parsing import in_range, parse, shown
-from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.patches import stored_patches
 from arrag_jax.retrieval.scann import (
     HostSearch,
@@ -30,7 +29,8 @@ from arrag_jax.retrieval.scann import (
     num_leaves,
     shard_bounds,
 )
-from arrag_jax.retrieval.shards import MOST_IMAGES, content_hash
+from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.shards import MOST_IMAGES, content_hash
 
 INDEX_VERSION = 3
 RECORD = "index.json"
@@ -102,7 +102,7 @@ def build_index(store: Datastore, kind: str, options: ScannOptions, shards: int 
 @contextlib.contextmanager
 def new_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> Iterator[None]:
     """Builds the index beside the one that is there; on leaving it takes its place. As ``build_index``."""
-    with whole_folder(index_directory(store, kind), "an index", replace=True) as temporary:
+    with atomic_folder(index_directory(store, kind), "an index", replace=True) as temporary:
         _write_index(temporary, store, kind, options, shards)
         yield
 
@@ -229,7 +229,7 @@ def _identity(store: Datastore, kind: str, options: ScannOptions, entries: list[
     bounds = shard_bounds(store.num_patches, len(entries))
     return {
         "index_version": INDEX_VERSION,
-        "datastore": store.fingerprint,
+        "datastore": store.store_fingerprint,
         "kind": kind,
         "order": "first patch",  # of entries; older indexes have another one
         "rows": store.num_patches,
@@ -281,7 +281,7 @@ def fits(store: Datastore, kind: str) -> bool:
         record = _read_record(index_directory(store, kind), "")
     except UserError:
         return False
-    return (record.datastore, record.rows) == (store.fingerprint, store.num_patches)
+    return (record.datastore, record.rows) == (store.store_fingerprint, store.num_patches)
 
 
 def _read_record(directory: Path, mend: str) -> IndexRecord:

@@ -14,13 +14,13 @@ from arrag_jax.files import is_held
 from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import Retriever
 from arrag_jax.processes import require_same
-from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.index import RECORD, load_index
 from arrag_jax.retrieval.patches import Patches, stored_patches
 from arrag_jax.retrieval.scann import ScannRetriever, build_host
 from arrag_jax.retrieval.sharded import local_shards, shard_dense, shard_scann
-from arrag_jax.retrieval.shards import MANIFEST
+from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.shards import MANIFEST
 
 T = TypeVar("T")
 PATIENCE = 5.0  # seconds in which a writer puts what it has built in place
@@ -70,7 +70,7 @@ def open_store(config: RetrievalConfig, fingerprint: str) -> tuple[Datastore, bo
         all processes of a run.
     """
     store = Datastore.open(config.store)
-    require_same({f"{config.store}/manifest.json": store.fingerprint}, "store")
+    require_same({f"{config.store}/manifest.json": store.store_fingerprint}, "store")
     store.require_tokenizer(fingerprint)
     store.require_manifest()
     whole = config.num_images in (0, store.num_images)

@@ -23,7 +23,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.distances import rounded
 from arrag_jax.ops.neighbors import Neighbors
-from arrag_jax.retrieval.datastore import Datastore, unit_norm
+from arrag_jax.store.datastore import Datastore, unit_norm
 
 MOST_ROWS = 2**31 - 1  # ids are int32
 

@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 from arrag_jax.config import ScannOptions
 from arrag_jax.files import write_json
 from arrag_jax.ops import grid as grid_ops
-from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.index import index_directory, load_index, saved_shards
 from arrag_jax.retrieval.patches import Patches, packed
 from arrag_jax.retrieval.scann import BY_RULE, HostSearch
+from arrag_jax.store.datastore import Datastore
 
 QUERIES = 256  # whose recall is measured
 TOGETHER = 64  # queries a call when speed is measured

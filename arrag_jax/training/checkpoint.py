@@ -24,7 +24,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from arrag_jax.config import TrainConfig
 from arrag_jax.errors import UserError
 from arrag_jax.failures import is_of_the_machine
-from arrag_jax.files import folder_in, only_writer, write_json
+from arrag_jax.files import exclusive_lock, folder_in, write_json
 from arrag_jax.json_files import read_object
 from arrag_jax.parsing import parse, shown
 from arrag_jax.training.sums import digest_of, read_sums, require_finite, require_same, sums_of
@@ -47,11 +47,11 @@ FREE_KEYS = (
 class Checkpoints:
     """The checkpoints under one run's workdir: the newest ones, and the best of all that were judged."""
 
-    def __init__(self, workdir: Path, selects: tuple[str, str]):
-        """``selects``: the held-out metric that says which is best, and whether "min" or "max" of it."""
+    def __init__(self, workdir: Path, best_metric: tuple[str, str]):
+        """``best_metric``: the held-out metric that says which is best, and whether "min" or "max" of it."""
         logging.set_verbosity(logging.ERROR)  # orbax logs a page a save
         self._directory = folder_in(workdir, "checkpoints").resolve()
-        best = _best(selects)
+        best = _best(best_metric)
         by_metric = BestN(
             get_metric_fn=best["best_fn"],
             reverse=best["best_mode"] == "min",
@@ -116,14 +116,14 @@ class Checkpoints:
 
 
 def read_params(
-    workdir: Path, params: PyTree, selects: tuple[str, str], named: str = "init_from", last: bool = False
+    workdir: Path, params: PyTree, best_metric: tuple[str, str], named: str = "init_from", last: bool = False
 ) -> tuple[int, PyTree]:
     """Trained parameters of another run, which may still go on: those of its best checkpoint, else of its last.
 
     Args:
       workdir: of that run.
       params: arrays of the shapes expected; the result is laid out as they are.
-      selects: as for ``Checkpoints``.
+      best_metric: as for ``Checkpoints``.
       named: what gave the workdir, for messages.
       last: take the last one in any case.
 
@@ -137,7 +137,7 @@ def read_params(
     step = None
     if directory.is_dir():
         _require_metrics(directory)
-        options = ocp.CheckpointManagerOptions(read_only=True, **_best(selects))
+        options = ocp.CheckpointManagerOptions(read_only=True, **_best(best_metric))
         with _reading(directory, f"choose another {named}"):
             manager = ocp.CheckpointManager(directory, options=options)
         with contextlib.closing(manager):
@@ -197,7 +197,7 @@ def claimed(workdir: Path, config: TrainConfig, base: dict[str, str]) -> Iterato
         yield
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    with only_writer(workdir):
+    with exclusive_lock(workdir):
         record = _check_records(workdir, config, base)
         write_json(workdir / "base.json", base)
         write_json(workdir / "config.json", record)
@@ -239,9 +239,9 @@ def require_base(workdir: Path, base: dict[str, str]) -> None:
         )
 
 
-def _best(selects: tuple[str, str]) -> dict[str, Any]:
+def _best(best_metric: tuple[str, str]) -> dict[str, Any]:
     """Orbax's options for it. A checkpoint that lacks the metric, or has NaN there, is the worst of all."""
-    name, mode = selects
+    name, mode = best_metric
     worst = math.inf if mode == "min" else -math.inf
 
     def value_of(metrics: Mapping[str, float]) -> float:

@@ -40,7 +40,7 @@ def export_checkpoint(task: Task, config: TrainConfig, workdir: Path, target: Pa
     config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=1))
     mesh = make_mesh(config.mesh)
     graph, frozen, state = init_state(task, make_optimizer(config.optimizer, config.steps), config, mesh)
-    step, params = read_params(workdir, state.params, task.selects, "--source", last)
+    step, params = read_params(workdir, state.params, task.best_metric, "--source", last)
     model = whole_model(graph, params, frozen, state.rest, mesh)
     export(task, model, target, origin(workdir, config, step))
     return step

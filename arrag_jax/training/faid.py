@@ -22,12 +22,12 @@ from arrag_jax.config import DaidConfig, DataConfig, RetrievalConfig, SamplingCo
 from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation import pictures
 from arrag_jax.fields import LocalPath, Settings
+from arrag_jax.figures import grids
 from arrag_jax.files import sha256_of
 from arrag_jax.interfaces import DecodePolicy
 from arrag_jax.mesh import make_mesh
-from arrag_jax.models.checkpoint import fingerprint, load_model, save_model
+from arrag_jax.models.checkpoint import load_model, save_model, tokenizer_fingerprint
 from arrag_jax.models.config_json import read_config
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.tensor_files import checkpoint_folder, stored_tensors
@@ -37,7 +37,7 @@ from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.variables import Adapter, freeze, retype
 from arrag_jax.nn.vq import to_uint8
 from arrag_jax.retrieval.load import load_retriever
-from arrag_jax.retrieval.neighbor_set import NeighborSet
+from arrag_jax.store.neighbor_set import NeighborSet
 from arrag_jax.training.loop import Batch, Pictures, Scalars
 from arrag_jax.training.shared import BITS, in_batches, mean_bits, rows_of_a_device, write_manifest
 
@@ -96,7 +96,7 @@ class FaidTask:
     """Next-code prediction by LoRA (q, v), blenders with their norms, and the head; all else is frozen."""
 
     trainable = Adapter
-    selects = ("bits_per_code", "min")
+    best_metric = ("bits_per_code", "min")
 
     def __init__(self, config: TrainConfig, options: FaidOptions):
         if config.data != DataConfig(eval_examples=config.data.eval_examples):
@@ -127,7 +127,7 @@ class FaidTask:
         """The base, frozen but for its head, with fresh blenders and LoRA."""
         options, faid = self.options, self.options.faid
         model = load_model(options.base, self.config.compute_dtype)
-        tokenizer = fingerprint(model)
+        tokenizer = tokenizer_fingerprint(model)
         for neighbors in self.sets.values():
             neighbors.require_tokenizer(tokenizer)
         language = model.language_model
@@ -149,7 +149,7 @@ class FaidTask:
         files = {tensor.file for tensor in stored_tensors(folder).values()}
         files |= {checkpoint_folder(folder) / "tokenizer.json"}
         hashes = {f"base/{path.name}": sha256_of(path) for path in sorted(files)}
-        return hashes | {f"neighbors/{name}": found.fingerprint for name, found in self.sets.items()}
+        return hashes | {f"neighbors/{name}": found.store_fingerprint for name, found in self.sets.items()}
 
     def _prompt(self, caption: str) -> tuple[Int[np.ndarray, " L"], Bool[np.ndarray, " L"]]:
         try:
@@ -210,7 +210,7 @@ class FaidTask:
         """Held-out bits a code, prompts given."""
         return {"bits_per_code": self._cross_entropy(model, batch)[0] * BITS}
 
-    def painter(self) -> Callable[[Janus], Pictures]:
+    def sample_callback(self) -> Callable[[Janus], Pictures]:
         """Draws the same prompts and seeds every time: the base plain and with DAiD, the tuned model before and now.
 
         Before: with fresh blenders and LoRA, also in a run that began from ``init_from``.
@@ -237,7 +237,7 @@ class FaidTask:
             columns = [*unchanging, drawn(model, policy)]
             titles = ["plain", "DAiD", f"{name} before", f"{name} now"]
             rows = [(caption, [column[i] for column in columns]) for i, caption in enumerate(captions)]
-            return {"samples": pictures.labelled_grid(rows, titles)}
+            return {"samples": grids.labelled_grid(rows, titles)}
 
         return paint
 

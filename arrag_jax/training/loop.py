@@ -26,9 +26,9 @@ from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from arrag_jax import signals
 from arrag_jax.config import TrainConfig
-from arrag_jax.data.pipeline import make_loader
+from arrag_jax.data.loader import make_loader
 from arrag_jax.errors import UserError
-from arrag_jax.files import whole_folder
+from arrag_jax.files import atomic_folder
 from arrag_jax.mesh import check_batch_size, make_mesh, put_batch, put_everywhere, put_state, put_whole_batch
 from arrag_jax.nn.variables import Frozen
 from arrag_jax.processes import require_same
@@ -47,7 +47,7 @@ class Task(Protocol):
     """What is trained, on what, and how it is judged."""
 
     trainable: type  # the nnx.Variable subclass that gets gradients and optimizer state
-    selects: tuple[str, str]  # the held-out metric by which the best checkpoint is kept, and its "min" or "max"
+    best_metric: tuple[str, str]  # the held-out metric by which the best checkpoint is kept, and its "min" or "max"
     tokens: int  # that one training example costs, for the pace
 
     def init_model(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -84,7 +84,7 @@ class Task(Protocol):
         """Metrics of one held-out batch, jitted; means over its examples, for the loop averages them so."""
         ...
 
-    def painter(self) -> Callable[[nnx.Module], Pictures]:
+    def sample_callback(self) -> Callable[[nnx.Module], Pictures]:
         """What draws the sample grids of an evaluation; called before the first step, and finds all that it needs."""
         ...
 
@@ -129,7 +129,7 @@ def train(config: TrainConfig, task: Task, workdir: Path) -> None:
 
 def take_steps(config: TrainConfig, task: Task, workdir: Path, mesh: Mesh) -> nnx.Module:
     """From the newest checkpoint to ``config.steps``, evaluated and saved on the way; the model as it is exported."""
-    with Checkpoints(workdir, task.selects) as checkpoints, signals.held("step") as point:
+    with Checkpoints(workdir, task.best_metric) as checkpoints, signals.held("step") as point:
         optimizer = make_optimizer(config.optimizer, config.steps)
         graph, frozen, state = init_state(task, optimizer, config, mesh)
         data = make_loader(task.train_source(), config.batch_size, config.seed)
@@ -183,7 +183,7 @@ def resume_or_start(
     if resumed is not None:
         state, words = resumed, f"continuing at step {int(resumed.step)}"
     elif config.init_from:
-        params, words = params_of(config.init_from, state.params, task.selects)
+        params, words = params_of(config.init_from, state.params, task.best_metric)
         state = state._replace(params=params, ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None)
     else:
         words = "starting from scratch"
@@ -247,7 +247,7 @@ def make_evaluation(
     task: Task, graph: nnx.GraphDef, frozen: PyTree, config: TrainConfig, mesh: Mesh
 ) -> Callable[[TrainState], tuple[dict[str, float], Pictures]]:
     """A function from a state to its held-out metrics ("eval/name") and its pictures."""
-    batches, paint = list(task.eval_batches(config.batch_size // config.accumulate)), task.painter()
+    batches, paint = list(task.eval_batches(config.batch_size // config.accumulate)), task.sample_callback()
 
     @jax.jit
     def metrics_of(params: PyTree, frozen: PyTree, rest: PyTree, batch: Batch) -> Scalars:
@@ -277,7 +277,7 @@ def mean_over_examples(metrics_of: Callable[[Batch], Scalars], batches: Iterable
 def export(task: Task, model: nnx.Module, directory: Path, run: dict[str, Any], replace: bool = False) -> None:
     """The task's export into ``directory``, which is whole or absent; ``replace``: what stands there, as a whole."""
     if jax.process_index() == 0:
-        with whole_folder(directory, "an export", replace) as temporary:
+        with atomic_folder(directory, "an export", replace) as temporary:
             task.export(model, temporary, run)
     multihost_utils.sync_global_devices("export")
 

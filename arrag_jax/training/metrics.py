@@ -20,8 +20,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from arrag_jax import progress
 from arrag_jax.config import TrainConfig
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation.pictures import save
-from arrag_jax.files import folder_in, whole_file
+from arrag_jax.figures.grids import save
+from arrag_jax.files import atomic_write, folder_in
 
 SHOWN_EXAMPLES = 8  # of a batch that gave a number which is not finite
 WATCHED = {"loss": "the loss", "grad_norm": "the gradient's norm"}  # a step in which one is not finite is the last
@@ -203,5 +203,5 @@ def _drop_lines_after(path: Path, step: int) -> None:
         path.unlink(missing_ok=True)  # a link to nothing, which would be written through
         return
     kept = [line for line, values in _whole_lines(path) if values["step"] <= step]
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

@@ -15,13 +15,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from arrag_jax.config import TrainConfig, require_guidance
-from arrag_jax.data.emoji_scenes import load_source
-from arrag_jax.data.scenes import words
+from arrag_jax.data.emoji.dataset import load_source
+from arrag_jax.data.emoji.scenes import words
 from arrag_jax.decode.loop import sample
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation import pictures
 from arrag_jax.fields import LocalPath, Settings
-from arrag_jax.models.checkpoint import fingerprint, load_model, save_model
+from arrag_jax.figures import grids
+from arrag_jax.models.checkpoint import load_model, save_model, tokenizer_fingerprint
 from arrag_jax.models.janus import VISION, Janus
 from arrag_jax.models.presets import PRESETS
 from arrag_jax.models.text import PromptTokenizer
@@ -63,7 +63,7 @@ class PriorTask:
     """Next-code prediction. Images are encoded inside the step, by the frozen tokenizer."""
 
     trainable = nnx.Param
-    selects = ("bits_per_code", "min")
+    best_metric = ("bits_per_code", "min")
 
     def __init__(self, config: TrainConfig, options: PriorOptions):
         self.config, self.options = config, options
@@ -90,7 +90,7 @@ class PriorTask:
 
     def base(self) -> dict[str, str]:
         """The frozen tokenizer."""
-        return {"tokenizer": fingerprint(self.tokenizer)}
+        return {"tokenizer": tokenizer_fingerprint(self.tokenizer)}
 
     def _example(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
         ids, mask = self.text([example["caption"].decode()], self.options.prompt_length)
@@ -125,7 +125,7 @@ class PriorTask:
         """Held-out bits a code, prompts given."""
         return {"bits_per_code": self._cross_entropy(model, batch, batch["prompt_ids"]) * BITS}
 
-    def painter(self) -> Callable[[Janus], Pictures]:
+    def sample_callback(self) -> Callable[[Janus], Pictures]:
         """Draws twelve held-out prompts with the same seeds every time."""
         batch = next(self.eval_batches(12))
 
@@ -135,7 +135,7 @@ class PriorTask:
                 cfg_scale=self.options.cfg_scale, seed=self.config.seed,
             )  # fmt: skip
             images = to_uint8(model.decode_codes(drawn.codes, *model.grid))
-            return {"samples": pictures.grid(np.concatenate([batch["image"], images]), columns=12, scale=2)}
+            return {"samples": grids.grid(np.concatenate([batch["image"], images]), columns=12, scale=2)}
 
         return paint
 

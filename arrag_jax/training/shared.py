@@ -13,12 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from arrag_jax.config import TrainConfig
-from arrag_jax.data.emoji_scenes import load_source
+from arrag_jax.data.emoji.dataset import load_source
 from arrag_jax.errors import UserError
 from arrag_jax.json_files import read_object
 from arrag_jax.mesh import make_mesh
 from arrag_jax.models import manifest
-from arrag_jax.models.checkpoint import fingerprint
+from arrag_jax.models.checkpoint import tokenizer_fingerprint
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.presets import PRESETS
 from arrag_jax.models.tensor_files import checkpoint_folder
@@ -90,7 +90,7 @@ def write_manifest(directory: Path, model: Janus, run: dict[str, Any], **figures
     """``manifest.json``: what a checkpoint reached, where it comes from, and the hashes of its files."""
     content = {
         "figures": {name: round(value, 4) for name, value in figures.items()},
-        "tokenizer_fingerprint": fingerprint(model),
+        "tokenizer_fingerprint": tokenizer_fingerprint(model),
         **run,
     }
     manifest.write_manifest(directory, content)

@@ -14,13 +14,13 @@ from arrag_jax.models.tensor_files import read_tensors, some, stored_tensors, wh
 from arrag_jax.training.checkpoint import read_params
 
 
-def params_of(place: str, params: PyTree, selects: tuple[str, str]) -> tuple[PyTree, str]:
+def params_of(place: str, params: PyTree, best_metric: tuple[str, str]) -> tuple[PyTree, str]:
     """Trained parameters, laid out as ``params`` are, and words that say where they come from.
 
     Args:
       place: ``TrainConfig.init_from``: the workdir of a run, or a model folder (an export, what ``convert`` wrote).
       params: the run's own at step 0.
-      selects: as for ``training.checkpoint.Checkpoints``.
+      best_metric: as for ``training.checkpoint.Checkpoints``.
 
     Raises:
       UserError: neither is there, or it holds parameters of another model.
@@ -28,7 +28,7 @@ def params_of(place: str, params: PyTree, selects: tuple[str, str]) -> tuple[PyT
     folder = wherever(Path(place))
     if (folder / "config.json").is_file() and not (folder / "base.json").is_file():  # which every run's workdir has
         return _of_folder(folder, params), f"starting from the weights in {folder}"
-    step, found = read_params(folder, params, selects)
+    step, found = read_params(folder, params, best_metric)
     return found, f"starting from step {step} of {folder}"
 
 

@@ -14,15 +14,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from arrag_jax.config import TrainConfig
-from arrag_jax.data.emoji_scenes import load_source
+from arrag_jax.data.emoji.dataset import load_source
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation import pictures
-from arrag_jax.evaluation.drawing import reconstruct
 from arrag_jax.fields import Settings
+from arrag_jax.figures import grids
 from arrag_jax.models.checkpoint import save_model
 from arrag_jax.models.janus import VISION, Janus
 from arrag_jax.models.presets import PRESETS
 from arrag_jax.nn.vq import from_uint8
+from arrag_jax.store.images import reconstruct
 from arrag_jax.training.loop import Batch, Pictures, Scalars
 from arrag_jax.training.shared import check_preset, held_out, psnr, rows_of_a_device, tokenizer_figures, write_manifest
 
@@ -53,7 +53,7 @@ class TokenizerTask:
     """
 
     trainable = nnx.Param
-    selects = ("psnr", "max")
+    best_metric = ("psnr", "max")
 
     def __init__(self, config: TrainConfig, options: TokenizerOptions):
         self.config, self.options = config, options
@@ -113,13 +113,13 @@ class TokenizerTask:
         codes, _ = model.gen_vision_model.encode(images)
         return {"psnr": psnr(model, images, codes)}
 
-    def painter(self) -> Callable[[Janus], Pictures]:
+    def sample_callback(self) -> Callable[[Janus], Pictures]:
         """Shows held-out images above their reconstructions."""
         images = next(self.eval_batches(12))["image"]
 
         def paint(model: Janus) -> Pictures:
             decoded = reconstruct(model, images)
-            return {"reconstructions": pictures.grid(np.concatenate([images, decoded]), columns=12, scale=2)}
+            return {"reconstructions": grids.grid(np.concatenate([images, decoded]), columns=12, scale=2)}
 
         return paint
 

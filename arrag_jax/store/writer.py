@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from arrag_jax.data.examples import DUPLICATE, Examples, caption_of
 from arrag_jax.errors import UserError
-from arrag_jax.files import whole_file
+from arrag_jax.files import atomic_write
 from arrag_jax.progress import Bar
-from arrag_jax.retrieval import building
-from arrag_jax.retrieval.bad_images import NONE, BadImages, Tally
-from arrag_jax.retrieval.datastore import CODEBOOK, Datastore, StoreSettings, unit_norm
-from arrag_jax.retrieval.encoding import Encode, Examples, caption_of, encoded, require_images
-from arrag_jax.retrieval.identity import KnownContents, digests
-from arrag_jax.retrieval.left_out import DUPLICATE
-from arrag_jax.retrieval.team import Team
+from arrag_jax.store import building
+from arrag_jax.store.datastore import CODEBOOK, Datastore, StoreSettings, unit_norm
+from arrag_jax.store.encoding import Encode, encoded, require_images
+from arrag_jax.store.identity import KnownContents, digests
+from arrag_jax.store.skipped import NONE, SkippedCounts, SkippedImages
+from arrag_jax.store.workers import Workers
 
 # Codes have spare bits (10 to 14 of 16 are in use), which zstd finds; where there are none it adds next to nothing.
 # Grouped, for ArrayRecord adds 9 bytes a record else; it adds 128 KiB a file in any case, so that a store stays within
@@ -34,8 +34,8 @@ def build(
     batch_size: int,
     source_id: Callable[[int], str] | None = None,
     max_bad_fraction: float = 0.0,
-    team: Team | None = None,
-    others: Tally = NONE,
+    workers: Workers | None = None,
+    others: SkippedCounts = NONE,
     min_bad: int = 0,
     known: KnownContents | None = None,
 ) -> Datastore:
@@ -50,9 +50,9 @@ def build(
       batch_size: images a call of ``encode``.
       source_id: image number → one line that tells where it came from; default "source/split/number".
       max_bad_fraction: share of bad images above which the build fails.
-      team: the processes that build it together; None = this one alone.
+      workers: the processes that build it together; None = this one alone.
       others: images of the store that this one is to be a part of; they count in the share of bad ones.
-      min_bad: as ``BadImages.least``.
+      min_bad: as ``SkippedImages.least``.
       known: contents that are left out as duplicates; None = whatever comes is taken.
 
     Raises:
@@ -65,10 +65,10 @@ def build(
     source_id = source_id or (lambda i: f"{settings.source}/{settings.split}/{i}")
 
     def write_codebook() -> None:
-        with whole_file(directory / CODEBOOK) as temporary, open(temporary, "wb") as file:
+        with atomic_write(directory / CODEBOOK) as temporary, open(temporary, "wb") as file:
             np.savez(file, codebook=np.asarray(codebook, np.float32))
 
-    left_out = BadImages(directory, settings, source_id, max_bad_fraction, min_bad, others)
+    left_out = SkippedImages(directory, settings, source_id, max_bad_fraction, min_bad, others)
 
     def write_shard(shard: int, bar: Bar) -> None:
         bad, skip = left_out.of_shard(shard, bar)
@@ -78,7 +78,7 @@ def build(
         building.write_lines(directory / files["sources"], left_out.write(shard, bad))
         left_out.require_few()
 
-    return building.build(Datastore, directory, settings, write_shard, write_codebook, left_out.require_few, team)
+    return building.build(Datastore, directory, settings, write_shard, write_codebook, left_out.require_few, workers)
 
 
 def _require_codebook(codebook: np.ndarray, settings: StoreSettings) -> None:
@@ -88,7 +88,7 @@ def _require_codebook(codebook: np.ndarray, settings: StoreSettings) -> None:
         raise UserError("the codebook's rows are not of unit norm; normalise them")
 
 
-def _is_new(known: KnownContents | None, left_out: BadImages, shard: int, bad: dict[int, str]) -> IsNew:
+def _is_new(known: KnownContents | None, left_out: SkippedImages, shard: int, bad: dict[int, str]) -> IsNew:
     """Tells of one batch of a shard after another which images are none of the known; notes the others as bad."""
     going = iter(left_out.settings.shard_images(shard))
 

@@ -37,7 +37,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.files import sha256_of
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.parsing import in_range
-from arrag_jax.retrieval.shards import (
+from arrag_jax.store.shards import (
     MANIFEST,
     ShardFolder,
     ShardSettings,
@@ -49,9 +49,9 @@ from arrag_jax.retrieval.shards import (
 
 KEY_KINDS = ("codebook", "latent")
 CODEBOOK = "codebook.npz"
-SAME_IN_ALL_PARTS = ("fingerprint", "grid", "codebook_size", "code_dim", "keys", "captions")
+SAME_IN_ALL_SEGMENTS = ("fingerprint", "grid", "codebook_size", "code_dim", "keys", "captions")
 GROW = ("keys", "captions")  # of these a whole store can be given more
-FURTHER = ("latents-", "captions-")  # files that a whole store can be given later; see ``retrieval.extension``
+FURTHER = ("latents-", "captions-")  # files that a whole store can be given later; see ``store.extension``
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Datastore(ShardFolder):
     """
 
     settings: StoreSettings
-    parts: tuple["Datastore", ...] = ()  # what was added later
+    segments: tuple["Datastore", ...] = ()  # what was added later
 
     noun: ClassVar[str] = "datastore"
     format_version: ClassVar[int] = 1
@@ -128,30 +128,32 @@ class Datastore(ShardFolder):
     def open(cls, directory: str | Path) -> "Datastore":
         """Opens a store and the parts added to it; as ``ShardFolder.open``."""
         store = super().open(directory)
-        parts = tuple(cls._open_part(store, name, digest) for name, digest in store.manifest.get("parts", {}).items())
-        return dataclasses.replace(store, parts=parts, num_images=sum(x.num_images for x in (store, *parts)))
+        segments = tuple(
+            cls._open_segment(store, name, digest) for name, digest in store.manifest.get("parts", {}).items()
+        )
+        return dataclasses.replace(store, segments=segments, num_images=sum(x.num_images for x in (store, *segments)))
 
     @classmethod
-    def _open_part(cls, store: "Datastore", name: str, fingerprint: str) -> "Datastore":
+    def _open_segment(cls, store: "Datastore", name: str, fingerprint: str) -> "Datastore":
         if not (store.directory / name).is_dir() or name in store.files:
-            raise UserError(f"{store.directory / name}, a part of the datastore, is missing; {cls.rebuild}")
-        part = super().open(store.directory / name)
-        if part.manifest.get("parts"):
-            raise UserError(f"{part.directory} is a part, but its manifest names parts of its own; {cls.rebuild}")
-        ours, theirs = store.settings, part.settings
-        differ = [x for x in SAME_IN_ALL_PARTS if x not in GROW and getattr(ours, x) != getattr(theirs, x)]
+            raise UserError(f"{store.directory / name}, a segment of the datastore, is missing; {cls.rebuild}")
+        segment = super().open(store.directory / name)
+        if segment.manifest.get("parts"):
+            raise UserError(f"{segment.directory} is a segment, but its manifest names others; {cls.rebuild}")
+        ours, theirs = store.settings, segment.settings
+        differ = [x for x in SAME_IN_ALL_SEGMENTS if x not in GROW and getattr(ours, x) != getattr(theirs, x)]
         # While keys or captions are added, parts have them before the store says so.
         differ += ["keys"] if not set(ours.keys) <= set(theirs.keys) else []
         differ += ["captions"] if ours.captions > theirs.captions else []
         if differ:
-            raise UserError(f"{part.directory} has another {differ[0]} than {store.directory}; {cls.rebuild}")
+            raise UserError(f"{segment.directory} has another {differ[0]} than {store.directory}; {cls.rebuild}")
         # older stores name a part by the hash of its manifest
-        if fingerprint != part.fingerprint and fingerprint != sha256_of(part.directory / MANIFEST):
-            raise UserError(f"{part.directory} is not the part that {store.directory} was given; {cls.rebuild}")
-        return part
+        if fingerprint != segment.store_fingerprint and fingerprint != sha256_of(segment.directory / MANIFEST):
+            raise UserError(f"{segment.directory} is not the segment that {store.directory} was given; {cls.rebuild}")
+        return segment
 
     @functools.cached_property
-    def fingerprint(self) -> str:
+    def store_fingerprint(self) -> str:
         """SHA-256 of all that decides the stored patches: two stores share it only if they hold the same ones.
 
         Latents and captions, which can be added to a whole store, are no part of it.
@@ -160,15 +162,15 @@ class Datastore(ShardFolder):
         content = {
             "settings": {key: value for key, value in self.manifest["settings"].items() if key not in apart},
             "files": {name: facts for name, facts in self.files.items() if not name.startswith(FURTHER)},
-            "parts": [part.fingerprint for part in self.parts],
+            "parts": [segment.store_fingerprint for segment in self.segments],
         }
         return content_hash(content)
 
     def verify(self) -> None:
         """Checks every file's SHA-256, those of all parts too; as ``ShardFolder.verify``."""
         super().verify()
-        for part in self.parts:
-            part.verify()
+        for segment in self.segments:
+            segment.verify()
 
     def subset(self, num_images: int) -> "Datastore":
         """The store of the first ``num_images`` images; their row numbers stay the same."""
@@ -184,28 +186,28 @@ class Datastore(ShardFolder):
     @property
     def num_bad(self) -> int:
         """Images that could not be read."""
-        return super().num_bad + sum(part.num_bad for part in self.parts)
+        return super().num_bad + sum(segment.num_bad for segment in self.segments)
 
     @property
     def num_duplicates(self) -> int:
         """Images that were left out because they are there already, those of merged stores too."""
         own = super().num_duplicates + self.manifest.get("duplicates", 0)
-        return own + sum(part.num_duplicates for part in self.parts)
+        return own + sum(segment.num_duplicates for segment in self.segments)
 
     @property
     def alone(self) -> "Datastore":
         """The store without the parts that were added later."""
-        return dataclasses.replace(self, parts=(), num_images=self.count_images(self.settings, self.manifest))
+        return dataclasses.replace(self, segments=(), num_images=self.count_images(self.settings, self.manifest))
 
     @property
     def wholes(self) -> tuple["Datastore", ...]:
         """The stores that this one consists of, each without parts: itself alone, then what was added."""
-        return (self.alone, *self.parts)
+        return (self.alone, *self.segments)
 
     @property
     def bad(self) -> list[tuple[str, str]]:
         """What was left out, and why; those of all parts too."""
-        return super().bad + [line for part in self.parts for line in part.bad]
+        return super().bad + [line for segment in self.segments for line in segment.bad]
 
     @functools.cached_property
     def codebook(self) -> Float[np.ndarray, "V C"]:
@@ -274,44 +276,44 @@ class Datastore(ShardFolder):
         words = ["python", "-m", "arrag_jax.build_datastore", *flags, f"--workdir={self.directory}"]
         return shlex.join(words)
 
-    def _files(self, part: str, first: int, end: int) -> Iterator[tuple["Datastore", str, slice]]:
+    def _files(self, segment: str, first: int, end: int) -> Iterator[tuple["Datastore", str, slice]]:
         """The files that hold images ``first`` to ``end``: whose they are, their names, and which images are meant."""
         before = 0
-        for store in (self, *self.parts):
+        for store in (self, *self.segments):
             for shard in range(store.settings.num_shards):
-                name = store.settings.shard_files(shard)[part]
+                name = store.settings.shard_files(shard)[segment]
                 images = store.files[name]["images"]
                 wanted = slice(max(first - before, 0), min(end - before, images))
                 if wanted.start < wanted.stop:
                     yield store, name, wanted
                 before += images
 
-    def _lines(self, part: str) -> list[str]:
+    def _lines(self, segment: str) -> list[str]:
         """All lines of a part, one an image."""
         lines: list[str] = []
-        for store, name, wanted in self._files(part, 0, self.num_images):
+        for store, name, wanted in self._files(segment, 0, self.num_images):
             lines += store.lines_of(name)[wanted]
         return lines
 
-    def _read(self, part: str, dtype: str, shape: tuple[int, ...], first: int, end: int) -> np.ndarray:
+    def _read(self, segment: str, dtype: str, shape: tuple[int, ...], first: int, end: int) -> np.ndarray:
         """Records of a part as arrays of one shape, [end - first, *shape].
 
         A record has a hash in its file, which its reader checks. The hash of a file of codes is checked besides where
         all of it is read: a file of the same size may stand in another's place.
         """
         whole, done = None, 0
-        for store, name, wanted in self._files(part, first, end):
+        for store, name, wanted in self._files(segment, first, end):
             path, facts, number = store.directory / name, store.files[name], wanted.stop - wanted.start
             with self._reading(path), contextlib.closing(ArrayRecordReader(str(path))) as reader:
                 require_count(range(reader.num_records()), facts["images"])
                 if whole is None:  # before memory is taken for a grid that the files do not have
                     require_length(reader.read(wanted.start, wanted.start + 1)[0], dtype, shape)
                     whole = np.empty((end - first, *shape), dtype)
-                if part == "codes" and number == facts["images"]:
+                if segment == "codes" and number == facts["images"]:
                     require_digest(sha256_of(path), facts)
                 found = np.frombuffer(b"".join(reader.read(wanted.start, wanted.stop)), dtype)
                 whole[done : done + number] = found.reshape(number, *shape)
-                if part == "codes" and found.max(initial=0) >= self.settings.codebook_size:
+                if segment == "codes" and found.max(initial=0) >= self.settings.codebook_size:
                     raise ValueError(f"it holds code {found.max()}, the codebook {self.settings.codebook_size}")
             done += number
         assert whole is not None and done == len(whole)

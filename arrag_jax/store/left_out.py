@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
+from arrag_jax.data.examples import DUPLICATE, PASSED_OVER
+
 BAD_FILES = "bad-*.txt"
-# How the reason of a line in a file of bad images begins that tells of no damage: what may be an image and is not read,
-# and an image that is there already. Both are left out, and neither counts among those that cannot be read.
-PASSED_OVER, DUPLICATE = "passed over: ", "duplicate of "
 LEFT_OUT = ("bad", "passed_over", "duplicates")  # what a manifest counts in such a file
 
 

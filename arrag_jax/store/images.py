@@ -9,25 +9,26 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import UInt8
 from tensorflow_datasets.core.splits import SplitInfo
 
 from arrag_jax.data import endings, sources
 from arrag_jax.data.duplicates import without_copies
-from arrag_jax.data.emoji_scenes import NAMES, load_source
+from arrag_jax.data.emoji.dataset import NAMES, load_source
+from arrag_jax.data.examples import PASSED_OVER, Examples
 from arrag_jax.data.prepared import PREFIX, PreparedImages, places
 from arrag_jax.errors import UserError
 from arrag_jax.models.janus import Janus, encode_split
-from arrag_jax.nn.vq import from_uint8
-from arrag_jax.retrieval.datastore import Datastore
-from arrag_jax.retrieval.encoding import Encode, Examples
-from arrag_jax.retrieval.left_out import PASSED_OVER
-from arrag_jax.retrieval.shards import ShardFolder, ShardSettings
+from arrag_jax.nn.vq import from_uint8, to_uint8
+from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.encoding import Encode
+from arrag_jax.store.shards import ShardFolder, ShardSettings
 
 LISTING = ".listing.jsonl"  # in the folder of an unfinished build: the images as they were when it was begun
 
 
 class DataSetImages:
-    """Some images of a data set as a random-access source of examples (``retrieval.encoding.Examples``).
+    """Some images of a data set as a random-access source of examples (``data.examples.Examples``).
 
     Args:
       examples: of a split or a slice.
@@ -244,3 +245,12 @@ def encoder(tokenizer: Janus) -> Encode:
         return encode_split(graph, copy, from_uint8(jax.device_put(images, device)))
 
     return encode
+
+
+def reconstruct(model: Janus, images: UInt8[np.ndarray, "N h w 3"]) -> UInt8[np.ndarray, "N h w 3"]:
+    """Images through the tokenizer and back, a hundred at a time: the best that codes can look."""
+    parts = []
+    for start in range(0, len(images), 100):
+        codes, latents = model.encode_images(from_uint8(images[start : start + 100]))
+        parts.append(np.asarray(to_uint8(model.decode_codes(codes, *latents.shape[1:3]))))
+    return np.concatenate(parts)

@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arrag_jax import progress
+from arrag_jax.data.examples import BadImage, Example, Examples
 from arrag_jax.errors import UserError
-from arrag_jax.files import only_writer
+from arrag_jax.files import exclusive_lock
 from arrag_jax.progress import Bar
-from arrag_jax.retrieval.datastore import Datastore, StoreSettings
-from arrag_jax.retrieval.encoding import BadImage, Encode, Example, Examples, encoded
-from arrag_jax.retrieval.left_out import read_lines
-from arrag_jax.retrieval.shards import content_of, facts_of, write_manifest
-from arrag_jax.retrieval.team import Team
-from arrag_jax.retrieval.writer import write_files
+from arrag_jax.store.datastore import Datastore, StoreSettings
+from arrag_jax.store.encoding import Encode, encoded
+from arrag_jax.store.left_out import read_lines
+from arrag_jax.store.shards import content_of, facts_of, write_manifest
+from arrag_jax.store.workers import Workers
+from arrag_jax.store.writer import write_files
 
 # Settings of a part, and whether captions are wanted → its source's images, and the number of each by its id.
 Reader = Callable[[StoreSettings, bool], tuple[Examples, Mapping[str, int]]]
@@ -31,20 +32,20 @@ Reader = Callable[[StoreSettings, bool], tuple[Examples, Mapping[str, int]]]
 class _Job(NamedTuple):
     """One shard of one part, and its settings with all that is wanted."""
 
-    part: Datastore
+    segment: Datastore
     wanted: StoreSettings
     shard: int
 
     @property
     def files(self) -> dict[str, str]:
         """Names of the shard's new files."""
-        held = self.part.settings.shard_files(self.shard)
+        held = self.segment.settings.shard_files(self.shard)
         return {kind: name for kind, name in self.wanted.shard_files(self.shard).items() if kind not in held}
 
     @property
     def absent(self) -> dict[str, str]:
         """Those of them that are not there yet."""
-        return {kind: name for kind, name in self.files.items() if not (self.part.directory / name).is_file()}
+        return {kind: name for kind, name in self.files.items() if not (self.segment.directory / name).is_file()}
 
 
 def all_keys(held: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[str, ...]:
@@ -61,7 +62,7 @@ def extend(
     read: Reader,
     encode: Encode,
     batch_size: int,
-    team: Team | None = None,
+    workers: Workers | None = None,
 ) -> Datastore:
     """Adds what the store or a part of it lacks of these keys and captions, or goes on with that.
 
@@ -71,52 +72,61 @@ def extend(
       read: how the images of a part's source are had.
       encode: by the tokenizer that made the store.
       batch_size: images a call of ``encode``; that of the build gives the bytes of a store built with all at once.
-      team: the processes that do it together; None = this one alone.
+      workers: the processes that do it together; None = this one alone.
 
     Raises:
       UserError: an image is gone or gives other codes now, another process writes to the store, or the disk is full.
     """
-    team = team or Team(store.directory, 0, 1)
-    if team.leads:
-        with only_writer(store.directory):
-            _write_shards(store, keys, captions, read, encode, batch_size, team)
+    workers = workers or Workers(store.directory, 0, 1)
+    if workers.leads:
+        with exclusive_lock(store.directory):
+            _write_shards(store, keys, captions, read, encode, batch_size, workers)
             jobs = _jobs(store, keys, captions)
-            team.wait_until(lambda: not any(job.absent for job in jobs))
+            workers.wait_until(lambda: not any(job.absent for job in jobs))
             _write_manifests(store, jobs)
     else:
-        _write_shards(store, keys, captions, read, encode, batch_size, team)
+        _write_shards(store, keys, captions, read, encode, batch_size, workers)
 
         def whole() -> bool:
             settings = Datastore.open(store.directory).settings
             return set(keys) <= set(settings.keys) and captions <= settings.captions
 
-        team.wait_until(whole)
+        workers.wait_until(whole)
     return Datastore.open(store.directory)
 
 
 def _jobs(store: Datastore, keys: tuple[str, ...], captions: bool) -> list[_Job]:
     """All shards, the parts' first and the store's own last."""
     jobs = []
-    for part in (*store.parts, store.alone):
-        both = {"keys": all_keys(part.settings.keys, keys), "captions": captions or part.settings.captions}
-        wanted = dataclasses.replace(part.settings, **both)
-        jobs += [_Job(part, wanted, shard) for shard in range(wanted.num_shards)]
+    for segment in (*store.segments, store.alone):
+        both = {"keys": all_keys(segment.settings.keys, keys), "captions": captions or segment.settings.captions}
+        wanted = dataclasses.replace(segment.settings, **both)
+        jobs += [_Job(segment, wanted, shard) for shard in range(wanted.num_shards)]
     return jobs
 
 
 def _write_shards(
-    store: Datastore, keys: tuple[str, ...], captions: bool, read: Reader, encode: Encode, batch_size: int, team: Team
+    store: Datastore,
+    keys: tuple[str, ...],
+    captions: bool,
+    read: Reader,
+    encode: Encode,
+    batch_size: int,
+    workers: Workers,
 ) -> None:
     """Writes the new files of this process's shards that are not there yet."""
     jobs = _jobs(store, keys, captions)
-    own = [jobs[place] for place in team.share(range(len(jobs)))]
+    own = [jobs[place] for place in workers.share(range(len(jobs)))]
     left = [job for job in own if job.absent]
     total, todo = (sum(len(_ids(job)) for job in some) for some in (own, left))
     source: tuple[Path | None, Any] = (None, None)  # of one part at a time: the list of a folder may be long
     with progress.bar(total=total, initial=total - todo, unit="image", desc=f"adding to {store.directory}") as bar:
         for job in left:
-            if source[0] != job.part.directory:
-                source = job.part.directory, read(job.part.settings, captions and not job.part.settings.captions)
+            if source[0] != job.segment.directory:
+                source = (
+                    job.segment.directory,
+                    read(job.segment.settings, captions and not job.segment.settings.captions),
+                )
             _write_shard(job, *source[1], encode, batch_size, bar)
 
 
@@ -124,15 +134,17 @@ def _write_shard(
     job: _Job, examples: Examples, numbers: Mapping[str, int], encode: Encode, batch_size: int, bar: Bar
 ) -> None:
     """The new files of one shard, once its images have given the stored codes again."""
-    ids, place = _ids(job), f"{job.part.directory} (source {job.part.settings.source})"
+    ids, place = _ids(job), f"{job.segment.directory} (source {job.segment.settings.source})"
     gone = [id_ for id_ in ids if id_ not in numbers]
     if gone:
         raise UserError(
             f"{len(gone):,} images of {place} are no longer there ({'; '.join(gone[:3])}); put them back, or build "
             "another datastore with all keys at once in another --workdir"
         )
-    before = sum(job.part.files[job.part.settings.shard_files(shard)["codes"]]["images"] for shard in range(job.shard))
-    stored = job.part.codes_of(before, before + len(ids))
+    before = sum(
+        job.segment.files[job.segment.settings.shard_files(shard)["codes"]]["images"] for shard in range(job.shard)
+    )
+    stored = job.segment.codes_of(before, before + len(ids))
 
     def checked() -> Iterator[tuple[list[Example], np.ndarray, np.ndarray]]:
         done, own = 0, _Some(examples, [numbers[id_] for id_ in ids])
@@ -150,12 +162,12 @@ def _write_shard(
     def lost(number: int, reason: BadImage) -> None:
         raise UserError(f"{ids[number]} of {place} can no longer be read: {reason}; put it back and run this again")
 
-    write_files(job.part.directory, job.absent, checked(), bar)
+    write_files(job.segment.directory, job.absent, checked(), bar)
 
 
 def _ids(job: _Job) -> list[str]:
     """Where the shard's images came from."""
-    return read_lines(job.part.directory / job.part.settings.shard_files(job.shard)["sources"])
+    return read_lines(job.segment.directory / job.segment.settings.shard_files(job.shard)["sources"])
 
 
 class _Some:
@@ -173,19 +185,19 @@ class _Some:
 
 def _write_manifests(store: Datastore, jobs: list[_Job]) -> None:
     """The parts' manifests, then the store's own: what was written before keeps its hashes, what is new gets them."""
-    names = {part.directory.name: part.fingerprint for part in store.parts}
+    names = {segment.directory.name: segment.store_fingerprint for segment in store.segments}
     if names != store.manifest.get("parts", {}):  # stores made before named parts by the bytes of their manifests
         write_manifest(store.directory, {**content_of(store.manifest), "parts": names})
     by_part: dict[Path, list[_Job]] = {}
     for job in jobs:
-        by_part.setdefault(job.part.directory, []).append(job)
+        by_part.setdefault(job.segment.directory, []).append(job)
     for directory, own in by_part.items():
-        part, wanted = own[0].part, own[0].wanted
-        if wanted == part.settings:
+        segment, wanted = own[0].segment, own[0].wanted
+        if wanted == segment.settings:
             continue
         counts = {name: {"images": 0} for name in wanted.other_files}
         for job in own:
             counts |= wanted.shard_counts(directory, job.shard)
-        files = {name: part.files.get(name) or facts_of(directory / name, count) for name, count in counts.items()}
-        content = {**content_of(part.manifest), "settings": dataclasses.asdict(wanted), "files": files}
+        files = {name: segment.files.get(name) or facts_of(directory / name, count) for name, count in counts.items()}
+        content = {**content_of(segment.manifest), "settings": dataclasses.asdict(wanted), "files": files}
         write_manifest(directory, content | ({"parts": names} if names and directory == store.directory else {}))

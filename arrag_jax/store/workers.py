@@ -23,8 +23,8 @@ STOPPING = " stopping"  # ends the sign of a process that was told to end
 STOP_SECONDS = 90.0  # most that such a process waits for the others: they finish their shards
 
 
-class Team:
-    """This process among those that fill a folder; see ``team_in``.
+class Workers:
+    """This process among those that fill a folder; see ``workers_in``.
 
     Attributes:
       index: of this process.
@@ -136,7 +136,7 @@ class Team:
 
 
 @contextlib.contextmanager
-def team_in(directory: str | Path, index: int = 0, count: int = 1) -> Iterator[Team]:
+def workers_in(directory: str | Path, index: int = 0, count: int = 1) -> Iterator[Workers]:
     """The processes that fill ``directory`` together, of which this is number ``index`` of ``count``.
 
     One process alone leaves no trace in the folder; several make it where it is absent. Signs that killed processes
@@ -144,24 +144,24 @@ def team_in(directory: str | Path, index: int = 0, count: int = 1) -> Iterator[T
     """
     directory = Path(directory)
     if count == 1:
-        yield Team(directory, 0, 1)
+        yield Workers(directory, 0, 1)
         _remove_signs(directory, range(0, 0))
         return
     directory.mkdir(parents=True, exist_ok=True)
-    team, stop = Team(directory, index, count), threading.Event()
-    thread = threading.Thread(target=team._give_signs, args=(stop,), daemon=True)
+    workers, stop = Workers(directory, index, count), threading.Event()
+    thread = threading.Thread(target=workers._give_signs, args=(stop,), daemon=True)
     thread.start()
     try:
-        yield team
-        if team.leads:
+        yield workers
+        if workers.leads:
             _remove_signs(directory, range(count))
     except signals.Stop:
-        team.stop()
+        workers.stop()
         raise
     finally:
         stop.set()
         thread.join()
-        team._file(index).unlink(missing_ok=True)
+        workers._file(index).unlink(missing_ok=True)
 
 
 def _remove_signs(directory: Path, members: range) -> None:

@@ -9,24 +9,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from arrag_jax.data.examples import DUPLICATE, PASSED_OVER, BadImage
 from arrag_jax.errors import UserError, printable
 from arrag_jax.progress import Bar, tell
-from arrag_jax.retrieval import building
-from arrag_jax.retrieval.encoding import BadImage
-from arrag_jax.retrieval.left_out import BAD_FILES, DUPLICATE, PASSED_OVER, read_bad
-from arrag_jax.retrieval.shards import ShardSettings
+from arrag_jax.store import building
+from arrag_jax.store.left_out import BAD_FILES, read_bad
+from arrag_jax.store.shards import ShardSettings
 
 ONE_IN = 20  # images; among fewer than this many times `least` the least number is smaller
 
 
-class Tally(NamedTuple):
+class SkippedCounts(NamedTuple):
     """Images gone through, without what is passed over, and the bad ones among them."""
 
     images: int
     bad: int
 
 
-NONE = Tally(0, 0)
+NONE = SkippedCounts(0, 0)
 
 
 def is_bad(reason: str) -> bool:
@@ -35,7 +35,7 @@ def is_bad(reason: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class BadImages:
+class SkippedImages:
     """Those of one build.
 
     Attributes:
@@ -52,7 +52,7 @@ class BadImages:
     source_id: Callable[[int], str]
     most: float
     least: int = 0
-    others: Tally = NONE
+    others: SkippedCounts = NONE
 
     def __post_init__(self):
         if not 0 <= self.most <= 1:

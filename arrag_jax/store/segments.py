@@ -17,23 +17,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arrag_jax import progress
+from arrag_jax.data.examples import DUPLICATE
 from arrag_jax.errors import UserError
-from arrag_jax.files import folder_in, only_writer, require_within, whole_file, write_json
+from arrag_jax.files import atomic_write, exclusive_lock, folder_in, require_within, write_json
 from arrag_jax.json_files import read_object
-from arrag_jax.retrieval.building import state_of, write_lines, write_records
-from arrag_jax.retrieval.datastore import SAME_IN_ALL_PARTS, Datastore, StoreSettings
-from arrag_jax.retrieval.identity import KnownContents, digests_of
-from arrag_jax.retrieval.left_out import DUPLICATE, counts_of, read_bad
-from arrag_jax.retrieval.shards import MANIFEST, content_of, facts_of, write_manifest
-from arrag_jax.retrieval.writer import RECORD_OPTIONS
+from arrag_jax.store.building import state_of, write_lines, write_records
+from arrag_jax.store.datastore import SAME_IN_ALL_SEGMENTS, Datastore, StoreSettings
+from arrag_jax.store.identity import KnownContents, digests_of
+from arrag_jax.store.left_out import counts_of, read_bad
+from arrag_jax.store.shards import MANIFEST, content_of, facts_of, write_manifest
+from arrag_jax.store.writer import RECORD_OPTIONS
 
 MERGING = ".merging.json"  # in the folder of an unfinished merge: the fingerprints of what is merged
 _OF_WHOLE = ("parts", "sha256", "merged", "keep_duplicates", "duplicates")  # in the manifest of a store's first part
 
 
-def next_part(store: Datastore) -> Path:
+def next_segment(store: Datastore) -> Path:
     """Folder of the first part that the store does not hold yet; perhaps begun or whole already."""
-    return require_within(store.directory, store.directory / _part_name(len(store.parts) + 1))
+    return require_within(store.directory, store.directory / _segment_name(len(store.segments) + 1))
 
 
 def require_fits(store: Datastore, settings: StoreSettings, other: Datastore | None = None) -> None:
@@ -42,7 +43,7 @@ def require_fits(store: Datastore, settings: StoreSettings, other: Datastore | N
     Args:
       other: the store that has these settings, where it is there already.
     """
-    for name in SAME_IN_ALL_PARTS:
+    for name in SAME_IN_ALL_SEGMENTS:
         ours, theirs = getattr(store.settings, name), getattr(settings, name)
         if ours != theirs and not (name == "keys" and set(ours) == set(theirs)):
             mend = _mend(name, (store, ours), (other, theirs))
@@ -64,8 +65,8 @@ def _mend(name: str, *both: tuple[Datastore | None, Any]) -> str:
     return f", or first run: {' and '.join(commands)}"
 
 
-def add_part(
-    store: Datastore, part: Path, prepare: Callable[[Datastore], contextlib.AbstractContextManager] | None = None
+def add_segment(
+    store: Datastore, segment: Path, prepare: Callable[[Datastore], contextlib.AbstractContextManager] | None = None
 ) -> Datastore:
     """Adds a whole part to the store's manifest.
 
@@ -76,18 +77,18 @@ def add_part(
     Raises:
       UserError: the part is not whole or does not fit, or another process writes to the store.
     """
-    whole = Datastore.open(part)
+    whole = Datastore.open(segment)
     require_fits(store, whole.settings)
     store.require_manifest()  # what is written anew would get a hash that fits
     content = content_of(store.manifest)
-    content["parts"] = {**content.get("parts", {}), part.name: whole.fingerprint}
+    content["parts"] = {**content.get("parts", {}), segment.name: whole.store_fingerprint}
     grown = dataclasses.replace(
-        store, manifest=content, parts=(*store.parts, whole), num_images=store.num_images + whole.num_images
+        store, manifest=content, segments=(*store.segments, whole), num_images=store.num_images + whole.num_images
     )
     with contextlib.ExitStack() as prepared:
         if prepare is not None:
             prepared.enter_context(prepare(grown))
-        with only_writer(store.directory):
+        with exclusive_lock(store.directory):
             if Datastore.open(store.directory).manifest != store.manifest:
                 raise UserError(f"another process has changed {store.directory}; run the same command again")
             write_manifest(store.directory, content)
@@ -98,17 +99,17 @@ def add_part(
 class _Taken(NamedTuple):
     """What a merge takes of a part: of each of its images the name of the same one before it, None of those taken."""
 
-    part: Datastore
+    segment: Datastore
     same: list[str | None]
     told: frozenset[tuple[str, str]]  # what stores before it list as left out
 
     @property
     def is_whole(self) -> bool:
-        return not any(self.same) and self.told.isdisjoint(self.part.bad)
+        return not any(self.same) and self.told.isdisjoint(self.segment.bad)
 
     @property
     def is_empty(self) -> bool:
-        return all(self.same) and self.told.issuperset(self.part.bad)
+        return all(self.same) and self.told.issuperset(self.segment.bad)
 
 
 def merge(stores: list[Datastore], directory: str | Path, keep_duplicates: bool = False) -> Datastore:
@@ -123,16 +124,16 @@ def merge(stores: list[Datastore], directory: str | Path, keep_duplicates: bool 
     directory = Path(directory)
     for store in stores:
         require_fits(stores[0], store.settings, store)
-        for part in (store, *store.parts):
-            part.require_manifest()
+        for segment in (store, *store.segments):
+            segment.require_manifest()
         if store.directory.resolve() == directory.resolve():
             raise UserError(f"--workdir={directory} is one of the stores to merge; choose another")
-    merged = {"merged": [store.fingerprint for store in stores]}
+    merged = {"merged": [store.store_fingerprint for store in stores]}
     if keep_duplicates:
         merged["keep_duplicates"] = True
     state, _ = state_of(Datastore, directory) if not (directory / MERGING).exists() else ("merging", None)
     directory.mkdir(parents=True, exist_ok=True)
-    with only_writer(directory):
+    with exclusive_lock(directory):
         if state == "whole":
             _require_same_merge(directory / MANIFEST, merged)
         elif state == "begun":
@@ -158,15 +159,15 @@ def _taken(stores: list[Datastore], keep_duplicates: bool) -> Iterator[_Taken]:
     contents, names, told = [np.zeros(0, np.uint64)], [], frozenset()
     for store in stores:
         known, before = KnownContents(np.concatenate(contents), list(names)), told
-        for part in store.wholes:
+        for segment in store.wholes:
             if keep_duplicates:
-                yield _Taken(part, [None] * part.num_images, frozenset())
+                yield _Taken(segment, [None] * segment.num_images, frozenset())
                 continue
-            own = digests_of(part)
+            own = digests_of(segment)
             contents.append(own)
-            names += part.sources
-            told |= frozenset(part.bad)
-            yield _Taken(part, known.find(own), before)
+            names += segment.sources
+            told |= frozenset(segment.bad)
+            yield _Taken(segment, known.find(own), before)
 
 
 def _copy(taken: list[_Taken], directory: Path, merged: dict[str, Any]) -> None:
@@ -175,13 +176,13 @@ def _copy(taken: list[_Taken], directory: Path, merged: dict[str, Any]) -> None:
     jobs: list[tuple[Path, Callable[[Path], Any]]] = []
     rewritten: list[tuple[_Taken, Path]] = []
     for number, each in enumerate(x for x in taken if not x.is_empty):
-        target = folder_in(directory, _part_name(number)) if number else directory
-        contents[target] = {key: x for key, x in each.part.manifest.items() if key not in _OF_WHOLE}
+        target = folder_in(directory, _segment_name(number)) if number else directory
+        contents[target] = {key: x for key, x in each.segment.manifest.items() if key not in _OF_WHOLE}
         if not each.is_whole:
             rewritten.append((each, target))
             jobs += [(target / name, write) for name, write in _writers(each).items()]
-        whole = each.part.settings.other_files if not each.is_whole else each.part.files
-        jobs += [(target / name, _copier(each.part.directory / name)) for name in whole]
+        whole = each.segment.settings.other_files if not each.is_whole else each.segment.files
+        jobs += [(target / name, _copier(each.segment.directory / name)) for name in whole]
     for target, write in progress.bar(jobs, unit="file", desc=str(directory)):
         if not target.exists():
             write(target)
@@ -190,8 +191,8 @@ def _copy(taken: list[_Taken], directory: Path, merged: dict[str, Any]) -> None:
     names = {}
     for target, content in list(contents.items())[1:]:
         write_manifest(target, content)
-        names[target.name] = Datastore.open(target).fingerprint
-    again = sum(x.part.manifest.get("duplicates", 0) + len(x.same) * x.is_empty for x in taken)
+        names[target.name] = Datastore.open(target).store_fingerprint
+    again = sum(x.segment.manifest.get("duplicates", 0) + len(x.same) * x.is_empty for x in taken)
     write_manifest(
         directory, {**contents[directory], "parts": names, **merged, **({"duplicates": again} if again else {})}
     )
@@ -199,7 +200,7 @@ def _copy(taken: list[_Taken], directory: Path, merged: dict[str, Any]) -> None:
 
 def _copier(source: Path) -> Callable[[Path], None]:
     def write(target: Path) -> None:
-        with whole_file(target) as temporary:
+        with atomic_write(target) as temporary:
             temporary.write_bytes(source.read_bytes())
 
     return write
@@ -217,15 +218,15 @@ class _Shard(NamedTuple):
 
 
 def _shards(taken: _Taken) -> Iterator[_Shard]:
-    part, first = taken.part, 0
-    for shard in range(part.settings.num_shards):
-        files, bad_file = part.settings.shard_files(shard), part.settings.bad_file(shard)
-        images = range(first, first := first + part.files[files["codes"]]["images"])
+    segment, first = taken.segment, 0
+    for shard in range(segment.settings.num_shards):
+        files, bad_file = segment.settings.shard_files(shard), segment.settings.bad_file(shard)
+        images = range(first, first := first + segment.files[files["codes"]]["images"])
         new = [number for number in images if taken.same[number] is None]
-        bad = read_bad(part.directory / bad_file) if bad_file in part.files else []
-        same = [(part.sources[i], f"{DUPLICATE}{taken.same[i]}") for i in images if taken.same[i] is not None]
+        bad = read_bad(segment.directory / bad_file) if bad_file in segment.files else []
+        same = [(segment.sources[i], f"{DUPLICATE}{taken.same[i]}") for i in images if taken.same[i] is not None]
         untold = [line for line in bad if line not in taken.told]
-        told = len(bad) - len(untold) + part.files[files["codes"]].get("told", 0)
+        told = len(bad) - len(untold) + segment.files[files["codes"]].get("told", 0)
         yield _Shard(files, images, new, bad_file, [*untold, *same], told)
 
 
@@ -234,26 +235,26 @@ def _writers(taken: _Taken) -> dict[str, Callable[[Path], None]]:
     writers = {}
     for shard in _shards(taken):
         for kind, name in shard.files.items():
-            writers[name] = functools.partial(_write_new, taken.part, kind, shard)
+            writers[name] = functools.partial(_write_new, taken.segment, kind, shard)
         if shard.left_out:
             lines = ["\t".join(line) for line in shard.left_out]
             writers[shard.bad_file] = functools.partial(write_lines, lines=lines)
     return writers
 
 
-def _write_new(part: Datastore, kind: str, shard: _Shard, target: Path) -> None:
+def _write_new(segment: Datastore, kind: str, shard: _Shard, target: Path) -> None:
     """Writes one file of a shard."""
     if kind in ("codes", "latents"):
-        grids = (part.codes_of if kind == "codes" else part.latents_of)(shard.images.start, shard.images.stop)
+        grids = (segment.codes_of if kind == "codes" else segment.latents_of)(shard.images.start, shard.images.stop)
         write_records(target, [grids[number - shard.images.start].tobytes() for number in shard.new], RECORD_OPTIONS)
     else:
-        lines = getattr(part, kind)
+        lines = getattr(segment, kind)
         write_lines(target, [lines[number] for number in shard.new])
 
 
 def _facts(taken: _Taken, target: Path) -> dict[str, dict[str, Any]]:
     """What the manifest says of the files of a part that was written anew."""
-    counts = {name: {"images": 0} for name in taken.part.settings.other_files}
+    counts = {name: {"images": 0} for name in taken.segment.settings.other_files}
     for shard in _shards(taken):
         count = {"images": len(shard.new)} | ({"told": shard.told} if shard.told else {})
         counts |= {name: count for name in shard.files.values()}
@@ -262,5 +263,5 @@ def _facts(taken: _Taken, target: Path) -> dict[str, dict[str, Any]]:
     return {name: facts_of(target / name, count) for name, count in counts.items()}
 
 
-def _part_name(number: int) -> str:
+def _segment_name(number: int) -> str:
     return f"part-{number:05d}"

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from arrag_jax.evaluation.lettering import text_size, write
+from arrag_jax.figures.lettering import text_size, write
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
 

@@ -17,9 +17,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from arrag_jax import progress
-from arrag_jax.data import scenes
+from arrag_jax.data.emoji import scenes
 from arrag_jax.errors import UserError
-from arrag_jax.files import explained, only_writer
+from arrag_jax.files import exclusive_lock, write_errors
 
 _DESCRIPTION = """
 48 x 48 pictures of one to four Twemoji sprites on plain grounds, with captions in GenEval's six families.
@@ -140,9 +140,9 @@ def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = T
     builder = tfds.builder(name, data_dir=str(data_dir))
     if not builder.is_prepared():
         sizes = Path(data_dir) / builder.name
-        with explained(Path(data_dir)):
+        with write_errors(Path(data_dir)):
             sizes.mkdir(parents=True, exist_ok=True)
-            with only_writer(sizes, wait=True, alone=jax.process_count() == 1):
+            with exclusive_lock(sizes, wait=True, alone=jax.process_count() == 1):
                 # anew: another process may have built it meanwhile
                 builder = tfds.builder(name, data_dir=str(data_dir))
                 if not builder.is_prepared():

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from arrag_jax.data import scenes
+from arrag_jax.data.emoji import scenes
 
 THRESHOLD = 0.65  # true sprites score 0.84 and more even when blurred, chance matches seldom 0.65
 _MAX_DETECTIONS = 8  # in a picture

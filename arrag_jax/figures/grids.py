@@ -1,4 +1,4 @@
-"""Figures in plain numpy and PIL, on ``evaluation.canvas``: grids of pictures, heat maps, tables."""
+"""Figures in plain numpy and PIL, on ``figures.canvas``: grids of pictures, heat maps, tables."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from arrag_jax.evaluation.canvas import (
+from arrag_jax.figures.canvas import (
     FAINT,
     INK,
     MARGIN,
@@ -19,13 +19,13 @@ from arrag_jax.evaluation.canvas import (
     upscale,
     value_color,
 )
-from arrag_jax.evaluation.lettering import text_size, wrapped
-from arrag_jax.files import whole_file
+from arrag_jax.figures.lettering import text_size, wrapped
+from arrag_jax.files import atomic_write
 
 
 def save(path: Path, picture: Picture, info: PngInfo | None = None) -> None:
     """Writes a PNG with its text chunks, whole or not at all."""
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         Image.fromarray(picture).save(temporary, format="PNG", pnginfo=info)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from jaxtyping import UInt16, UInt64
 
-from arrag_jax.retrieval.datastore import Datastore
+from arrag_jax.store.datastore import Datastore
 
 CHUNK = 16_384  # grids read at once
 

@@ -6,18 +6,19 @@ from typing import Any
 
 import numpy as np
 
+from arrag_jax.data.examples import BadImage, Example, Examples, caption_of
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.progress import Bar
-from arrag_jax.retrieval import building
-from arrag_jax.retrieval.bad_images import BadImages
-from arrag_jax.retrieval.encoding import BadImage, Encode, Example, Examples, caption_of, encoded, require_images
-from arrag_jax.retrieval.neighbor_set import NeighborSet, NeighborSettings, to_record
+from arrag_jax.store import building
+from arrag_jax.store.encoding import Encode, encoded, require_images
+from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings, to_record
+from arrag_jax.store.skipped import SkippedImages
 
 NO_CAPTION = "it has no caption"
 # One record a group, as random access wants it; 3 to 4 times smaller than uncompressed, for neighbours agree.
 RECORD_OPTIONS = "group_size:1,zstd"
-# int [B, H, W] codes, where the images came from, whom to tell of images done → [B·M, K]; ``others.OtherImages.search``
+# int [B, H, W] codes, where the images came from, whom to tell of images done → [B·M, K]; ``others.LeaveOneOut.search``
 Search = Callable[[np.ndarray, Sequence[str], Callable[[int], Any]], Neighbors]
 
 
@@ -47,7 +48,7 @@ def build(
       batch_size: images a call of ``encode``.
       source_id: image number → one line that tells where it came from.
       max_bad_fraction: share of bad images above which the build fails.
-      min_bad: as ``BadImages.least``.
+      min_bad: as ``SkippedImages.least``.
 
     Raises:
       UserError: too few images or too many bad ones, another set or build in the directory (nothing is touched), a
@@ -56,7 +57,7 @@ def build(
     directory = Path(directory)
     if building.require_same_settings(NeighborSet, directory, settings) != "whole":
         require_images(examples, settings)
-    left_out = BadImages(directory, settings, source_id, max_bad_fraction, min_bad)
+    left_out = SkippedImages(directory, settings, source_id, max_bad_fraction, min_bad)
 
     def write_shard(shard: int, bar: Bar) -> None:
         bad, skip = left_out.of_shard(shard, bar)

@@ -24,7 +24,7 @@ from jaxtyping import Int, Integer
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.parsing import in_range
-from arrag_jax.retrieval.shards import MOST_IMAGES, ShardFolder, ShardSettings, reading
+from arrag_jax.store.shards import MOST_IMAGES, ShardFolder, ShardSettings, reading
 
 MOST_CODES = 2**16 - 1  # code + 1 must fit uint16
 MOST_NEIGHBORS = 2**20

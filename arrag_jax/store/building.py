@@ -1,6 +1,6 @@
 """Builds a folder of shards: stop it at any moment, run it again, and the bytes are the same.
 
-A shard's files appear whole (``files.whole_file``), the manifest last. ``building.json`` holds the settings of an
+A shard's files appear whole (``files.atomic_write``), the manifest last. ``building.json`` holds the settings of an
 unfinished build, so that one with other settings never mixes with it. Several processes take the shards in turn.
 """
 
@@ -14,12 +14,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from arrag_jax import progress, signals
 from arrag_jax.errors import UserError
-from arrag_jax.files import explained, only_writer, whole_file, write_json
+from arrag_jax.files import atomic_write, exclusive_lock, write_errors, write_json
 from arrag_jax.json_files import read_object
 from arrag_jax.parsing import parse, shown
 from arrag_jax.progress import Bar
-from arrag_jax.retrieval.shards import MANIFEST, ShardFolder, ShardSettings, facts_of, write_manifest
-from arrag_jax.retrieval.team import Team
+from arrag_jax.store.shards import MANIFEST, ShardFolder, ShardSettings, facts_of, write_manifest
+from arrag_jax.store.workers import Workers
 
 BUILDING = "building.json"
 SHARD_SECONDS = 60.0  # most that a shard is given to be finished in after a signal; batch systems wait twice as long
@@ -32,7 +32,7 @@ def build(
     write_shard: Callable[[int, Bar], None],
     begin: Callable[[], None] = lambda: None,
     finish: Callable[[], None] = lambda: None,
-    team: Team | None = None,
+    workers: Workers | None = None,
 ) -> ShardFolder:
     """Builds a folder in ``directory``, or goes on with it, or finds it whole.
 
@@ -43,30 +43,30 @@ def build(
       write_shard: writes the files of one shard and counts its images on the bar as it goes.
       begin: called once before the shards; writes ``settings.other_files``.
       finish: called once when all shards are there; may raise to keep the folder unfinished.
-      team: the processes that build it together, all on the same file system; None = this one alone.
+      workers: the processes that build it together, all on the same file system; None = this one alone.
 
     Raises:
       UserError: another folder or build in the directory (nothing is touched), a disk that is full, or the end of
         another process of the team.
     """
-    directory, team = Path(directory), team or Team(Path(directory), 0, 1)
-    if not team.leads:
-        team.wait_until(lambda: require_same_settings(kind, directory, settings) != "nothing")
+    directory, workers = Path(directory), workers or Workers(Path(directory), 0, 1)
+    if not workers.leads:
+        workers.wait_until(lambda: require_same_settings(kind, directory, settings) != "nothing")
         if not (directory / MANIFEST).exists():
-            _write_shards(directory, settings, write_shard, team)
-            team.wait_until((directory / MANIFEST).exists)
+            _write_shards(directory, settings, write_shard, workers)
+            workers.wait_until((directory / MANIFEST).exists)
         return kind.open(directory)
-    with explained(directory):
+    with write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    with only_writer(directory):
+    with exclusive_lock(directory):
         if require_same_settings(kind, directory, settings) != "whole":
             if (directory / BUILDING).exists():
                 settings = read_building(kind, directory)  # the records of the run that began it
             else:
                 write_json(directory / BUILDING, dataclasses.asdict(settings))
             begin()
-            _write_shards(directory, settings, write_shard, team)
-            team.wait_until(lambda: not missing_shards(directory, settings))
+            _write_shards(directory, settings, write_shard, workers)
+            workers.wait_until(lambda: not missing_shards(directory, settings))
             finish()
             write_manifest(directory, _manifest(kind, directory, settings))
         (directory / BUILDING).unlink(missing_ok=True)
@@ -137,7 +137,7 @@ def missing_shards(directory: Path, settings: ShardSettings) -> list[int]:
 
 def write_records(path: Path, records: Iterable[bytes], options: str) -> None:
     """One ArrayRecord file, whole or not at all; ``options`` as ``ArrayRecordWriter`` takes them."""
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         writer = ArrayRecordWriter(str(temporary), options)
         for record in records:
             writer.write(record)
@@ -146,18 +146,18 @@ def write_records(path: Path, records: Iterable[bytes], options: str) -> None:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """A text file of these lines, whole or not at all."""
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _write_shards(
-    directory: Path, settings: ShardSettings, write_shard: Callable[[int, Bar], None], team: Team
+    directory: Path, settings: ShardSettings, write_shard: Callable[[int, Bar], None], workers: Workers
 ) -> None:
     """Writes every shard of this process that is not there yet."""
-    own = team.share(range(settings.num_shards))
+    own = workers.share(range(settings.num_shards))
     missing = sorted(set(own) & set(missing_shards(directory, settings)))
     total, left = (sum(len(settings.shard_images(shard)) for shard in shards) for shards in (own, missing))
-    label = str(directory) + (f" (process {team.index} of {team.count})" if team.count > 1 else "")
+    label = str(directory) + (f" (process {workers.index} of {workers.count})" if workers.count > 1 else "")
     with (
         progress.bar(total=total, initial=total - left, unit="image", desc=label) as bar,
         signals.held("shard", SHARD_SECONDS) as point,
@@ -165,7 +165,7 @@ def _write_shards(
         for shard in missing:
             write_shard(shard, bar)
             point.check()
-            team.check()
+            workers.check()
 
 
 def _manifest(kind: type[ShardFolder], directory: Path, settings: ShardSettings) -> dict[str, Any]:

@@ -12,21 +12,21 @@ from jaxtyping import Bool, Int, UInt8
 
 from arrag_jax import progress
 from arrag_jax.config import DrawConfig
-from arrag_jax.decode.loop import Drawn, require_blenders, sample
+from arrag_jax.decode.loop import SampleOutput, require_blenders, sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import DecodePolicy, Retriever
 from arrag_jax.mesh import make_mesh
-from arrag_jax.models.checkpoint import fingerprint, load_model, sample_hashes
+from arrag_jax.models.checkpoint import load_model, sample_hashes, tokenizer_fingerprint
 from arrag_jax.models.config_json import read_config
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.models.weights import parameters
-from arrag_jax.nn.vq import from_uint8, to_uint8
+from arrag_jax.nn.vq import to_uint8
 from arrag_jax.processes import require_same
 from arrag_jax.retrieval.captions import CaptionIndex, LimitedRetriever
-from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.load import index_hash_of, load_retriever, open_store
+from arrag_jax.store.datastore import Datastore
 
 METHODS = ("plain", "static", "daid", "caption", "lora", "faid", "faid+daid")
 LARGE_MODEL = 10**8  # parameters from which drawing a picture takes minutes on a CPU
@@ -44,10 +44,10 @@ class Batch(NamedTuple):
 
     numbers: Int[np.ndarray, " n"]
     images: UInt8[np.ndarray, "n h w 3"]
-    drawn: Drawn
+    drawn: SampleOutput
 
 
-class CellBar:
+class PositionBar:
     """A progress bar over cells; one object serves all batches, so that the compiled loop can call it."""
 
     def __init__(self):
@@ -60,7 +60,7 @@ class CellBar:
 
 
 @dataclasses.dataclass(frozen=True)
-class Studio:
+class Pipeline:
     """A model, its tuned relatives, their prompt tokenizer and, where a method needs it, a store with its search.
 
     Attributes:
@@ -84,7 +84,7 @@ class Studio:
     captions: CaptionIndex | None = None
     mesh: Mesh | None = None
     folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    bar: CellBar = dataclasses.field(default_factory=CellBar)
+    bar: PositionBar = dataclasses.field(default_factory=PositionBar)
 
     def policy(self, method: str) -> DecodePolicy:
         """The policy that a method's name stands for."""
@@ -114,7 +114,7 @@ class Studio:
         number = self.config.caption.static_images if method == "static" else self.config.caption.images
         return self.captions.nearest(prompts, number)
 
-    def tells_every_cell(self, method: str) -> bool:
+    def reports_every_position(self, method: str) -> bool:
         """Whether a method's decode loop tells the host of every cell, for the progress bar.
 
         JAX keeps no program that calls the host for the next run. So a loop does where it calls anyway, to search, or
@@ -134,7 +134,7 @@ class Studio:
         """Pictures of prompts, batch by batch of ``config.batch_size``, and how they came about.
 
         A picture depends on its prompt, method and seed alone. Shows a progress bar over the cells, which moves with
-        each of them or batch by batch: see ``tells_every_cell``.
+        each of them or batch by batch: see ``reports_every_position``.
 
         Args:
           wanted: a batch without a wanted picture is left out; None = all are wanted.
@@ -142,7 +142,7 @@ class Studio:
         ways, cells = 1 if self.mesh is None else self.mesh.shape["data"], int(np.prod(self.model.grid))
         size = -(-min(self.config.batch_size, len(prompts)) // ways) * ways
         ids, mask = self.text(prompts)
-        on_cell = self.bar if self.tells_every_cell(method) else None
+        on_position = self.bar if self.reports_every_position(method) else None
         batches = [np.arange(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
         batches = [numbers for numbers in batches if wanted is None or wanted[numbers].any()]
         leads, total = jax.process_index() == 0, len(batches) * cells
@@ -154,17 +154,18 @@ class Studio:
                 retriever = self.retriever_for(method, [prompts[i] for i in rows])
                 result = sample(
                     self.model_of(method), ids[rows], self.policy(method), retriever, seed=seeds[rows],
-                    prompt_mask=mask[rows], on_cell=on_cell, mesh=self.mesh, **dataclasses.asdict(self.config.sampling),
+                    prompt_mask=mask[rows], on_position=on_position, mesh=self.mesh,
+                    **dataclasses.asdict(self.config.sampling),
                 )  # fmt: skip
                 drawn = jax.tree.map(lambda x, keep=keep: np.asarray(x)[:keep], result)
                 pixels = to_uint8(self.model.decode_codes(np.asarray(result.codes), *self.model.grid))
                 jax.effects_barrier()
-                if on_cell is None:
+                if on_position is None:
                     bar.update(cells)
                 yield Batch(numbers, np.asarray(pixels)[:keep], drawn)
 
 
-def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
+def open_pipeline(config: DrawConfig, methods: Sequence[str] = ()) -> Pipeline:
     """Loads what the methods need, and checks that it belongs together.
 
     Args:
@@ -193,7 +194,7 @@ def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
     text, loaded = PromptTokenizer.load(config.model), {config.model: model}
     for folder in used - {config.model}:
         loaded[folder] = load_model(folder, config.dtype)
-        if fingerprint(loaded[folder]) != fingerprint(model):
+        if tokenizer_fingerprint(loaded[folder]) != tokenizer_fingerprint(model):
             raise UserError(f"{folder} has another image tokenizer than {config.model}; tune it from that model")
     tuned = {name: loaded[folders[name]] for name in chosen if name in folders}
     store = retriever = captions = None
@@ -202,20 +203,11 @@ def open_studio(config: DrawConfig, methods: Sequence[str] = ()) -> Studio:
             raise UserError(
                 "methods static and caption run on one device; give --config.mesh.data=1 --config.mesh.fsdp=1"
             )
-        store, _ = open_store(config.retrieval, fingerprint(model))
+        store, _ = open_store(config.retrieval, tokenizer_fingerprint(model))
         captions = CaptionIndex(store.captions)
     if set(chosen) - {"plain", "lora", *LIMITED}:
-        store, retriever = load_retriever(config.retrieval, fingerprint(model), mesh, "fsdp", "data")
+        store, retriever = load_retriever(config.retrieval, tokenizer_fingerprint(model), mesh, "fsdp", "data")
         for name in set(chosen) & {"faid", "faid+daid"}:
             require_blenders(tuned[name], retriever)
     where = {name: folders.get(name, config.model) for name in chosen}
-    return Studio(config, chosen, model, tuned, text, store, retriever, captions, mesh, where)
-
-
-def reconstruct(model: Janus, images: UInt8[np.ndarray, "N h w 3"]) -> UInt8[np.ndarray, "N h w 3"]:
-    """Images through the tokenizer and back, a hundred at a time: the best that codes can look."""
-    parts = []
-    for start in range(0, len(images), 100):
-        codes, latents = model.encode_images(from_uint8(images[start : start + 100]))
-        parts.append(np.asarray(to_uint8(model.decode_codes(codes, *latents.shape[1:3]))))
-    return np.concatenate(parts)
+    return Pipeline(config, chosen, model, tuned, text, store, retriever, captions, mesh, where)

@@ -9,16 +9,16 @@ from jaxtyping import Bool, Int, Integer, UInt64
 
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.neighbors import Neighbors
-from arrag_jax.retrieval.datastore import Datastore
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.patches import no_neighbors, packed
 from arrag_jax.retrieval.scann import ScannRetriever
+from arrag_jax.store.datastore import Datastore
 
 ANSWERS = 2**15  # neighbours asked for in one call of the search: 2048 contexts at k = 16
 WIDER = 4  # how many times more neighbours are asked for where too few are left
 
 
-class OtherImages:
+class LeaveOneOut:
     """Searches a store on behalf of whole images, none of which is given patches of itself.
 
     Left out are the stored images of its name, for the same image encoded in another batch or on another device may

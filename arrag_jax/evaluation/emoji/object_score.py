@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from arrag_jax.data.scenes import FAMILIES, Scene, relations
+from arrag_jax.data.emoji.scenes import FAMILIES, Scene, relations
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation.detector import Detection, detect
+from arrag_jax.evaluation.emoji.detector import Detection, detect
 
 
 def object_score(pictures: UInt8[np.ndarray, "B 48 48 3"], scenes: Sequence[Scene]) -> dict[str, Any]:

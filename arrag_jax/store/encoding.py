@@ -4,35 +4,19 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
 
-from arrag_jax.errors import UNPRINTABLE, UserError
-from arrag_jax.retrieval.shards import ShardSettings
+from arrag_jax.data.examples import BadImage, Example, Examples
+from arrag_jax.errors import UserError
+from arrag_jax.store.shards import ShardSettings
 
 READERS = 8  # threads that decode images ahead of the encoder
 # uint8 [B, h, w, 3] → (int [B, H, W] codes, float [B, H, W, C] encoder outputs before quantisation); may answer with
 # arrays that are still being computed
 Encode = Callable[[np.ndarray], tuple[Any, Any]]
-Example = dict[str, Any]
-
-
-class BadImage(UserError):
-    """An image that cannot be had; the message is the reason, the one who asked knows the name."""
-
-
-@runtime_checkable
-class Examples(Protocol):
-    """A random-access source of dicts with "image", uint8 [h, w, 3], all of one size; read from several threads.
-
-    An image that can never be had raises ``BadImage``.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example: ...
 
 
 def require_images(examples: Examples, settings: ShardSettings) -> None:
@@ -40,19 +24,6 @@ def require_images(examples: Examples, settings: ShardSettings) -> None:
     if len(examples) < settings.num_images:
         where = f"{settings.source}/{settings.split}" if settings.split else settings.source
         raise UserError(f"{settings.num_images} images asked of {where}: it has {len(examples)}")
-
-
-def caption_of(example: Example) -> str:
-    """An example's caption in one line; control characters and bytes that are not UTF-8 are no words.
-
-    Raises:
-      UserError: it has none.
-    """
-    if "caption" not in example:
-        raise UserError("these images have no captions; leave config.captions out")
-    caption = example["caption"]
-    text = caption.decode("utf-8", "replace") if isinstance(caption, bytes) else caption
-    return " ".join(UNPRINTABLE.sub(" ", text).split())
 
 
 def encoded(
