@@ -76,9 +76,7 @@ def test_citations_name_sections_and_quirks_of_the_reference():
     assert len(cited) >= 10
     for file, words in cited:
         names = re.findall(r'"([A-Z][^"]*)"', words)
-        numbers = [
-            int(number) for each in re.findall(r"quirks? ([\d, ]+)", words) for number in re.findall(r"\d+", each)
-        ]
+        numbers = re.findall(r"\d+", " ".join(re.findall(r"quirks? ([\d, ]+)", words)))
         assert names or numbers, (file, words)
         assert set(names) <= sections, (file, names)
-        assert set(numbers) <= set(quirks), (file, numbers)
+        assert {int(number) for number in numbers} <= set(quirks), (file, numbers)

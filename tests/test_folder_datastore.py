@@ -213,7 +213,7 @@ def test_the_size_of_a_store_is_bounded(tmp_path):
 
 
 def test_three_commands_make_a_picture_of_a_folder_of_photos(photos, tmp_path, monkeypatch):
-    """Those of docs/stores.md: a store with the model's own codes, its index measured, a DAiD picture that tells its photos."""
+    """Those of docs/stores.md: a store of the model's codes, its index measured, a DAiD image that names its photos."""
     listed = FileImages(photos, list_images(str(photos / "flickr8k_dev_224.tar"))[:40], (48, 48))
     (tmp_path / "photos").mkdir()
     for i, entry in enumerate(listed.entries):

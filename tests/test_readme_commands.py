@@ -72,7 +72,7 @@ def runnable() -> list[str]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """What the pages take for given: configs and launch scripts, photos, stores that were built before, a checkpoint."""
+    """What the pages take for given: configs and launch scripts, photos, stores that exist already, a checkpoint."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("configs", "launch"):
         shutil.copytree(ROOT / name, folder / name)
