@@ -3,7 +3,7 @@
 python -m arrag_jax.train --config configs/janus_pro_1b_faid.py --workdir /shared/faid
 
 Needs a checkpoint folder of Janus-Pro-1B and neighbour sets of its 24 x 24 codes with K = 10, which
-configs/janus_pro_1b_neighbors.py makes; for a pod see launch/tpu_pod.sh. Source: reference README "FAiD" (LoRA,
+configs/janus_pro_1b_neighbors.py makes; for a pod see launch/tpu_pod.sh. Source: docs/reference.md "FAiD" (LoRA,
 learning rate, clipping: the official script; AdamW, warm-up, batch, pairs: the paper, third-hand). Where the official
 code differs on purpose: captions are dropped for guidance (it lost that), and a learning rate that stays constant after
 its warm-up is the script's. Not run by us yet.

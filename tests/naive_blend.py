@@ -1,6 +1,6 @@
 """The oracle of FAiD's blending: the window of every neighbour of every cell, convolved twice, as the paper says it.
 
-Source: reference README "FAiD" and quirks 3, 5, 15. Of ``Blender`` it takes the parameters alone.
+Source: docs/reference.md "FAiD" and quirks 3, 5, 15. Of ``Blender`` it takes the parameters alone.
 """
 
 import jax

@@ -312,7 +312,7 @@ def test_reference_lora(golden_model, reference):
 
 
 def test_the_reference_draws_the_same(golden_model, reference):
-    """The official loop with its one mend, that boundary cells follow training's rule (reference README, "FAiD")."""
+    """The official loop with its one mend, that boundary cells follow training's rule (docs/reference.md "FAiD")."""
     store, golden = np.load(reference / "retrieval.npz"), np.load(reference / "faid.npz")
     cells = grid.context_cells(6, 6)[grid.cells_with_context(6, 6)]
     keys = store["grid_latents"].reshape(-1, 36, 8)[:, cells].reshape(-1, 32)

@@ -213,14 +213,14 @@ def test_the_size_of_a_store_is_bounded(tmp_path):
 
 
 def test_three_commands_make_a_picture_of_a_folder_of_photos(photos, tmp_path, monkeypatch):
-    """README's own: a store with the model's own codes, its index measured, a DAiD picture that tells its photos."""
+    """Those of docs/stores.md: a store of the model's codes, its index measured, a DAiD image that names its photos."""
     listed = FileImages(photos, list_images(str(photos / "flickr8k_dev_224.tar"))[:40], (48, 48))
     (tmp_path / "photos").mkdir()
     for i, entry in enumerate(listed.entries):
         (tmp_path / "photos" / f"{i:02d}.jpg").write_bytes(read_entry(photos, entry))
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(report, "SECONDS", 0.1)
-    section = Path("README.md").read_text().partition("### A store of your own pictures")[2]
+    section = Path("docs/stores.md").read_text().partition("## Three commands")[2]
     text = section.split("```")[1].replace("\\\n", " ").replace("runs/photos", str(tmp_path / "store"))
     text = text.replace("=photos", f"={tmp_path / 'photos'}").replace("pictures", str(tmp_path / "pictures"))
     commands = [shlex.split(line) for line in text.strip().splitlines()]

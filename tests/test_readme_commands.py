@@ -1,4 +1,4 @@
-"""README's commands, word for word and in order, in a scratch folder; the long ones are named and parsed."""
+"""Commands of README and docs/, word for word and in order, in a scratch folder; the long ones are named and parsed."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ import children
 import pytest
 from folders import write_scenes
 from in_turn import parse_in_turn, run_in_turn
-from test_chains import published_checkpoint
+from published import write_checkpoint
 
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig
@@ -19,6 +19,12 @@ from arrag_jax.data.emoji.scenes import scene
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+# docs/ in the order in which the commands run; LOG.md tells of commands of its day.
+PAGES = (
+    *("architecture", "drawing", "stores", "search", "checkpoints", "training", "results", "speed", "clusters"),
+    *("repeatability", "reference"),
+)
+TEXT = "\n".join([README, *((ROOT / "docs" / f"{page}.md").read_text() for page in PAGES)])
 
 # What is not run here, by how it begins: trainings and measurements of minutes or hours, whose keys and flags are
 # parsed, and what needs their results.
@@ -40,21 +46,19 @@ ELSEWHERE = {
 
 
 def blocks() -> list[str]:
-    """The code blocks of commands."""
-    return [block for language, block in re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL) if not language]
+    """The code blocks of commands; those of a language, or of text, name it."""
+    return [block for language, block in re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL) if not language]
 
 
 def commands() -> list[str]:
-    """Every command of those blocks, in order, without comments; those that are lines of a tree are none."""
-    lines = [
-        line for block in blocks() if "interfaces.py  " not in block for line in block.replace("\\\n", " ").split("\n")
-    ]
+    """Every command of those blocks, in order, without comments."""
+    lines = [line for block in blocks() for line in block.replace("\\\n", " ").split("\n")]
     return [re.sub(r" {2,}", " ", re.sub(r"\s{2,}#.*", "", line)).strip() for line in lines if line.strip()]
 
 
 def spans() -> list[str]:
     """Commands inside sentences, as they stand there, but for those that leave something out."""
-    found = re.findall(r"`(python\s-m\sarrag_jax\.[^`]*)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    found = re.findall(r"`(python\s-m\sarrag_jax\.[^`]*)`", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL))
     return [" ".join(each.split()) for each in found if "…" not in each and "COMMAND" not in each]
 
 
@@ -68,14 +72,14 @@ def runnable() -> list[str]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """What README takes for given: configs and launch scripts, photos, stores that were built before, a checkpoint."""
+    """What the pages take for given: configs and launch scripts, photos, stores that exist already, a checkpoint."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("configs", "launch"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copyfile(ROOT / "requirements.txt", folder / "requirements.txt")
     for words in ("init -q", "add .", "-c user.name=x -c user.email=x@x commit -qm x"):  # tpu_pod.sh copies a commit
         subprocess.run(["git", *words.split()], cwd=folder, check=True)
-    published_checkpoint(folder / "checkpoints" / "Janus-Pro-1B")
+    write_checkpoint(folder / "checkpoints" / "Janus-Pro-1B")
     for name, numbers in (("photos", range(12, 24)), ("more_photos", range(24, 30))):
         write_scenes(folder / name, numbers)
         for number in numbers:
@@ -104,11 +108,15 @@ def test_every_command_runs_as_it_stands(clone):
     assert ran.returncode == 0, ran.stderr
 
 
+def test_every_page_is_read():
+    assert {f"{page}.md" for page in PAGES} | {"LOG.md"} == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
 def test_the_long_ones_parse():
     """Their configs, keys and flags are known, those of a task's options too."""
     own = [x for x in commands() if starts(x, TAKES_LONG)]
     launched = [x.partition(" -- ")[2] for x in commands() if " -- python -m" in x]
-    assert len(own) >= 10 and len(launched) == 2 and len(spans()) >= 6
+    assert len(own) >= 12 and len(launched) == 2 and len(spans()) >= 8
     parse_in_turn(ROOT, *own, *launched, *spans())
 
 

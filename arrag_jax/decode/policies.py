@@ -36,7 +36,7 @@ class Plain:
 class Daid:
     """Distribution-level mixing, training-free: p = (1 − λ) p_model + λ p_retrieved.
 
-    Source: reference README "DAiD". λ and τ are leaves of the pytree: a sweep over them compiles once.
+    Source: docs/reference.md "DAiD". λ and τ are leaves of the pytree: a sweep over them compiles once.
 
     Attributes:
       weight: λ in [0, 1].
@@ -98,7 +98,7 @@ jax.tree_util.register_pytree_with_keys(
 class Faid:
     """Feature-level blending: the backbone's blenders take the nearest neighbours' features.
 
-    Source: reference README "FAiD". The backbone must have been trained with them.
+    Source: docs/reference.md "FAiD". The backbone must have been trained with them.
 
     Attributes:
       mixture: what becomes of the distribution afterwards: ``Plain()``, or a ``Daid`` for both at once.

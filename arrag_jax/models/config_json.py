@@ -187,7 +187,7 @@ def _pad_id(text: TextSection, language: LlamaConfig, path: Path) -> int:
 
 
 def _faid(text: TextSection) -> FaidConfig | None:
-    """FAiD's keys stand among the language model's; K is not published and is 10 (reference quirk 10)."""
+    """FAiD's keys stand among the language model's; K is not published and is 10 (docs/reference.md quirk 10)."""
     stride, hops, neighbors = text.num_SmoothPatchBlender, text.num_hop, text.retrieved_key_num
     if stride is None and hops is None:
         return None

@@ -1,8 +1,8 @@
 """Janus: a Llama decoder that reads text tokens and writes image codes.
 
-Source: reference README "Backbone". Image codes enter through ``gen_embed`` and ``gen_aligner``,
+Source: docs/reference.md "Backbone". Image codes enter through ``gen_embed`` and ``gen_aligner``,
 image logits leave through ``gen_head``. Padding never changes a result: positions count real tokens
-only, and pads are never attended (the reference counts them; quirk 17).
+only, and pads are never attended (the reference counts them; docs/reference.md quirk 17).
 """
 
 import itertools
@@ -251,7 +251,7 @@ class Janus(nnx.Module):
     def unconditional(self, prompt_ids: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]) -> Int[Array, "B L"]:
         """The prompt of classifier-free guidance: all but the first and the last real token become pads.
 
-        These pads count as tokens and are attended (reference README, "Prompt"), so the mask stays.
+        These pads count as tokens and are attended (docs/reference.md "Prompt"), so the mask stays.
         """
         count = jnp.cumsum(prompt_mask, axis=1)
         ends = (count == 1) | (count == count[:, -1:])

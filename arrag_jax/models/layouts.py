@@ -114,7 +114,7 @@ def published_key(path: str) -> str:
 
 
 def plain_key(name: str) -> str:
-    """A tensor's name without what the PEFT library puts around it (reference README, "lora.safetensors").
+    """A tensor's name without what the PEFT library puts around it (docs/reference.md "LoRA").
 
     An adapter that was saved of the language model alone names its layers from there.
     """

@@ -56,7 +56,7 @@ class JanusConfig:
 
 
 PRESETS = {
-    # Reference README, "Backbone".
+    # docs/reference.md "Backbone".
     "janus-pro-1b": JanusConfig(),
     "janus-pro-7b": JanusConfig(
         language=LlamaConfig(width=4096, layers=30, heads=32, kv_heads=32, mlp=11008), head_width=4096

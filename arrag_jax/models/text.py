@@ -1,6 +1,6 @@
 """Prompts: the chat form of Janus, through a ``tokenizer.json`` of the ``tokenizers`` library.
 
-Source: reference README "Prompt". Text becomes ``<|User|>: TEXT\\n\\n<|Assistant|>:<begin_of_image>``
+Source: docs/reference.md "Prompt". Text becomes ``<|User|>: TEXT\\n\\n<|Assistant|>:<begin_of_image>``
 after the begin-of-sentence token; batches are padded on the left.
 """
 

@@ -1,6 +1,6 @@
 """FAiD's blender: retrieved features meet the hidden states around a cell, and a gate says how much is kept.
 
-Source: reference README "FAiD". The official parameters, evaluated in the cheap form of ``ops.blend``.
+Source: docs/reference.md "FAiD". The official parameters, evaluated in the cheap form of ``ops.blend``.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """VQ tokenizer with an l2-normalised codebook: LlamaGen's VQ-16 and its small relatives.
 
-Layout NHWC, pixels in [-1, 1]. Source: reference README "Backbone" and quirk 24. With ``VQConfig()``
+Layout NHWC, pixels in [-1, 1]. Source: docs/reference.md "Backbone" and quirk 24. With ``VQConfig()``
 it is Janus-Pro's tokenizer. Three fields make a small one whose codes are local, so that equal patches get
 equal codes whatever else is in the picture: ``norm_scope="pixel"`` (a GroupNorm over the whole image makes
 every code depend on every pixel), ``middle=False`` (no attention), and ``encoder_kernel=1``.
@@ -231,5 +231,5 @@ def from_uint8(images: UInt8[Array | np.ndarray, "*dims"]) -> Float[Array, "*dim
 
 
 def to_uint8(images: Float[Array, "*dims"]) -> UInt8[Array, "*dims"]:
-    """[-1, 1] → uint8 by truncation of clip((x + 1) / 2 · 255), as the reference does (quirk 25)."""
+    """[-1, 1] → uint8 by truncation of clip((x + 1) / 2 · 255), as the reference does (docs/reference.md quirk 25)."""
     return jnp.clip((images + 1) / 2 * 255, 0, 255).astype(jnp.uint8)

@@ -3,7 +3,7 @@
 A hop h looks at the (2h+1) x (2h+1) window of hidden states around a cell, future cells left out, a retrieved
 feature in the centre, through two stacked VALID convolutions of kernel h+1 with nothing between them. So a hop is
 affine in its window, and K features a cell differ in the centre alone: the window is worked off once for all K,
-and the centre is one D x D matrix. Source: reference README "FAiD" and quirks 5, 15, 26.
+and the centre is one D x D matrix. Source: docs/reference.md "FAiD" and quirks 5, 15, 26.
 
 The cells' part has two forms of the same value. In *stages*, each tap of the first kernel is multiplied once over
 the map, its products are shifted and summed, and the second kernel is multiplied: 2(k² − 1) matrices a cell and

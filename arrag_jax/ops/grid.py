@@ -1,6 +1,6 @@
 """Raster geometry of a code grid: the L-shaped context of a cell, and which cells have one.
 
-Source: reference quirk 2 (row >= 1 and 1 <= column <= W-2) and the README's "Datastore and search".
+Source: docs/reference.md quirk 2 (row >= 1 and 1 <= column <= W-2) and "Datastore and search".
 Stored rows are numbered image by image, and inside an image in raster order over the cells that
 have a context, so that a row's number alone tells its image and its cell.
 """

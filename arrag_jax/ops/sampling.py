@@ -58,7 +58,7 @@ def neighbor_log_probs(
 ) -> Float[Array, "B V"]:
     """Distribution over codes that the neighbours stand for; -inf everywhere in rows without any.
 
-    Source: reference README "DAiD" and quirk 21 for ``reduction="max"``.
+    Source: docs/reference.md "DAiD" and quirk 21 for ``reduction="max"``.
 
     Args:
       temperature: τ, in units of squared L2 distance.

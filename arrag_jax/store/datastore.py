@@ -14,8 +14,8 @@ One directory::
 
 Keys are not stored. A key is the four context cells' vectors side by side (``ops.grid``), which are either
 rows of the codebook (kind "codebook") or the encoder's l2-normalised output before quantisation (kind
-"latent", the official choice: reference quirk 19). A 24 x 24 image takes at most 1.15 KB plus its source's name, and
-each file of codes 128 KiB more. Images are numbered without the bad ones, those of a part after all before.
+"latent", the official choice: docs/reference.md quirk 19). A 24 x 24 image takes at most 1.15 KB plus its source's
+name, and each file of codes 128 KiB more. Images are numbered without the bad ones, those of a part after all before.
 """
 
 import contextlib
