@@ -44,6 +44,7 @@ FLOORS = {
 PEERS = {
     ("errors", "signals"),
     ("forks", "errors"),
+    ("native_output", "console"),
     ("native_output", "signals"),
     ("meeting", "errors"),
     ("meeting", "hub"),
