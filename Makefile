@@ -28,10 +28,7 @@ $(DEV): requirements-dev.txt $(CORE)
 	touch $@
 
 demo: $(CORE)  ## Build a small datastore and draw with it, plain and with retrieval, into demo/.
-	$(BIN)/python -m arrag_jax.build_datastore --config=configs/emoji_datastore.py --workdir=demo/store \
-	  --config.source=emoji_scenes/small --config.num_images=12000
-	$(BIN)/python -m arrag_jax.generate --config=configs/emoji_daid.py --workdir=demo/pictures \
-	  --config.retrieval.store=demo/store --test_prompts=8
+	$(BIN)/python -m arrag_jax.demo
 
 test: lint  ## Run lint, then every test.
 	$(BIN)/python -m pytest -m "not long" --numprocesses=auto --maxprocesses=4 --dist=loadfile

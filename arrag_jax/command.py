@@ -23,11 +23,11 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from arrag_jax import console, progress
-from arrag_jax.errors import UserError, run_command
+from arrag_jax.errors import UserError, as_called, run_command
 from arrag_jax.failures import explanation, out_of_memory, refused, tells_of_memory
 from arrag_jax.fields import local_path, paths_in
 from arrag_jax.meeting import is_one_of_several
-from arrag_jax.parsing import parse
+from arrag_jax.parsing import config_file, parse
 from arrag_jax.processes import WAIT, start_distributed
 from arrag_jax.usage import Sections, keys_text
 
@@ -46,7 +46,10 @@ class Flag(NamedTuple):
 PROGRESS = Flag("show progress bars, which appear on a terminal alone; --noprogress: not", True)
 VERBOSE = Flag("show what libraries log, their bars and their advice", False)
 OWN = {"progress": PROGRESS, "verbose": VERBOSE}  # flags that each process of a run may have as it likes
-CONFIG = Flag("config file, path.py or path.py:argument; --config.key=value overrides a key", path=True)
+CONFIG = Flag(
+    "config file, path.py or path.py:argument, or the name of a shipped one; --config.key=value overrides a key",
+    path=True,
+)
 OPTIONAL_CONFIG = CONFIG._replace(default="")
 Recorded = Callable[[dict[str, Any]], dict[str, Any]]  # from the flags' values to a config that a workdir records
 
@@ -215,7 +218,7 @@ def _parse(
     if {"-h", "-help", "--help", "-helpfull", "--helpfull"} & set(argv[1:]):
         text = inspect.unwrap(main).__globals__.get("__doc__") or main.__doc__ or ""
         about_flags = values.get_help(include_special_flags=False).partition(":\n")[2]  # after the module's name
-        print(f"{text.strip()}\n\nflags:\n{about_flags}")
+        print(as_called(f"{text.strip()}\n\nflags:\n{about_flags}"))
         if config_class is not None:
             print(keys_text(config_class, sections))
         sys.exit(0)
@@ -256,6 +259,7 @@ def _local(given: str | list[str], name: str) -> str | list[str]:
 def _load(value: str, config_class: type) -> ConfigDict:
     """What ``get_config`` of a config file returns, ready for overrides."""
     path, _, argument = value.partition(":")
+    path = config_file(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError(f"config file {path} is not a file; give the path of one")
