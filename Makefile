@@ -16,7 +16,7 @@ help:  ## Print the targets.
 
 install: $(STAMP)$(REQUIREMENTS)  ## Make .venv with the pinned packages (core alone: REQUIREMENTS=requirements.txt).
 
-$(CORE): requirements.txt
+$(CORE): requirements.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 is needed: make PYTHON=…")'
 	$(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt
