@@ -9,10 +9,10 @@ STAMP := .venv/installed-
 CORE := $(STAMP)requirements.txt
 DEV := $(STAMP)requirements-dev.txt
 
-.PHONY: help install demo test test-long lint
+.PHONY: help install demo test test-fast test-long lint
 
 help:  ## Print the targets.
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-15s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
 
 install: $(STAMP)$(REQUIREMENTS)  ## Make .venv with the pinned packages (core alone: REQUIREMENTS=requirements.txt).
 
@@ -32,6 +32,9 @@ demo: $(CORE)  ## Build a small datastore and draw with it, plain and with retri
 
 test: lint  ## Run lint, then every test.
 	$(BIN)/python -m pytest -m "not long" --numprocesses=auto --maxprocesses=4 --dist=loadfile
+
+test-fast: $(DEV)  ## Run the tests that are not marked slow or long, and name the slowest.
+	$(BIN)/python -m pytest -m "not slow and not long" --numprocesses=auto --maxprocesses=4 --dist=loadfile --durations=15
 
 test-long: $(DEV)  ## Run the tests that take minutes each.
 	$(BIN)/python -m pytest -m long
