@@ -9,14 +9,14 @@ STAMP := .venv/installed-
 CORE := $(STAMP)requirements.txt
 DEV := $(STAMP)requirements-dev.txt
 
-.PHONY: help install demo test test-long lint
+.PHONY: help install demo test test-fast test-long lint
 
 help:  ## Print the targets.
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-15s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
 
 install: $(STAMP)$(REQUIREMENTS)  ## Make .venv with the pinned packages (core alone: REQUIREMENTS=requirements.txt).
 
-$(CORE): requirements.txt
+$(CORE): requirements.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 is needed: make PYTHON=…")'
 	$(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt
@@ -28,13 +28,13 @@ $(DEV): requirements-dev.txt $(CORE)
 	touch $@
 
 demo: $(CORE)  ## Build a small datastore and draw with it, plain and with retrieval, into demo/.
-	$(BIN)/python -m arrag_jax.build_datastore --config=configs/emoji_datastore.py --workdir=demo/store \
-	  --config.source=emoji_scenes/small --config.num_images=12000
-	$(BIN)/python -m arrag_jax.generate --config=configs/emoji_daid.py --workdir=demo/pictures \
-	  --config.retrieval.store=demo/store --test_prompts=8
+	$(BIN)/python -m arrag_jax.demo
 
 test: lint  ## Run lint, then every test.
 	$(BIN)/python -m pytest -m "not long" --numprocesses=auto --maxprocesses=4 --dist=loadfile
+
+test-fast: $(DEV)  ## Run the tests that are not marked slow or long, and name the slowest.
+	$(BIN)/python -m pytest -m "not slow and not long" --numprocesses=auto --maxprocesses=4 --dist=loadfile --durations=15
 
 test-long: $(DEV)  ## Run the tests that take minutes each.
 	$(BIN)/python -m pytest -m long

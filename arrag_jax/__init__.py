@@ -8,6 +8,8 @@ import importlib
 import sys
 from typing import Any
 
+__version__ = "0.1.0"  # the only place where it stands
+
 _API = {"load_model": "arrag_jax.models.checkpoint", "sample": "arrag_jax.decode.loop"}
 __all__ = list(_API)
 
@@ -19,16 +21,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    if not issubclass(kind, KeyboardInterrupt):
-        return sys.__excepthook__(kind, error, trace)
-    print("error: interrupted", file=sys.stderr)
-    sys.exit(130)
-
-
 importlib.import_module("arrag_jax.forks")  # which notes forks from here on
 
 # In a command: before its imports, which take seconds.
 if sys.argv[:1] == ["-m"] and any(word.startswith("arrag_jax.") for word in sys.orig_argv):
-    importlib.import_module("arrag_jax.signals").start_command()
-    sys.excepthook = _excepthook  # a library may take the signals while it is imported
+    importlib.import_module("arrag_jax.errors").start_command()

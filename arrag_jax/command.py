@@ -20,21 +20,19 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags as absl_flags
-from absl import logging
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from arrag_jax import console, progress
-from arrag_jax.errors import UserError, run_command
+from arrag_jax.errors import UserError, as_called, run_command
 from arrag_jax.failures import explanation, out_of_memory, refused, tells_of_memory
 from arrag_jax.fields import local_path, paths_in
 from arrag_jax.meeting import is_one_of_several
-from arrag_jax.parsing import parse
+from arrag_jax.parsing import config_file, parse
 from arrag_jax.processes import WAIT, start_distributed
 from arrag_jax.usage import Sections, keys_text
 
 REQUIRED: Any = object()
 OVERRIDE = re.compile(r"--?(no)?config\.")
-OWN_FLAGS = {"progress"}  # which each process of a run may have as it likes
 
 
 class Flag(NamedTuple):
@@ -46,7 +44,12 @@ class Flag(NamedTuple):
 
 
 PROGRESS = Flag("show progress bars, which appear on a terminal alone; --noprogress: not", True)
-CONFIG = Flag("config file, path.py or path.py:argument; --config.key=value overrides a key", path=True)
+VERBOSE = Flag("show what libraries log, their bars and their advice", False)
+OWN = {"progress": PROGRESS, "verbose": VERBOSE}  # flags that each process of a run may have as it likes
+CONFIG = Flag(
+    "config file, path.py or path.py:argument, or the name of a shipped one; --config.key=value overrides a key",
+    path=True,
+)
 OPTIONAL_CONFIG = CONFIG._replace(default="")
 Recorded = Callable[[dict[str, Any]], dict[str, Any]]  # from the flags' values to a config that a workdir records
 
@@ -62,7 +65,7 @@ def main_with_config(
     """Runs a command from the command line and exits.
 
     Reads ``--config path.py`` (with overrides ``--config.key=value``) into the frozen dataclass
-    ``config_class``, and the named flags beside it (--noprogress is every command's); then calls
+    ``config_class``, and the named flags beside it (--noprogress and --verbose are every command's); then calls
     ``main(config, **flags)``, or ``main(**flags)`` for a command without a config. A flag named "config"
     with a default of "" makes the config one that may be left out; ``main`` then gets None, unless there are overrides,
     which are then of the config that ``recorded`` makes of the flags' values. Bad flags, bad configs and every other
@@ -80,8 +83,9 @@ def main_with_config(
         flags["wait"] = Flag("of several processes: seconds in which all must have come", WAIT)
 
     def run(argv: list[str]) -> int | None:
-        values = _parse(argv, main, config_class, sections or {}, recorded, {**flags, "progress": PROGRESS})
+        values = _parse(argv, main, config_class, sections or {}, recorded, {**flags, **OWN})
         progress.show(values.pop("progress"))
+        console.quiet(not values.pop("verbose"))
         arguments = []
         if config_class is not None:
             given = values.pop("config")
@@ -102,7 +106,7 @@ def main_with_config(
         return result
 
     console.prepare()
-    logging.set_verbosity(logging.ERROR)  # of libraries, which log pages
+    console.quiet(True)
     with console.written_out():
         run_command(run, sys.argv)
 
@@ -118,7 +122,7 @@ def _start(processes: str, flags: dict[str, Any], config: Any = None) -> None:
 
 def _settings(config: Any, flags: dict[str, Any]) -> dict[str, Any]:
     """Every key of a config and every flag by name: what all processes of a run must have in common."""
-    flat = {f"--{name}": value for name, value in flags.items() if name not in OWN_FLAGS}
+    flat = {f"--{name}": value for name, value in flags.items() if name not in OWN}
 
     def add(section: Mapping[str, Any], prefix: str) -> None:
         for key, value in section.items():
@@ -214,7 +218,7 @@ def _parse(
     if {"-h", "-help", "--help", "-helpfull", "--helpfull"} & set(argv[1:]):
         text = inspect.unwrap(main).__globals__.get("__doc__") or main.__doc__ or ""
         about_flags = values.get_help(include_special_flags=False).partition(":\n")[2]  # after the module's name
-        print(f"{text.strip()}\n\nflags:\n{about_flags}")
+        print(as_called(f"{text.strip()}\n\nflags:\n{about_flags}"))
         if config_class is not None:
             print(keys_text(config_class, sections))
         sys.exit(0)
@@ -255,6 +259,7 @@ def _local(given: str | list[str], name: str) -> str | list[str]:
 def _load(value: str, config_class: type) -> ConfigDict:
     """What ``get_config`` of a config file returns, ready for overrides."""
     path, _, argument = value.partition(":")
+    path = config_file(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError(f"config file {path} is not a file; give the path of one")

@@ -2,13 +2,46 @@
 
 import contextlib
 import errno
+import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
 
+from absl import logging as absl_logging
+
 CLOSED = 141  # exit code of a program that SIGPIPE ends, as shells give it
 UNWRITABLE = 2
 LOST = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # what the file says that stdout is sent into
+_quiet = False
+
+
+def quiet(wanted: bool) -> None:
+    """Keeps what libraries report of their own work off the console, or (False) lets all of it through.
+
+    Errors always pass. Until the first call libraries behave as they do without this package.
+    """
+    global _quiet
+    _quiet = wanted
+    absl_logging.set_verbosity(absl_logging.ERROR if wanted else absl_logging.INFO)
+    logging.getLogger("jax._src.xla_bridge").addFilter(_is_no_advice)  # which adds the same filter once
+
+
+def is_quiet() -> bool:
+    """Is what libraries report kept off the console?"""
+    return _quiet
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    """False for JAX's advice on a CPU machine, that an accelerator "may be present"; failures of one pass."""
+    return not (_quiet and "may be present on this machine" in record.getMessage())
+
+
+@contextlib.contextmanager
+def without_prints() -> Iterator[None]:
+    """While open, drops what a library prints on stdout, where the console is quiet."""
+    with contextlib.redirect_stdout(io.StringIO()) if _quiet else contextlib.nullcontext():
+        yield
 
 
 def prepare() -> None:

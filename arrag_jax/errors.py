@@ -3,13 +3,14 @@
 import contextlib
 import re
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 from arrag_jax import signals
 
 # C0 and C1 controls, line and paragraph separators, what reverses the text that follows, and halves of surrogate pairs.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+COMMAND = re.compile(r"python -m arrag_jax\.(\w+)")
 
 
 class UserError(ValueError):
@@ -20,7 +21,8 @@ class UserError(ValueError):
     @property
     def line(self) -> str:
         """The command's last line."""
-        return "error: " + "\n  ".join(map(printable, str(self).split("\n  ")))  # a few errors are indented lists
+        # a few errors are indented lists
+        return "error: " + "\n  ".join(map(printable, as_called(str(self)).split("\n  ")))
 
 
 def printable(text: object) -> str:
@@ -29,6 +31,31 @@ def printable(text: object) -> str:
     Control characters, which move a terminal's cursor or end a line, become escapes such as ``\\n`` and ``\\x1b``.
     """
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), str(text))
+
+
+def as_called(text: str) -> str:
+    """Returns a text whose ``python -m arrag_jax.MODULE`` are spelt as ``call_commands`` set, else as they stand."""
+    return COMMAND.sub(lambda found: _names.get(found[1], found[0]), text)
+
+
+def call_commands(names: Mapping[str, str]) -> None:
+    """Sets how messages and help call the package's commands: from a module's name to what a user types."""
+    global _names
+    _names = names
+
+
+def start_command() -> None:
+    """Prepares a process that is one of the package's commands, before it imports what takes long."""
+    if sys.excepthook is not _excepthook:
+        signals.start_command()
+        sys.excepthook = _excepthook  # a library may take the signals while it is imported
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    print("error: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: list[str]) -> None:
@@ -80,6 +107,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+_names: Mapping[str, str] = {}
 _partners: Callable[[str, int, BaseException | None], None] | None = None
 
 

@@ -8,15 +8,19 @@ import atexit
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from arrag_jax import signals
+from arrag_jax import console, signals
 
+# Lines of information and warnings as Google's C++ libraries log them ("I0000 00:00:1795758635.399866 …").
+_CHATTER = re.compile(rb"([IW]\d{4} |WARNING: All log messages before absl::InitializeLog\(\))")
 _log: Path | None = None
 _watcher: subprocess.Popen | None = None
 
@@ -56,6 +60,43 @@ def redirect(name: str) -> None:
     # a session of its own: a signal to the whole group of this process does not reach it
     _watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=terminal, start_new_session=True)
     atexit.register(farewell)
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """While open, drops what C++ libraries log of their work, where the console is quiet; for a call into one.
+
+    They write to file descriptor 2, which is a temporary file meanwhile. At the end its other lines, errors among
+    them, are written out. ``sys.stderr`` and the lines of ``signals`` reach the terminal all the time.
+    """
+    if _log is not None or not console.is_quiet():
+        yield
+        return
+    stderr = sys.stderr
+    with contextlib.suppress(OSError, ValueError):
+        stderr.flush()
+    with tempfile.TemporaryFile() as file, os.fdopen(os.dup(2), "wb", 0) as terminal:
+        os.dup2(file.fileno(), 2)
+        signals.write_to(terminal.fileno())
+        if _is_descriptor_2(stderr):
+            sys.stderr = io.TextIOWrapper(terminal, stderr.encoding, stderr.errors, write_through=True)
+        try:
+            yield
+        finally:
+            if sys.stderr is not stderr:
+                sys.stderr.detach()
+                sys.stderr = stderr
+            os.dup2(terminal.fileno(), 2)
+            signals.write_to(2)
+            file.seek(0)
+            terminal.write(b"".join(line for line in file if not _CHATTER.match(line)))
+
+
+def _is_descriptor_2(stream: Any) -> bool:
+    try:
+        return stream.fileno() == 2
+    except (AttributeError, OSError, ValueError):  # one that is no file, as a test has it
+        return False
 
 
 def at_exit(action: Callable[[], None]) -> None:

@@ -7,9 +7,11 @@ schema of a file: ``parse`` checks the types that its fields declare, its ``__po
 import dataclasses
 import difflib
 import math
+import os
 import reprlib
 import types
 import typing
+from pathlib import Path
 from typing import Any, TypeVar
 
 from arrag_jax.errors import UserError
@@ -18,6 +20,26 @@ T = TypeVar("T")
 MOST_ERRORS = 20  # that one message names
 LONGEST = 1000  # characters of one of them
 LARGEST = 2**63  # integers are below it: what numpy and the formats of files hold
+PACKAGE = Path(__file__).parent
+# The shipped config files: inside the package where that is installed, beside it in a checkout.
+CONFIGS = next((path for path in (PACKAGE / "configs", PACKAGE.parent / "configs") if path.is_dir()), PACKAGE)
+
+
+def config_file(given: str) -> str:
+    """Returns the path of a config file: as it is given or, where no such file is, that of the shipped one it names.
+
+    From any working directory "NAME" and "configs/NAME.py" name the shipped NAME.py.
+
+    Raises:
+      UserError: nothing is there, and no shipped one is called so.
+    """
+    shipped = {name: str(path) for path in CONFIGS.glob("*.py") for name in (path.stem, f"configs/{path.name}")}
+    if os.path.isfile(given) or not (given in shipped or not os.path.lexists(given)):
+        return given
+    if given not in shipped:
+        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.py")))
+        raise UserError(f"config file {given} does not exist; give a path, or one of the shipped: {names}")
+    return shipped[given]
 
 
 def parse(cls: type[T], config: Any, where: str = "config", ignore_unknown: bool = False) -> T:

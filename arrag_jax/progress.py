@@ -16,6 +16,11 @@ def show(wanted: bool) -> None:
     _wanted = wanted
 
 
+def wanted() -> bool:
+    """Are bars switched on, whether or not there is a terminal to show them?"""
+    return _wanted
+
+
 def shown() -> bool:
     """Do bars appear?"""
     try:

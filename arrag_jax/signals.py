@@ -74,9 +74,9 @@ def start_command() -> None:
 
 
 def begin() -> None:
-    """Says that imports are over: from here on a signal stops the work."""
-    global _starting, _again
-    _again = AGAIN
+    """Says that imports are over: from here on a signal stops the work. Also between two commands of one process."""
+    global _starting, _again, _result
+    _again, _result = AGAIN, None
     if _command:
         _take()  # some library may have taken them meanwhile
     _starting = False

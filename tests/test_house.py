@@ -38,12 +38,14 @@ FLOORS = {
     **dict.fromkeys(("retrieval", "decode"), 4),
     **dict.fromkeys(("training",), 5),
     **dict.fromkeys(("evaluation",), 6),
-    **dict.fromkeys(("train", "generate", "build_datastore", "build_neighbors", "eval", "convert"), 7),
+    **dict.fromkeys(("train", "generate", "build_datastore", "build_neighbors", "eval", "convert", "demo"), 7),
+    "cli": 8,
 }
 # The imports allowed between two names of one floor (importer, imported).
 PEERS = {
     ("errors", "signals"),
     ("forks", "errors"),
+    ("native_output", "console"),
     ("native_output", "signals"),
     ("meeting", "errors"),
     ("meeting", "hub"),

@@ -20,7 +20,7 @@ from arrag_jax.json_files import LFS_POINTER
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 HEIF = (".heic", ".heics", ".heif", ".heifs", ".hif")
-HEIF_PACKAGE = "pillow-heif==1.8.1"
+HEIF_PACKAGE = "pillow-heif"
 
 
 def _register_heif() -> None:

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
+from arrag_jax.native_output import hushed
 from arrag_jax.ops import handles
 from arrag_jax.ops.distances import host_distances, score_error
 from arrag_jax.ops.host import host_call
@@ -82,6 +83,7 @@ def import_scann() -> ModuleType:
     return scann_ops_pybind
 
 
+@hushed()
 def build_searcher(patches: Patches, options: ScannOptions) -> Any:
     """A ScaNN searcher over the entries; on one kind of machine its files have the same bytes in every build."""
     entries, rows = len(patches.keys), len(patches.codes)
@@ -89,13 +91,11 @@ def build_searcher(patches: Patches, options: ScannOptions) -> Any:
     for first in range(0, entries, BLOCK):
         keys[first : first + BLOCK] = patches.keys[first : first + BLOCK]
     leaves = num_leaves(entries, options)
-    # num_neighbors is only a default, which every search overrides
-    builder = import_scann().builder(keys, 10, "squared_l2")
+    builder = import_scann().builder(keys, 10, "squared_l2")  # 10 is only a default, which every search overrides
     if leaves:
-        sample, searched = min(entries, TRAINING_KEYS), num_leaves_to_search(entries, 10, options)
         # ScaNN's random start has no seed, its k-means++ has one; several threads put some entries into any leaf
-        means = {"training_sample_size": sample, "quantize_centroids": True, "random_init": False}
-        builder = builder.tree(leaves, searched, **means).set_n_training_threads(1)
+        means = {"training_sample_size": min(entries, TRAINING_KEYS), "quantize_centroids": True, "random_init": False}
+        builder = builder.tree(leaves, num_leaves_to_search(entries, 10, options), **means).set_n_training_threads(1)
     return builder.score_brute_force(quantize=bytes_a_number(entries, rows, options) == 1).build()
 
 

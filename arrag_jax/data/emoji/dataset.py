@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from arrag_jax import progress
+from arrag_jax import console, progress
 from arrag_jax.data.emoji import scenes
 from arrag_jax.errors import UserError
 from arrag_jax.files import exclusive_lock, write_errors
@@ -56,6 +56,8 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder):
         _config("tiny", train=64, store=64, valid=64, test=64),
     ]
 
+    bar: progress.Bar | None = None  # counts the scenes that are made
+
     def __init__(self, *, file_format: str = "array_record", **kwargs: Any):
         """TFDS's own default, TFRecord, has no random access and needs TensorFlow."""
         super().__init__(file_format=file_format, **kwargs)
@@ -91,6 +93,8 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         for index in range(count):
             yield index, _example(scenes.scene(split, index), index)
+            if self.bar is not None:
+                self.bar.update()
 
 
 NAMES = tuple(f"emoji_scenes/{config.name}" for config in EmojiScenes.BUILDER_CONFIGS)
@@ -117,6 +121,15 @@ def _example(scene: scenes.Scene, index: int) -> dict[str, Any]:
         "colours": colours,
         "boxes": boxes,
     }
+
+
+def _prepare(builder: EmojiScenes, name: str) -> None:
+    """Writes the data set, with one bar over all splits or, where the console is not quiet, with TFDS's own bars."""
+    tfds.display_progress_bar(progress.shown() and not console.is_quiet())
+    total = sum(count for _, count in builder.builder_config.sizes)
+    own = progress.bar(total=total, unit="scene", desc=f"making {name}", wanted=console.is_quiet())
+    with own as builder.bar, console.without_prints():
+        builder.download_and_prepare()
 
 
 def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = True) -> Sequence[dict[str, Any]]:
@@ -147,9 +160,7 @@ def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = T
                 builder = tfds.builder(name, data_dir=str(data_dir))
                 if not builder.is_prepared():
                     logging.info("building %s in %s", name, data_dir)
-                    if not progress.shown():
-                        tfds.disable_progress_bar()
-                    builder.download_and_prepare()
+                    _prepare(builder, name)
     try:
         return builder.as_data_source(split, decoders=None if images else {"image": tfds.decode.SkipDecoding()})
     except ValueError as error:

@@ -1,0 +1,59 @@
+"""The console command ``arrag``: the package's commands under one name.
+
+``arrag COMMAND ARGUMENTS`` is ``python -m arrag_jax.MODULE ARGUMENTS``, with the modules of ``COMMANDS``.
+"""
+
+import runpy
+import sys
+from typing import NamedTuple
+
+import arrag_jax
+from arrag_jax import console, errors
+
+
+class Command(NamedTuple):
+    """A command: its module, and what it does."""
+
+    module: str
+    about: str
+
+
+COMMANDS = {
+    "demo": Command("demo", "builds a small datastore and draws with it, plain and with retrieval"),
+    "train": Command("train", "trains a tokenizer, a prior or an adapter"),
+    "generate": Command("generate", "draws prompts, with retrieval and without"),
+    "eval": Command("eval", "measures checkpoints with and without retrieval"),
+    "store": Command("build_datastore", "builds a datastore from images; adds to one, merges, verifies, measures"),
+    "neighbors": Command("build_neighbors", "looks up the neighbours of images ahead, for FAiD's training"),
+    "convert": Command("convert", "converts a checkpoint folder into another layout"),
+}
+USAGE = """\
+arrag COMMAND ARGUMENTS: retrieval inside autoregressive image generation
+
+commands:
+{}
+
+arrag COMMAND --help tells a command's arguments, arrag --version the version.
+"""
+
+
+def main() -> None:
+    """Runs the command that the first argument names, as if its module had been started; the console script."""
+    errors.start_command()
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help", "--version"):
+        lines = "\n".join(f"  {name:10} {command.about}" for name, command in COMMANDS.items())
+        with console.written_out():
+            print(f"arrag {arrag_jax.__version__}" if name == "--version" else USAGE.format(lines).rstrip())
+        return
+    if name not in COMMANDS:
+        errors.leave(errors.UserError(f"unknown command {name!r}; known are {', '.join(COMMANDS)}").line, 2)
+    module = f"arrag_jax.{COMMANDS[name].module}"
+    errors.call_commands({command.module: f"arrag {name}" for name, command in COMMANDS.items()})
+    sys.argv = [module, *arguments]
+    sys.orig_argv = [sys.executable, "-m", *sys.argv]  # what a training run records as its command
+    runpy.run_module(module, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

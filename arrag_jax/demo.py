@@ -1,0 +1,55 @@
+"""Builds a small datastore and draws with it, plain and with retrieval.
+
+python -m arrag_jax.demo
+python -m arrag_jax.demo --workdir=/tmp/demo
+
+Leaves in --workdir: ``pictures/grid.png``, the datastore in ``store`` and the scenes it is built from in ``data``. It
+runs ``COMMANDS`` one after another, and needs nothing but this package. Run again, it goes on where it stopped.
+"""
+
+import runpy
+import sys
+
+from arrag_jax import console, progress, signals
+from arrag_jax.command import Flag, main_with_config
+
+# Module and arguments; "{}" is --workdir.
+COMMANDS = (
+    (
+        "build_datastore",
+        "--config=configs/emoji_datastore.py",
+        "--workdir={}/store",
+        "--config.source=emoji_scenes/small",
+        "--config.num_images=12000",
+        "--config.data_dir={}/data",
+    ),
+    (
+        "generate",
+        "--config=configs/emoji_daid.py",
+        "--workdir={}/pictures",
+        "--config.retrieval.store={}/store",
+        "--test_prompts=8",
+    ),
+)
+
+
+def run(workdir: str) -> None:
+    """Builds a store of 12,000 scenes in --workdir and draws 8 prompts with it, by two methods."""
+    own = ["--noprogress"] * (not progress.wanted()) + ["--verbose"] * (not console.is_quiet())
+    for module, *words in COMMANDS:
+        _run(module, [*(word.replace("{}", workdir) for word in words), *own])
+
+
+def _run(module: str, arguments: list[str]) -> None:
+    """Runs a command of the package in this process; raises SystemExit where it fails."""
+    sys.argv = [f"arrag_jax.{module}", *arguments]
+    try:
+        runpy.run_module(f"arrag_jax.{module}", run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    signals.begin()  # this command has not ended
+
+
+if __name__ == "__main__":
+    main_with_config(run, None, workdir=Flag("folder of the demo; made when absent", "demo", path=True))
