@@ -58,6 +58,7 @@ PEERS = {
     ("command", "progress"),
     ("config", "errors"),
     ("config", "fields"),
+    ("config", "ops"),
     ("fields", "errors"),
     ("files", "failures"),
     ("usage", "fields"),

@@ -18,12 +18,13 @@ from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid
 from arrag_jax.ops import distances
 from arrag_jax.ops import grid as grid_ops
+from arrag_jax.ops.keys import KEY_KINDS
+from arrag_jax.ops.keys.context import unit_norm
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval import sharded
-from arrag_jax.retrieval.dense import STORAGES, DenseRetriever
-from arrag_jax.retrieval.patches import LatentKeys, Patches
+from arrag_jax.retrieval.dense import DenseRetriever
+from arrag_jax.retrieval.patches import KeysOfRows, Patches
 from arrag_jax.retrieval.scann import EXHAUSTIVE, build_host
-from arrag_jax.store.datastore import unit_norm
 
 V, IMAGES, QUERIES = 24, 100, 2000
 RNG = np.random.default_rng(0)
@@ -47,7 +48,7 @@ ROWS = len(CODES)
 # Little noise, so that latents repeat, too, and differ by a step of float16 where they do not
 MAPS = unit_norm(CODEBOOK[GRIDS] + 5e-4 * RNG.integers(0, 2, (*GRIDS.shape, 1)) * np.eye(8)[0]).astype(np.float16)
 INT8 = ScannOptions(exhaustive_below=0, leaves=20, leaves_to_search=20, bytes_a_number=1)  # every leaf is searched
-WAYS = [("codebook", storage) for storage in STORAGES] + [("latent", "float32"), ("latent", "bfloat16")]
+WAYS = [(kind.name, storage) for kind in KEY_KINDS.values() for storage in kind.storages]
 MOST = 128  # the larger of two K
 
 
@@ -64,8 +65,9 @@ def queries() -> np.ndarray:
 def patches(kind: str, rows: tuple[int, int] = (0, ROWS)) -> Patches:
     part = slice(*rows)
     if kind == "latent":
-        return Patches(LatentKeys(MAPS, rows[0], rows[1] - rows[0]), CODES[part].astype(np.uint16))
-    return Patches.fold(CONTEXTS[part], CODES[part], CODEBOOK)
+        keys = KeysOfRows(KEY_KINDS["latent"], MAPS, CODEBOOK, rows[0], rows[1] - rows[0])
+        return Patches(keys, CODES[part].astype(np.uint16))
+    return Patches.deduplicate(CONTEXTS[part], CODES[part], CODEBOOK)
 
 
 @functools.cache
@@ -120,9 +122,9 @@ def test_host_and_device_distances_are_equal_to_the_bit(numbers):
     np.testing.assert_array_equal(host, jax.jit(distances.squared_distances)(query[:, None], key))
     np.testing.assert_array_equal(host[:, 0], 0)
     exact = ((query[:, None].astype(np.float64) - key) ** 2).sum(2)
-    np.testing.assert_allclose(host, exact, atol=distances.score_error(query.shape[1]) / 4)
+    np.testing.assert_allclose(host, exact, atol=distances.score_error(query.shape[1], 4) / 4)
     product = 8 - 2 * np.einsum("ne,nme->nm", query, key)
-    assert abs(product - host).max() <= distances.score_error(query.shape[1])
+    assert abs(product - host).max() <= distances.score_error(query.shape[1], 4)
 
 
 @pytest.mark.parametrize("kind, storage", WAYS)
@@ -161,7 +163,7 @@ def test_search_over_shards(kind, storage, shards):
 def test_more_ties_than_are_kept(storage):
     """All keys at one distance, in several blocks: the lowest rows, whatever their entries."""
     codebook = np.repeat(np.eye(8, dtype=np.float32)[:1], V, 0)
-    fused = Patches.fold(CONTEXTS, CODES, codebook)
+    fused = Patches.deduplicate(CONTEXTS, CODES, codebook)
     retriever = DenseRetriever.of(fused, codebook, 40, storage, 4 * 5 * 300)
     found = jax.jit(lambda r, c: r.search(c))(retriever, queries()[:5])
     np.testing.assert_array_equal(found.id, np.broadcast_to(np.arange(40), (5, 40)))
