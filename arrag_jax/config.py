@@ -10,6 +10,7 @@ from typing import Any
 
 from arrag_jax.errors import UserError
 from arrag_jax.fields import LocalPath, Settings
+from arrag_jax.ops.keys import KEY_KINDS
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -205,11 +206,9 @@ class RetrievalConfig(Settings):
     scann: ScannOptions = ScannOptions()
 
     def __post_init__(self):
-        _one_of("keys", self.keys, ("codebook", "latent"))
+        _one_of("keys", self.keys, tuple(KEY_KINDS))
         _one_of("search", self.search, ("scann", "dense"))
-        _one_of("storage", self.storage, ("codes", "float32", "bfloat16", "int8"))
-        if self.keys == "latent" and self.storage in ("codes", "int8"):
-            raise UserError(f"storage={self.storage!r} is for keys='codebook'; choose float32 or bfloat16 for latents")
+        KEY_KINDS[self.keys].require_storage(self.storage)
         for name, low in (("k", 1), ("num_images", 0)):
             _in_range(name, getattr(self, name), low)
 

@@ -72,7 +72,7 @@ def _zeros(kinds: tuple[jax.ShapeDtypeStruct, ...], _: Any) -> tuple[np.ndarray,
 
 
 def stored(model: Any, number: int) -> Patches:
-    """Patches of enough scenes of the store split, cut to ``number``, folded as a datastore's are."""
+    """Patches of enough scenes of the store split, cut to ``number``, deduplicated as a datastore's are."""
     height, width = model.grid
     images = -(-number // ((height - 1) * (width - 2)))
     grids = []
@@ -81,7 +81,7 @@ def stored(model: Any, number: int) -> Patches:
         grids.append(np.asarray(model.encode_images(from_uint8(pictures))[0]).reshape(-1, height, width))
     codes = np.concatenate(grids)
     contexts, values = contexts_of_grids(codes).reshape(-1, 4), next_codes_of_grids(codes).reshape(-1)
-    return Patches.fold(contexts[:number], values[:number].astype(np.int32), np.asarray(model.codebook))
+    return Patches.deduplicate(contexts[:number], values[:number].astype(np.int32), np.asarray(model.codebook))
 
 
 def main(_: list[str]) -> None:

@@ -33,7 +33,8 @@ from arrag_jax.figures.grids import table
 from arrag_jax.models.checkpoint import load_model, tokenizer_fingerprint
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.ops.grid import contexts_of_grids, next_codes_of_grids
-from arrag_jax.retrieval.dense import STORAGES, DenseRetriever
+from arrag_jax.ops.keys import KEY_KINDS
+from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.patches import Patches
 from arrag_jax.retrieval.report import TOLERANCE, kth_distances
 from arrag_jax.retrieval.scann import build_host
@@ -142,7 +143,7 @@ def searches(
     """Name → what builds the search and tells the bytes it holds."""
     lists = 256 if len(contexts) < 10**6 else 4096
     made: dict[str, Callable[[], tuple[Search, int]]] = {"ScaNN": lambda: scann_search(patches, codebook)}
-    for storage in STORAGES:
+    for storage in KEY_KINDS["codebook"].storages:
         made[f"dense {storage}"] = functools.partial(dense_search, patches, codebook, storage)
     made["exact FAISS"] = lambda: faiss_search(lambda: faiss_index(contexts, codebook, 0), codebook, 0)
     index = functools.cache(lambda: faiss_index(contexts, codebook, lists))  # built for the first, used by both
@@ -204,10 +205,13 @@ def main(_: list[str]) -> None:
         stored = grids[QUERY_IMAGES : QUERY_IMAGES + -(-size // step)]
         contexts = contexts_of_grids(stored).reshape(-1, 4)[:size]
         start = time.perf_counter()
-        patches = Patches.fold(contexts, next_codes_of_grids(stored).reshape(-1)[:size], codebook)
-        folding = time.perf_counter() - start
+        patches = Patches.deduplicate(contexts, next_codes_of_grids(stored).reshape(-1)[:size], codebook)
+        deduplicating = time.perf_counter() - start
         kth = kth_distances([patches], codebook[asked].reshape(len(asked), -1), list(NEIGHBORS))
-        print(f"{size:,} patches, {len(patches.keys):,} different contexts, folded in {folding:.1f} s", flush=True)
+        print(
+            f"{size:,} patches, {len(patches.keys):,} different contexts, deduplicated in {deduplicating:.1f} s",
+            flush=True,
+        )
         for name, make in searches(contexts, patches, codebook).items():
             start = time.perf_counter()
             search, held = make()

@@ -7,8 +7,9 @@ import numpy as np
 import tiny
 
 from arrag_jax.ops import grid as grid_ops
+from arrag_jax.ops.keys.context import unit_norm
 from arrag_jax.store import writer
-from arrag_jax.store.datastore import Datastore, StoreSettings, keys_of_maps, unit_norm
+from arrag_jax.store.datastore import Datastore, StoreSettings
 from arrag_jax.store.encoding import Encode
 
 GRID, CODES, IMAGES = tiny.CONFIG.grid, tiny.CONFIG.vision.codebook_size, 12
@@ -60,9 +61,16 @@ def build(folder, captions: list[str] | None = None, kept: bool = False, shard_s
     return writer.build(folder, Pictures(codes, captions), encode, codebook, settings, batch_size=3)
 
 
+def keys_of_maps(vectors: np.ndarray) -> np.ndarray:
+    """Keys of maps of cell vectors [B, H, W, C]: the four context cells' vectors side by side, stored-row order."""
+    batch, height, width, dim = vectors.shape
+    cells = grid_ops.context_cells(height, width)[grid_ops.cells_with_context(height, width)]
+    return vectors.reshape(batch, height * width, dim)[:, cells].reshape(-1, 4 * dim)
+
+
 def keys_of(store: Datastore, kind: str) -> np.ndarray:
     """Keys of every stored patch in stored-row order, [N, E], as searches make them bit by bit."""
-    return keys_of_maps(store.codebook[store.codes] if kind == "codebook" else unit_norm(store.latents))
+    return keys_of_maps(store.codebook[store.codes] if kind == "codebook" else unit_norm(store.records("latents")))
 
 
 def values_of(store: Datastore) -> np.ndarray:

@@ -159,7 +159,7 @@ def test_an_image_that_is_another_one_now_or_gone_is_named_and_nothing_is_added(
     shutil.copyfile(source / "scene_01.png", source / "scene_00b.png")  # not in the store, and so not looked at
     (source / next(iter(BAD))).unlink()
     build_datastore.run(dataclasses.replace(moved, keys=BOTH), str(tmp_path / "store"))
-    assert len(Datastore.open(tmp_path / "store").latents) == 21
+    assert len(Datastore.open(tmp_path / "store").records("latents")) == 21
 
 
 def test_another_tokenizer_or_other_settings_add_nothing(config, store, tmp_path):
@@ -199,7 +199,7 @@ def test_stores_merged_from_other_places_are_added_to_part_by_part(config, tmp_p
     build_datastore.run(dataclasses.replace(config, keys=BOTH), str(tmp_path / "merged"))
     merged = Datastore.open(tmp_path / "merged")
     merged.verify()
-    assert len(merged.latents) == 42
+    assert len(merged.records("latents")) == 42
     assert [part.settings.keys for part in (merged, *merged.segments)] == [BOTH, BOTH]
 
 

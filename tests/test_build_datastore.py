@@ -65,7 +65,7 @@ def test_holds_the_codes_of_the_scenes(store, model):
     pictures = np.stack([scenes.render(scenes.scene("store", i)) for i in range(11)])
     codes, latents = model[0].encode_images(jnp.asarray(pictures, jnp.float32) / 127.5 - 1)
     np.testing.assert_array_equal(store.codes.reshape(11, -1), codes)
-    np.testing.assert_allclose(store.latents, latents, atol=1e-3)  # float16
+    np.testing.assert_allclose(store.records("latents"), latents, atol=1e-3)  # float16
     np.testing.assert_array_equal(store.codebook, model[0].codebook)
     assert store.sources[10] == "emoji_scenes/tiny/store/10"
     store.require_tokenizer(tokenizer_fingerprint(model[0]))

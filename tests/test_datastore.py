@@ -16,11 +16,12 @@ from arrag_jax.config import ScannOptions
 from arrag_jax.data.examples import BadImage
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
+from arrag_jax.ops.keys.context import unit_norm
 from arrag_jax.retrieval import index
 from arrag_jax.retrieval.patches import stored_patches
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever
 from arrag_jax.store import building, writer
-from arrag_jax.store.datastore import Datastore, StoreSettings, unit_norm
+from arrag_jax.store.datastore import Datastore, StoreSettings
 
 GRID, V, C = (4, 5), 16, 8
 CODEBOOK = unit_norm(np.random.default_rng(0).normal(size=(V, C)))
@@ -85,7 +86,7 @@ def store(whole, tmp_path) -> Datastore:
 def test_reads_what_was_encoded(whole):
     codes, latents = encode(np.stack([Images(23)[i]["image"] for i in range(23)]))
     np.testing.assert_array_equal(whole.codes, codes)
-    np.testing.assert_array_equal(whole.latents, unit_norm(latents).astype(np.float16))
+    np.testing.assert_array_equal(whole.records("latents"), unit_norm(latents).astype(np.float16))
     np.testing.assert_array_equal(whole.codebook, CODEBOOK)
     assert whole.sources == [f"noise/store/{i}" for i in range(23)]
     assert (whole.num_images, whole.num_patches) == (23, 23 * 3 * 3)
@@ -100,7 +101,7 @@ def test_keys_are_the_four_context_cells(whole, kind):
     keys, values = np.empty((len(rows), 4 * C), np.float32), np.empty(len(rows), np.int64)
     entry = rows if kind == "latent" else np.repeat(np.arange(len(patches.keys)), np.diff(patches.starts))
     keys[rows], values[rows] = patches.keys[entry], patches.codes
-    vectors = CODEBOOK[whole.codes] if kind == "codebook" else unit_norm(whole.latents)
+    vectors = CODEBOOK[whole.codes] if kind == "codebook" else unit_norm(whole.records("latents"))
     for row in range(0, whole.num_patches, 7):
         image, cell = grid_ops.image_and_cell(np.array(row), *GRID)
         r, c = divmod(int(cell), GRID[1])
@@ -114,7 +115,7 @@ def test_keys_are_the_four_context_cells(whole, kind):
 def test_subset_is_the_first_images(whole, count):
     part = whole.subset(count)
     np.testing.assert_array_equal(part.codes, whole.codes[:count])
-    np.testing.assert_array_equal(part.latents, whole.latents[:count])
+    np.testing.assert_array_equal(part.records("latents"), whole.records("latents")[:count])
     assert part.sources == whole.sources[:count]
 
 
@@ -122,7 +123,7 @@ def test_without_latents(tmp_path):
     store = build(tmp_path, keys=("codebook",))
     assert not list(tmp_path.glob("latents*"))
     with pytest.raises(UserError, match="latent"):
-        _ = store.latents
+        _ = store.records("latents")
 
 
 KILLER = """

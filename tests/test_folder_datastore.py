@@ -23,9 +23,10 @@ from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.nn.vq import from_uint8
+from arrag_jax.ops.keys.context import unit_norm
 from arrag_jax.retrieval import index, report
 from arrag_jax.store import building, writer
-from arrag_jax.store.datastore import Datastore, unit_norm
+from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.images import LISTING
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -54,7 +54,7 @@ def test_files_of_a_store(tmp_path):
 
     def read() -> list:
         store = Datastore.open(folder)
-        arrays = [x.tobytes() for x in (store.codes, store.latents, store.codebook)]
+        arrays = [x.tobytes() for x in (store.codes, store.records("latents"), store.codebook)]
         return [store.sources, store.captions, *arrays]
 
     for name in ("sources-00001-of-00003.txt", "captions-00000-of-00003.txt", "codebook.npz"):

@@ -60,6 +60,7 @@ PEERS = {
     ("command", "progress"),
     ("config", "errors"),
     ("config", "fields"),
+    ("config", "ops"),
     ("fields", "errors"),
     ("files", "failures"),
     ("usage", "fields"),

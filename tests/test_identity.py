@@ -238,4 +238,4 @@ def test_a_data_sets_images_go_by_their_names(tmp_path):
     both = merged([few, one], tmp_path / "grown")
     assert (both.sources, both.captions, both.num_duplicates) == (one.sources, one.captions, 4)
     np.testing.assert_array_equal(both.codes, one.codes)
-    np.testing.assert_array_equal(both.latents, one.latents)
+    np.testing.assert_array_equal(both.records("latents"), one.records("latents"))

@@ -9,7 +9,7 @@ import stored
 
 from arrag_jax.config import ScannOptions
 from arrag_jax.retrieval import index
-from arrag_jax.retrieval.patches import unfolded
+from arrag_jax.retrieval.patches import one_key_each
 from arrag_jax.retrieval.scann import ScannRetriever, build_searcher
 
 TREE = ScannOptions(exhaustive_below=0, leaves=30, leaves_to_search=3)
@@ -24,7 +24,7 @@ def tree_of_many_keys(folder: Path) -> None:
     """Saves a tree over more keys than k-means sees, so that each build puts them into leaves anew."""
     keys = np.random.default_rng(0).normal(size=(230_000, 8)).astype(np.float32)
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
-    patches = unfolded(keys, np.zeros(len(keys), np.int32))((0, len(keys)))
+    patches = one_key_each(keys, np.zeros(len(keys), np.int32))((0, len(keys)))
     folder.mkdir()
     build_searcher(patches, ScannOptions(exhaustive_below=0, leaves=40, bytes_a_number=1)).serialize(
         str(folder), relative_path=True

@@ -58,7 +58,7 @@ def of_store(folder: Path) -> tuple:
     found = Datastore.open(folder)
     found.require_tokenizer("f")
     found.require_manifest()
-    arrays = [found.codes.tobytes(), found.codebook.tobytes(), found.latents.tobytes()]
+    arrays = [found.codes.tobytes(), found.codebook.tobytes(), found.records("latents").tobytes()]
     return found.num_images, found.settings.grid, arrays, found.sources, found.captions, found.bad
 
 

@@ -11,11 +11,13 @@ from arrag_jax import build_datastore
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
+from arrag_jax.ops.keys import KEY_KINDS
+from arrag_jax.ops.keys.context import unit_norm
 from arrag_jax.retrieval import index
 from arrag_jax.retrieval import report as measure
-from arrag_jax.retrieval.patches import LatentKeys, Patches
+from arrag_jax.retrieval.patches import KeysOfRows, Patches
 from arrag_jax.store import writer
-from arrag_jax.store.datastore import Datastore, StoreSettings, unit_norm
+from arrag_jax.store.datastore import Datastore, StoreSettings
 
 V, IMAGES = 16, 120
 CODEBOOK = unit_norm(np.random.default_rng(0).normal(size=(V, 8)))
@@ -102,10 +104,10 @@ def test_every_index_that_is_there_is_measured(tmp_path, capsys, monkeypatch):
         index.build_index(both, "codebook", ScannOptions())
 
 
-def test_kth_distances_count_patches_not_entries():
+def test_kth_distances_count_patches_not_contexts():
     rng = np.random.default_rng(2)
     contexts, query = rng.integers(0, 4, (500, 4)), rng.integers(0, V, (9, 4))
-    parts = [Patches.fold(part, np.zeros(len(part), int), CODEBOOK) for part in np.split(contexts, [123])]
+    parts = [Patches.deduplicate(part, np.zeros(len(part), int), CODEBOOK) for part in np.split(contexts, [123])]
     vectors = CODEBOOK[query].reshape(9, 32)
     true = np.sort(((vectors[:, None] - CODEBOOK[contexts].reshape(1, -1, 32)) ** 2).sum(2), 1)
     for k, found in zip((1, 10, 499), measure.kth_distances(parts, vectors, [1, 10, 499]), strict=True):
@@ -114,7 +116,8 @@ def test_kth_distances_count_patches_not_entries():
 
 def test_latents_are_counted_with_their_maps():
     maps = np.zeros((3, 5, 6, 8), np.float16)
-    assert Patches(LatentKeys(maps, 16, 32), np.zeros(32, np.uint16)).nbytes == 2 * 5 * 6 * 8 * 2 + 64
+    keys = KeysOfRows(KEY_KINDS["latent"], maps, CODEBOOK, 16, 32)
+    assert Patches(keys, np.zeros(32, np.uint16)).nbytes == 2 * 5 * 6 * 8 * 2 + 64
 
 
 def test_without_a_store_or_its_index_nothing_is_written(store, tmp_path):

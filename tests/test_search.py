@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from stored import keys_of_maps
 
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import Retriever
 from arrag_jax.ops import grid as grid_ops
+from arrag_jax.ops.keys.context import unit_norm
 from arrag_jax.retrieval import dense, sharded
 from arrag_jax.retrieval.dense import DenseRetriever
-from arrag_jax.retrieval.patches import unfolded
+from arrag_jax.retrieval.patches import one_key_each
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever, build_host, num_leaves
-from arrag_jax.store.datastore import keys_of_maps, unit_norm
 
 K = 16
 
@@ -204,11 +205,11 @@ def test_sharded_searches_are_the_naive_search(kind, images):
     check(
         case,
         search(
-            sharded.shard_dense(unfolded(case.keys, case.codes), len(case.codes), case.codebook, K, grid, "store"),
+            sharded.shard_dense(one_key_each(case.keys, case.codes), len(case.codes), case.codebook, K, grid, "store"),
             case.context,
         ),
     )
-    host = build_host(unfolded(case.keys, case.codes), len(case.codes), case.codebook, K, EXHAUSTIVE, shards=8)
+    host = build_host(one_key_each(case.keys, case.codes), len(case.codes), case.codebook, K, EXHAUSTIVE, shards=8)
     check(case, search(sharded.shard_scann(host, grid, "store"), case.context))
 
 
@@ -218,7 +219,7 @@ def test_sharded_dense_is_dense():
     one = search(DenseRetriever.create(case.keys, case.codes, case.codebook, K), case.context)
     grid = mesh((8,), ("store",))
     many = search(
-        sharded.shard_dense(unfolded(case.keys, case.codes), len(case.codes), case.codebook, K, grid, "store"),
+        sharded.shard_dense(one_key_each(case.keys, case.codes), len(case.codes), case.codebook, K, grid, "store"),
         case.context,
     )
     np.testing.assert_array_equal(one.id, many.id)
@@ -230,10 +231,10 @@ def test_store_and_batch_sharded_together():
     case = dataclasses.replace(case, context=np.concatenate([case.context, case.context[:1]]))
     grid = mesh((2, 4), ("data", "store"))
     found = sharded.shard_dense(
-        unfolded(case.keys, case.codes), len(case.codes), case.codebook, K, grid, "store", "data"
+        one_key_each(case.keys, case.codes), len(case.codes), case.codebook, K, grid, "store", "data"
     )
     check(case, search(found, case.context))
-    host = build_host(unfolded(case.keys, case.codes), len(case.codes), case.codebook, K, EXHAUSTIVE, shards=4)
+    host = build_host(one_key_each(case.keys, case.codes), len(case.codes), case.codebook, K, EXHAUSTIVE, shards=4)
     check(case, search(sharded.shard_scann(host, grid, "store", "data"), case.context))
 
 
@@ -243,7 +244,7 @@ def test_wrong_sizes_are_user_errors():
     for make in (DenseRetriever.create, ScannRetriever.create):
         with pytest.raises(UserError, match=f"k={rows + 1}"):
             make(case.keys, case.codes, case.codebook, rows + 1)
-    host = build_host(unfolded(case.keys, case.codes), len(case.codes), case.codebook, 2, EXHAUSTIVE, shards=2)
+    host = build_host(one_key_each(case.keys, case.codes), len(case.codes), case.codebook, 2, EXHAUSTIVE, shards=2)
     with pytest.raises(UserError, match="2 shards"):
         sharded.shard_scann(host, mesh((8,), ("store",)), "store")
     with pytest.raises(UserError, match="leaves=-1"):

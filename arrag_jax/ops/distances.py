@@ -23,10 +23,10 @@ def host_distances(query: Float[np.ndarray, "n E"], key: Float[np.ndarray, "n m 
     """Squared L2 distances of queries and their keys in NumPy, float32; the same bits as ``squared_distances``.
 
     Args:
-      query, key: parts of unit norm, four each; E is at most 1024.
+      query, key: numbers between -1 and 1; E is at most 1024.
     """
-    away = (rounded(key) - rounded(query)[:, None]).astype(np.float64)  # whole numbers below 2^24
-    total = np.einsum("nme,nme->nm", away, away).astype(np.int64)  # below 2^53, so exact
+    apart = (rounded(key) - rounded(query)[:, None]).astype(np.float64)  # whole numbers below 2^24
+    total = np.einsum("nme,nme->nm", apart, apart).astype(np.int64)  # below 2^53, so exact
     high, low = (total >> 2 * LOW).astype(np.float32), (total & (4**LOW - 1)).astype(np.float32)
     return high * np.float32(2.0 ** (2 * LOW - 2 * BITS)) + low * np.float32(2.0 ** (-2 * BITS))
 
@@ -34,9 +34,9 @@ def host_distances(query: Float[np.ndarray, "n E"], key: Float[np.ndarray, "n m 
 def squared_distances(query: Float[Array, "... E"], key: Float[Array, "... E"]) -> Float[Array, "..."]:
     """Squared L2 distances in XLA, float32; arguments, which broadcast, and bits as ``host_distances``."""
     units = (jnp.round(x.astype(jnp.float32) * 2.0**BITS).astype(jnp.int32) for x in (query, key))
-    away = next(units) - next(units)
-    high = (away + 2 ** (LOW - 1)) >> LOW
-    low = away - (high << LOW)  # between -2^10 and 2^10
+    apart = next(units) - next(units)
+    high = (apart + 2 ** (LOW - 1)) >> LOW
+    low = apart - (high << LOW)  # between -2^10 and 2^10
     squares, mixed, rest = (high * high).sum(-1), (high * low).sum(-1), (low * low).sum(-1)
     # the total is squares 2^22 + mixed 2^12 + rest; what of it is 2^22 or more is carried
     rest = rest + ((mixed & 1023) << (LOW + 1))
@@ -47,14 +47,14 @@ def squared_distances(query: Float[Array, "... E"], key: Float[Array, "... E"]) 
     return total_high.astype(jnp.float32) * scale[0] + total_low.astype(jnp.float32) * scale[1]
 
 
-def score_error(numbers: int) -> float:
-    """Most by which 8 - 2 q·k, summed in float32 in any order, differs from ``squared_distances``.
+def score_error(numbers: int, parts: int) -> float:
+    """Most by which 2 parts - 2 q·k, summed in float32 in any order, differs from ``squared_distances``.
 
     Args:
-      numbers: E. Queries and keys are four parts of unit norm each, as float32 has it.
+      numbers: E. Queries and keys are so many parts of unit norm each, as float32 has it.
     """
     unit = 2.0**-24
-    summed = 2 * numbers * unit * 4  # the products' absolute values sum to 4 at most
-    norms = 8 * (numbers / 4 + 6) * unit  # of eight parts, whose numbers were divided by a rounded norm
-    grid = 2 * 4 * numbers**0.5 * 2.0**-BITS  # the keys' distance is 4 at most
-    return summed + norms + grid + 16 * unit
+    summed = 2 * numbers * unit * parts  # the products' absolute values sum to the number of parts at most
+    norms = 2 * parts * (numbers / parts + 6) * unit  # of both, whose numbers were divided by a rounded norm
+    grid = 4 * parts**0.5 * numbers**0.5 * 2.0**-BITS  # the root of the largest distance is 2 sqrt(parts)
+    return summed + norms + grid + 4 * parts * unit

@@ -19,9 +19,11 @@ from jaxtyping import Array, Float, Int
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
 from arrag_jax.ops import grid as grid_ops
+from arrag_jax.ops.keys import KEY_KINDS
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.dense import SCORE_BYTES, DenseRetriever
-from arrag_jax.store.datastore import Datastore, keys_of_maps, unit_norm
+from arrag_jax.retrieval.patches import Patches
+from arrag_jax.store.datastore import Datastore
 
 
 def terms(text: str) -> set[str]:
@@ -90,7 +92,7 @@ class LimitedRetriever:
 
         Args:
           images: numbers of the images.
-          kind: of key, "codebook" or "latent".
+          kind: of key, one of ``KEY_KINDS``.
           k: neighbours a query; at most all the patches of M images.
 
         Raises:
@@ -118,7 +120,7 @@ class LimitedRetriever:
             found = local.search(context)
             return found._replace(id=jnp.where(found.id >= 0, jnp.take(rows, jnp.maximum(found.id, 0)), -1))
 
-        own = self.local, self.rows, context.reshape(prompts, each, 4)
+        own = self.local, self.rows, context.reshape(prompts, each, -1)
         together = max(1, min(prompts, SCORE_BYTES // (4 * each * patches)))
         found = jax.lax.map(search_one, own, batch_size=together)
         return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), found)
@@ -126,7 +128,8 @@ class LimitedRetriever:
 
 def _dense(store: Datastore, images: Int[np.ndarray, " M"], kind: str, k: int) -> DenseRetriever:
     """The exact search over some images; ids count the patches of these images."""
-    codes = store.codes[images].astype(np.int32)
-    vectors = store.codebook[codes] if kind == "codebook" else unit_norm(store.latents[images])
-    values = grid_ops.next_codes_of_grids(codes).reshape(-1)
-    return DenseRetriever.create(keys_of_maps(vectors), values, store.codebook, k)
+    store.require_kind(kind)
+    values = grid_ops.next_codes_of_grids(store.codes[images].astype(np.int32)).reshape(-1)
+    records = store.records(KEY_KINDS[kind].file)[images]
+    keys = KEY_KINDS[kind].stored(records, store.codebook, np.arange(len(values)))
+    return DenseRetriever.of(Patches(keys, values, KEY_KINDS[kind]), store.codebook, k)

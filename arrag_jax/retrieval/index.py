@@ -18,6 +18,7 @@ from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_folder, clear_leftovers, is_being_written, sha256_of, sync, write_json
 from arrag_jax.json_files import read_object
+from arrag_jax.ops.keys import KEY_KINDS
 from arrag_jax.parsing import in_range, parse, shown
 from arrag_jax.retrieval.patches import stored_patches
 from arrag_jax.retrieval.scann import (
@@ -87,7 +88,7 @@ def build_index(store: Datastore, kind: str, options: ScannOptions, shards: int 
 
     Args:
       store: whole, not a subset.
-      kind: "codebook" or "latent".
+      kind: of key, one of ``KEY_KINDS``.
       options: all but ``leaves_to_search`` are built in; that can be chosen again at loading.
       shards: searchers; a sharded search needs one a device along its mesh axis.
 
@@ -139,9 +140,9 @@ def _shard_name(shard: int) -> str:
 def is_current(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> bool:
     """Is there an undamaged index of this store, built with these options, that ScaNN can read?"""
     try:
-        entries = _checked_files(store, kind, options, shards)
+        entries, numbers = _checked_files(store, kind, options, shards), _numbers(store, kind)
         for shard, number in enumerate(entries):
-            _load_searcher(index_directory(store, kind) / _shard_name(shard), number, store, "")
+            _load_searcher(index_directory(store, kind) / _shard_name(shard), number, numbers, "")
     except UserError:
         return False
     return True
@@ -170,7 +171,7 @@ def load_index(
     mend, searches = _mend(store, kind, options, shards), {}
     for shard in local:
         place = directory / _shard_name(shard)
-        searcher = _load_searcher(place, entries[shard], store, mend)
+        searcher = _load_searcher(place, entries[shard], _numbers(store, kind), mend)
         patches = stored_patches(store, kind, bounds[shard])
         if len(patches.keys) != entries[shard]:
             held = f"{entries[shard]:,} entries, the store has {len(patches.keys):,}"
@@ -190,7 +191,7 @@ def index_hash(store: Datastore, kind: str) -> str:
     return content_hash({name: facts.sha256 for name, facts in files.items()})
 
 
-def _load_searcher(directory: Path, entries: int, store: Datastore, mend: str) -> Any:
+def _load_searcher(directory: Path, entries: int, numbers: int, mend: str) -> Any:
     """ScaNN's searcher of a shard.
 
     ScaNN trusts the shapes and the names that its files give, so they are checked before it sees them.
@@ -201,7 +202,7 @@ def _load_searcher(directory: Path, entries: int, store: Datastore, mend: str) -
     scann, path = import_scann(), directory
     try:
         for path in sorted(directory.glob("*.npy")):
-            _require_shape(path, entries, 4 * store.settings.code_dim)
+            _require_shape(path, entries, numbers)
         path = directory / ASSETS
         if re.search(rb"[/\\']", path.read_bytes()):
             raise ValueError("it names files outside of its folder")
@@ -210,6 +211,11 @@ def _load_searcher(directory: Path, entries: int, store: Datastore, mend: str) -
     except Exception as error:  # numpy and ScaNN raise many kinds for one cause
         reason = " ".join(str(error).split())
         raise UserError(f"index {path} cannot be read by ScaNN ({shown(reason)}); {mend}") from error
+
+
+def _numbers(store: Datastore, kind: str) -> int:
+    """How many numbers a key of the store has."""
+    return KEY_KINDS[kind].numbers(store.settings.code_dim)
 
 
 def _require_shape(path: Path, entries: int, numbers: int) -> None:

@@ -56,18 +56,18 @@ class LeaveOneOut:
           count: told of images as they are done; its numbers sum to B.
         """
         context, sums = grid_ops.contexts_of_grids(codes.astype(np.int32)).reshape(-1, 4), self._sums(codes)
-        asked = np.array([self.numbers.get(name, -1) for name in names], np.int32)
+        requested = np.array([self.numbers.get(name, -1) for name in names], np.int32)
         numbers, best = packed(context), no_neighbors(len(context), self.k)
-        left, k, untold = np.arange(len(context)), self.k, len(codes)
+        left, k, unreported = np.arange(len(context)), self.k, len(codes)
         while len(left):
             _, first, which = np.unique(numbers[left], return_index=True, return_inverse=True)
-            found, untold = self._ask(context[left[first]], k, untold, count), 0
+            found, unreported = self._ask(context[left[first]], k, unreported, count), 0
             short = []
             for start in range(0, len(left), max(1, ANSWERS // k)):
                 part = slice(start, start + max(1, ANSWERS // k))
                 queries, answer = left[part], Neighbors(*(x[which[part]] for x in found))
                 image, stored = queries // self.patches, answer.id // self.patches
-                own = self._equal(stored, codes, sums, image) | (self.stored[stored] == asked[image][:, None])
+                own = self._equal(stored, codes, sums, image) | (self.stored[stored] == requested[image][:, None])
                 own &= answer.id >= 0
                 others = _nearest_others(answer, own, self.k)
                 for all_, new in zip(best, others, strict=True):

@@ -79,8 +79,8 @@ def open_store(config: RetrievalConfig, fingerprint: str) -> tuple[Datastore, bo
 
 def index_hash_of(retriever: Retriever | None) -> str:
     """The hash of the saved index that a search asks (``index.index_hash``); empty where it asks none."""
-    asked = getattr(retriever, "local", retriever)
-    return asked.host.index_hash if isinstance(asked, ScannRetriever) else ""
+    requested = getattr(retriever, "local", retriever)
+    return requested.host.index_hash if isinstance(requested, ScannRetriever) else ""
 
 
 def load_retriever(

@@ -1,12 +1,12 @@
-"""What a search goes over: stored patches, those of equal context folded into one entry.
+"""What a search goes over: the unique contexts of stored patches, each with the posting list of its patches.
 
-Keys of kind "codebook" follow from four code ids, and equal contexts have equal keys: 11.8 million patches of
-``emoji_scenes`` have 353 thousand different contexts. So each is an *entry*, held once, with the list of its patches; a
-search finds entries and lays them out as patches again. Nothing is lost: ids are stored rows, as without
-folding. Keys of kind "latent" hardly repeat; there every patch is its own entry.
+Where equal contexts have equal keys (``KeyKind.unique``), patches are deduplicated: 11.8 million patches of
+``emoji_scenes`` have 353 thousand unique contexts. Each is held once, with a posting list, the stored rows of its
+patches; a search finds contexts and lays out their lists as patches again. Nothing is lost: ids are stored rows, as
+without deduplication. Where keys hardly repeat, every patch stands for a context of its own, and there are no lists.
 
-Every search orders patches by distance, then by stored row. Entries are numbered in the order of their first patches,
-so that of entries at one distance the first k hold the k patches of lowest row.
+Every search orders patches by distance, then by stored row. Contexts are numbered in the order of their first patches,
+so that of contexts at one distance the first k hold the k patches of lowest row.
 
 Numpy alone: this runs inside host callbacks.
 """
@@ -22,29 +22,31 @@ from jaxtyping import Bool, Float, Int, Integer, UInt16, UInt64
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.distances import rounded
+from arrag_jax.ops.keys import KEY_KINDS, KeyKind
 from arrag_jax.ops.neighbors import Neighbors
-from arrag_jax.store.datastore import Datastore, unit_norm
+from arrag_jax.store.datastore import Datastore
 
 MOST_ROWS = 2**31 - 1  # ids are int32
 
 
 @runtime_checkable
 class Keys(Protocol):
-    """Keys that can be had by entry: a numpy array, or what makes them from something smaller."""
+    """Keys that can be had by number: a numpy array, or what makes them from something smaller."""
 
     nbytes: int
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, entry: Any, /) -> np.ndarray:
-        """Float32 [..., E] of an integer array or slice of entries."""
+    def __getitem__(self, number: Any, /) -> np.ndarray:
+        """Float32 [..., E] of an integer array or slice of numbers."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class CodebookKeys:
-    """Keys of contexts, 8 bytes each; their codes' vectors side by side."""
+class KeysOfContexts:
+    """Keys that are the queries of unique contexts, 8 bytes each."""
 
+    kind: KeyKind
     contexts: UInt16[np.ndarray, "U 4"]
     codebook: Float[np.ndarray, "V C"]
 
@@ -62,16 +64,17 @@ class CodebookKeys:
         _, which, count = np.unique(rounded(self.codebook), axis=0, return_inverse=True, return_counts=True)
         return count[which.reshape(-1)] > 1
 
-    def __getitem__(self, entry: Any, /) -> np.ndarray:
-        vectors = np.take(self.codebook, self.contexts[entry], 0)
-        return vectors.reshape(*vectors.shape[:-2], -1)
+    def __getitem__(self, number: Any, /) -> np.ndarray:
+        return self.kind.query(self.codebook, self.contexts[number])
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentKeys:
-    """Keys of the stored rows ``[first, first + count)``, from the maps of cell vectors that they share."""
+class KeysOfRows:
+    """Keys of the stored rows ``[first, first + count)``, made of the images' records."""
 
-    maps: Float[np.ndarray, "n H W C"]
+    kind: KeyKind
+    records: np.ndarray
+    codebook: Float[np.ndarray, "V C"]
     first: int
     count: int
 
@@ -80,46 +83,47 @@ class LatentKeys:
 
     @property
     def nbytes(self) -> int:
-        """This part's share of the maps."""
-        _, height, width, _ = self.maps.shape
-        return self.maps.nbytes * self.count // (len(self.maps) * len(grid_ops.cells_with_context(height, width)))
+        """This part's share of the records."""
+        patches = len(self.records) * len(grid_ops.cells_with_context(*self.records.shape[1:3]))
+        return self.records.nbytes * self.count // patches
 
-    def __getitem__(self, entry: Any, /) -> np.ndarray:
-        rows = np.arange(self.count)[entry] if isinstance(entry, slice) else np.asarray(entry)
-        _, height, width, dim = self.maps.shape
-        image, cell = grid_ops.image_and_cell(rows + self.first, height, width)
-        cells = image[..., None] * (height * width) + grid_ops.context_cells(height, width)[cell]
-        return unit_norm(self.maps.reshape(-1, dim)[cells]).reshape(*rows.shape, -1)
+    def __getitem__(self, number: Any, /) -> np.ndarray:
+        rows = np.arange(self.count)[number] if isinstance(number, slice) else np.asarray(number)
+        return self.kind.stored(self.records, self.codebook, rows + self.first)
 
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """N stored patches as U entries.
+    """N stored patches of U unique contexts; where keys hardly repeat, U = N and each patch has a key of its own.
 
     Attributes:
-      keys: of every entry; ``CodebookKeys`` where folded.
-      codes: the code each patch offers; entry by entry, and inside an entry in stored-row order.
-      contexts: code ids of every entry, in the order of its first patch; None: entries are patches, unfolded.
-      starts: where in ``codes`` and ``rows`` each entry begins, and the end; None when unfolded.
-      rows: stored row of each patch, in the order of ``codes``; None when unfolded: it is its place.
-      by_context: the entries in ascending order of ``packed`` contexts; None when unfolded.
+      keys: of every unique context.
+      codes: the code each patch offers; context by context, and inside its posting list in stored-row order.
+      kind: of the keys.
+      contexts: code ids of every unique context, in the order of its first patch; None: each patch has its own key.
+      starts: where in ``codes`` and ``rows`` the posting list of each context begins, and the end; None likewise.
+      rows: the posting lists, one after another: stored row of each patch, in the order of ``codes``; None likewise,
+        because it is its place.
+      by_context: the unique contexts in ascending order of ``packed``; None likewise.
     """
 
     keys: Keys
     codes: Integer[np.ndarray, " N"]
+    kind: KeyKind = KEY_KINDS["latent"]
     contexts: UInt16[np.ndarray, "U 4"] | None = None
     starts: Int[np.ndarray, " U+1"] | None = None
     rows: Int[np.ndarray, " N"] | None = None
     by_context: Int[np.ndarray, " U"] | None = None
 
     @classmethod
-    def fold(
+    def deduplicate(
         cls,
         contexts: Integer[np.ndarray, "N 4"],
         codes: Integer[np.ndarray, " N"],
         codebook: Float[np.ndarray, "V C"],
+        kind: KeyKind = KEY_KINDS["codebook"],
     ) -> "Patches":
-        """Folds patches, given in stored-row order, of at most 2**16 codes."""
+        """Unique contexts and posting lists of patches, given in stored-row order, of at most 2**16 codes."""
         whole = packed(contexts)
         rows = np.argsort(whole, kind="stable").astype(np.int32)
         whole = whole[rows]
@@ -132,8 +136,8 @@ class Patches:
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         rows = rows[np.arange(len(rows)) + np.repeat(moved - starts[:-1], counts)]
         distinct, codebook = distinct[order].view("<u2").reshape(-1, 4), np.asarray(codebook, np.float32)
-        keys, codes = CodebookKeys(distinct, codebook), codes.astype(np.uint16)[rows]
-        return cls(keys, codes, distinct, starts, rows, by_context)
+        keys, codes = KeysOfContexts(kind, distinct, codebook), codes.astype(np.uint16)[rows]
+        return cls(keys, codes, kind, distinct, starts, rows, by_context)
 
     @property
     def nbytes(self) -> int:
@@ -142,7 +146,7 @@ class Patches:
         return sum(held.nbytes for held in arrays if held is not None)
 
     def own(self, context: Int[np.ndarray, "n 4"]) -> tuple[np.ndarray, np.ndarray]:
-        """The entry of exactly each context and the number of its patches; (any, 0) where there is none.
+        """The number of exactly each context and that of its patches; (any, 0) where there is none.
 
         Also 0 where another context may be at distance 0, because two rows of the codebook are equal.
         """
@@ -150,47 +154,47 @@ class Patches:
             return np.zeros(len(context), np.int32), np.zeros(len(context), np.int32)
         wanted, held = packed(context), self.contexts.view("<u8")[:, 0]
         place = np.searchsorted(held, wanted, sorter=self.by_context)
-        entry = self.by_context[np.minimum(place, len(held) - 1)]
-        alone = (held[entry] == wanted) & ~self.keys.repeated[context].any(1)
-        return entry, np.where(alone, self.starts[entry + 1] - self.starts[entry], 0)
+        unique = self.by_context[np.minimum(place, len(held) - 1)]
+        alone = (held[unique] == wanted) & ~self.keys.repeated[context].any(1)
+        return unique, np.where(alone, self.starts[unique + 1] - self.starts[unique], 0)
 
     def lay_out(
-        self, entry: Int[np.ndarray, "n m"], distance: Float[np.ndarray, "n m"], k: int
+        self, unique: Int[np.ndarray, "n m"], distance: Float[np.ndarray, "n m"], k: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The first k patches of each row of entries, by distance and then by stored row.
+        """The first k patches of each row of unique contexts, by distance and then by stored row.
 
         Args:
-          entry: nearest first, and at one distance in ascending order; -1 in empty slots, which come last.
+          unique: nearest first, and at one distance in ascending order; -1 in empty slots, which come last.
 
         Returns:
           codes, distances and stored rows, [n, k].
         """
-        entry, distance = entry[:, :k], distance[:, :k]
-        found = no_neighbors(len(entry), k)
+        unique, distance = unique[:, :k], distance[:, :k]
+        found = no_neighbors(len(unique), k)
         if self.starts is None:
-            first, count = entry, (entry >= 0).astype(np.int64)
+            first, count = unique, (unique >= 0).astype(np.int64)
         else:
-            first = self.starts[entry]
-            count = np.where(entry >= 0, self.starts[entry + 1] - first, 0).astype(np.int64)
-        equal = np.zeros(entry.shape, bool)  # to the entry before
-        equal[:, 1:] = (distance[:, 1:] == distance[:, :-1]) & (entry[:, 1:] >= 0)
+            first = self.starts[unique]
+            count = np.where(unique >= 0, self.starts[unique + 1] - first, 0).astype(np.int64)
+        equal = np.zeros(unique.shape, bool)  # to the one before
+        equal[:, 1:] = (distance[:, 1:] == distance[:, :-1]) & (unique[:, 1:] >= 0)
         nearer = np.cumsum(count, 1) - count
         nearer = np.maximum.accumulate(np.where(equal, 0, nearer), 1)  # patches at smaller distances
-        count = np.clip(k - nearer, 0, count)  # more than k in all where entries at one distance compete
+        count = np.clip(k - nearer, 0, count)  # more than k in all where contexts at one distance compete
         slot = (np.cumsum(count, 1) - count).reshape(-1)
         count = count.reshape(-1)
-        source = np.repeat(np.arange(entry.size), count)
+        source = np.repeat(np.arange(unique.size), count)
         offset = np.arange(len(source)) - np.repeat(np.cumsum(count) - count, count)
         place = first.reshape(-1)[source] + offset
-        query, slot, away = source // entry.shape[1], slot[source] + offset, distance.reshape(-1)[source]
+        query, slot, distance = source // unique.shape[1], slot[source] + offset, distance.reshape(-1)[source]
         if self.rows is not None:
             equal[:, :-1] |= equal[:, 1:]
             tied = np.flatnonzero(equal.reshape(-1)[source])
-            order = np.lexsort((self.rows[place[tied]], away[tied], query[tied]))
+            order = np.lexsort((self.rows[place[tied]], distance[tied], query[tied]))
             place[tied] = place[tied[order]]  # queries and distances are in order already
         kept = slot < k
         where, place = (query[kept], slot[kept]), place[kept]
-        found.code[where], found.distance[where] = self.codes[place], away[kept]
+        found.code[where], found.distance[where] = self.codes[place], distance[kept]
         found.id[where] = place if self.rows is None else self.rows[place]
         return tuple(found)
 
@@ -201,7 +205,9 @@ def no_neighbors(queries: int, k: int) -> Neighbors:
     return Neighbors(none, np.full((queries, k), np.inf, np.float32), none.copy())
 
 
-def unfolded(keys: Float[np.ndarray, "N E"], codes: Integer[np.ndarray, " N"]) -> Callable[[tuple[int, int]], Patches]:
+def one_key_each(
+    keys: Float[np.ndarray, "N E"], codes: Integer[np.ndarray, " N"]
+) -> Callable[[tuple[int, int]], Patches]:
     """Patches of keys as they are, by first row and end."""
     return lambda rows: Patches(keys[slice(*rows)], codes[slice(*rows)])
 
@@ -211,17 +217,17 @@ def packed(contexts: Integer[np.ndarray, "n 4"]) -> UInt64[np.ndarray, " n"]:
     return np.ascontiguousarray(contexts, "<u2").view("<u8")[:, 0]
 
 
-def stored_patches(store: Datastore, kind: str, rows: tuple[int, int]) -> Patches:
+def stored_patches(store: Datastore, name: str, rows: tuple[int, int]) -> Patches:
     """Patches of a part of a store; their rows count from its first.
 
     Args:
-      kind: "codebook" or "latent".
+      name: of the kind of key, one of ``KEY_KINDS``.
       rows: first stored row and end.
 
     Raises:
       UserError: the store does not hold such keys, or more patches than ids can number.
     """
-    store.require_kind(kind)
+    store.require_kind(name)
     if store.num_patches > MOST_ROWS:
         most = MOST_ROWS // store.settings.patches_per_image
         raise UserError(
@@ -234,6 +240,9 @@ def stored_patches(store: Datastore, kind: str, rows: tuple[int, int]) -> Patche
     first, end = first - images[0] * step, end - images[0] * step
     grids = store.codes_of(*images)
     codes = grid_ops.next_codes_of_grids(grids).reshape(-1)[first:end]
-    if kind == "latent":
-        return Patches(LatentKeys(store.latents_of(*images), first, end - first), codes)
-    return Patches.fold(grid_ops.contexts_of_grids(grids).reshape(-1, 4)[first:end], codes, store.codebook)
+    kind = KEY_KINDS[name]
+    if kind.unique:
+        contexts = grid_ops.contexts_of_grids(grids).reshape(-1, 4)[first:end]
+        return Patches.deduplicate(contexts, codes, store.codebook, kind)
+    records = store.records_of(kind.file, *images)
+    return Patches(KeysOfRows(kind, records, store.codebook, first, end - first), codes, kind)

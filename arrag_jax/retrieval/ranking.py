@@ -1,4 +1,4 @@
-"""From found entries to ranked patches, on the device: by distance, and at one distance by stored row."""
+"""From found contexts to ranked patches, on the device: by distance, and at one distance by stored row."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,52 +13,52 @@ NO_ROW = jnp.iinfo(jnp.int32).max
 
 
 def lay_out(
-    entry: Int[Array, "B n"],
+    unique: Int[Array, "B n"],
     distance: Float[Array, "B n"],
     k: int,
     codes: Integer[Array, " N"],
     starts: Int[Array, " U1"] | None,
     rows: Int[Array, " N"] | None,
 ) -> Neighbors:
-    """The first k patches of entries.
+    """The first k patches of unique contexts.
 
     Args:
-      entry: nearest first, and at one distance in ascending order; -1 in empty slots, which come last.
+      unique: nearest first, and at one distance in ascending order; -1 in empty slots, which come last.
       codes, starts, rows: as ``DenseRetriever``'s.
     """
-    short = k - entry.shape[1]
+    short = k - unique.shape[1]
     if starts is None:
-        entry = jnp.pad(entry, ((0, 0), (0, max(0, short))), constant_values=-1)[:, :k]
+        unique = jnp.pad(unique, ((0, 0), (0, max(0, short))), constant_values=-1)[:, :k]
         distance = jnp.pad(distance, ((0, 0), (0, max(0, short))), constant_values=jnp.inf)[:, :k]
-        code = jnp.take(codes, jnp.maximum(entry, 0)).astype(jnp.int32)
-        return Neighbors(jnp.where(entry < 0, -1, code), jnp.where(entry < 0, jnp.inf, distance), entry)
-    first, end = (jnp.take(starts, jnp.maximum(entry, 0) + i) for i in (0, 1))
-    count = jnp.where(entry >= 0, jnp.minimum(end - first, k), 0)
+        code = jnp.take(codes, jnp.maximum(unique, 0)).astype(jnp.int32)
+        return Neighbors(jnp.where(unique < 0, -1, code), jnp.where(unique < 0, jnp.inf, distance), unique)
+    first, end = (jnp.take(starts, jnp.maximum(unique, 0) + i) for i in (0, 1))
+    count = jnp.where(unique >= 0, jnp.minimum(end - first, k), 0)
     nearer = jnp.cumsum(count, 1) - count
     equal = jnp.pad(distance[:, 1:] == distance[:, :-1], ((0, 0), (1, 0)))
     nearer = jax.lax.cummax(jnp.where(equal, 0, nearer), axis=1)  # patches at smaller distances
-    count = jnp.clip(k - nearer, 0, count)  # more than k in all where entries at one distance compete
+    count = jnp.clip(k - nearer, 0, count)  # more than k in all where contexts at one distance compete
     ends = jnp.cumsum(count, 1)
 
     def slots(start: Array) -> tuple[Array, Array, Array]:
         """Distances, rows and codes of the k slots from ``start`` on."""
         slot = start + jnp.arange(k)
         which = jax.vmap(lambda ends: jnp.searchsorted(ends, slot, side="right"))(ends)
-        full = which < entry.shape[1]
-        which = jnp.minimum(which, entry.shape[1] - 1)
+        full = which < unique.shape[1]
+        which = jnp.minimum(which, unique.shape[1] - 1)
         offset = slot[None] - jnp.take_along_axis(ends - count, which, 1)
         place = jnp.where(full, jnp.take_along_axis(first, which, 1) + offset, 0)
-        away = jnp.where(full, jnp.take_along_axis(distance, which, 1), jnp.inf)
+        distances = jnp.where(full, jnp.take_along_axis(distance, which, 1), jnp.inf)
         row = jnp.where(full, jnp.take(rows, place), NO_ROW)
-        return away, row, jnp.where(full, jnp.take(codes, place).astype(jnp.int32), -1)
+        return distances, row, jnp.where(full, jnp.take(codes, place).astype(jnp.int32), -1)
 
     def merged(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         both = tuple(jnp.concatenate(x, 1) for x in zip(best, slots(i * k), strict=True))
         return tuple(x[:, :k] for x in jax.lax.sort(both, num_keys=2, is_stable=False))
 
     best = jax.lax.sort(slots(jnp.int32(0)), num_keys=2, is_stable=False)
-    away, row, code = jax.lax.fori_loop(1, -(-ends[:, -1].max() // k), merged, tuple(best))
-    return Neighbors(code, away, jnp.where(row == NO_ROW, -1, row))
+    distance, row, code = jax.lax.fori_loop(1, -(-ends[:, -1].max() // k), merged, tuple(best))
+    return Neighbors(code, distance, jnp.where(row == NO_ROW, -1, row))
 
 
 def unless(sure: Bool[Array, " B"], answer: Any, otherwise: Callable[[Any, Array], Any]) -> Any:

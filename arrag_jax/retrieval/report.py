@@ -25,7 +25,7 @@ TOGETHER = 64  # queries a call when speed is measured
 SECONDS = 2.0  # for which it is measured, at least
 NEIGHBORS = (10, 2048)  # K of the two recalls; capped at the number of stored patches
 TOLERANCE = 1e-5  # of distances that count as equal
-BLOCK = 2**16  # entries compared with at once
+BLOCK = 2**16  # keys compared with at once
 BLOCK_IMAGES = 4096  # whose contexts are looked through at once
 
 
@@ -57,7 +57,7 @@ def report(store: Datastore, options: ScannOptions = BY_RULE, kind: str = "") ->
     host = load_index(store, kind, ks[0], options, shards)
     context = held_out_contexts(store)
     patches = [host.shards[shard].patches for shard in range(shards)]
-    farthest = kth_distances(patches, host.codebook[context].reshape(len(context), -1), ks)
+    farthest = kth_distances(patches, patches[0].kind.query(host.codebook, context), ks)
     recall = [recall_of(host.with_k(k), context, kth) for k, kth in zip(ks, farthest, strict=True)]
     figures = {
         "recall_at_10": recall[0],
@@ -92,17 +92,17 @@ def held_out_contexts(store: Datastore) -> Int[np.ndarray, "n 4"]:
 def kth_distances(
     parts: Iterable[Patches], query: Float[np.ndarray, "n E"], ks: list[int]
 ) -> list[Float[np.ndarray, " n"]]:
-    """Distance of the K-th nearest patch of each query, for each K, by comparing with every entry."""
+    """Distance of the K-th nearest patch of each query, for each K, by comparing with every key."""
     most = max(ks)
     near, count = np.full((len(query), 0), np.inf, np.float32), np.zeros((len(query), 0), np.int64)
     for part in parts:
         members = np.ones(len(part.keys), np.int64) if part.starts is None else np.diff(part.starts)
         for first in range(0, len(part.keys), BLOCK):
             block = slice(first, first + BLOCK)
-            away = np.maximum(8 - 2 * query @ part.keys[block].T, 0)
-            near = np.concatenate([near, away], 1)
-            count = np.concatenate([count, np.broadcast_to(members[block], away.shape)], 1)
-            if near.shape[1] > most:  # as every entry has a patch, so many entries hold the K nearest patches
+            distance = np.maximum(part.kind.distance(part.kind.scores(query, part.keys[block])), 0)
+            near = np.concatenate([near, distance], 1)
+            count = np.concatenate([count, np.broadcast_to(members[block], distance.shape)], 1)
+            if near.shape[1] > most:  # as every context has a patch, so many contexts hold the K nearest patches
                 kept = np.argpartition(near, most - 1, 1)[:, :most]
                 near, count = (np.take_along_axis(x, kept, 1) for x in (near, count))
     order = np.argsort(near, 1)

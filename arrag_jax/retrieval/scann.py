@@ -3,13 +3,13 @@
 What ScaNN does differently is put right here, and nowhere else knows of it: it gives ids as uint32, pads
 misses with id 0 and distance NaN, returns fewer columns than asked, and orders equal distances anyhow.
 
-An index is a k-means tree over entries (``retrieval.patches``); the members of the leaves nearest to a query are
-scored, in squared L2. Keys have 32 numbers, so few that asymmetric hashing loses on both sides: lower recall in the
-same time, longer builds. Trees for the dot product find less on keys of equal norm. Where contexts hardly repeat,
+An index is a k-means tree over unique contexts (``retrieval.patches``); the members of the leaves nearest to a query
+are scored, in squared L2. Keys have 32 numbers, so few that asymmetric hashing loses on both sides: lower recall in
+the same time, longer builds. Trees for the dot product find less on keys of equal norm. Where contexts hardly repeat,
 keys are held as int8. Distances of what ScaNN gives are computed anew in float32, and a bound on its errors tells
 when it has to be asked for more. So in both forms distances are exact, equal in every batch, and only neighbours in
-leaves that are not searched are missed. A context that has k patches of its own needs no search at all.
-The callback's body is numpy and ScaNN alone: jax.numpy inside a host callback hangs on CPU.
+leaves that are not searched are missed. A context that has k patches of its own needs no search at all. The
+callback's body is numpy and ScaNN alone: jax.numpy inside a host callback hangs on CPU.
 """
 
 import dataclasses
@@ -30,18 +30,18 @@ from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
 from arrag_jax.native_output import hushed
 from arrag_jax.ops import handles
-from arrag_jax.ops.distances import host_distances, score_error
+from arrag_jax.ops.distances import host_distances
 from arrag_jax.ops.host import host_call
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.dense import require_k
-from arrag_jax.retrieval.patches import Patches, no_neighbors, packed, unfolded
+from arrag_jax.retrieval.patches import Patches, no_neighbors, one_key_each, packed
 
 TRAINING_KEYS = 200_000  # most keys that k-means sees
 QUERIES_A_THREAD = 2  # a single one is not worth its hand-over
-SPARE = {4: (16, 0.0), 1: (64, 0.5)}  # entries asked for beyond those expected, and their share, by bytes a number
-MORE = 4  # how many times more are asked for where these were too few
-WORTH = 12  # leaves searched hold at least so many times the entries asked for
-FLOAT32_SHARE = 0.25  # up to this share of entries among patches an index holds float32, beyond it int8
+SPARE = {4: (16, 0.0), 1: (64, 0.5)}  # contexts requested beyond those expected, and their share, by bytes a number
+MORE = 4  # how many times more are requested where these were too few
+WORTH = 12  # leaves searched hold at least so many times the contexts requested
+FLOAT32_SHARE = 0.25  # up to this share of unique contexts among patches an index holds float32, beyond it int8
 BLOCK = 2**16  # keys made at once
 EXACT_NUMBERS = 2**18  # numbers whose distances are computed at once: they stay in a core's cache
 
@@ -49,25 +49,25 @@ BY_RULE = ScannOptions()
 EXHAUSTIVE = ScannOptions(exhaustive_below=2**62)  # exact results, whatever N is
 
 
-def num_leaves(entries: int, options: ScannOptions) -> int:
-    """Leaves of the tree over so many entries; 0 = no tree, every key is scored."""
-    if entries < options.exhaustive_below:
+def num_leaves(unique: int, options: ScannOptions) -> int:
+    """Leaves of the tree over so many unique contexts; 0 = no tree, every key is scored."""
+    if unique < options.exhaustive_below:
         return 0
-    return min(options.leaves or round(2 * math.sqrt(entries)), entries)
+    return min(options.leaves or round(2 * math.sqrt(unique)), unique)
 
 
-def num_leaves_to_search(entries: int, asked: int, options: ScannOptions) -> int:
-    """How many of them a search for so many entries looks into; at least 1."""
-    leaves = num_leaves(entries, options)
-    enough = -(-WORTH * asked * leaves // entries)
+def num_leaves_to_search(unique: int, requested: int, options: ScannOptions) -> int:
+    """How many of them a search for so many contexts looks into; at least 1."""
+    leaves = num_leaves(unique, options)
+    enough = -(-WORTH * requested * leaves // unique)
     return max(1, min(options.leaves_to_search or max(25, leaves // 100, enough), leaves))
 
 
-def bytes_a_number(entries: int, patches: int, options: ScannOptions) -> int:
+def bytes_a_number(unique: int, patches: int, options: ScannOptions) -> int:
     """4 (float32) or 1 (int8): what the index holds of every number of a key."""
-    if not num_leaves(entries, options):
+    if not num_leaves(unique, options):
         return 4  # ScaNN 1.4.2 crashes on int8 without a tree
-    return options.bytes_a_number or (4 if entries <= FLOAT32_SHARE * patches else 1)
+    return options.bytes_a_number or (4 if unique <= FLOAT32_SHARE * patches else 1)
 
 
 def import_scann() -> ModuleType:
@@ -85,18 +85,18 @@ def import_scann() -> ModuleType:
 
 @hushed()
 def build_searcher(patches: Patches, options: ScannOptions) -> Any:
-    """A ScaNN searcher over the entries; on one kind of machine its files have the same bytes in every build."""
-    entries, rows = len(patches.keys), len(patches.codes)
-    keys = np.empty((entries, patches.keys[:1].shape[1]), np.float32)
-    for first in range(0, entries, BLOCK):
+    """A ScaNN searcher over the unique contexts; on one kind of machine every build has the same bytes."""
+    unique = len(patches.keys)
+    keys = np.empty((unique, patches.keys[:1].shape[1]), np.float32)
+    for first in range(0, unique, BLOCK):
         keys[first : first + BLOCK] = patches.keys[first : first + BLOCK]
-    leaves = num_leaves(entries, options)
+    leaves = num_leaves(unique, options)
     builder = import_scann().builder(keys, 10, "squared_l2")  # 10 is only a default, which every search overrides
     if leaves:
-        # ScaNN's random start has no seed, its k-means++ has one; several threads put some entries into any leaf
-        means = {"training_sample_size": min(entries, TRAINING_KEYS), "quantize_centroids": True, "random_init": False}
-        builder = builder.tree(leaves, num_leaves_to_search(entries, 10, options), **means).set_n_training_threads(1)
-    return builder.score_brute_force(quantize=bytes_a_number(entries, rows, options) == 1).build()
+        # ScaNN's random start has no seed, its k-means++ has one; several threads put some keys into any leaf
+        means = {"training_sample_size": min(unique, TRAINING_KEYS), "quantize_centroids": True, "random_init": False}
+        builder = builder.tree(leaves, num_leaves_to_search(unique, 10, options), **means).set_n_training_threads(1)
+    return builder.score_brute_force(quantize=bytes_a_number(unique, len(patches.codes), options) == 1).build()
 
 
 def shard_bounds(rows: int, shards: int) -> list[tuple[int, int]]:
@@ -125,10 +125,10 @@ class ShardSearch:
     @property
     def nbytes(self) -> int:
         """Bytes held: keys with norms and leaves in both directions, centroids, contexts, rows and codes."""
-        entries, numbers = len(self.patches.keys), self.patches.keys[:1].shape[1]
-        leaves = num_leaves(entries, self.options)
-        an_entry = numbers * self.bytes_a_number + (4 if self.bytes_a_number == 1 else 0) + (8 if leaves else 0)
-        return entries * an_entry + 4 * leaves * numbers + self.patches.nbytes
+        unique, numbers = len(self.patches.keys), self.patches.keys[:1].shape[1]
+        leaves = num_leaves(unique, self.options)
+        each = numbers * self.bytes_a_number + (4 if self.bytes_a_number == 1 else 0) + (8 if leaves else 0)
+        return unique * each + 4 * leaves * numbers + self.patches.nbytes
 
     def search(
         self, context: Int[np.ndarray, "n 4"], query: Float[np.ndarray, "n E"], k: int
@@ -137,49 +137,50 @@ class ShardSearch:
 
         Nearest first; equal distances by stored row.
         """
-        entries, rows = len(self.patches.keys), len(self.patches.codes)
+        unique, rows = len(self.patches.keys), len(self.patches.codes)
         own, count = self.patches.own(context)
         answer = self.patches.lay_out(np.where(count >= k, own, -1)[:, None], np.zeros((len(own), 1), np.float32), k)
         left = np.flatnonzero(count < k)
-        asked, (spare, share) = min(k, 2 * k * entries // rows), SPARE[self.bytes_a_number]
-        asked += spare + int(share * asked)
+        requested, (spare, share) = min(k, 2 * k * unique // rows), SPARE[self.bytes_a_number]
+        requested += spare + int(share * requested)
         while len(left):
-            asked = min(asked, entries)
-            entry, distance, bound = self._nearest(query[left], asked)
-            found = self.patches.lay_out(entry, distance, k)
+            requested = min(requested, unique)
+            found, distance, bound = self._nearest(query[left], requested)
+            found = self.patches.lay_out(found, distance, k)
             for whole, part in zip(answer, found, strict=True):
                 whole[left] = part
             left = left[np.isfinite(bound) & (found[1][:, -1] >= bound)]
-            asked *= MORE
+            requested *= MORE
         return answer
 
-    def _nearest(self, query: np.ndarray, asked: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Entries and exact distances [n, asked], and bounds [n]: no other entry of these leaves is nearer."""
+    def _nearest(self, query: np.ndarray, requested: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Contexts and exact distances [n, requested], and bounds [n]: no other context of these leaves is nearer."""
         found, near = self.searcher.search_batched_parallel(
             query,
-            final_num_neighbors=asked,
-            leaves_to_search=num_leaves_to_search(len(self.patches.keys), asked, self.options),
+            final_num_neighbors=requested,
+            leaves_to_search=num_leaves_to_search(len(self.patches.keys), requested, self.options),
             batch_size=QUERIES_A_THREAD,
         )
         hit = ~np.isnan(near)
-        entry = np.where(hit, found, 0).astype(np.int64)
-        distance = np.where(hit, self._exact(query, entry), np.inf).astype(np.float32)
-        # distances are not negative, so that their bits order as they do; one sort then orders by distance and entry
-        order = np.sort(distance.view(np.int32).astype(np.int64) << 32 | entry, 1)
+        unique = np.where(hit, found, 0).astype(np.int64)
+        distance = np.where(hit, self._exact(query, unique), np.inf).astype(np.float32)
+        # distances are not negative, so that their bits order as they do; one sort then orders by distance and context
+        order = np.sort(distance.view(np.int32).astype(np.int64) << 32 | unique, 1)
         distance = (order >> 32).astype(np.int32).view(np.float32)
-        entry = np.where(np.isfinite(distance), order & 0xFFFFFFFF, -1)
-        # int8 holds parts of unit norm in steps of at most 1/127
-        error = score_error(query.shape[1]) + (0 if self.bytes_a_number == 4 else np.abs(query).sum(1) / 127)
-        exhausted = (hit.sum(1) < asked) | (asked == len(self.patches.keys))
-        return entry, distance, np.where(exhausted, np.inf, np.where(hit, near, 0).max(1) - error)
+        unique = np.where(np.isfinite(distance), order & 0xFFFFFFFF, -1)
+        # int8 holds numbers between -1 and 1 in steps of at most 1/127
+        rounding = 0 if self.bytes_a_number == 4 else np.abs(query).sum(1) / 127
+        error = self.patches.kind.score_error(query.shape[1]) + rounding
+        exhausted = (hit.sum(1) < requested) | (requested == len(self.patches.keys))
+        return unique, distance, np.where(exhausted, np.inf, np.where(hit, near, 0).max(1) - error)
 
-    def _exact(self, query: np.ndarray, entry: np.ndarray) -> np.ndarray:
-        """Float32 squared distances [n, m] of queries and entries; the same in every batch."""
-        distance = np.empty(entry.shape, np.float32)
-        step = max(1, EXACT_NUMBERS // max(1, query.shape[1] * entry.shape[1]))
-        for first in range(0, len(entry), step):
+    def _exact(self, query: np.ndarray, unique: np.ndarray) -> np.ndarray:
+        """Float32 squared distances [n, m] of queries and contexts; the same in every batch."""
+        distance = np.empty(unique.shape, np.float32)
+        step = max(1, EXACT_NUMBERS // max(1, query.shape[1] * unique.shape[1]))
+        for first in range(0, len(unique), step):
             part = slice(first, first + step)
-            distance[part] = host_distances(query[part], self.patches.keys[entry[part]])
+            distance[part] = host_distances(query[part], self.patches.keys[unique[part]])
         return distance
 
 
@@ -198,7 +199,7 @@ class HostSearch:
         Args:
           shards: shard → its search; a process needs only the shards of its own devices.
           bounds: first row and end of every shard.
-          codebook: float32, rows of unit norm; embeds the queries.
+          codebook: float32, rows of unit norm; makes the queries.
           k: neighbours a query.
           index_hash: of the saved index (``index.index_hash``); empty: built in memory.
 
@@ -220,16 +221,16 @@ class HostSearch:
         k: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The callback: codes, distances and ids [*batch, K], K = ``k`` or its own; ids count from a shard's first."""
-        context, which, k = np.asarray(context), int(np.asarray(shard).reshape(-1)[0]), self.k if k is None else k
-        flat = context.reshape(-1, 4)
-        answer, whole = no_neighbors(len(flat), k), np.flatnonzero((flat >= 0).all(1))
+        search, k = self.shards[int(np.asarray(shard).reshape(-1)[0])], self.k if k is None else k
+        flat, kind = np.asarray(context).reshape(-1, context.shape[-1]), search.patches.kind
+        answer, whole = no_neighbors(len(flat), k), np.flatnonzero(kind.complete(flat))
         if len(whole):
-            # contexts repeat (plain grounds), so each is asked for once
+            # contexts repeat (plain grounds), so each is requested once
             _, first, place = np.unique(packed(flat[whole]), return_index=True, return_inverse=True)
-            asked = flat[whole[first]]
-            query = self.codebook[asked].reshape(len(asked), -1)
-            for slots, found in zip(answer, self.shards[which].search(asked, query, k), strict=True):
-                slots[whole] = found[place]
+            requested = flat[whole[first]]
+            found = search.search(requested, kind.query(self.codebook, requested), k)
+            for slots, new in zip(answer, found, strict=True):
+                slots[whole] = new[place]
         code, distance, id_ = (slots.reshape(*context.shape[:-1], k) for slots in answer)
         return code, distance, id_
 
@@ -327,7 +328,7 @@ class ScannRetriever:
         options: ScannOptions = BY_RULE,
     ) -> "ScannRetriever":
         """Builds an index in memory of keys as they are; arguments and errors as ``DenseRetriever.create``."""
-        return cls.of(build_host(unfolded(keys, codes), len(codes), codebook, k, options))
+        return cls.of(build_host(one_key_each(keys, codes), len(codes), codebook, k, options))
 
     @classmethod
     def of(cls, host: HostSearch) -> "ScannRetriever":
@@ -346,5 +347,4 @@ class ScannRetriever:
         shape = (len(context), self.k)
         result = tuple(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.int32))
         # a callback has no derivative, and none is wanted
-        asked = jax.lax.stop_gradient((context, self.shard, self.number))
-        return Neighbors(*host_call(_Ask(self.k), result, *asked))
+        return Neighbors(*host_call(_Ask(self.k), result, *jax.lax.stop_gradient((context, self.shard, self.number))))

@@ -77,7 +77,7 @@ def shard_dense(
     batch_axis: str | None = None,
     storage: str = "float32",
 ) -> ShardedRetriever:
-    """The search of every entry, with the entries spread over a mesh axis.
+    """The search of every key, with the unique contexts spread over a mesh axis.
 
     Args:
       patches: from first row and end of a shard to its patches; asked for this process' shards alone.
@@ -89,10 +89,13 @@ def shard_dense(
     """
     require_k(k, num_rows)
     bounds = shard_bounds(num_rows, mesh.shape[axis])
-    parts = {s: leaves_of(patches(bounds[s]), storage) for s in local_shards(mesh, axis)}
-    one = next(iter(parts.values()))
+    parts, kinds = {}, {}
+    for s in local_shards(mesh, axis):
+        part = patches(bounds[s])
+        parts[s], kinds[s] = leaves_of(part, storage), part.kind
+    one, kind = next(iter(parts.values())), next(iter(kinds.values()))
     held = [name for name, leaf in one.items() if leaf is not None]
-    # shards are padded to one size, with entries that have no patches and rows that have no code
+    # shards are padded to one size, with contexts that have no patches and rows that have no code
     sizes = {name: _largest(max(len(part[name]) for part in parts.values())) for name in held}
 
     def padded(name: str, s: int) -> np.ndarray:
@@ -106,7 +109,8 @@ def shard_dense(
         for name in held
     }
     codebook = np.asarray(codebook, np.float32)
-    local = DenseRetriever(codebook=_stacked(lambda s: codebook, codebook.shape, mesh, axis), k=k, **leaves)
+    leaves["codebook"] = _stacked(lambda s: codebook, codebook.shape, mesh, axis)
+    local = DenseRetriever(kind=kind, k=k, **leaves)
     return ShardedRetriever(local, _first_rows(bounds, mesh, axis), mesh, axis, batch_axis)
 
 

@@ -35,7 +35,7 @@ from jaxtyping import Float, UInt16
 
 from arrag_jax.errors import UserError
 from arrag_jax.files import sha256_of
-from arrag_jax.ops import grid as grid_ops
+from arrag_jax.ops.keys import KEY_KINDS
 from arrag_jax.parsing import in_range
 from arrag_jax.store.shards import (
     MANIFEST,
@@ -47,11 +47,11 @@ from arrag_jax.store.shards import (
     require_digest,
 )
 
-KEY_KINDS = ("codebook", "latent")
 CODEBOOK = "codebook.npz"
 SAME_IN_ALL_SEGMENTS = ("fingerprint", "grid", "codebook_size", "code_dim", "keys", "captions")
 GROW = ("keys", "captions")  # of these a whole store can be given more
-FURTHER = ("latents-", "captions-")  # files that a whole store can be given later; see ``store.extension``
+# Files that a whole store can be given later; see ``store.extension``
+FURTHER = ("captions-", *(f"{kind.file}-" for kind in KEY_KINDS.values() if kind.file != "codes"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +99,8 @@ class StoreSettings(ShardSettings):
         files = {"codes": f"codes-{place}.arrayrecord", "sources": f"sources-{place}.txt"}
         if self.captions:
             files["captions"] = f"captions-{place}.txt"
-        if "latent" in self.keys:
-            files["latents"] = f"latents-{place}.arrayrecord"
-        return files
+        parts = (KEY_KINDS[kind].file for kind in self.keys)
+        return files | {part: f"{part}-{place}.arrayrecord" for part in parts if part not in files}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,24 +223,39 @@ class Datastore(ShardFolder):
                 raise ValueError(f"it holds {codebook.dtype} {codebook.shape}, not finite float32 {shape}")
             return codebook
 
-    @functools.cached_property
+    @property
     def codes(self) -> UInt16[np.ndarray, "n H W"]:
         """Code grids of all images."""
-        return self.codes_of(0, self.num_images)
+        return self.records("codes")
 
     def codes_of(self, first: int, end: int) -> UInt16[np.ndarray, "n H W"]:
         """Code grids of the images ``first`` to ``end``; opens only the files that hold some of them."""
-        return self._read("codes", "<u2", self.settings.grid, first, end)
+        return self.records_of("codes", first, end)
+
+    def records(self, part: str) -> np.ndarray:
+        """A part's records of all images; see ``records_of``."""
+        if part not in self._whole:
+            self._whole[part] = self.records_of(part, 0, self.num_images)
+        return self._whole[part]
 
     @functools.cached_property
-    def latents(self) -> Float[np.ndarray, "n H W C"]:
-        """Unit-norm encoder outputs before quantisation, float16."""
-        return self.latents_of(0, self.num_images)
+    def _whole(self) -> dict[str, np.ndarray]:
+        return {}
 
-    def latents_of(self, first: int, end: int) -> Float[np.ndarray, "n H W C"]:
-        """``latents`` of the images ``first`` to ``end``; as ``codes_of``."""
-        self.require_kind("latent")
-        return self._read("latents", "<f2", (*self.settings.grid, self.settings.code_dim), first, end)
+    def records_of(self, part: str, first: int, end: int) -> np.ndarray:
+        """What keys are made of, for the images ``first`` to ``end``.
+
+        Args:
+          part: ``KeyKind.file`` of a kind: "codes", or "latents" (unit-norm encoder outputs before quantisation).
+
+        Raises:
+          UserError: no such part here.
+        """
+        kind = next(kind for kind in KEY_KINDS.values() if kind.file == part)
+        if part != "codes":
+            self.require_kind(kind.name)
+        shape = kind.record_shape(self.settings.grid, self.settings.code_dim)
+        return self._read(part, kind.dtype, shape, first, end)
 
     @functools.cached_property
     def sources(self) -> list[str]:
@@ -332,16 +346,3 @@ def require_length(record: bytes, dtype: str, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless a record holds an array of this shape."""
     if len(record) != math.prod(shape) * np.dtype(dtype).itemsize:
         raise ValueError(f"its records have {len(record)} bytes, not those of {list(shape)} numbers")
-
-
-def unit_norm(vectors: Float[np.ndarray, "*dims C"]) -> Float[np.ndarray, "*dims C"]:
-    """Rows scaled to length 1, float32; a zero row stays zero."""
-    vectors = np.asarray(vectors, np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-
-
-def keys_of_maps(vectors: Float[np.ndarray, "B H W C"]) -> Float[np.ndarray, "BM E"]:
-    """Keys of maps of cell vectors: the four context cells' vectors side by side, stored-row order."""
-    batch, height, width, dim = vectors.shape
-    cells = grid_ops.context_cells(height, width)[grid_ops.cells_with_context(height, width)]
-    return vectors.reshape(batch, height * width, dim)[:, cells].reshape(-1, 4 * dim)

@@ -10,9 +10,10 @@ from jaxtyping import Float
 from arrag_jax.data.examples import DUPLICATE, Examples, caption_of
 from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_write
+from arrag_jax.ops.keys import KEY_KINDS
 from arrag_jax.progress import Bar
 from arrag_jax.store import building
-from arrag_jax.store.datastore import CODEBOOK, Datastore, StoreSettings, unit_norm
+from arrag_jax.store.datastore import CODEBOOK, Datastore, StoreSettings
 from arrag_jax.store.encoding import Encode, encoded, require_images
 from arrag_jax.store.identity import KnownContents, digests
 from arrag_jax.store.skipped import NONE, SkippedCounts, SkippedImages
@@ -119,20 +120,17 @@ def write_files(
       bar: told of every image.
       is_new: from the codes of a batch and its captions to which of its images are taken.
     """
-    code_records, latent_records, captions = [], [], []
+    records = {kind: [] for kind in KEY_KINDS.values() if kind.file in files}
+    captions: list[str] = []
     for batch, codes, latents in batches:
         words = [caption_of(example) for example in batch] if "captions" in files else None
         new = is_new(codes, words)
-        if "codes" in files:
-            code_records += [grid.tobytes() for grid in codes[new]]
-        if "latents" in files:
-            latent_records += [grid.tobytes() for grid in unit_norm(latents[new]).astype("<f2")]
+        for kind, made in records.items():
+            made += [record.tobytes() for record in kind.records(codes[new], latents[new])]
         if words is not None:
             captions += itertools.compress(words, new)
         bar.update(len(batch))
-    if "codes" in files:
-        building.write_records(directory / files["codes"], code_records, RECORD_OPTIONS)
-    if "latents" in files:
-        building.write_records(directory / files["latents"], latent_records, RECORD_OPTIONS)
+    for kind, made in records.items():
+        building.write_records(directory / files[kind.file], made, RECORD_OPTIONS)
     if "captions" in files:
         building.write_lines(directory / files["captions"], captions)

@@ -1,4 +1,4 @@
-"""Folding equal contexts changes nothing: every search over entries is the naive search over patches."""
+"""Deduplicating contexts changes nothing: every search over unique contexts is the naive search over patches."""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,12 @@ from jax.sharding import AxisType
 from arrag_jax.config import RetrievalConfig, ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
+from arrag_jax.ops.keys import KEY_KINDS
+from arrag_jax.ops.keys.context import unit_norm
 from arrag_jax.retrieval import sharded
-from arrag_jax.retrieval.dense import STORAGES, DenseRetriever
-from arrag_jax.retrieval.patches import LatentKeys, Patches
+from arrag_jax.retrieval.dense import DenseRetriever
+from arrag_jax.retrieval.patches import KeysOfRows, Patches
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever, build_host
-from arrag_jax.store.datastore import unit_norm
 
 V, K = 12, 40
 CODEBOOK = unit_norm(np.random.default_rng(0).normal(size=(V, 8)))
@@ -26,6 +27,7 @@ HALVES = HALVES.astype(np.float32)
 GRIDS = np.random.default_rng(1).choice(V, (400, 5, 6), p=np.arange(1, V + 1) ** 3 / 6084)
 CONTEXTS = grid_ops.contexts_of_grids(GRIDS).reshape(-1, 4)
 CODES = grid_ops.next_codes_of_grids(GRIDS).reshape(-1)
+STORAGES = KEY_KINDS["codebook"].storages
 INT8 = ScannOptions(exhaustive_below=0, leaves=20, leaves_to_search=20, bytes_a_number=1)  # every leaf is searched
 
 
@@ -36,7 +38,11 @@ def queries() -> np.ndarray:
 
 
 def fused(rows: tuple[int, int] = (0, len(CODES)), codebook: np.ndarray = CODEBOOK) -> Patches:
-    return Patches.fold(CONTEXTS[slice(*rows)], CODES[slice(*rows)], codebook)
+    return Patches.deduplicate(CONTEXTS[slice(*rows)], CODES[slice(*rows)], codebook)
+
+
+def latent_keys(maps: np.ndarray, first: int, count: int) -> KeysOfRows:
+    return KeysOfRows(KEY_KINDS["latent"], maps, CODEBOOK, first, count)
 
 
 def naive(context: np.ndarray, k: int, codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -70,11 +76,11 @@ def search(retriever, context: np.ndarray):
     return jax.jit(lambda retriever, context: retriever.search(context))(retriever, jnp.asarray(context))
 
 
-def test_every_patch_is_in_the_entry_of_its_context():
+def test_every_patch_is_in_the_posting_list_of_its_context():
     patches = fused()
     assert len(patches.keys) < len(CODES) / 2
-    entry = np.repeat(np.arange(len(patches.keys)), np.diff(patches.starts))
-    np.testing.assert_array_equal(patches.contexts[entry], CONTEXTS[patches.rows])
+    unique = np.repeat(np.arange(len(patches.keys)), np.diff(patches.starts))
+    np.testing.assert_array_equal(patches.contexts[unique], CONTEXTS[patches.rows])
     np.testing.assert_array_equal(patches.codes, CODES[patches.rows])
     np.testing.assert_array_equal(np.sort(patches.rows), np.arange(len(CODES)))
     assert all((np.diff(rows) > 0).all() for rows in np.split(patches.rows, patches.starts[1:-1]))
@@ -84,7 +90,7 @@ def test_every_patch_is_in_the_entry_of_its_context():
 @pytest.mark.parametrize("k", [1, K, len(CODES)])
 @pytest.mark.parametrize("options", [EXHAUSTIVE, INT8], ids=["float32", "int8"])
 @pytest.mark.parametrize("codebook", [CODEBOOK, HALVES], ids=["normal", "halves"])
-def test_scann_over_entries_is_the_naive_search(codebook, options, k):
+def test_scann_over_unique_contexts_is_the_naive_search(codebook, options, k):
     """With int8 too: its rounding is bounded, so that nothing nearer is left out. Where ties are exact, to the id."""
     context = queries() if k <= K else queries()[::8]
     host = build_host(lambda rows: fused(rows, codebook), len(CODES), codebook, k, options)
@@ -93,7 +99,7 @@ def test_scann_over_entries_is_the_naive_search(codebook, options, k):
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("k, score_bytes", [(1, 2**20), (K, 2**20), (K, 4 * 82 * 900), (700, 2**20)])
-def test_dense_over_entries_is_the_naive_search(storage, k, score_bytes):
+def test_dense_over_unique_contexts_is_the_naive_search(storage, k, score_bytes):
     """In one block and in several."""
     context = queries()
     check(search(DenseRetriever.of(fused(), CODEBOOK, k, storage, score_bytes), context), context, k)
@@ -107,8 +113,8 @@ def test_dense_orders_ties_by_row(storage):
 
 
 @pytest.mark.parametrize("storage", ["scann", *STORAGES])
-def test_sharded_over_entries_is_the_naive_search(storage):
-    """Shards fold to different sizes; the batch is sharded over another axis at the same time."""
+def test_sharded_over_unique_contexts_is_the_naive_search(storage):
+    """Shards have different numbers of unique contexts; the batch is sharded over another axis at the same time."""
     mesh = jax.make_mesh((2, 4), ("data", "store"), axis_types=(AxisType.Auto,) * 2)
     context = queries()
     if storage == "scann":
@@ -149,7 +155,7 @@ def test_rounded_latents_find_what_is_near(kind):
     """ScaNN recomputes distances from the float16 maps; bfloat16 from its own rounded keys."""
     rng = np.random.default_rng(3)
     maps = unit_norm(CODEBOOK[GRIDS] + 0.15 * rng.normal(size=(*GRIDS.shape, 8))).astype(np.float16)
-    patches = Patches(LatentKeys(maps, 0, len(CODES)), CODES.astype(np.uint16))
+    patches = Patches(latent_keys(maps, 0, len(CODES)), CODES.astype(np.uint16))
     context = queries()[:-1]
     true = ((CODEBOOK[context].reshape(-1, 1, 32) - patches.keys[:][None]) ** 2).sum(2)
     if kind == "scann":
@@ -166,25 +172,26 @@ def test_rounded_latents_find_what_is_near(kind):
 
 def test_a_part_of_the_latents_is_its_rows():
     maps = unit_norm(np.random.default_rng(4).normal(size=(7, 5, 6, 8))).astype(np.float16)
-    whole, part = LatentKeys(maps, 0, 7 * 16), LatentKeys(maps, 21, 50)
+    whole, part = latent_keys(maps, 0, 7 * 16), latent_keys(maps, 21, 50)
     np.testing.assert_array_equal(part[:], whole[21:71])
     np.testing.assert_array_equal(part[np.array([[3, 0], [49, 7]])], whole[np.array([[24, 21], [70, 28]])])
 
 
-def test_what_an_index_of_entries_holds():
-    """An entry takes its context, its start and its place by context, a patch a row and a code: 16 U + 6 N + 4."""
+def test_what_an_index_of_unique_contexts_holds():
+    """A context takes its codes, its start and its place by context, a patch a row and a code: 16 U + 6 N + 4."""
     patches = fused()
     assert patches.nbytes == 16 * len(patches.keys) + 6 * len(CODES) + 4
 
 
 def test_codes_are_held_of_contexts_alone():
-    unfolded = Patches(CODEBOOK[CONTEXTS].reshape(-1, 32), CODES)
+    one_each = Patches(CODEBOOK[CONTEXTS].reshape(-1, 32), CODES)
     for storage in ("codes", "int8"):
-        with pytest.raises(UserError, match="codes and int8 for kind 'codebook' alone"):
-            DenseRetriever.of(unfolded, CODEBOOK, K, storage)
-        with pytest.raises(UserError, match=rf"storage='{storage}' is for keys='codebook'; choose float32 or bfloat16"):
+        message = rf"storage='{storage}' .* keys='latent'; choose float32 or bfloat16"
+        with pytest.raises(UserError, match=message):
+            DenseRetriever.of(one_each, CODEBOOK, K, storage)
+        with pytest.raises(UserError, match=message):
             RetrievalConfig("store", keys="latent", storage=storage)
     with pytest.raises(UserError, match="float64"):
-        DenseRetriever.of(unfolded, CODEBOOK, K, "float64")
+        DenseRetriever.of(one_each, CODEBOOK, K, "float64")
     with pytest.raises(UserError, match="bytes_a_number=2"):
         ScannOptions(bytes_a_number=2)
