@@ -30,7 +30,7 @@ import numpy as np
 
 from arrag_jax.command import OPTIONAL_CONFIG, Flag, main_with_config
 from arrag_jax.config import DatastoreConfig, ScannOptions
-from arrag_jax.data.examples import DUPLICATE, PASSED_OVER, Examples
+from arrag_jax.data.examples import DUPLICATE, PASSED_OVER
 from arrag_jax.errors import UserError, printable
 from arrag_jax.models.checkpoint import load_model, tokenizer_fingerprint
 from arrag_jax.models.janus import VISION, Janus
@@ -42,6 +42,7 @@ from arrag_jax.retrieval.scann import BY_RULE
 from arrag_jax.store import extension, segments, writer
 from arrag_jax.store.building import require_same_settings, state_of
 from arrag_jax.store.datastore import Datastore, StoreSettings
+from arrag_jax.store.encoding import EncodedImages
 from arrag_jax.store.identity import contents_of_files
 from arrag_jax.store.images import (
     LISTING,
@@ -55,7 +56,7 @@ from arrag_jax.store.images import (
     told_of,
 )
 from arrag_jax.store.shards import MANIFEST
-from arrag_jax.store.skipped import NONE, SkippedCounts
+from arrag_jax.store.skipped import SkipLimit, SkippedCounts
 from arrag_jax.store.workers import Workers, workers_in
 
 
@@ -126,13 +127,14 @@ def with_what_is_held(
         same = dataclasses.replace(spelt_alike(config, [found]), **held)
         require_same_settings(Datastore, directory, settings_of(same, tokenizer, config.num_images or found.num_images))
 
-        def images(settings: StoreSettings, captions: bool) -> tuple[Examples, dict[str, int]]:
+        def images(settings: StoreSettings, captions: bool) -> tuple[EncodedImages, dict[str, int]]:
             source = ImageSource(settings.source, config.data_dir, captions, tokenizer, "nothing", Path())
             examples = source.images(settings.split)
-            return examples, {examples.source_id(number): number for number in range(len(examples))}
+            encoded = EncodedImages(examples, examples.source_id, encoder(tokenizer), config.batch_size)
+            return encoded, {examples.source_id(number): number for number in range(len(examples))}
 
         store = Datastore.open(directory)
-        extension.extend(store, keys, captions, images, encoder(tokenizer), config.batch_size, workers)
+        extension.extend(store, keys, captions, images, workers)
     return dataclasses.replace(config, keys=keys, captions=captions)
 
 
@@ -169,18 +171,14 @@ def build(
     settings = settings_of(
         config, tokenizer, config.num_images or (found.num_images if begun == "whole" else len(images))
     )
-    store = writer.build(
+    elsewhere = counts_of(whole) if whole else SkippedCounts(0, 0)
+    store = writer.build_datastore(
         directory,
-        images,
-        encoder(tokenizer),
+        EncodedImages(images, images.source_id, encoder(tokenizer), config.batch_size),
         np.asarray(tokenizer.codebook),
         dataclasses.replace(settings, beside=source.beside, keep_duplicates=keep),
-        config.batch_size,
-        images.source_id,
-        config.max_bad_fraction,
+        SkipLimit(config.max_bad_fraction, config.min_bad, elsewhere),
         workers,
-        tally_of(whole) if whole else NONE,
-        config.min_bad,
         contents_of_files(whole) if whole and not (keep or is_data_set(config.source)) else None,
     )
     if workers.leads:
@@ -225,7 +223,7 @@ def names_not_to_take(store: Datastore, keep_duplicates: bool) -> tuple[set[str]
     return known, passed_over
 
 
-def tally_of(store: Datastore) -> SkippedCounts:
+def counts_of(store: Datastore) -> SkippedCounts:
     """How many images a store went through, and how many of them were bad."""
     return SkippedCounts(store.num_images + store.num_duplicates + store.num_bad, store.num_bad)
 

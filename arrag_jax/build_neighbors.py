@@ -25,12 +25,14 @@ from arrag_jax.models.janus import VISION, Janus
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.leave_one_out import LeaveOneOut
 from arrag_jax.retrieval.load import load_retriever
-from arrag_jax.store import neighbor_writer
+from arrag_jax.store import writer
 from arrag_jax.store.building import require_same_settings, state_of
 from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.encoding import EncodedImages
 from arrag_jax.store.images import LISTING, ImageSource, encoder, names_below, names_in, origin_of, told_of
 from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings
-from arrag_jax.store.neighbor_writer import NO_CAPTION
+from arrag_jax.store.skipped import SkipLimit
+from arrag_jax.store.writer import NO_CAPTION
 
 
 def run(config: NeighborsConfig, workdir: str) -> None:
@@ -61,18 +63,9 @@ def run(config: NeighborsConfig, workdir: str) -> None:
         return others.search(codes, [name_of(id_) for id_ in ids], count)
 
     for directory, (images, settings) in jobs.items():
-        found = neighbor_writer.build(
-            directory,
-            images,
-            encode,
-            search,
-            settings,
-            config.batch_size,
-            images.source_id,
-            config.max_bad_fraction,
-            config.min_bad,
-        )
-        tell(found, start)
+        encoded = EncodedImages(images, images.source_id, encode, config.batch_size)
+        limit = SkipLimit(config.max_bad_fraction, config.min_bad)
+        tell(writer.build_neighbor_set(directory, encoded, search, settings, limit), start)
     (Path(workdir) / LISTING).unlink(missing_ok=True)
 
 

@@ -203,6 +203,16 @@ def test_stores_merged_from_other_places_are_added_to_part_by_part(config, tmp_p
     assert [part.settings.keys for part in (merged, *merged.segments)] == [BOTH, BOTH]
 
 
+def test_a_shard_of_nothing_but_duplicates_is_added_to(config, store, tmp_path):
+    source = write_scenes(tmp_path / "same", range(4))
+    write_scenes(source, range(50, 52))
+    more = dataclasses.replace(config, source=str(source), shard_size=4)
+    build_datastore.run(more, str(store), append=True)
+    assert Datastore.open(store).segments[-1].num_images == 2
+    build_datastore.run(dataclasses.replace(config, keys=BOTH), str(store))
+    assert len(Datastore.open(store).latents) == Datastore.open(store).num_images
+
+
 @pytest.mark.parametrize(
     ("held", "wanted", "all_"),
     [

@@ -25,7 +25,8 @@ from arrag_jax.models.janus import VISION
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.retrieval import index, report
 from arrag_jax.store import building, writer
-from arrag_jax.store.datastore import Datastore, unit_norm
+from arrag_jax.store.datastore import Datastore, StoreSettings, unit_norm
+from arrag_jax.store.encoding import EncodedImages
 from arrag_jax.store.images import LISTING
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,15 +196,8 @@ def test_the_size_of_a_store_is_bounded(tmp_path):
     def encode(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return batch.view(np.uint16)[..., 0].astype(np.int32), codebook[:1]
 
-    store = writer.build(
-        tmp_path / "store",
-        Grids(),
-        encode,
-        codebook,
-        writer.StoreSettings(**settings),
-        500,
-        lambda i: f"holiday/{i:06d}.jpg",
-    )
+    encoded = EncodedImages(Grids(), "holiday/{:06d}.jpg".format, encode, 500)
+    store = writer.build_datastore(tmp_path / "store", encoded, codebook, StoreSettings(**settings))
     np.testing.assert_array_equal(store.codes, images)
     names = [name for name in store.files if name != "codebook.npz"]  # the tokenizer's, whatever N is
     ids = sum(len(source) + 1 for source in store.sources)

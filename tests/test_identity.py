@@ -231,10 +231,10 @@ def test_a_data_sets_images_go_by_their_names(tmp_path):
     one = stored.build(tmp_path / "one", words, kept=True)
     settings = dataclasses.replace(one.settings, source="others")
     pictures = stored.Pictures(one.codes, words)
-    two = writer.build(tmp_path / "two", pictures, stored.encode, one.codebook, settings, batch_size=3)
+    two = writer.build_datastore(tmp_path / "two", stored.encoded(pictures, "others"), one.codebook, settings)
     assert merged([one, two], tmp_path / "both").sources == one.sources + two.sources
     settings = dataclasses.replace(one.settings, num_images=4)
-    few = writer.build(tmp_path / "few", pictures, stored.encode, one.codebook, settings, batch_size=3)
+    few = writer.build_datastore(tmp_path / "few", stored.encoded(pictures, "pictures"), one.codebook, settings)
     both = merged([few, one], tmp_path / "grown")
     assert (both.sources, both.captions, both.num_duplicates) == (one.sources, one.captions, 4)
     np.testing.assert_array_equal(both.codes, one.codes)

@@ -16,6 +16,7 @@ from arrag_jax.retrieval import report as measure
 from arrag_jax.retrieval.patches import LatentKeys, Patches
 from arrag_jax.store import writer
 from arrag_jax.store.datastore import Datastore, StoreSettings, unit_norm
+from arrag_jax.store.encoding import EncodedImages
 
 V, IMAGES = 16, 120
 CODEBOOK = unit_norm(np.random.default_rng(0).normal(size=(V, 8)))
@@ -40,7 +41,8 @@ def store(tmp_path_factory) -> Datastore:
     def encode(pictures):
         return grids[pictures[:, 0, 0, 0]], np.zeros((len(pictures), 5, 6, 8), np.float32)
 
-    return writer.build(directory, images, encode, CODEBOOK, settings, 8)
+    encoded = EncodedImages(images, "test/all/{}".format, encode, 8)
+    return writer.build_datastore(directory, encoded, CODEBOOK, settings)
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -316,7 +316,8 @@ class Datastore(ShardFolder):
                 if segment == "codes" and found.max(initial=0) >= self.settings.codebook_size:
                     raise ValueError(f"it holds code {found.max()}, the codebook {self.settings.codebook_size}")
             done += number
-        assert whole is not None and done == len(whole)
+        whole = np.empty((0, *shape), dtype) if whole is None else whole  # shards of nothing but duplicates hold none
+        assert done == len(whole) == end - first
         return whole
 
     @property

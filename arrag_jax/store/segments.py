@@ -21,12 +21,12 @@ from arrag_jax.data.examples import DUPLICATE
 from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_write, exclusive_lock, folder_in, require_within, write_json
 from arrag_jax.json_files import read_object
-from arrag_jax.store.building import state_of, write_lines, write_records
+from arrag_jax.store.building import state_of, write_lines
 from arrag_jax.store.datastore import SAME_IN_ALL_SEGMENTS, Datastore, StoreSettings
 from arrag_jax.store.identity import KnownContents, digests_of
-from arrag_jax.store.left_out import counts_of, read_bad
 from arrag_jax.store.shards import MANIFEST, content_of, facts_of, write_manifest
-from arrag_jax.store.writer import RECORD_OPTIONS
+from arrag_jax.store.skipped import counts_of, read_bad
+from arrag_jax.store.writer import write_file
 
 MERGING = ".merging.json"  # in the folder of an unfinished merge: the fingerprints of what is merged
 _OF_WHOLE = ("parts", "sha256", "merged", "keep_duplicates", "duplicates")  # in the manifest of a store's first part
@@ -246,10 +246,10 @@ def _write_new(segment: Datastore, kind: str, shard: _Shard, target: Path) -> No
     """Writes one file of a shard."""
     if kind in ("codes", "latents"):
         grids = (segment.codes_of if kind == "codes" else segment.latents_of)(shard.images.start, shard.images.stop)
-        write_records(target, [grids[number - shard.images.start].tobytes() for number in shard.new], RECORD_OPTIONS)
+        write_file(target, kind, [grids[number - shard.images.start].tobytes() for number in shard.new])
     else:
         lines = getattr(segment, kind)
-        write_lines(target, [lines[number] for number in shard.new])
+        write_file(target, kind, [lines[number] for number in shard.new])
 
 
 def _facts(taken: _Taken, target: Path) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ from arrag_jax.files import sha256_of, write_json
 from arrag_jax.json_files import read_object
 from arrag_jax.ops.grid import MOST_SIDE
 from arrag_jax.parsing import in_range, parse, shown
-from arrag_jax.store.left_out import BAD_FILES, LEFT_OUT, bad_line, counts_of, read_bad
+from arrag_jax.store.skipped import BAD_FILES, LEFT_OUT, bad_line, counts_of, read_bad
 
 MANIFEST = "manifest.json"
 MOST_IMAGES = 2**40
