@@ -19,7 +19,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.retrieval import index
-from arrag_jax.store import building, extension, shards
+from arrag_jax.store import building, extension, from_images, shards
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.workers import workers_in
 
@@ -178,7 +178,7 @@ def test_several_processes_share_the_shards(config, store, at_once):
     def member(number: int) -> None:
         try:
             with workers_in(store, number, 2) as workers:
-                build_datastore.with_what_is_held(wanted, store, tokenizer, workers, append=False)
+                from_images.with_what_is_held(wanted, store, tokenizer, workers, append=False)
         except BaseException as error:
             errors.append(error)
 

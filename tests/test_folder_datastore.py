@@ -80,7 +80,9 @@ from types import SimpleNamespace
 import numpy as np
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig, ScannOptions
+from arrag_jax.retrieval import build
 from arrag_jax.retrieval.scann import import_scann
+from arrag_jax.store import from_images
 
 CODEBOOK = np.eye(8, dtype=np.float32)
 tokenizer = SimpleNamespace(
@@ -92,8 +94,8 @@ def encode(images):
     codes = images[..., 0].astype(np.int32) % 8
     return codes, CODEBOOK[codes]
 
-build_datastore.load_model, build_datastore.tokenizer_fingerprint = (lambda *_, **__: tokenizer), (lambda _: "fake")
-build_datastore.encoder = lambda _: encode
+build.load_model, from_images.encoder = (lambda *_, **__: tokenizer), (lambda _: encode)
+build.tokenizer_fingerprint = from_images.tokenizer_fingerprint = lambda _: "fake"
 import_scann()
 source, root, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 tree = ScannOptions(exhaustive_below=0, leaves=20)

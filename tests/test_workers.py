@@ -17,7 +17,7 @@ from arrag_jax.config import DatastoreConfig
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.models.janus import VISION
-from arrag_jax.store import workers
+from arrag_jax.store import from_images, workers
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.workers import workers_in
 
@@ -61,7 +61,7 @@ def test_two_builders_at_once_make_the_same_store(whole, config, tmp_path):
     def work(index: int) -> None:
         try:
             with workers_in(tmp_path / "store", index, 2) as members:
-                build_datastore.build(config, tmp_path / "store", tokenizer, members)
+                from_images.build(config, tmp_path / "store", tokenizer, members)
                 if index:
                     members.wait_for_leader_to_leave()
         except BaseException as error:
