@@ -296,7 +296,7 @@ def test_a_set_from_before_storage_was_recorded_is_read_and_goes_on_if_by_scann(
     del manifest["settings"]["storage"], manifest["sha256"]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     np.testing.assert_array_equal(NeighborSet.open(tmp_path)[22]["neighbors"], whole[22]["neighbors"])
-    with pytest.raises(UserError, match=r"other settings \(storage: '', not 'float32'\); choose another --workdir"):
+    with pytest.raises(UserError, match=r"other settings: storage \('' there, 'float32' now\); choose another"):
         build(tmp_path, search)
     manifest["settings"]["search"] = "scann"
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))

@@ -19,7 +19,7 @@ from arrag_jax.data.examples import BadImage
 from arrag_jax.errors import UserError, printable
 from arrag_jax.files import atomic_write, exclusive_lock, write_errors, write_json
 from arrag_jax.json_files import read_object
-from arrag_jax.parsing import parse, shown
+from arrag_jax.parsing import differences, parse
 from arrag_jax.progress import Bar
 from arrag_jax.store.encoding import Batch, EncodedImages
 from arrag_jax.store.shards import MANIFEST, ShardFolder, ShardSettings, facts_of, write_manifest
@@ -182,16 +182,11 @@ def require_same_settings(kind: type[ShardFolder], directory: Path, settings: Sh
       UserError: a folder or an unfinished build of other settings, or other files.
     """
     state, found = state_of(kind, directory)
-    fields = [field.name for field in dataclasses.fields(settings) if field.compare]
-    differ = [
-        f"{x}: {shown(getattr(found, x))}, not {shown(getattr(settings, x))}"
-        for x in fields
-        if found and getattr(found, x) != getattr(settings, x)
-    ]
+    compared = [field.name for field in dataclasses.fields(settings) if field.compare]
+    held, wanted = ({name: getattr(x, name) for name in compared} for x in (found or settings, settings))
+    differ = differences(held, wanted)
     if differ:
-        raise UserError(
-            f"{directory} holds a {kind.noun} of other settings ({'; '.join(differ)}); choose another --workdir"
-        )
+        raise UserError(f"{directory} holds a {kind.noun} of other settings: {differ}; choose another --workdir")
     return state
 
 
