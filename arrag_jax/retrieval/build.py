@@ -110,9 +110,9 @@ def _finish(store: Datastore, config: DatastoreConfig | None, start: float) -> N
     size = sum(path.stat().st_size for path in store.directory.rglob("*") if path.is_file())
     there = ", ".join(kind for kind in store.settings.keys if index.fits(store, kind))
     indexes = f"ScaNN over {there} keys" if there else "no index"
-    told = told_of(store.wholes, "that cannot be read", store.num_duplicates)
+    left_out = told_of(store.wholes, "that cannot be read", store.num_duplicates)
     wordless = f" ({sum(not words for words in store.captions):,} without caption)" if store.settings.captions else ""
     print(
-        f"datastore {store.directory} is complete: {store.num_images:,} images{wordless}{told}, "
+        f"datastore {store.directory} is complete: {store.num_images:,} images{wordless}{left_out}, "
         f"{store.num_patches:,} patches, {indexes}, {size:,} bytes, {time.perf_counter() - start:.1f} s"
     )

@@ -94,8 +94,8 @@ def _say(found: NeighborSet, start: float) -> None:
     """Says what a set holds."""
     size = sum(path.stat().st_size for path in found.directory.iterdir())
     wordless = sum(reason == NO_CAPTION for _, reason in found.bad)
-    told = told_of([found], f"that cannot be read or have no caption ({wordless:,})")
+    left_out = told_of([found], f"that cannot be read or have no caption ({wordless:,})")
     print(
-        f"neighbor set {found.directory} is complete: {len(found):,} images{told}, {found.k} neighbours a cell, "
+        f"neighbor set {found.directory} is complete: {len(found):,} images{left_out}, {found.k} neighbours a cell, "
         f"{size:,} bytes, {time.perf_counter() - start:.1f} s"
     )

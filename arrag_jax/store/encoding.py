@@ -19,7 +19,7 @@ READERS = 8  # threads that decode images ahead of the encoder
 # uint8 [B, h, w, 3] → (int [B, H, W] codes, float [B, H, W, C] encoder outputs before quantisation); may answer with
 # arrays that are still being computed
 Encode = Callable[[np.ndarray], tuple[Any, Any]]
-Skip = Callable[[int, BadImage], None]  # told the number of a bad image, and why it is bad
+Skip = Callable[[int, BadImage], None]  # takes the number of a bad image, and why it is bad
 
 
 class Batch(NamedTuple):
@@ -69,7 +69,7 @@ class EncodedImages:
         """Raises UserError if there are fewer images than ``settings`` ask for."""
         if len(self.examples) < settings.num_images:
             where = f"{settings.source}/{settings.split}" if settings.split else settings.source
-            raise UserError(f"{settings.num_images} images asked of {where}: it has {len(self.examples)}")
+            raise UserError(f"{settings.num_images} images requested of {where}: it has {len(self.examples)}")
 
     def batches(self, numbers: Iterable[int], settings: ShardSettings, skip: Skip) -> Iterator[Batch]:
         """Yields the images with these numbers, in order, in batches of up to ``batch_size``.
@@ -78,7 +78,7 @@ class EncodedImages:
 
         Args:
           settings: whose grid and codebook the codes must be of.
-          skip: told of every bad image.
+          skip: called for every bad image.
 
         Raises:
           UserError: codes of another grid or outside the codebook, or encoder outputs that are not finite.

@@ -2,8 +2,9 @@
 
 The source's images are read again, in the batches in which the store was built. Their codes must be the stored ones, so
 that what is added belongs to them; then a shard's new files appear, each whole. They count once the manifests name
-them: first those of the parts, the store's own last. Killed at any moment, the same call goes on with the next shard,
-and readers have the store as it was until it has all. Codes, indexes and the store's fingerprint stay as they are.
+them: first those of the segments, the store's own last. Killed at any moment, the same call goes on with the next
+shard, and readers have the store as it was until it has all. Codes, indexes and the store's fingerprint stay as they
+are.
 """
 
 import contextlib
@@ -106,7 +107,7 @@ def _holds(settings: StoreSettings, keys: tuple[str, ...], captions: bool) -> bo
 
 
 def _jobs(store: Datastore, keys: tuple[str, ...], captions: bool) -> list[_Job]:
-    """All shards, the parts' first and the store's own last."""
+    """All shards, the segments' first and the store's own last."""
     jobs = []
     for segment in (*store.segments, store.alone):
         both = {"keys": all_keys(segment.settings.keys, keys), "captions": captions or segment.settings.captions}
@@ -148,9 +149,9 @@ def _write_shard(job: _Job, images: EncodedImages, numbers: Mapping[str, int], b
 
 
 def _write_manifests(store: Datastore, jobs: list[_Job]) -> None:
-    """The parts' manifests, then the store's own: what was written before keeps its hashes, what is new gets them."""
+    """Writes the segments' manifests, then the store's own: what was there keeps its hashes, what is new gets them."""
     names = {segment.directory.name: segment.store_fingerprint for segment in store.segments}
-    if names != store.manifest.get("parts", {}):  # stores made before named parts by the bytes of their manifests
+    if names != store.manifest.get("parts", {}):  # stores made before named segments by the bytes of their manifests
         write_manifest(store.directory, {**content_of(store.manifest), "parts": names})
     by_part: dict[Path, list[_Job]] = {}
     for job in jobs:

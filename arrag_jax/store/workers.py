@@ -71,7 +71,7 @@ class Workers:
             time.sleep(BEAT)
 
     def check(self) -> None:
-        """Raises ``signals.Stop`` where this process or another one of the team was told to end.
+        """Raises ``signals.Stop`` where this process or another one was told to end.
 
         Takes note of the others' signs, so that the silence of one that dies counts from then on.
         """
