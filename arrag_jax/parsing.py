@@ -11,6 +11,7 @@ import os
 import reprlib
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from arrag_jax.errors import UserError
 
 T = TypeVar("T")
 MOST_ERRORS = 20  # that one message names
+MOST_DIFFERENCES = 8  # likewise
 LONGEST = 1000  # characters of one of them
 LARGEST = 2**63  # integers are below it: what numpy and the formats of files hold
 PACKAGE = Path(__file__).parent
@@ -76,6 +78,13 @@ def _cut(message: str) -> str:
 def shown(value: Any) -> str:
     """A value as error messages give it: one line, cut where it is long."""
     return _Shown().repr(value)
+
+
+def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Returns "key (1 there, 2 now), …": the first keys in which two runs or files differ; "" where none does."""
+    keys = [key for key in sorted(held.keys() | wanted.keys()) if held.get(key) != wanted.get(key)]
+    words = [f"{key} ({shown(held.get(key))} there, {shown(wanted.get(key))} now)" for key in keys[:MOST_DIFFERENCES]]
+    return ", ".join(words if len(keys) <= MOST_DIFFERENCES else [*words, "…"])
 
 
 class _Shown(reprlib.Repr):

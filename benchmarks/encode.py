@@ -19,7 +19,6 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
-from arrag_jax.build_datastore import build
 from arrag_jax.config import DatastoreConfig
 from arrag_jax.data.emoji.scenes import render, scene
 from arrag_jax.data.sources import FileImages, list_images, root_of
@@ -27,6 +26,7 @@ from arrag_jax.figures.grids import table
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.store.encoding import READERS
+from arrag_jax.store.from_images import build
 from arrag_jax.store.images import encoder
 from arrag_jax.store.workers import workers_in
 

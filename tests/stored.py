@@ -10,7 +10,7 @@ from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.keys.context import unit_norm
 from arrag_jax.store import writer
 from arrag_jax.store.datastore import Datastore, StoreSettings
-from arrag_jax.store.encoding import Encode
+from arrag_jax.store.encoding import Encode, EncodedImages
 
 GRID, CODES, IMAGES = tiny.CONFIG.grid, tiny.CONFIG.vision.codebook_size, 12
 
@@ -58,7 +58,12 @@ def build(folder, captions: list[str] | None = None, kept: bool = False, shard_s
         fingerprint="f", grid=GRID, codebook_size=CODES, code_dim=8, keys=("codebook", "latent"), captions=kept,
         num_images=number, shard_size=shard_size, source="pictures", split="all",
     )  # fmt: skip
-    return writer.build(folder, Pictures(codes, captions), encode, codebook, settings, batch_size=3)
+    return writer.build_datastore(folder, encoded(Pictures(codes, captions), "pictures"), codebook, settings)
+
+
+def encoded(pictures: Pictures, source: str) -> EncodedImages:
+    """The pictures, and what ``encode`` makes of them."""
+    return EncodedImages(pictures, f"{source}/all/{{}}".format, encode, 3)
 
 
 def keys_of_maps(vectors: np.ndarray) -> np.ndarray:

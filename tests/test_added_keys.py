@@ -19,7 +19,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.retrieval import index
-from arrag_jax.store import building, extension, shards
+from arrag_jax.store import building, extension, from_images, shards
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.workers import workers_in
 
@@ -178,7 +178,7 @@ def test_several_processes_share_the_shards(config, store, at_once):
     def member(number: int) -> None:
         try:
             with workers_in(store, number, 2) as workers:
-                build_datastore.with_what_is_held(wanted, store, tokenizer, workers, append=False)
+                from_images.with_what_is_held(wanted, store, tokenizer, workers, append=False)
         except BaseException as error:
             errors.append(error)
 
@@ -201,6 +201,16 @@ def test_stores_merged_from_other_places_are_added_to_part_by_part(config, tmp_p
     merged.verify()
     assert len(merged.records("latents")) == 42
     assert [part.settings.keys for part in (merged, *merged.segments)] == [BOTH, BOTH]
+
+
+def test_a_shard_of_nothing_but_duplicates_is_added_to(config, store, tmp_path):
+    source = write_scenes(tmp_path / "same", range(4))
+    write_scenes(source, range(50, 52))
+    more = dataclasses.replace(config, source=str(source), shard_size=4)
+    build_datastore.run(more, str(store), append=True)
+    assert Datastore.open(store).segments[-1].num_images == 2
+    build_datastore.run(dataclasses.replace(config, keys=BOTH), str(store))
+    assert len(Datastore.open(store).latents) == Datastore.open(store).num_images
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from arrag_jax.data.emoji import scenes
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import save_model, tokenizer_fingerprint
 from arrag_jax.models.janus import VISION
+from arrag_jax.retrieval import neighbor_sets
 from arrag_jax.store.building import BUILDING
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.images import encoder
@@ -59,7 +60,7 @@ def test_the_command_end_to_end(world, tmp_path, capsys):
 def test_an_image_encoded_a_little_differently_is_still_itself(world, tmp_path, monkeypatch):
     """As in another batch or on another device: the store's images, and those of a slice of their split."""
     config, store = world
-    monkeypatch.setattr(build_neighbors, "encoder", lambda tokenizer: one_cell_off(encoder(tokenizer)))
+    monkeypatch.setattr(neighbor_sets, "encoder", lambda tokenizer: one_cell_off(encoder(tokenizer)))
     build_neighbors.run(dataclasses.replace(config, valid_split="store[2:4]+store[8:10]"), str(tmp_path))
     for name, numbers in (("train", [4, 5, 6, 7]), ("valid", [2, 3, 8, 9])):
         for number, example in zip(numbers, NeighborSet.open(tmp_path / name), strict=True):

@@ -22,6 +22,8 @@ from arrag_jax.retrieval.patches import stored_patches
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever
 from arrag_jax.store import building, writer
 from arrag_jax.store.datastore import Datastore, StoreSettings
+from arrag_jax.store.encoding import Encode, EncodedImages
+from arrag_jax.store.skipped import SkipLimit
 
 GRID, V, C = (4, 5), 16, 8
 CODEBOOK = unit_norm(np.random.default_rng(0).normal(size=(V, C)))
@@ -63,7 +65,11 @@ def settings(**changes) -> StoreSettings:
 
 
 def build(directory: Path, **changes) -> Datastore:
-    return writer.build(directory, Images(23), encode, CODEBOOK, settings(**changes), batch_size=4)
+    return writer.build_datastore(directory, encoded(Images(23)), CODEBOOK, settings(**changes))
+
+
+def encoded(images: Images, name: str = "noise/store/{}", by: Encode | None = None) -> EncodedImages:
+    return EncodedImages(images, name.format, by or encode, 4)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -218,7 +224,7 @@ def test_what_was_bad_when_a_build_was_killed_may_be_good_by_now(whole, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(building, "write_lines", stopping)
         with pytest.raises(KeyboardInterrupt):
-            writer.build(tmp_path, Spoilt(23), encode, CODEBOOK, settings(), 4, max_bad_fraction=0.5)
+            writer.build_datastore(tmp_path, encoded(Spoilt(23)), CODEBOOK, settings(), SkipLimit(0.5))
     assert [path.name for path in tmp_path.glob("bad-*")] == ["bad-00000-of-00003.txt"]
     build(tmp_path)
     assert contents(tmp_path) == contents(whole.directory)
@@ -264,7 +270,7 @@ def test_other_settings_touch_nothing(store):
 
 
 def test_whole_store_is_not_built_again(store, monkeypatch):
-    monkeypatch.setattr(building, "_write_shards", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(building, "in_turn", lambda *_: pytest.fail("built again"))
     before = contents(store.directory)
     build(store.directory, command="another command")
     assert contents(store.directory) == before
@@ -284,7 +290,8 @@ def test_bad_input_is_told_before_work(tmp_path):
         settings(keys=("pixels",))
     assert not (tmp_path / "few").exists()
     with pytest.raises(UserError, match="codes from"):
-        writer.build(tmp_path, Images(23), lambda x: (encode(x)[0] + V, encode(x)[1]), CODEBOOK, settings(), 4)
+        images = encoded(Images(23), by=lambda x: (encode(x)[0] + V, encode(x)[1]))
+        writer.build_datastore(tmp_path, images, CODEBOOK, settings())
 
 
 def test_other_tokenizer_is_refused(whole):

@@ -17,6 +17,7 @@ from arrag_jax.data.emoji.scenes import scene
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model, tokenizer_fingerprint
 from arrag_jax.models.janus import VISION
+from arrag_jax.retrieval import neighbor_sets
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store.building import BUILDING
 from arrag_jax.store.datastore import Datastore
@@ -89,7 +90,7 @@ def test_equals_brute_force_without_the_own_image(config, whole):
 @pytest.mark.parametrize("source, valid", [(".", VALID), ("web.tar", IN_TAR[-2:])])
 def test_an_image_encoded_a_little_differently_is_still_itself(config, tmp_path, monkeypatch, source, valid):
     """As in another batch or on another device; the tar alone is a source, too."""
-    monkeypatch.setattr(build_neighbors, "encoder", lambda tokenizer: one_cell_off(encoder(tokenizer)))
+    monkeypatch.setattr(neighbor_sets, "encoder", lambda tokenizer: one_cell_off(encoder(tokenizer)))
     slices = {"train_split": f"train[:-{len(valid)}]", "valid_split": f"train[-{len(valid)}:]"}
     build_neighbors.run(dataclasses.replace(config, source=str(Path(config.source) / source), **slices), str(tmp_path))
     store = Datastore.open(config.retrieval.store)
@@ -135,7 +136,7 @@ def test_killed_before_any_file_it_goes_on_to_the_same_bytes(config, whole, tmp_
     tokenizer = load_model(config.model, parts=VISION)
     encode, found = encoder(tokenizer), load_retriever(config.retrieval, tokenizer_fingerprint(tokenizer))
     for name, made in (("load_model", tokenizer), ("encoder", encode), ("load_retriever", found)):  # once for all runs
-        monkeypatch.setattr(build_neighbors, name, lambda *_, made=made, **__: made)
+        monkeypatch.setattr(neighbor_sets, name, lambda *_, made=made, **__: made)
     expected, late = folders.contents(whole), Path(config.source) / "a_new.png"
     for moment in itertools.count(0, 2):  # a file is synced, then its folder
         workdir = tmp_path / str(moment)

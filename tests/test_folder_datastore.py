@@ -26,7 +26,8 @@ from arrag_jax.nn.vq import from_uint8
 from arrag_jax.ops.keys.context import unit_norm
 from arrag_jax.retrieval import index, report
 from arrag_jax.store import building, writer
-from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.datastore import Datastore, StoreSettings
+from arrag_jax.store.encoding import EncodedImages
 from arrag_jax.store.images import LISTING
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +81,9 @@ from types import SimpleNamespace
 import numpy as np
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig, ScannOptions
+from arrag_jax.retrieval import build
 from arrag_jax.retrieval.scann import import_scann
+from arrag_jax.store import from_images
 
 CODEBOOK = np.eye(8, dtype=np.float32)
 tokenizer = SimpleNamespace(
@@ -92,8 +95,8 @@ def encode(images):
     codes = images[..., 0].astype(np.int32) % 8
     return codes, CODEBOOK[codes]
 
-build_datastore.load_model, build_datastore.tokenizer_fingerprint = (lambda *_, **__: tokenizer), (lambda _: "fake")
-build_datastore.encoder = lambda _: encode
+build.load_model, from_images.encoder = (lambda *_, **__: tokenizer), (lambda _: encode)
+build.tokenizer_fingerprint = from_images.tokenizer_fingerprint = lambda _: "fake"
 import_scann()
 source, root, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 tree = ScannOptions(exhaustive_below=0, leaves=20)
@@ -196,15 +199,8 @@ def test_the_size_of_a_store_is_bounded(tmp_path):
     def encode(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return batch.view(np.uint16)[..., 0].astype(np.int32), codebook[:1]
 
-    store = writer.build(
-        tmp_path / "store",
-        Grids(),
-        encode,
-        codebook,
-        writer.StoreSettings(**settings),
-        500,
-        lambda i: f"holiday/{i:06d}.jpg",
-    )
+    encoded = EncodedImages(Grids(), "holiday/{:06d}.jpg".format, encode, 500)
+    store = writer.build_datastore(tmp_path / "store", encoded, codebook, StoreSettings(**settings))
     np.testing.assert_array_equal(store.codes, images)
     names = [name for name in store.files if name != "codebook.npz"]  # the tokenizer's, whatever N is
     ids = sum(len(source) + 1 for source in store.sources)

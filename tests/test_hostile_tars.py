@@ -19,7 +19,7 @@ from arrag_jax.data import sources
 from arrag_jax.data.examples import BadImage
 from arrag_jax.errors import UserError, printable, run_command
 from arrag_jax.store.datastore import Datastore
-from arrag_jax.store.left_out import read_lines
+from arrag_jax.store.skipped import read_lines
 
 GOOD = malformed.encoded("PNG")
 

@@ -19,7 +19,8 @@ from arrag_jax.config import DatastoreConfig
 from arrag_jax.data.examples import DUPLICATE
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
-from arrag_jax.store import segments, writer
+from arrag_jax.retrieval import build
+from arrag_jax.store import from_images, segments, writer
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.images import encoder
 
@@ -28,8 +29,8 @@ from arrag_jax.store.images import encoder
 def one_model():
     """The tokenizer and its compiled program once for all runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_datastore, "load_model", functools.cache(load_model))
-        patch.setattr(build_datastore, "encoder", functools.cache(encoder))
+        patch.setattr(build, "load_model", functools.cache(load_model))
+        patch.setattr(from_images, "encoder", functools.cache(encoder))
         yield
 
 
@@ -126,7 +127,7 @@ def test_whatever_path_leads_to_them_they_are_the_same(base, whole, grown, tmp_p
     """Through a link, from another working directory, from a folder above: nothing is encoded, nothing added."""
     source, before = Path(base.source), contents(whole.directory)
     (tmp_path / "link").symlink_to(source)
-    monkeypatch.setattr(build_datastore, "encoder", None)
+    monkeypatch.setattr(from_images, "encoder", None)
     monkeypatch.chdir(source)
     for spelt in (f"{source}/", ".", f"../{source.name}", tmp_path / "link", tmp_path / "link" / ".." / source.name):
         assert contents(grown(spelt).directory) == before
@@ -231,10 +232,10 @@ def test_a_data_sets_images_go_by_their_names(tmp_path):
     one = stored.build(tmp_path / "one", words, kept=True)
     settings = dataclasses.replace(one.settings, source="others")
     pictures = stored.Pictures(one.codes, words)
-    two = writer.build(tmp_path / "two", pictures, stored.encode, one.codebook, settings, batch_size=3)
+    two = writer.build_datastore(tmp_path / "two", stored.encoded(pictures, "others"), one.codebook, settings)
     assert merged([one, two], tmp_path / "both").sources == one.sources + two.sources
     settings = dataclasses.replace(one.settings, num_images=4)
-    few = writer.build(tmp_path / "few", pictures, stored.encode, one.codebook, settings, batch_size=3)
+    few = writer.build_datastore(tmp_path / "few", stored.encoded(pictures, "pictures"), one.codebook, settings)
     both = merged([few, one], tmp_path / "grown")
     assert (both.sources, both.captions, both.num_duplicates) == (one.sources, one.captions, 4)
     np.testing.assert_array_equal(both.codes, one.codes)

@@ -25,8 +25,9 @@ from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval import index
 from arrag_jax.retrieval.scann import EXHAUSTIVE
-from arrag_jax.store import building, neighbor_writer, segments
+from arrag_jax.store import building, segments, writer
 from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.encoding import EncodedImages
 from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings
 from arrag_jax.training.checkpoint import require_base
 from arrag_jax.training.metrics import training_minutes
@@ -77,7 +78,7 @@ def test_the_manifest_of_a_part(store, signed, monkeypatch):
     """Its hash in the whole store's manifest is made anew as well."""
     whole, path = of_store(store), store / "part-00001" / "manifest.json"
     monkeypatch.setattr(
-        Datastore, "fingerprint", json.loads((store / "manifest.json").read_text())["parts"][path.parent.name]
+        Datastore, "store_fingerprint", json.loads((store / "manifest.json").read_text())["parts"][path.parent.name]
     )
     assert_told(path, mutations(json.loads(path.read_text()), NUMBER, 1), lambda: of_store(store), whole)
 
@@ -222,7 +223,8 @@ def test_the_manifest_of_a_neighbour_set(tmp_path, signed):
         found = np.random.default_rng(len(codes)).integers(0, stored.CODES, (len(codes) * 9, 2)).astype(np.int32)
         return Neighbors(found, np.zeros(found.shape, np.float32), found)
 
-    neighbor_writer.build(tmp_path, Grids(), stored.encode, search, settings, 4, "grid {}".format)
+    images = EncodedImages(Grids(), "grid {}".format, stored.encode, 4)
+    writer.build_neighbor_set(tmp_path, images, search, settings)
 
     def load() -> list[bytes]:
         found = NeighborSet.open(tmp_path)

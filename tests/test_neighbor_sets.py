@@ -17,9 +17,10 @@ from arrag_jax.retrieval import leave_one_out
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.leave_one_out import LeaveOneOut
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever
-from arrag_jax.store import building, neighbor_writer, shards, writer
+from arrag_jax.store import building, shards, writer
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings, from_record, to_record
+from arrag_jax.store.skipped import SkipLimit
 
 GRID, V, CODEBOOK = base.GRID, base.V, base.CODEBOOK
 CELLS, PATCHES, K = GRID[0] * GRID[1], 9, 4
@@ -66,7 +67,7 @@ STORED = {
 def stores(tmp_path_factory) -> dict[str, Datastore]:
     def make(name: str, codes: np.ndarray) -> Datastore:
         settings = base.settings(num_images=len(codes), keys=("codebook",))
-        return writer.build(tmp_path_factory.mktemp(name), Grids(codes), base.encode, CODEBOOK, settings, batch_size=8)
+        return writer.build_datastore(tmp_path_factory.mktemp(name), base.encoded(Grids(codes)), CODEBOOK, settings)
 
     return {name: make(name, codes) for name, codes in STORED.items()}
 
@@ -190,8 +191,8 @@ def search(stores):
 
 
 def build(directory: Path, search, /, **changes) -> NeighborSet:
-    changed = settings(**changes)
-    return neighbor_writer.build(directory, Grids(SET_IMAGES), base.encode, search, changed, 4, "noise/{}".format)
+    images = base.encoded(Grids(SET_IMAGES), "noise/{}")
+    return writer.build_neighbor_set(directory, images, search, settings(**changes))
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +296,7 @@ def test_a_set_from_before_storage_was_recorded_is_read_and_goes_on_if_by_scann(
     del manifest["settings"]["storage"], manifest["sha256"]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     np.testing.assert_array_equal(NeighborSet.open(tmp_path)[22]["neighbors"], whole[22]["neighbors"])
-    with pytest.raises(UserError, match=r"other settings \(storage: '', not 'float32'\); choose another --workdir"):
+    with pytest.raises(UserError, match=r"other settings: storage \('' there, 'float32' now\); choose another"):
         build(tmp_path, search)
     manifest["settings"]["search"] = "scann"
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
@@ -311,10 +312,10 @@ def test_bad_images_are_left_out_and_listed(search, tmp_path):
                 raise BadImage("gone")
             return super().__getitem__(i) | ({"caption": b" "} if i == 2 else {})
 
-    arguments = (tmp_path, Spoilt(SET_IMAGES), base.encode, search, settings(), 4, "noise/{}".format)
+    arguments = (tmp_path, base.encoded(Spoilt(SET_IMAGES), "noise/{}"), search, settings())
     with pytest.raises(UserError, match="11 of 23 images cannot be read"):
-        neighbor_writer.build(*arguments, 0.45)
-    found = neighbor_writer.build(*arguments, 0.5)
+        writer.build_neighbor_set(*arguments, SkipLimit(0.45))
+    found = writer.build_neighbor_set(*arguments, SkipLimit(0.5))
     assert found.bad == [("noise/2", "it has no caption"), *((f"noise/{i}", "gone") for i in range(10, 20))]
     for i, example in zip([0, 1, *range(3, 10), 20, 21, 22], found, strict=True):
         np.testing.assert_array_equal(example["codes"], SET_IMAGES[i].reshape(-1))

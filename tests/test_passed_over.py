@@ -1,6 +1,5 @@
 """Files that a source passes over: each is read, or listed with its reason, or counted by its ending; none is lost."""
 
-import dataclasses
 import io
 import re
 import subprocess
@@ -19,8 +18,7 @@ from arrag_jax.data import endings, pixels, sources
 from arrag_jax.data.examples import DUPLICATE, PASSED_OVER, BadImage
 from arrag_jax.errors import UserError
 from arrag_jax.store.datastore import Datastore
-from arrag_jax.store.shards import ShardSettings
-from arrag_jax.store.skipped import SkippedCounts, SkippedImages
+from arrag_jax.store.skipped import SkipLimit
 
 ODD = ("a.CR2", "b.nef", "c.zip", "d.mov", "e.svg", "noend", "f.jxl", "g.unheard-of-and-long", "h.jpg.gz", "i.")
 BESIDE = ("a.txt", "b.JSON", "c.caption", "d.npy", "list.csv", ".DS_Store", "Thumbs.db", "._a.png")
@@ -149,17 +147,15 @@ MANY = [(60, 4), (8, 2), (400, 11), (2000, 21), (3, 3), (1, 1)]
 @pytest.mark.parametrize("images, bad", [*FEW, *MANY])
 def test_a_few_bad_images_fail_no_build(tmp_path, images, bad):
     """The least number is ten while they are one in twenty at most, and one in all; a whole source of them fails."""
-    settings = ShardSettings("f", (3, 3), 8, images, 100, "photos", "")
     lines = [*(f"{i}\tempty file\n" for i in range(bad)), f"x\t{PASSED_OVER}a film\n"]
     lines += [f"y\t{DUPLICATE}0\n"] if bad < images else []
     (tmp_path / "bad-0.txt").write_text("".join(lines))
-    settings = dataclasses.replace(settings, num_images=images + 1)  # what is passed over does not count
-    left_out = SkippedImages(tmp_path, settings, str, 0.01, 10, SkippedCounts(0, 0))
+    limit, all_images = SkipLimit(0.01, 10), images + 1  # what is passed over does not count
     if (images, bad) in FEW:
-        left_out.require_few()
+        limit.require_few(tmp_path, all_images)
     else:
         with pytest.raises(UserError, match=f"{bad} of .*{images:,} images cannot|none of the {images} images can"):
-            left_out.require_few()
+            limit.require_few(tmp_path, all_images)
 
 
 def test_a_film_of_frames_is_one_image():

@@ -18,6 +18,7 @@ from arrag_jax.retrieval import report as measure
 from arrag_jax.retrieval.patches import KeysOfRows, Patches
 from arrag_jax.store import writer
 from arrag_jax.store.datastore import Datastore, StoreSettings
+from arrag_jax.store.encoding import EncodedImages
 
 V, IMAGES = 16, 120
 CODEBOOK = unit_norm(np.random.default_rng(0).normal(size=(V, 8)))
@@ -42,7 +43,8 @@ def store(tmp_path_factory) -> Datastore:
     def encode(pictures):
         return grids[pictures[:, 0, 0, 0]], np.zeros((len(pictures), 5, 6, 8), np.float32)
 
-    return writer.build(directory, images, encode, CODEBOOK, settings, 8)
+    encoded = EncodedImages(images, "test/all/{}".format, encode, 8)
+    return writer.build_datastore(directory, encoded, CODEBOOK, settings)
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -19,7 +19,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_folder, clear_leftovers, is_being_written, sha256_of, sync, write_json
 from arrag_jax.json_files import read_object
 from arrag_jax.ops.keys import KEY_KINDS
-from arrag_jax.parsing import in_range, parse, shown
+from arrag_jax.parsing import differences, in_range, parse, shown
 from arrag_jax.retrieval.patches import stored_patches
 from arrag_jax.retrieval.scann import (
     HostSearch,
@@ -265,9 +265,9 @@ def _checked_files(
         raise UserError(f"index {directory} has {len(saved.entries)} shards, not {shards}; {mend}")
     wanted = _identity(store, kind, options, list(saved.entries))
     held = {key: list(x) if isinstance(x := getattr(saved, key), tuple) else x for key in wanted}
-    differ = [f"{key} {shown(held[key])}, not {shown(wanted[key])}" for key in wanted if held[key] != wanted[key]]
+    differ = differences(held, wanted)
     if differ:
-        raise UserError(f"index {directory} does not fit: it has {'; '.join(differ)}; {mend}")
+        raise UserError(f"index {directory} does not fit: {differ}; {mend}")
     _require_files(directory, saved.files, mend, None if local is None else tuple(map(_shard_name, local)))
     return saved.entries
 

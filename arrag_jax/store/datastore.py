@@ -15,7 +15,8 @@ One directory::
 Keys are not stored. A key is the four context cells' vectors side by side (``ops.grid``), which are either
 rows of the codebook (kind "codebook") or the encoder's l2-normalised output before quantisation (kind
 "latent", the official choice: docs/reference.md quirk 19). A 24 x 24 image takes at most 1.15 KB plus its source's
-name, and each file of codes 128 KiB more. Images are numbered without the bad ones, those of a part after all before.
+name, and each file of codes 128 KiB more. Images are numbered without the bad ones, those of a segment after the ones
+before it.
 """
 
 import contextlib
@@ -94,7 +95,7 @@ class StoreSettings(ShardSettings):
         return (self.grid[0] - 1) * (self.grid[1] - 2)
 
     def shard_files(self, shard: int) -> dict[str, str]:
-        """File name of each part ("codes", "sources", "captions" and "latents" if held) of a shard."""
+        """File name of each kind of content ("codes", "sources", "captions" and "latents" if held) of a shard."""
         place = self.place(shard)
         files = {"codes": f"codes-{place}.arrayrecord", "sources": f"sources-{place}.txt"}
         if self.captions:
@@ -108,7 +109,7 @@ class Datastore(ShardFolder):
     """A whole store, opened. Arrays are read on first use and kept; treat them as read-only.
 
     ``num_images`` is how many images count, the first ones; fewer than stored in a ``subset``.
-    ``settings`` are those of the first part; all parts have its tokenizer, grid and kinds of key.
+    ``settings`` are those of the first segment; all segments have its tokenizer, grid and kinds of key.
     """
 
     settings: StoreSettings
@@ -125,7 +126,7 @@ class Datastore(ShardFolder):
 
     @classmethod
     def open(cls, directory: str | Path) -> "Datastore":
-        """Opens a store and the parts added to it; as ``ShardFolder.open``."""
+        """Opens a store and the segments added to it; as ``ShardFolder.open``."""
         store = super().open(directory)
         segments = tuple(
             cls._open_segment(store, name, digest) for name, digest in store.manifest.get("parts", {}).items()
@@ -141,12 +142,12 @@ class Datastore(ShardFolder):
             raise UserError(f"{segment.directory} is a segment, but its manifest names others; {cls.rebuild}")
         ours, theirs = store.settings, segment.settings
         differ = [x for x in SAME_IN_ALL_SEGMENTS if x not in GROW and getattr(ours, x) != getattr(theirs, x)]
-        # While keys or captions are added, parts have them before the store says so.
+        # While keys or captions are added, segments have them before the store says so.
         differ += ["keys"] if not set(ours.keys) <= set(theirs.keys) else []
         differ += ["captions"] if ours.captions > theirs.captions else []
         if differ:
             raise UserError(f"{segment.directory} has another {differ[0]} than {store.directory}; {cls.rebuild}")
-        # older stores name a part by the hash of its manifest
+        # older stores name a segment by the hash of its manifest
         if fingerprint != segment.store_fingerprint and fingerprint != sha256_of(segment.directory / MANIFEST):
             raise UserError(f"{segment.directory} is not the segment that {store.directory} was given; {cls.rebuild}")
         return segment
@@ -155,7 +156,7 @@ class Datastore(ShardFolder):
     def store_fingerprint(self) -> str:
         """SHA-256 of all that decides the stored patches: two stores share it only if they hold the same ones.
 
-        Latents and captions, which can be added to a whole store, are no part of it.
+        Latents and captions, which can be added to a whole store, do not count.
         """
         apart = {field.name for field in dataclasses.fields(self.settings) if not field.compare} | {"keys", "captions"}
         content = {
@@ -166,7 +167,7 @@ class Datastore(ShardFolder):
         return content_hash(content)
 
     def verify(self) -> None:
-        """Checks every file's SHA-256, those of all parts too; as ``ShardFolder.verify``."""
+        """Checks every file's SHA-256, those of all segments too; as ``ShardFolder.verify``."""
         super().verify()
         for segment in self.segments:
             segment.verify()
@@ -195,17 +196,17 @@ class Datastore(ShardFolder):
 
     @property
     def alone(self) -> "Datastore":
-        """The store without the parts that were added later."""
+        """The store without the segments that were added later."""
         return dataclasses.replace(self, segments=(), num_images=self.count_images(self.settings, self.manifest))
 
     @property
     def wholes(self) -> tuple["Datastore", ...]:
-        """The stores that this one consists of, each without parts: itself alone, then what was added."""
+        """The stores that this one consists of, each without segments: itself alone, then what was added."""
         return (self.alone, *self.segments)
 
     @property
     def bad(self) -> list[tuple[str, str]]:
-        """What was left out, and why; those of all parts too."""
+        """What was left out, and why; those of all segments too."""
         return super().bad + [line for segment in self.segments for line in segment.bad]
 
     @functools.cached_property
@@ -290,47 +291,48 @@ class Datastore(ShardFolder):
         words = ["python", "-m", "arrag_jax.build_datastore", *flags, f"--workdir={self.directory}"]
         return shlex.join(words)
 
-    def _files(self, segment: str, first: int, end: int) -> Iterator[tuple["Datastore", str, slice]]:
+    def _files(self, kind: str, first: int, end: int) -> Iterator[tuple["Datastore", str, slice]]:
         """The files that hold images ``first`` to ``end``: whose they are, their names, and which images are meant."""
         before = 0
         for store in (self, *self.segments):
             for shard in range(store.settings.num_shards):
-                name = store.settings.shard_files(shard)[segment]
+                name = store.settings.shard_files(shard)[kind]
                 images = store.files[name]["images"]
                 wanted = slice(max(first - before, 0), min(end - before, images))
                 if wanted.start < wanted.stop:
                     yield store, name, wanted
                 before += images
 
-    def _lines(self, segment: str) -> list[str]:
-        """All lines of a part, one an image."""
+    def _lines(self, kind: str) -> list[str]:
+        """All lines of one kind of content, one an image."""
         lines: list[str] = []
-        for store, name, wanted in self._files(segment, 0, self.num_images):
+        for store, name, wanted in self._files(kind, 0, self.num_images):
             lines += store.lines_of(name)[wanted]
         return lines
 
-    def _read(self, segment: str, dtype: str, shape: tuple[int, ...], first: int, end: int) -> np.ndarray:
-        """Records of a part as arrays of one shape, [end - first, *shape].
+    def _read(self, kind: str, dtype: str, shape: tuple[int, ...], first: int, end: int) -> np.ndarray:
+        """Records of one kind of content as arrays of one shape, [end - first, *shape].
 
         A record has a hash in its file, which its reader checks. The hash of a file of codes is checked besides where
         all of it is read: a file of the same size may stand in another's place.
         """
         whole, done = None, 0
-        for store, name, wanted in self._files(segment, first, end):
+        for store, name, wanted in self._files(kind, first, end):
             path, facts, number = store.directory / name, store.files[name], wanted.stop - wanted.start
             with self._reading(path), contextlib.closing(ArrayRecordReader(str(path))) as reader:
                 require_count(range(reader.num_records()), facts["images"])
                 if whole is None:  # before memory is taken for a grid that the files do not have
                     require_length(reader.read(wanted.start, wanted.start + 1)[0], dtype, shape)
                     whole = np.empty((end - first, *shape), dtype)
-                if segment == "codes" and number == facts["images"]:
+                if kind == "codes" and number == facts["images"]:
                     require_digest(sha256_of(path), facts)
                 found = np.frombuffer(b"".join(reader.read(wanted.start, wanted.stop)), dtype)
                 whole[done : done + number] = found.reshape(number, *shape)
-                if segment == "codes" and found.max(initial=0) >= self.settings.codebook_size:
+                if kind == "codes" and found.max(initial=0) >= self.settings.codebook_size:
                     raise ValueError(f"it holds code {found.max()}, the codebook {self.settings.codebook_size}")
             done += number
-        assert whole is not None and done == len(whole)
+        whole = np.empty((0, *shape), dtype) if whole is None else whole  # shards of nothing but duplicates hold none
+        assert done == len(whole) == end - first
         return whole
 
     @property

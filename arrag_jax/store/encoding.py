@@ -1,15 +1,17 @@
 """Images to codes, batch by batch, while the next ones are read."""
 
+import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float, UInt16
 
-from arrag_jax.data.examples import BadImage, Example, Examples
+from arrag_jax.data.examples import BadImage, Example, Examples, caption_of
 from arrag_jax.errors import UserError
 from arrag_jax.store.shards import ShardSettings
 
@@ -17,61 +19,83 @@ READERS = 8  # threads that decode images ahead of the encoder
 # uint8 [B, h, w, 3] → (int [B, H, W] codes, float [B, H, W, C] encoder outputs before quantisation); may answer with
 # arrays that are still being computed
 Encode = Callable[[np.ndarray], tuple[Any, Any]]
+Skip = Callable[[int, BadImage], None]  # takes the number of a bad image, and why it is bad
 
 
-def require_images(examples: Examples, settings: ShardSettings) -> None:
-    """Raises UserError if there are fewer images than ``settings`` ask for."""
-    if len(examples) < settings.num_images:
-        where = f"{settings.source}/{settings.split}" if settings.split else settings.source
-        raise UserError(f"{settings.num_images} images asked of {where}: it has {len(examples)}")
+class Batch(NamedTuple):
+    """Images that were encoded together.
 
-
-def encoded(
-    examples: Examples,
-    numbers: range,
-    encode: Encode,
-    batch_size: int,
-    settings: ShardSettings,
-    skip: Callable[[int, BadImage], None] | None = None,
-) -> Iterator[tuple[list[Example], np.ndarray, np.ndarray]]:
-    """The examples with these numbers, in order, and what ``encode`` makes of their images.
-
-    Which images share a batch depends on these numbers and on which of them are bad, on nothing else.
-
-    Args:
-      encode: called with exactly ``batch_size`` images; the last batch is padded with zeros. Called again before its
-        last answers are looked at, so that every device has work.
-      settings: whose grid and codebook the codes must be of.
-      skip: told the number and the reason of every bad image; None = the first one is raised.
-
-    Yields:
-      n ≤ batch_size examples, their codes (little-endian uint16 [n, H, W]) and encoder outputs [n, H, W, C].
-
-    Raises:
-      UserError: codes of another grid or outside the codebook, or encoder outputs that are not finite.
+    Attributes:
+      numbers: of the images in their source.
+      examples: the images.
+      codes: little-endian.
+      latents: encoder outputs before quantisation.
     """
 
-    def fetched(batch: list[Example], answer: tuple[Any, Any]) -> tuple[list[Example], np.ndarray, np.ndarray]:
-        codes, latents = (np.asarray(x)[: len(batch)] for x in answer)
-        if not np.isfinite(latents).all():
-            raise UserError("the tokenizer gave vectors that are not finite; its weights hold NaN or infinite numbers")
-        return batch, _checked(codes, settings), latents
+    numbers: list[int]
+    examples: list[Example]
+    codes: UInt16[np.ndarray, "n H W"]
+    latents: Float[np.ndarray, "n H W C"]
 
-    unfinished: deque = deque()
-    for batch in _batches(_read_ahead(examples, numbers, batch_size, skip), batch_size):
-        images = np.stack([example["image"] for example in batch])
-        padded = np.pad(images, ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
-        unfinished.append((batch, encode(padded)))
-        if len(unfinished) > jax.local_device_count():
-            yield fetched(*unfinished.popleft())
-    for batch, answer in unfinished:
-        yield fetched(batch, answer)
+    @property
+    def captions(self) -> list[str]:
+        """The images' captions; a UserError if they have none."""
+        return [caption_of(example) for example in self.examples]
+
+    def of(self, taken: Bool[np.ndarray, " n"]) -> "Batch":
+        """Returns the batch of the taken images alone."""
+        numbers, examples = (list(itertools.compress(items, taken)) for items in (self.numbers, self.examples))
+        return Batch(numbers, examples, self.codes[taken], self.latents[taken])
 
 
-def _read_ahead(
-    examples: Examples, numbers: range, window: int, skip: Callable[[int, BadImage], None] | None
-) -> Iterator[Example]:
-    """The good examples in order; ``window`` of them are being read or wait."""
+@dataclasses.dataclass(frozen=True)
+class EncodedImages:
+    """The images of a source, as a tokenizer encodes them.
+
+    Attributes:
+      examples: the images, by number.
+      source_id: image number → one line that tells where it came from.
+      encode: called with exactly ``batch_size`` images; a shard's last batch is padded with zeros. Called again before
+        its last answers are looked at, so that every device has work.
+      batch_size: images per call of ``encode``.
+    """
+
+    examples: Examples
+    source_id: Callable[[int], str]
+    encode: Encode
+    batch_size: int
+
+    def require(self, settings: ShardSettings) -> None:
+        """Raises UserError if there are fewer images than ``settings`` ask for."""
+        if len(self.examples) < settings.num_images:
+            where = f"{settings.source}/{settings.split}" if settings.split else settings.source
+            raise UserError(f"{settings.num_images} images requested of {where}: it has {len(self.examples)}")
+
+    def batches(self, numbers: Iterable[int], settings: ShardSettings, skip: Skip) -> Iterator[Batch]:
+        """Yields the images with these numbers, in order, in batches of up to ``batch_size``.
+
+        Which images share a batch depends on these numbers and on which of them are bad, on nothing else.
+
+        Args:
+          settings: whose grid and codebook the codes must be of.
+          skip: called for every bad image.
+
+        Raises:
+          UserError: codes of another grid or outside the codebook, or encoder outputs that are not finite.
+        """
+        unfinished: deque = deque()
+        for read in _in_batches(_read_ahead(self.examples, numbers, self.batch_size, skip), self.batch_size):
+            images = np.stack([example["image"] for _, example in read])
+            padded = np.pad(images, ((0, self.batch_size - len(read)), (0, 0), (0, 0), (0, 0)))
+            unfinished.append((read, self.encode(padded)))
+            if len(unfinished) > jax.local_device_count():
+                yield _fetched(*unfinished.popleft(), settings)
+        for read, answer in unfinished:
+            yield _fetched(read, answer, settings)
+
+
+def _read_ahead(examples: Examples, numbers: Iterable[int], window: int, skip: Skip) -> Iterator[tuple[int, Example]]:
+    """The good examples in order, with their numbers; ``window`` of them are being read or wait."""
     waiting = iter(numbers)
     with ThreadPoolExecutor(READERS) as pool:
         ahead = deque((i, pool.submit(examples.__getitem__, i)) for i in itertools.islice(waiting, window))
@@ -81,33 +105,29 @@ def _read_ahead(
                 try:
                     example = reading.result()
                 except BadImage as reason:
-                    if skip is None:
-                        raise
                     skip(number, reason)
                     example = None
                 ahead.extend((i, pool.submit(examples.__getitem__, i)) for i in itertools.islice(waiting, 1))
                 if example is not None:
-                    yield example
+                    yield number, example
         finally:
             pool.shutdown(cancel_futures=True)  # where the caller stopped early
 
 
-def _batches(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
-    batch: list[Example] = []
-    for example in examples:
-        batch.append(example)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+def _in_batches(examples: Iterator[tuple[int, Example]], size: int) -> Iterator[list[tuple[int, Example]]]:
+    while batch := list(itertools.islice(examples, size)):
         yield batch
 
 
-def _checked(codes: np.ndarray, settings: ShardSettings) -> np.ndarray:
+def _fetched(read: list[tuple[int, Example]], answer: tuple[Any, Any], settings: ShardSettings) -> Batch:
+    """What the encoder has made of a batch, once it is checked."""
+    codes, latents = (np.asarray(x)[: len(read)] for x in answer)
+    if not np.isfinite(latents).all():
+        raise UserError("the tokenizer gave vectors that are not finite; its weights hold NaN or infinite numbers")
     if codes.shape[1:] != tuple(settings.grid):
         raise UserError(f"the tokenizer gives grids {codes.shape[1:]}, {tuple(settings.grid)} were expected")
     if codes.min() < 0 or codes.max() >= settings.codebook_size:
         raise UserError(
             f"the tokenizer gave codes from {codes.min()} to {codes.max()}; its codebook has {settings.codebook_size}"
         )
-    return codes.astype("<u2")
+    return Batch([number for number, _ in read], [example for _, example in read], codes.astype("<u2"), latents)

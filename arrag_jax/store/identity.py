@@ -29,16 +29,16 @@ def _hashes(contents: Iterable[bytes]) -> UInt64[np.ndarray, " n"]:
     return np.frombuffer(b"".join(found), "<u8").astype(np.uint64)
 
 
-def digests_of(part: Datastore) -> UInt64[np.ndarray, " n"]:
-    """Returns what tells the images of a store without parts from others: of a data set's their ids, else contents."""
-    if part.settings.split:  # which files have none of
-        return _hashes(f"id:{id_}".encode() for id_ in part.sources)
-    captions = part.captions if part.settings.captions else None
+def digests_of(segment: Datastore) -> UInt64[np.ndarray, " n"]:
+    """Returns what tells the images of a store without segments apart: hashes of a data set's ids, else of contents."""
+    if segment.settings.split:  # which files have none of
+        return _hashes(f"id:{id_}".encode() for id_ in segment.sources)
+    captions = segment.captions if segment.settings.captions else None
 
     def chunks() -> Iterator[np.ndarray]:
-        for first in range(0, part.num_images, CHUNK):
-            end = min(first + CHUNK, part.num_images)
-            yield digests(part.codes_of(first, end), None if captions is None else captions[first:end])
+        for first in range(0, segment.num_images, CHUNK):
+            end = min(first + CHUNK, segment.num_images)
+            yield digests(segment.codes_of(first, end), None if captions is None else captions[first:end])
 
     return np.concatenate([np.zeros(0, np.uint64), *chunks()])
 
@@ -60,7 +60,7 @@ class KnownContents:
 
 
 def contents_of_files(store: Datastore) -> KnownContents:
-    """Returns the contents of all images of a store, those of its parts too, that came from files."""
+    """Returns the contents of all images of a store, those of its segments too, that came from files."""
     wholes = [x for x in store.wholes if not x.settings.split]
     contents = [np.zeros(0, np.uint64), *map(digests_of, wholes)]
-    return KnownContents(np.concatenate(contents), [id_ for part in wholes for id_ in part.sources])
+    return KnownContents(np.concatenate(contents), [id_ for segment in wholes for id_ in segment.sources])

@@ -61,7 +61,7 @@ class NeighborSettings(ShardSettings):
         in_range("store_images", self.store_images, 0, MOST_IMAGES)
 
     def shard_files(self, shard: int) -> dict[str, str]:
-        """File name of a shard's one part, "neighbors"."""
+        """File name of a shard's one kind of content, "neighbors"."""
         return {"neighbors": f"neighbors-{self.place(shard)}.arrayrecord"}
 
 

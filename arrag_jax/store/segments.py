@@ -1,10 +1,11 @@
-"""Stores of several parts: images added to a whole store, and stores merged into one.
+"""Stores of several segments: images added to a whole store, and stores merged into one.
 
-A part is a store of its own in a folder ``part-00001`` of the first one, whose manifest names it with its fingerprint.
-Nothing that is whole is ever written again but that manifest, which is replaced in one step.
+A segment is a store of its own in a folder ``part-00001`` of the first one, whose manifest names it with its
+fingerprint. Nothing that is whole is ever written again but that manifest, which is replaced in one step.
 
 Of stores that are merged each image is taken once, from the first that holds it (``identity``); duplicates within one
-store stay. A part that others share images with is written anew without them, the other parts are copied byte by byte.
+store stay. A segment that others share images with is written anew without them, the other segments are copied byte by
+byte.
 """
 
 import contextlib
@@ -22,24 +23,24 @@ from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_write, exclusive_lock, folder_in, require_within, write_json
 from arrag_jax.json_files import read_object
 from arrag_jax.ops.keys import KEY_KINDS
-from arrag_jax.store.building import state_of, write_lines, write_records
+from arrag_jax.store.building import state_of, write_lines
 from arrag_jax.store.datastore import SAME_IN_ALL_SEGMENTS, Datastore, StoreSettings
 from arrag_jax.store.identity import KnownContents, digests_of
-from arrag_jax.store.left_out import counts_of, read_bad
 from arrag_jax.store.shards import MANIFEST, content_of, facts_of, write_manifest
-from arrag_jax.store.writer import RECORD_OPTIONS
+from arrag_jax.store.skipped import counts_of, read_bad
+from arrag_jax.store.writer import write_file
 
 MERGING = ".merging.json"  # in the folder of an unfinished merge: the fingerprints of what is merged
-_OF_WHOLE = ("parts", "sha256", "merged", "keep_duplicates", "duplicates")  # in the manifest of a store's first part
+_OF_WHOLE = ("parts", "sha256", "merged", "keep_duplicates", "duplicates")  # in the manifest of a store's first segment
 
 
 def next_segment(store: Datastore) -> Path:
-    """Folder of the first part that the store does not hold yet; perhaps begun or whole already."""
+    """Folder of the first segment that the store does not hold yet; perhaps begun or whole already."""
     return require_within(store.directory, store.directory / _segment_name(len(store.segments) + 1))
 
 
 def require_fits(store: Datastore, settings: StoreSettings, other: Datastore | None = None) -> None:
-    """Raises UserError unless images of these settings can be a part of the store.
+    """Raises UserError unless images of these settings can be a segment of the store.
 
     Args:
       other: the store that has these settings, where it is there already.
@@ -69,14 +70,14 @@ def _mend(name: str, *both: tuple[Datastore | None, Any]) -> str:
 def add_segment(
     store: Datastore, segment: Path, prepare: Callable[[Datastore], contextlib.AbstractContextManager] | None = None
 ) -> Datastore:
-    """Adds a whole part to the store's manifest.
+    """Adds a whole segment to the store's manifest.
 
     Args:
       prepare: given the store as it will be, builds what belongs to it (its indexes) aside; left right after the
         manifest is written, it puts that in place. Readers have the old store with the old indexes until then.
 
     Raises:
-      UserError: the part is not whole or does not fit, or another process writes to the store.
+      UserError: the segment is not whole or does not fit, or another process writes to the store.
     """
     whole = Datastore.open(segment)
     require_fits(store, whole.settings)
@@ -98,19 +99,19 @@ def add_segment(
 
 
 class _Taken(NamedTuple):
-    """What a merge takes of a part: of each of its images the name of the same one before it, None of those taken."""
+    """What a merge takes of a segment; ``same`` names for each image the same one before it, None if it is taken."""
 
     segment: Datastore
     same: list[str | None]
-    told: frozenset[tuple[str, str]]  # what stores before it list as left out
+    reported: frozenset[tuple[str, str]]  # what stores before it list as left out
 
     @property
     def is_whole(self) -> bool:
-        return not any(self.same) and self.told.isdisjoint(self.segment.bad)
+        return not any(self.same) and self.reported.isdisjoint(self.segment.bad)
 
     @property
     def is_empty(self) -> bool:
-        return all(self.same) and self.told.issuperset(self.segment.bad)
+        return all(self.same) and self.reported.issuperset(self.segment.bad)
 
 
 def merge(stores: list[Datastore], directory: str | Path, keep_duplicates: bool = False) -> Datastore:
@@ -156,10 +157,10 @@ def _require_same_merge(record: Path, merged: dict[str, Any]) -> None:
 
 
 def _taken(stores: list[Datastore], keep_duplicates: bool) -> Iterator[_Taken]:
-    """What is taken of each part of each store, in order."""
-    contents, names, told = [np.zeros(0, np.uint64)], [], frozenset()
+    """What is taken of each segment of each store, in order."""
+    contents, names, reported = [np.zeros(0, np.uint64)], [], frozenset()
     for store in stores:
-        known, before = KnownContents(np.concatenate(contents), list(names)), told
+        known, before = KnownContents(np.concatenate(contents), list(names)), reported
         for segment in store.wholes:
             if keep_duplicates:
                 yield _Taken(segment, [None] * segment.num_images, frozenset())
@@ -167,12 +168,12 @@ def _taken(stores: list[Datastore], keep_duplicates: bool) -> Iterator[_Taken]:
             own = digests_of(segment)
             contents.append(own)
             names += segment.sources
-            told |= frozenset(segment.bad)
+            reported |= frozenset(segment.bad)
             yield _Taken(segment, known.find(own), before)
 
 
 def _copy(taken: list[_Taken], directory: Path, merged: dict[str, Any]) -> None:
-    """Copies every file that is not there yet, then writes the manifests, the first part's last."""
+    """Copies every file that is not there yet, then writes the manifests, the first segment's last."""
     contents: dict[Path, dict[str, Any]] = {}
     jobs: list[tuple[Path, Callable[[Path], Any]]] = []
     rewritten: list[tuple[_Taken, Path]] = []
@@ -208,14 +209,14 @@ def _copier(source: Path) -> Callable[[Path], None]:
 
 
 class _Shard(NamedTuple):
-    """A shard of a part that is written anew: its files, its images, those taken, and the lines of what is left out."""
+    """A shard of a segment that is written anew: its files, images, those taken, and the lines of what is left out."""
 
     files: dict[str, str]
     images: range
     new: list[int]
     bad_file: str
     left_out: list[tuple[str, str]]
-    told: int  # how many more are left out, which a store before lists
+    reported: int  # how many more are left out, which a store before lists
 
 
 def _shards(taken: _Taken) -> Iterator[_Shard]:
@@ -226,13 +227,13 @@ def _shards(taken: _Taken) -> Iterator[_Shard]:
         new = [number for number in images if taken.same[number] is None]
         bad = read_bad(segment.directory / bad_file) if bad_file in segment.files else []
         same = [(segment.sources[i], f"{DUPLICATE}{taken.same[i]}") for i in images if taken.same[i] is not None]
-        untold = [line for line in bad if line not in taken.told]
-        told = len(bad) - len(untold) + segment.files[files["codes"]].get("told", 0)
-        yield _Shard(files, images, new, bad_file, [*untold, *same], told)
+        unreported = [line for line in bad if line not in taken.reported]
+        reported = len(bad) - len(unreported) + segment.files[files["codes"]].get("told", 0)
+        yield _Shard(files, images, new, bad_file, [*unreported, *same], reported)
 
 
 def _writers(taken: _Taken) -> dict[str, Callable[[Path], None]]:
-    """What writes each file of the shards of a part, without the images that are not taken."""
+    """What writes each file of the shards of a segment, without the images that are not taken."""
     writers = {}
     for shard in _shards(taken):
         for kind, name in shard.files.items():
@@ -247,17 +248,17 @@ def _write_new(segment: Datastore, kind: str, shard: _Shard, target: Path) -> No
     """Writes one file of a shard."""
     if kind in (key.file for key in KEY_KINDS.values()):
         grids = segment.records_of(kind, shard.images.start, shard.images.stop)
-        write_records(target, [grids[number - shard.images.start].tobytes() for number in shard.new], RECORD_OPTIONS)
+        write_file(target, kind, [grids[number - shard.images.start].tobytes() for number in shard.new])
     else:
         lines = getattr(segment, kind)
-        write_lines(target, [lines[number] for number in shard.new])
+        write_file(target, kind, [lines[number] for number in shard.new])
 
 
 def _facts(taken: _Taken, target: Path) -> dict[str, dict[str, Any]]:
-    """What the manifest says of the files of a part that was written anew."""
+    """What the manifest says of the files of a segment that was written anew."""
     counts = {name: {"images": 0} for name in taken.segment.settings.other_files}
     for shard in _shards(taken):
-        count = {"images": len(shard.new)} | ({"told": shard.told} if shard.told else {})
+        count = {"images": len(shard.new)} | ({"told": shard.reported} if shard.reported else {})
         counts |= {name: count for name in shard.files.values()}
         if shard.left_out:
             counts[shard.bad_file] = counts_of([reason for _, reason in shard.left_out])

@@ -20,7 +20,7 @@ from arrag_jax.files import sha256_of, write_json
 from arrag_jax.json_files import read_object
 from arrag_jax.ops.grid import MOST_SIDE
 from arrag_jax.parsing import in_range, parse, shown
-from arrag_jax.store.left_out import BAD_FILES, LEFT_OUT, bad_line, counts_of, read_bad
+from arrag_jax.store.skipped import BAD_FILES, LEFT_OUT, bad_line, counts_of, read_bad
 
 MANIFEST = "manifest.json"
 MOST_IMAGES = 2**40
@@ -81,7 +81,7 @@ class ShardSettings:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
 
     def shard_files(self, shard: int) -> dict[str, str]:
-        """File name of each part of a shard; a shard is done when all are there."""
+        """File name of each kind of content of a shard; a shard is done when all are there."""
         raise NotImplementedError
 
     def bad_file(self, shard: int) -> str:
@@ -124,7 +124,7 @@ class Manifest:
 
     settings: Any
     files: dict[str, FileFacts]
-    parts: dict[str, str] = dataclasses.field(default_factory=dict)  # folder of each part → its fingerprint
+    parts: dict[str, str] = dataclasses.field(default_factory=dict)  # folder of each segment → its fingerprint
     sha256: str = ""  # of all the rest; absent in the oldest ones
 
     def __post_init__(self):

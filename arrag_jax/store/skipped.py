@@ -1,22 +1,48 @@
-"""The images that a build leaves out: listed beside their shard; of those that cannot be read, no more than allowed.
+"""The images that a build leaves out: the files that list them, and how many of them may be unreadable.
 
-A bad image, which cannot be read, is said at once and counts in what is allowed. What is passed over, and duplicates of
-images that are there, are listed alike and are no bad images.
+A shard's file lists one image a line: the image, a tab, and why it is left out. A bad image, which cannot be read,
+counts in what is allowed. What is passed over, and duplicates of images that are there, are listed alike and are no bad
+images.
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from arrag_jax.data.examples import DUPLICATE, PASSED_OVER, BadImage
-from arrag_jax.errors import UserError, printable
-from arrag_jax.progress import Bar, tell
-from arrag_jax.store import building
-from arrag_jax.store.left_out import BAD_FILES, read_bad
-from arrag_jax.store.shards import ShardSettings
+from arrag_jax.data.examples import DUPLICATE, PASSED_OVER
+from arrag_jax.errors import UserError
 
-ONE_IN = 20  # images; among fewer than this many times `least` the least number is smaller
+BAD_FILES = "bad-*.txt"
+LEFT_OUT = ("bad", "passed_over", "duplicates")  # what a manifest counts in such a file
+ONE_IN = 20  # images; among fewer than this many times `min_bad` the least number is smaller
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file of ours, each of which ends in a newline."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def read_bad(path: Path) -> list[tuple[str, str]]:
+    """Image and reason from each line of a file of bad images."""
+    return [bad_line(line) for line in read_lines(path)]
+
+
+def bad_line(line: str) -> tuple[str, str]:
+    """Image and reason from a line of a file of bad images."""
+    name, _, reason = line.partition("\t")
+    return name, reason
+
+
+def counts_of(reasons: list[str]) -> dict[str, int]:
+    """What the manifest says of a file of bad images with these reasons; what is passed over and duplicates apart."""
+    passed, same = (sum(reason.startswith(kind) for reason in reasons) for kind in (PASSED_OVER, DUPLICATE))
+    counts = {"images": 0, "bad": len(reasons) - passed - same}
+    return counts | {name: count for name, count in (("passed_over", passed), ("duplicates", same)) if count}
+
+
+def is_bad(reason: str) -> bool:
+    """Whether an image that is left out for this reason cannot be read."""
+    return not reason.startswith((PASSED_OVER, DUPLICATE))
 
 
 class SkippedCounts(NamedTuple):
@@ -26,76 +52,41 @@ class SkippedCounts(NamedTuple):
     bad: int
 
 
-NONE = SkippedCounts(0, 0)
-
-
-def is_bad(reason: str) -> bool:
-    """Whether an image that is left out for this reason cannot be read."""
-    return not reason.startswith((PASSED_OVER, DUPLICATE))
-
-
 @dataclasses.dataclass(frozen=True)
-class SkippedImages:
-    """Those of one build.
+class SkipLimit:
+    """How many images of a build may be bad.
 
     Attributes:
-      directory, settings: what is built.
-      source_id: image number → one line that tells where it came from.
-      most: share of bad images above which the build fails.
-      least: so many bad images do not fail it, whatever their share, as long as they are at most one in ``ONE_IN`` (or
-        one in all).
-      others: images of the folder that the built one is to be a part of; they count in that share.
+      max_bad_fraction: share of bad images above which the build fails.
+      min_bad: so many bad images do not fail it, whatever their share, as long as they are at most one in ``ONE_IN``
+        (or one in all).
+      elsewhere: images of the store that the built one is to be a segment of; they count in that share.
     """
 
-    directory: Path
-    settings: ShardSettings
-    source_id: Callable[[int], str]
-    most: float
-    least: int = 0
-    others: SkippedCounts = NONE
+    max_bad_fraction: float = 0.0
+    min_bad: int = 0
+    elsewhere: SkippedCounts = SkippedCounts(0, 0)
 
     def __post_init__(self):
-        if not 0 <= self.most <= 1:
-            raise UserError(f"max_bad_fraction={self.most} is outside [0, 1]")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(f"max_bad_fraction={self.max_bad_fraction} is outside [0, 1]")
 
-    def of_shard(self, shard: int, bar: Bar) -> tuple[dict[int, str], Callable[[int, BadImage], None]]:
-        """Begins a shard: its bad images (number → line), and whom to tell of each (``encoding.encoded``)."""
-        # A killed run's file: what was bad then may be good by now.
-        (self.directory / self.settings.bad_file(shard)).unlink(missing_ok=True)
-        bad: dict[int, str] = {}
-
-        def skip(number: int, reason: BadImage) -> None:
-            bad[number] = self.line(number, str(reason))
-            if is_bad(str(reason)):
-                tell(f"skipped {printable(self.source_id(number))}: {printable(reason)}")
-            bar.update()
-
-        return bad, skip
-
-    def line(self, number: int, reason: str) -> str:
-        """The line of an image in a file of bad ones."""
-        return f"{self.source_id(number)}\t{printable(reason)}"
-
-    def write(self, shard: int, bad: dict[int, str]) -> list[str]:
-        """Writes a shard's bad images, which is to be done before its last file; returns the ids of the good ones."""
-        if bad:
-            building.write_lines(
-                self.directory / self.settings.bad_file(shard), [bad[number] for number in sorted(bad)]
-            )
-        return [self.source_id(number) for number in self.settings.shard_images(shard) if number not in bad]
-
-    def require_few(self) -> None:
-        """Raises UserError if too large a share of all images, with the others, is known to be bad."""
-        left_out = [line for path in sorted(self.directory.glob(BAD_FILES)) for line in read_bad(path)]
+    def require_few(self, directory: Path, num_images: int) -> None:
+        """Raises UserError if the files of bad images in ``directory``, which goes through so many, list too many."""
+        left_out = [line for path in sorted(directory.glob(BAD_FILES)) for line in read_bad(path)]
         bad = [(name, reason) for name, reason in left_out if is_bad(reason)]
-        found = len(bad) + self.others.bad
+        found = len(bad) + self.elsewhere.bad
         passed_over = sum(reason.startswith(PASSED_OVER) for _, reason in left_out)
-        total = self.settings.num_images - passed_over + self.others.images
+        total = num_images - passed_over + self.elsewhere.images
         first = "; ".join(f"{name}: {reason}" for name, reason in bad[:3]) + (" …" if len(bad) > 3 else "")
         if found and found == total:
             raise UserError(f"none of the {total:,} images can be read ({first}); is config.source right?")
-        if found > max(self.most * total, min(self.least, max(1, total // ONE_IN))):
+        if found > max(self.max_bad_fraction * total, min(self.min_bad, max(1, total // ONE_IN))):
             raise UserError(
                 f"{found:,} of {total:,} images cannot be read ({first}), more than config.max_bad_fraction="
-                f"{self.most:g} allows; raise it, or mend them, delete {self.directory} and run the same command again"
+                f"{self.max_bad_fraction:g} allows; raise it, or mend them, delete {directory} and run the same "
+                "command again"
             )
+
+
+NO_BAD = SkipLimit()  # not one image may be bad

@@ -71,7 +71,7 @@ class Workers:
             time.sleep(BEAT)
 
     def check(self) -> None:
-        """Raises ``signals.Stop`` where this process or another one of the team was told to end.
+        """Raises ``signals.Stop`` where this process or another one was told to end.
 
         Takes note of the others' signs, so that the silence of one that dies counts from then on.
         """
@@ -149,6 +149,7 @@ def workers_in(directory: str | Path, index: int = 0, count: int = 1) -> Iterato
         return
     directory.mkdir(parents=True, exist_ok=True)
     workers, stop = Workers(directory, index, count), threading.Event()
+    workers._file(index).unlink(missing_ok=True)  # a killed run's: no sign of this process
     thread = threading.Thread(target=workers._give_signs, args=(stop,), daemon=True)
     thread.start()
     try:

@@ -1,85 +1,127 @@
-"""Builds a datastore shard by shard (``building.build``), without the images that cannot be read."""
+"""Builds the two kinds of folder of shards, a datastore and a neighbour set: the loops over what is to be written."""
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from arrag_jax.data.examples import DUPLICATE, Examples, caption_of
+from arrag_jax.data.examples import DUPLICATE, BadImage, Example, Examples, caption_of
 from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_write
+from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.keys import KEY_KINDS
-from arrag_jax.progress import Bar
+from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.store import building
+from arrag_jax.store.building import Shard
 from arrag_jax.store.datastore import CODEBOOK, Datastore, StoreSettings
-from arrag_jax.store.encoding import Encode, encoded, require_images
+from arrag_jax.store.encoding import Batch, EncodedImages
 from arrag_jax.store.identity import KnownContents, digests
-from arrag_jax.store.skipped import NONE, SkippedCounts, SkippedImages
+from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings, to_record
+from arrag_jax.store.skipped import NO_BAD, SkipLimit
 from arrag_jax.store.workers import Workers
 
 # Codes have spare bits (10 to 14 of 16 are in use), which zstd finds; where there are none it adds next to nothing.
 # Grouped, for ArrayRecord adds 9 bytes a record else; it adds 128 KiB a file in any case, so that a store stays within
 # 5 % of 2 bytes a code from 2.5 MiB of codes on whatever they are, and from 0.3 MiB on if 9 bits of 16 are in use.
 RECORD_OPTIONS = "group_size:512,zstd"
-IsNew = Callable[[np.ndarray, Sequence[str] | None], np.ndarray]  # codes [n, H, W], captions → bool [n]
+# One record a group, as random access wants it; 3 to 4 times smaller than uncompressed, for neighbours agree.
+NEIGHBOR_RECORD_OPTIONS = "group_size:1,zstd"
+NO_CAPTION = "it has no caption"
+# int [B, H, W] codes, where the images came from, what to tell of images done → [B·M, K]
+Search = Callable[[np.ndarray, Sequence[str], Callable[[int], Any]], Neighbors]
 
 
-def build(
+def build_datastore(
     directory: str | Path,
-    examples: Examples,
-    encode: Encode,
+    images: EncodedImages,
     codebook: Float[np.ndarray, "V C"],
     settings: StoreSettings,
-    batch_size: int,
-    source_id: Callable[[int], str] | None = None,
-    max_bad_fraction: float = 0.0,
+    limit: SkipLimit = NO_BAD,
     workers: Workers | None = None,
-    others: SkippedCounts = NONE,
-    min_bad: int = 0,
     known: KnownContents | None = None,
 ) -> Datastore:
     """Builds the store in ``directory``, or goes on with it, or finds it whole.
 
     Args:
-      directory: made if absent.
-      examples: at least ``settings.num_images`` (any, if the store is whole); the first ones are taken.
-      encode: called with batches of exactly ``batch_size`` (a shard's last one is padded with zeros).
       codebook: rows of unit norm.
-      settings: what to build.
-      batch_size: images a call of ``encode``.
-      source_id: image number → one line that tells where it came from; default "source/split/number".
-      max_bad_fraction: share of bad images above which the build fails.
-      workers: the processes that build it together; None = this one alone.
-      others: images of the store that this one is to be a part of; they count in the share of bad ones.
-      min_bad: as ``SkippedImages.least``.
       known: contents that are left out as duplicates; None = whatever comes is taken.
+      others: as ``building.begun``.
 
     Raises:
-      UserError: too few images or too many bad ones, a code outside the codebook; else as ``building.build``.
+      UserError: a code outside the codebook; else as ``building.begun``.
     """
     directory = Path(directory)
-    if building.require_same_settings(Datastore, directory, settings) != "whole":
-        require_images(examples, settings)
     _require_codebook(codebook, settings)
-    source_id = source_id or (lambda i: f"{settings.source}/{settings.split}/{i}")
+    with building.begun(Datastore, directory, images, settings, limit, workers) as build:
+        if build.leads:
+            _write_codebook(directory / CODEBOOK, codebook)
+        for shard in build.pending():
+            contents = {kind: [] for kind in shard.files if kind != "sources"}
+            for batch in shard.batches():
+                taken = batch if known is None else _without_known(batch, known, shard)
+                for kind, items in contents.items():
+                    items += items_of(kind, taken)
+                shard.count(len(batch.numbers))
+            for kind, items in contents.items():
+                write_file(shard.files[kind], kind, items)
+            write_file(shard.files["sources"], "sources", shard.write_left_out())
+    return Datastore.open(directory)
 
-    def write_codebook() -> None:
-        with atomic_write(directory / CODEBOOK) as temporary, open(temporary, "wb") as file:
-            np.savez(file, codebook=np.asarray(codebook, np.float32))
 
-    left_out = SkippedImages(directory, settings, source_id, max_bad_fraction, min_bad, others)
+def build_neighbor_set(
+    directory: str | Path,
+    images: EncodedImages,
+    search: Search,
+    settings: NeighborSettings,
+    limit: SkipLimit = NO_BAD,
+) -> NeighborSet:
+    """Builds the set in ``directory``, or goes on with it, or finds it whole.
 
-    def write_shard(shard: int, bar: Bar) -> None:
-        bad, skip = left_out.of_shard(shard, bar)
-        batches = encoded(examples, settings.shard_images(shard), encode, batch_size, settings, skip)
-        files = settings.shard_files(shard)
-        write_files(directory, files, batches, bar, _is_new(known, left_out, shard, bad))
-        building.write_lines(directory / files["sources"], left_out.write(shard, bad))
-        left_out.require_few()
+    A shard's images are searched for together, which is quicker the more they are. All depends on the shard
+    alone, so that a resumed build gives the same bytes as long as ``search`` gives the same answers (a ScaNN
+    tree made anew does not: it starts at random). An image without a caption is a bad one: FAiD learns from both.
 
-    return building.build(Datastore, directory, settings, write_shard, write_codebook, left_out.require_few, workers)
+    Args:
+      images: with "caption" beside "image".
+      search: of the store and by the means that ``settings`` tell.
+      others: as ``building.begun``.
+
+    Raises:
+      UserError: a code outside the codebook; else as ``building.begun``.
+    """
+    directory = Path(directory)
+    images = EncodedImages(_Captioned(images.examples), images.source_id, images.encode, images.batch_size)
+    with building.begun(NeighborSet, directory, images, settings, limit) as build:
+        for shard in build.pending():
+            codes, captions, records = [], [], []
+            for batch in shard.batches():
+                codes.append(batch.codes)
+                captions += batch.captions
+            names = shard.write_left_out()
+            if names:
+                grids = np.concatenate(codes)
+                neighbors = neighbors_of_cells(search(grids, names, shard.count).code, settings.grid)
+                records = map(to_record, grids.reshape(len(grids), -1), neighbors, map(str.encode, captions))
+            building.write_records(shard.files["neighbors"], records, NEIGHBOR_RECORD_OPTIONS)
+    return NeighborSet.open(directory)
+
+
+def items_of(kind: str, batch: Batch) -> list[bytes] | list[str]:
+    """What a batch puts into a shard's file of this kind of content: ``KeyKind.file`` or "captions"."""
+    for key in KEY_KINDS.values():
+        if key.file == kind:
+            return [record.tobytes() for record in key.records(batch.codes, batch.latents)]
+    return batch.captions
+
+
+def write_file(path: Path, kind: str, items: Iterable[bytes] | Iterable[str]) -> None:
+    """Writes a file of a store's shard, whole or not at all: records that keys are made of, else lines."""
+    if kind in (key.file for key in KEY_KINDS.values()):
+        building.write_records(path, items, RECORD_OPTIONS)
+    else:
+        building.write_lines(path, items)
 
 
 def _require_codebook(codebook: np.ndarray, settings: StoreSettings) -> None:
@@ -89,48 +131,41 @@ def _require_codebook(codebook: np.ndarray, settings: StoreSettings) -> None:
         raise UserError("the codebook's rows are not of unit norm; normalise them")
 
 
-def _is_new(known: KnownContents | None, left_out: SkippedImages, shard: int, bad: dict[int, str]) -> IsNew:
-    """Tells of one batch of a shard after another which images are none of the known; notes the others as bad."""
-    going = iter(left_out.settings.shard_images(shard))
-
-    def is_new(codes: np.ndarray, captions: Sequence[str] | None) -> np.ndarray:
-        if known is None:
-            return np.ones(len(codes), bool)
-        numbers = list(itertools.islice((number for number in going if number not in bad), len(codes)))
-        names = known.find(digests(codes, captions))
-        same = {number: name for number, name in zip(numbers, names, strict=True) if name is not None}
-        bad.update((number, left_out.line(number, f"{DUPLICATE}{name}")) for number, name in same.items())
-        return np.array([name is None for name in names], bool)
-
-    return is_new
+def _write_codebook(path: Path, codebook: np.ndarray) -> None:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, codebook=np.asarray(codebook, np.float32))
 
 
-def write_files(
-    directory: Path,
-    files: dict[str, str],
-    batches: Iterator,
-    bar: Bar,
-    is_new: IsNew = lambda codes, _: np.ones(len(codes), bool),
-) -> None:
-    """Writes those of a shard's files of codes, latents and captions whose names are given, each whole or not at all.
+def _without_known(batch: Batch, known: KnownContents, shard: Shard) -> Batch:
+    """The images of a batch that are none of the known; the shard leaves out the others."""
+    captions = batch.captions if "captions" in shard.files else None
+    names = known.find(digests(batch.codes, captions))
+    for number, name in zip(batch.numbers, names, strict=True):
+        if name is not None:
+            shard.leave_out(number, f"{DUPLICATE}{name}")
+    return batch.of(np.array([name is None for name in names], bool))
 
-    Args:
-      files: as of ``StoreSettings.shard_files``; "sources" is left to others.
-      batches: as of ``encoding.encoded``.
-      bar: told of every image.
-      is_new: from the codes of a batch and its captions to which of its images are taken.
-    """
-    records = {kind: [] for kind in KEY_KINDS.values() if kind.file in files}
-    captions: list[str] = []
-    for batch, codes, latents in batches:
-        words = [caption_of(example) for example in batch] if "captions" in files else None
-        new = is_new(codes, words)
-        for kind, made in records.items():
-            made += [record.tobytes() for record in kind.records(codes[new], latents[new])]
-        if words is not None:
-            captions += itertools.compress(words, new)
-        bar.update(len(batch))
-    for kind, made in records.items():
-        building.write_records(directory / files[kind.file], made, RECORD_OPTIONS)
-    if "captions" in files:
-        building.write_lines(directory / files["captions"], captions)
+
+class _Captioned:
+    """Examples with their captions as they are kept; those without one are bad."""
+
+    def __init__(self, examples: Examples):
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.examples[index]
+        caption = caption_of(example)
+        if not caption:
+            raise BadImage(NO_CAPTION)
+        return {**example, "caption": caption}
+
+
+def neighbors_of_cells(code: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Codes [B·M, K] of the cells that have a context → int32 [B, T, K] of all cells, -1 in the others."""
+    cells = grid_ops.cells_with_context(*grid)
+    found = np.full((len(code) // len(cells), grid[0] * grid[1], code.shape[1]), -1, np.int32)
+    found[:, cells] = code.reshape(-1, len(cells), code.shape[1])
+    return found

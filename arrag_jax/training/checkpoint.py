@@ -26,13 +26,12 @@ from arrag_jax.errors import UserError
 from arrag_jax.failures import is_of_the_machine
 from arrag_jax.files import exclusive_lock, folder_in, write_json
 from arrag_jax.json_files import read_object
-from arrag_jax.parsing import parse, shown
+from arrag_jax.parsing import differences, parse
 from arrag_jax.training.sums import digest_of, read_sums, require_finite, require_same, sums_of
 
 State = TypeVar("State")
 asyncio_log = getLogger("asyncio")
 KEEP = 2  # the newest, and the one before it in case the newest is damaged; the best one is kept besides
-TOLD = 8  # differences that a message names
 
 # Keys that may differ between a run and its continuation: they change when, where or how long, not what, or its sample
 # grids alone. A run that has a checkpoint of its own no longer reads init_from. Folders may move: base.json knows what
@@ -151,7 +150,7 @@ def read_params(
         name = "params" if saved["ema"] is None else "ema"
         there, here = _shapes(saved[name]), _shapes(params)
         if there != here:
-            changes = _differences(there, here)
+            changes = differences(there, here)
             raise UserError(f"{named}={workdir} holds parameters of another model: {changes}; choose another run")
         item = {name: jax.tree.map(ocp.utils.to_shape_dtype_struct, params)}
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
@@ -219,7 +218,7 @@ def _check_records(workdir: Path, config: TrainConfig, base: dict[str, str]) -> 
     if not any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*")):
         return new
     old = _flat(_read_json(workdir / "config.json", new))
-    differ = _differences(
+    differ = differences(
         {key: value for key, value in old.items() if not _free(key)},
         {key: value for key, value in _flat(new).items() if not _free(key)},
     )
@@ -231,7 +230,7 @@ def _check_records(workdir: Path, config: TrainConfig, base: dict[str, str]) -> 
 
 def require_base(workdir: Path, base: dict[str, str]) -> None:
     """Raises UserError where the run in ``workdir`` has other frozen weights (``Task.base``), naming what differs."""
-    differ = _differences(_read_json(workdir / "base.json", base), base)
+    differ = differences(_read_json(workdir / "base.json", base), base)
     if differ:
         raise UserError(
             f"{workdir} holds a run on another base: {differ}; give back the one it began with "
@@ -274,13 +273,6 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     """Shape of each leaf by path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """ "key (1 there, 2 now), …": the first keys whose values differ; "" where none does."""
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    told = [f"{key} ({shown(old.get(key))} there, {shown(new.get(key))} now)" for key in keys[:TOLD]]
-    return ", ".join(told if len(keys) <= TOLD else [*told, "…"])
 
 
 def _read_json(path: Path, absent: dict[str, Any]) -> dict[str, Any]:

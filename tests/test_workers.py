@@ -17,7 +17,7 @@ from arrag_jax.config import DatastoreConfig
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.models.janus import VISION
-from arrag_jax.store import workers
+from arrag_jax.store import from_images, workers
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.workers import workers_in
 
@@ -53,6 +53,13 @@ def test_a_member_that_falls_silent_ends_the_others(tmp_path, monkeypatch):
     assert not (tmp_path / ".process-00000").exists()
 
 
+def test_the_sign_that_a_killed_run_left_is_gone_before_the_first_one(tmp_path, monkeypatch):
+    (tmp_path / ".process-00001").write_text("killed 7 stopping")
+    monkeypatch.setattr(workers.Workers, "_give_signs", lambda *_: None)
+    with workers_in(tmp_path, 1, 2):
+        assert not (tmp_path / ".process-00001").exists()
+
+
 def test_two_builders_at_once_make_the_same_store(whole, config, tmp_path):
     """In two threads, as members of one team: every shard by one of them, the same bytes as by one alone."""
     tokenizer = load_model(config.model, parts=VISION)
@@ -61,7 +68,7 @@ def test_two_builders_at_once_make_the_same_store(whole, config, tmp_path):
     def work(index: int) -> None:
         try:
             with workers_in(tmp_path / "store", index, 2) as members:
-                build_datastore.build(config, tmp_path / "store", tokenizer, members)
+                from_images.build(config, tmp_path / "store", tokenizer, members)
                 if index:
                     members.wait_for_leader_to_leave()
         except BaseException as error:

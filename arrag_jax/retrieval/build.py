@@ -1,0 +1,118 @@
+"""Stores with their indexes: what ``build_datastore`` does. It stands here because a store knows of no index."""
+
+import contextlib
+import time
+from collections.abc import Collection, Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from arrag_jax.config import DatastoreConfig, ScannOptions
+from arrag_jax.errors import UserError
+from arrag_jax.models.checkpoint import load_model, tokenizer_fingerprint
+from arrag_jax.models.janus import VISION
+from arrag_jax.processes import require_same
+from arrag_jax.retrieval import index
+from arrag_jax.retrieval import report as measure
+from arrag_jax.retrieval.load import settled
+from arrag_jax.retrieval.scann import BY_RULE
+from arrag_jax.store import from_images, segments
+from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.images import told_of
+from arrag_jax.store.shards import MANIFEST
+from arrag_jax.store.workers import workers_in
+
+
+def build(config: DatastoreConfig | None, directory: Path, append: bool = False, keep_duplicates: bool = False) -> None:
+    """Builds the store of the config's images in ``directory`` and its indexes, or goes on with that.
+
+    A whole store is given the keys, the captions and the indexes that it lacks. Every process of a run calls this.
+
+    Args:
+      config: None = build again those indexes of a whole store that do not fit it.
+      append: add those images that a whole store does not hold.
+      keep_duplicates: take images of equal content all.
+
+    Raises:
+      UserError: there is neither a config nor a whole store; else as ``from_images``.
+    """
+    start = time.perf_counter()
+    if config is None:
+        if not (directory / MANIFEST).is_file():
+            raise UserError("missing --config (see --help)")
+        _finish(Datastore.open(directory), None, start)
+        return
+    with workers_in(directory, jax.process_index(), jax.process_count()) as workers:
+        tokenizer = load_model(config.model, parts=VISION)
+        require_same({f"tokenizer of {config.model}": tokenizer_fingerprint(tokenizer)}, "model")
+        config = from_images.with_what_is_held(config, directory, tokenizer, workers, append)
+        what = (config, directory, tokenizer, workers, keep_duplicates)
+        store = from_images.add(*what, partial(_new_indexes, config)) if append else from_images.build(*what)
+        if workers.leads:
+            _finish(store, config, start)
+        else:
+            workers.wait_for_leader_to_leave()
+
+
+def merge(
+    stores: Collection[str], directory: Path, keep_duplicates: bool = False, config: DatastoreConfig | None = None
+) -> None:
+    """Merges stores into one in ``directory``, with the config's indexes (None = with none)."""
+    start = time.perf_counter()
+    merged = segments.merge([Datastore.open(store) for store in stores], directory, keep_duplicates)
+    _finish(merged, config, start)
+
+
+def verify(directory: Path) -> None:
+    """Reads every file of a store and of its indexes, and says so if all are as they were written."""
+
+    def verified() -> Datastore:
+        store = Datastore.open(directory)
+        store.verify()
+        index.verify_indexes(store)
+        return store
+
+    store = settled(directory, verified)
+    print(f"datastore {directory} is as it was written: {store.num_images:,} images")
+
+
+def report(directory: Path, options: ScannOptions = BY_RULE) -> None:
+    """Measures each of a store's indexes, and prints the figures."""
+
+    def measured() -> dict[str, dict[str, float | int]]:
+        store = Datastore.open(directory)
+        return {kind: measure.report(store, options, kind) for kind in measure.indexed(store)}
+
+    for kind, figures in settled(directory, measured).items():
+        print(f"index over {kind} keys")
+        for name, figure in figures.items():
+            print(f"{name:20}{figure:>16,.4f}" if isinstance(figure, float) else f"{name:20}{figure:>16,}")
+
+
+@contextlib.contextmanager
+def _new_indexes(config: DatastoreConfig, store: Datastore) -> Iterator[None]:
+    """Builds the indexes that are wanted of a store beside those that are there; on leaving they take their place."""
+    with contextlib.ExitStack() as stack:
+        for kind in config.indexes:
+            stack.enter_context(index.new_index(store, kind, config.scann, config.index_shards))
+        yield
+
+
+def _finish(store: Datastore, config: DatastoreConfig | None, start: float) -> None:
+    """Builds the indexes that are wanted and not there, and says what the store holds."""
+    if config is None:  # indexes that fit may have options of their own
+        kinds, options = [kind for kind in measure.indexed(store) if not index.fits(store, kind)], (ScannOptions(), 1)
+    else:
+        kinds, options = config.indexes, (config.scann, config.index_shards)
+    for kind in kinds:
+        index.refresh_index(store, kind, *options)
+    size = sum(path.stat().st_size for path in store.directory.rglob("*") if path.is_file())
+    there = ", ".join(kind for kind in store.settings.keys if index.fits(store, kind))
+    indexes = f"ScaNN over {there} keys" if there else "no index"
+    left_out = told_of(store.wholes, "that cannot be read", store.num_duplicates)
+    wordless = f" ({sum(not words for words in store.captions):,} without caption)" if store.settings.captions else ""
+    print(
+        f"datastore {store.directory} is complete: {store.num_images:,} images{wordless}{left_out}, "
+        f"{store.num_patches:,} patches, {indexes}, {size:,} bytes, {time.perf_counter() - start:.1f} s"
+    )

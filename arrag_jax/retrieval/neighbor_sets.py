@@ -1,0 +1,101 @@
+"""Neighbour sets of the images that a config names: each image's patches looked up in a store, without itself."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arrag_jax.config import NeighborsConfig
+from arrag_jax.data import sources
+from arrag_jax.files import require_within
+from arrag_jax.models.checkpoint import load_model, tokenizer_fingerprint
+from arrag_jax.models.janus import VISION, Janus
+from arrag_jax.ops.neighbors import Neighbors
+from arrag_jax.retrieval.leave_one_out import LeaveOneOut
+from arrag_jax.retrieval.load import load_retriever
+from arrag_jax.store import writer
+from arrag_jax.store.building import require_same_settings, state_of
+from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.encoding import EncodedImages
+from arrag_jax.store.images import LISTING, ImageSource, encoder, names_below, names_in, origin_of, told_of
+from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings
+from arrag_jax.store.skipped import SkipLimit
+from arrag_jax.store.writer import NO_CAPTION
+
+
+def build(config: NeighborsConfig, directory: Path) -> None:
+    """Builds the neighbour sets of two splits, in ``directory``/train and /valid, or goes on with that.
+
+    Raises:
+      UserError: as ``load_retriever``, ``ImageSource`` and ``writer.build_neighbor_set``.
+    """
+    start, tokenizer = time.perf_counter(), load_model(config.model, parts=VISION)
+    store, retriever = load_retriever(config.retrieval, tokenizer_fingerprint(tokenizer))
+    splits = {"train": config.train_split, "valid": config.valid_split}
+    splits = {require_within(directory, directory / name): split for name, split in splits.items()}
+    there = {folder: state_of(NeighborSet, folder) for folder in splits}
+    states = {state for state, _ in there.values()}
+    state = states.pop() if len(states) == 1 else "begun"
+    spelt = sources.spelt_alike(config.source, [settings.source for _, settings in there.values() if settings])
+    config = dataclasses.replace(config, source=spelt)
+    source = ImageSource(config.source, config.data_dir, True, tokenizer, state, directory / LISTING)
+    jobs = {}
+    for folder, split in splits.items():
+        images = source.images(split)
+        number = there[folder][1].num_images if state == "whole" else len(images)
+        settings = settings_of(config, store, tokenizer, split, number)
+        jobs[folder] = images, dataclasses.replace(settings, origin=origin_of(config.source), beside=source.beside)
+    for folder, (_, settings) in jobs.items():
+        require_same_settings(NeighborSet, folder, settings)  # of both, before the first is begun
+    source.keep_listing()
+    encode, name_of = encoder(tokenizer), names_below(config.source)
+    leave_one_out = LeaveOneOut(store, names_in(store), retriever)
+
+    def search(codes: np.ndarray, ids: Sequence[str], count: Callable[[int], Any]) -> Neighbors:
+        return leave_one_out.search(codes, [name_of(id_) for id_ in ids], count)
+
+    for folder, (images, settings) in jobs.items():
+        encoded = EncodedImages(images, images.source_id, encode, config.batch_size)
+        limit = SkipLimit(config.max_bad_fraction, config.min_bad)
+        _say(writer.build_neighbor_set(folder, encoded, search, settings, limit), start)
+    (directory / LISTING).unlink(missing_ok=True)
+
+
+def settings_of(
+    config: NeighborsConfig, store: Datastore, tokenizer: Janus, split: str, num_images: int
+) -> NeighborSettings:
+    """What the set of a split is to hold."""
+    search = config.retrieval
+    return NeighborSettings(
+        fingerprint=store.settings.fingerprint,
+        grid=tokenizer.grid,
+        codebook_size=tokenizer.codebook_size,
+        k=search.k,
+        keys=search.keys,
+        search=search.search,
+        scann=search.scann,
+        storage=search.storage if search.search == "dense" else "",
+        datastore=store.store_fingerprint,
+        store_images=store.num_images,
+        source=config.source,
+        split=split,
+        num_images=num_images,
+        shard_size=config.shard_size,
+        store=search.store,
+        command=" ".join(["python -m arrag_jax.build_neighbors", *sys.argv[1:]]),
+    )
+
+
+def _say(found: NeighborSet, start: float) -> None:
+    """Says what a set holds."""
+    size = sum(path.stat().st_size for path in found.directory.iterdir())
+    wordless = sum(reason == NO_CAPTION for _, reason in found.bad)
+    left_out = told_of([found], f"that cannot be read or have no caption ({wordless:,})")
+    print(
+        f"neighbor set {found.directory} is complete: {len(found):,} images{left_out}, {found.k} neighbours a cell, "
+        f"{size:,} bytes, {time.perf_counter() - start:.1f} s"
+    )

@@ -1,0 +1,207 @@
+"""Stores from the images that a config names: built, added to, and given what they lack."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arrag_jax.config import DatastoreConfig
+from arrag_jax.data.examples import DUPLICATE, PASSED_OVER
+from arrag_jax.errors import UserError, printable
+from arrag_jax.models.checkpoint import tokenizer_fingerprint
+from arrag_jax.models.janus import Janus
+from arrag_jax.store import extension, segments, writer
+from arrag_jax.store.building import require_same_settings, state_of
+from arrag_jax.store.datastore import Datastore, StoreSettings
+from arrag_jax.store.encoding import EncodedImages
+from arrag_jax.store.identity import contents_of_files
+from arrag_jax.store.images import (
+    LISTING,
+    ImageSource,
+    encoder,
+    is_data_set,
+    is_same_source,
+    names_in,
+    names_left_out,
+    origin_of,
+)
+from arrag_jax.store.shards import MANIFEST
+from arrag_jax.store.skipped import SkipLimit, SkippedCounts
+from arrag_jax.store.workers import Workers
+
+
+def with_what_is_held(
+    config: DatastoreConfig, directory: Path, tokenizer: Janus, workers: Workers, append: bool
+) -> DatastoreConfig:
+    """The config with all kinds of key (and the captions) of a whole store in the directory, once that has its own.
+
+    What the store lacks is added to it, unless images are to be appended: their kinds must then be among the store's.
+    """
+    state, found = state_of(Datastore, directory)
+    if state != "whole":
+        return config
+    if append:
+        return dataclasses.replace(config, keys=found.keys) if set(config.keys) <= set(found.keys) else config
+    keys, captions = extension.all_keys(found.keys, config.keys), config.captions or found.captions
+    if (keys, captions) != (found.keys, found.captions):
+        held = {"keys": found.keys, "captions": found.captions, "indexes": ()}
+        same = dataclasses.replace(spelt_alike(config, [found]), **held)
+        require_same_settings(Datastore, directory, settings_of(same, tokenizer, config.num_images or found.num_images))
+
+        def images(settings: StoreSettings, captions: bool) -> tuple[EncodedImages, dict[str, int]]:
+            source = ImageSource(settings.source, config.data_dir, captions, tokenizer, "nothing", Path())
+            examples = source.images(settings.split)
+            encoded = EncodedImages(examples, examples.source_id, encoder(tokenizer), config.batch_size)
+            return encoded, {examples.source_id(number): number for number in range(len(examples))}
+
+        store = Datastore.open(directory)
+        extension.extend(store, keys, captions, images, workers)
+    return dataclasses.replace(config, keys=keys, captions=captions)
+
+
+def build(
+    config: DatastoreConfig,
+    directory: Path,
+    tokenizer: Janus,
+    workers: Workers,
+    keep_duplicates: bool = False,
+    whole: Datastore | None = None,
+) -> Datastore | None:
+    """The store of the config's images, built by all processes; None if there are none to take.
+
+    Args:
+      keep_duplicates: take images of equal content all; of a build that was begun, as it was begun.
+      whole: the store that this one is to be a segment of; what it holds or left out is not taken.
+    """
+
+    def state() -> tuple[str, StoreSettings | None]:
+        return state_of(Datastore, directory)
+
+    if not workers.leads:  # the first process makes the data set, or lists the folder
+        workers.wait_until(lambda: state()[0] != "nothing" or workers.leader_has_left())
+        if state()[0] == "nothing":
+            return None
+    begun, found = state()
+    config = spelt_alike(config, [found] if found else [])
+    keep = found.keep_duplicates if found else keep_duplicates
+    source = ImageSource(config.source, config.data_dir, config.captions, tokenizer, begun, directory / LISTING, keep)
+    images = source.images(split_of(config), *(names_not_to_take(whole, keep) if whole else ()))
+    if begun == "nothing" and len(images) == getattr(images, "num_passed_over", 0):
+        return None
+    source.keep_listing()
+    settings = settings_of(
+        config, tokenizer, config.num_images or (found.num_images if begun == "whole" else len(images))
+    )
+    elsewhere = counts_of(whole) if whole else SkippedCounts(0, 0)
+    store = writer.build_datastore(
+        directory,
+        EncodedImages(images, images.source_id, encoder(tokenizer), config.batch_size),
+        np.asarray(tokenizer.codebook),
+        dataclasses.replace(settings, beside=source.beside, keep_duplicates=keep),
+        SkipLimit(config.max_bad_fraction, config.min_bad, elsewhere),
+        workers,
+        contents_of_files(whole) if whole and not (keep or is_data_set(config.source)) else None,
+    )
+    if workers.leads:
+        (directory / LISTING).unlink(missing_ok=True)
+    return store
+
+
+def add(
+    config: DatastoreConfig,
+    directory: Path,
+    tokenizer: Janus,
+    workers: Workers,
+    keep_duplicates: bool = False,
+    prepare: Callable[[Datastore], AbstractContextManager] | None = None,
+) -> Datastore:
+    """The store with those of the config's images that it did not hold, as one more segment.
+
+    Args:
+      prepare: as ``segments.add_segment``.
+    """
+    store = Datastore.open(directory)
+    store.require_tokenizer(tokenizer_fingerprint(tokenizer))
+    segments.require_fits(store, settings_of(config, tokenizer, 1))
+    config = spelt_alike(config, [x.settings for x in (store, *store.segments)])
+    segment = segments.next_segment(store)
+    _, found = state_of(Datastore, segment)
+    if found and not is_same_source(found, config.source):
+        left = f"{segment} is what is left of adding {found.source}"
+        raise UserError(f"{left}; run that command again first, or delete it")
+    if build(config, segment, tokenizer, workers, keep_duplicates, store) is None:
+        print(f"nothing to add: {directory} holds every image of {printable(config.source)}")
+        return store
+    return segments.add_segment(store, segment, prepare) if workers.leads else store
+
+
+def names_not_to_take(store: Datastore, keep_duplicates: bool) -> tuple[set[str], set[str]]:
+    """Names of what the store holds or left out, and of what it passed over, which may be read by now."""
+    left_out = names_left_out(store)
+    passed_over = {name for name, reason in left_out if reason.startswith(PASSED_OVER)}
+    known = {*names_in(store), *(name for name, _ in left_out)} - passed_over
+    if keep_duplicates:
+        known -= {name for name, reason in left_out if reason.startswith(DUPLICATE)}
+    return known, passed_over
+
+
+def counts_of(store: Datastore) -> SkippedCounts:
+    """How many images a store went through, and how many of them were bad."""
+    return SkippedCounts(store.num_images + store.num_duplicates + store.num_bad, store.num_bad)
+
+
+def spelt_alike(config: DatastoreConfig, known: Collection[StoreSettings]) -> DatastoreConfig:
+    """The config, its source spelt as in the first of these settings that mean the same file or folder by theirs."""
+    spelt = next((x.source for x in known if is_same_source(x, config.source)), config.source)
+    return dataclasses.replace(config, source=spelt)
+
+
+def split_of(config: DatastoreConfig) -> str:
+    """The split of a data set; files have none."""
+    return config.split if is_data_set(config.source) else ""
+
+
+def settings_of(config: DatastoreConfig, tokenizer: Janus, num_images: int) -> StoreSettings:
+    """What the store of the first images of the config's source is to hold."""
+    return StoreSettings(
+        fingerprint=tokenizer_fingerprint(tokenizer),
+        grid=tokenizer.grid,
+        codebook_size=tokenizer.codebook_size,
+        code_dim=tokenizer.codebook.shape[1],
+        keys=config.keys,
+        captions=config.captions,
+        num_images=num_images,
+        shard_size=config.shard_size,
+        source=config.source,
+        split=split_of(config),
+        origin=origin_of(config.source),
+        command=" ".join(["python -m arrag_jax.build_datastore", *sys.argv[1:]]),
+        model=config.model,
+        data_dir=config.data_dir,
+        batch_size=config.batch_size,
+    )
+
+
+def recorded_config(directory: Path) -> dict[str, Any]:
+    """The fields of the config of the store in ``directory``, without indexes, as it was built.
+
+    Raises:
+      UserError: there is no whole store.
+    """
+    if not (directory / MANIFEST).is_file():
+        raise UserError(f"missing --config (see --help): {directory} holds no datastore whose settings could be taken")
+    settings = Datastore.open(directory).settings
+    known = {"model": settings.model, "split": settings.split, "data_dir": settings.data_dir}
+    known = {key: value for key, value in known.items() if value}  # stores made before recorded none
+    return known | {
+        "source": settings.source,
+        "batch_size": settings.batch_size or DatastoreConfig.batch_size,
+        "shard_size": settings.shard_size,
+        "keys": settings.keys,
+        "captions": settings.captions,
+        "indexes": (),
+    }
