@@ -47,8 +47,8 @@ class ImageTokenizer(Protocol):
 
     grid: tuple[int, int]  # height and width in codes
     codebook_size: int
-    image_size: tuple[int, int]  # height and width in pixels of an image of that grid
     if TYPE_CHECKING:  # a check of types at run time would compute these, and traced weights have no fingerprint
+        image_size: tuple[int, int]  # height and width in pixels of an image of that grid
         codebook: Float[Array, "V C"]  # rows of length one
         fingerprint: str  # identity of the weights: sha256 over them in float32, sixteen hex digits
 
@@ -130,8 +130,16 @@ class BlendingBackbone(Backbone, Protocol):
 
 
 @runtime_checkable
-class TunableBackbone(BlendingBackbone, Protocol):
-    """A backbone that FAiD's fine-tuning can train."""
+class TunableModel(BlendingBackbone, ImageTokenizer, Protocol):
+    """A model that FAiD's fine-tuning can train."""
+
+    def with_grid(self, grid: ArrayLike) -> "TunableModel":
+        """The same model over another grid (height, width); it shares every parameter."""
+        ...
+
+    def fused(self) -> "TunableModel":
+        """As in ``BlendingBackbone``."""
+        ...
 
     def add_adapters(self, lora: Any, faid: Any, rngs: Any, start_silent: bool = False, devices: int = 1) -> None:
         """Adds a LoRA (``nn.lora.LoraConfig``) and blenders (``nn.faid.FaidConfig``; None: none), in place."""

@@ -7,9 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from flax import nnx
 
-from arrag_jax.interfaces import ArrayLike, Backbone, ImageModel, ImageTokenizer, PromptEncoder
+from arrag_jax.interfaces import ArrayLike, ImageModel, ImageTokenizer, PromptEncoder
 from arrag_jax.models.layouts import Layout
 from arrag_jax.models.tensor_files import Stored
+from arrag_jax.models.vq_images import VQImages
 
 
 @runtime_checkable
@@ -36,13 +37,13 @@ class Training:
     Attributes:
       tokenizer: from a preset, a fresh image tokenizer.
       text: from captions, the prompt encoder of their words.
-      prior: from a preset, an image tokenizer, that encoder and the length of prompts in tokens, a fresh backbone
-        around the tokenizer; a UserError where they do not fit together.
+      prior: from a preset, an image tokenizer, that encoder and the length of prompts in tokens, a fresh
+        backbone around the tokenizer, which is frozen; a UserError where they do not fit together.
     """
 
-    tokenizer: Callable[[Any, nnx.Rngs], ImageTokenizer]
+    tokenizer: Callable[[Any, nnx.Rngs], VQImages]
     text: Callable[[Iterable[str]], SavedEncoder]
-    prior: Callable[[Any, ImageTokenizer, SavedEncoder, int, nnx.Rngs], Backbone]
+    prior: Callable[[Any, Any, SavedEncoder, int, nnx.Rngs], ImageModel]
 
 
 @dataclasses.dataclass(frozen=True)

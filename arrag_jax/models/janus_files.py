@@ -30,7 +30,9 @@ from arrag_jax.models.manifest import WEIGHTS, require_weights_written
 from arrag_jax.models.presets import PRESETS, JanusConfig
 from arrag_jax.models.tensor_files import Stored, has_checksums, stored_tensors
 from arrag_jax.models.text import PromptTokenizer
+from arrag_jax.models.vq_images import VQImages
 from arrag_jax.models.weights import match, parameters, read_weights, write_weights
+from arrag_jax.nn.variables import freeze
 
 
 def _load(directory: Path, dtype: str, grid: ArrayLike, parts: tuple[str, ...] = PARTS) -> Janus:
@@ -116,16 +118,17 @@ def _save(model: Janus, directory: Path, dtype: str) -> None:
 
 
 def _fresh_prior(
-    preset: JanusConfig, tokenizer: Janus, text: PromptTokenizer, prompt_length: int, rngs: nnx.Rngs
+    preset: JanusConfig, tokenizer: VQImages, text: PromptTokenizer, prompt_length: int, rngs: nnx.Rngs
 ) -> Janus:
-    """A fresh language model around a tokenizer, whose codebook its code embedding starts from."""
-    if tokenizer.config.vision != preset.vision:
-        raise UserError(f"{tokenizer.config.vision} against {preset.vision}")
+    """A fresh language model around a frozen tokenizer, whose codebook its code embedding starts from."""
+    if tokenizer.vq.config != preset.vision:
+        raise UserError(f"{tokenizer.vq.config} against {preset.vision}")
     language = dataclasses.replace(preset.language, vocab_size=text.vocab_size)
     longest = prompt_length + math.prod(preset.grid)
     shape = dataclasses.replace(preset, language=language, pad_id=text.pad_id, max_positions=longest)
     model = Janus(shape, rngs)
-    model.gen_vision_model = tokenizer.gen_vision_model
+    model.gen_vision_model = tokenizer.vq
+    freeze(model.gen_vision_model)
     model.gen_embed.embedding[...] = tokenizer.codebook
     return model
 

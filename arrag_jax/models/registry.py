@@ -7,7 +7,7 @@ from flax import nnx
 
 from arrag_jax.errors import UserError
 from arrag_jax.models.config_json import read_json
-from arrag_jax.models.family import Family, ModelConfig
+from arrag_jax.models.family import Family, ModelConfig, Training
 from arrag_jax.models.janus_files import JANUS
 from arrag_jax.models.tensor_files import checkpoint_folder
 from arrag_jax.parsing import shown
@@ -48,11 +48,13 @@ def family_of(model: nnx.Module) -> Family:
     return next(family for family in FAMILIES if isinstance(model, family.kind))
 
 
-def trained_presets() -> list[str]:
-    """Names of the presets of the families that can be trained."""
-    return [name for family in FAMILIES if family.training for name in family.presets]
+def preset_of(name: str) -> tuple[Training, ModelConfig]:
+    """The preset of a name, and how its family's models begin to be trained.
 
-
-def preset(name: str) -> tuple[Family, ModelConfig]:
-    """The preset of a name, with its family; a KeyError where there is none."""
-    return next((family, family.presets[name]) for family in FAMILIES if name in family.presets)
+    Raises:
+      UserError: no family that can be trained has such a preset.
+    """
+    trained = {key: (x.training, shape) for x in FAMILIES if x.training for key, shape in x.presets.items()}
+    if name not in trained:
+        raise UserError(f"preset={name!r} is unknown; choose one of {', '.join(trained)}")
+    return trained[name]

@@ -25,9 +25,10 @@ from arrag_jax.errors import UserError
 from arrag_jax.fields import LocalPath, Settings
 from arrag_jax.figures import grids
 from arrag_jax.files import sha256_of
-from arrag_jax.interfaces import DecodePolicy, TunableBackbone
+from arrag_jax.interfaces import DecodePolicy, TunableModel
 from arrag_jax.mesh import make_mesh
 from arrag_jax.models.checkpoint import config_of, load_model, load_prompts, save_model
+from arrag_jax.models.family import SavedEncoder
 from arrag_jax.models.tensor_files import checkpoint_folder, stored_tensors
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
@@ -79,7 +80,7 @@ class FaidOptions(Settings):
             raise UserError(f"prompt_length={self.prompt_length} must be at least 1")
 
 
-def mark_adapters(model: TunableBackbone, blenders: bool = True) -> None:
+def mark_adapters(model: TunableModel, blenders: bool = True) -> None:
     """Makes LoRA, head and (unless told otherwise) blenders ``Adapter``, all else ``Frozen``, in place."""
     for part in model.adapters(blenders):
         retype(part, Adapter)
@@ -98,6 +99,8 @@ class FaidTask:
         self.config, self.options = config, options
         self.tokens = math.prod(config_of(options.base).grid)
         self.text = load_prompts(options.base)
+        if not isinstance(self.text, SavedEncoder):
+            raise UserError(f"config.options.base={options.base} holds a kind of model that cannot be tuned here")
         self.sets = {name: NeighborSet.open(Path(options.neighbors) / name) for name in ("train", "valid")}
         for neighbors in self.sets.values():
             neighbors.verify()  # training reads them whole, in an order in which no hash can be checked
@@ -117,10 +120,12 @@ class FaidTask:
                     f"--config.options.retrieval.k={options.faid.neighbors}"
                 )
 
-    def init_model(self, rngs: nnx.Rngs) -> TunableBackbone:
+    def init_model(self, rngs: nnx.Rngs) -> TunableModel:
         """The base, frozen but for its head, with fresh blenders and LoRA."""
         options = self.options
         model = load_model(options.base, self.config.compute_dtype)
+        if not isinstance(model, TunableModel):
+            raise UserError(f"config.options.base={options.base} holds a kind of model that cannot be tuned here")
         tokenizer = model.fingerprint
         for neighbors in self.sets.values():
             neighbors.require_tokenizer(tokenizer)
@@ -175,7 +180,7 @@ class FaidTask:
         count = min(len(stored), self.config.data.eval_examples)
         return in_batches(stored, count, batch_size, self._example)
 
-    def loss(self, model: TunableBackbone, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
+    def loss(self, model: TunableModel, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
         """Mean cross-entropy of the codes, in nats; some prompts are dropped for guidance."""
         caption_key, dropout_key = jax.random.split(key)
         ids, mask = batch["prompt_ids"], batch["prompt_mask"]
@@ -186,21 +191,21 @@ class FaidTask:
         return loss, metrics | {f"gate_{i}": gate for i, gate in enumerate(gates)}
 
     def _cross_entropy(
-        self, model: TunableBackbone, batch: Batch, kept: Bool[Array, " B"] | None = None, rngs: nnx.Rngs | None = None
+        self, model: TunableModel, batch: Batch, kept: Bool[Array, " B"] | None = None, rngs: nnx.Rngs | None = None
     ) -> tuple[Float[Array, ""], Float[Array, " blenders"]]:
         neighbors = batch["neighbors"] if self.options.blend else None
         condition = batch["prompt_ids"], batch["prompt_mask"]
         logits, gates = model.forward(condition, batch["codes"], neighbors, kept, rngs)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["codes"]).mean(), gates
 
-    def after_update(self, model: TunableBackbone, key: Array) -> None:
+    def after_update(self, model: TunableModel, key: Array) -> None:
         """Nothing to mend."""
 
-    def eval_metrics(self, model: TunableBackbone, batch: Batch) -> Scalars:
+    def eval_metrics(self, model: TunableModel, batch: Batch) -> Scalars:
         """Held-out bits a code, prompts given."""
         return {"bits_per_code": self._cross_entropy(model, batch)[0] * BITS}
 
-    def sample_callback(self) -> Callable[[TunableBackbone], Pictures]:
+    def sample_callback(self) -> Callable[[TunableModel], Pictures]:
         """Draws the same prompts and seeds every time: the base plain and with DAiD, the tuned model before and now.
 
         Before: with fresh blenders and LoRA, also in a run that began from ``init_from``.
@@ -214,12 +219,12 @@ class FaidTask:
         captions = [stored[i]["caption"] for i in range(min(PICTURES, len(stored)))]
         ids, mask = self.text(captions, self.options.prompt_length)
 
-        def drawn(model: TunableBackbone, policy: DecodePolicy) -> UInt8[np.ndarray, "N h w 3"]:
+        def drawn(model: TunableModel, policy: DecodePolicy) -> UInt8[np.ndarray, "N h w 3"]:
             settings = dataclasses.asdict(self.options.sampling)
             codes = sample(model, ids, policy, retriever, seed=self.config.seed, prompt_mask=mask, **settings).codes
             return np.asarray(to_uint8(model.decode_codes(codes, *model.grid)))
 
-        def paint(model: TunableBackbone) -> Pictures:
+        def paint(model: TunableModel) -> Pictures:
             if not unchanging:
                 # Fresh LoRA adds nothing, so that without blending this is the base.
                 start = self.init_model(nnx.Rngs(self.config.seed))
@@ -231,7 +236,7 @@ class FaidTask:
 
         return paint
 
-    def export(self, model: TunableBackbone, directory: Path, run: dict[str, Any]) -> None:
+    def export(self, model: TunableModel, directory: Path, run: dict[str, Any]) -> None:
         """The tuned model in the published layout, LoRA merged, bfloat16, with the held-out figure of just that."""
         model.merge_lora()
         save_model(model, directory, "bfloat16")

@@ -23,13 +23,11 @@ from arrag_jax.fields import LocalPath, Settings
 from arrag_jax.figures import grids
 from arrag_jax.interfaces import Condition, ImageModel
 from arrag_jax.models.checkpoint import load_model, load_tokenizer, save_model
-from arrag_jax.models.registry import preset
-from arrag_jax.nn.variables import freeze
+from arrag_jax.models.registry import preset_of
 from arrag_jax.nn.vq import from_uint8, to_uint8
 from arrag_jax.training.loop import Batch, Pictures, Scalars
 from arrag_jax.training.shared import (
     BITS,
-    check_preset,
     held_out,
     made_by,
     mean_bits,
@@ -43,14 +41,14 @@ from arrag_jax.training.shared import (
 class PriorOptions(Settings):
     """Settings of the prior."""
 
-    preset: str  # of models.registry.trained_presets
+    preset: str  # of models.registry.preset_of
     tokenizer: LocalPath  # export folder of a tokenizer run
     caption_dropout: float = 0.1  # share of prompts replaced by the unconditional one, for guidance
     prompt_length: int = 16  # tokens; a longer caption is an error
     cfg_scale: float = 2.0  # of the pictures drawn while training
 
     def __post_init__(self):
-        check_preset(self.preset)
+        preset_of(self.preset)
         if not 0 <= self.caption_dropout <= 1:
             raise UserError(f"caption_dropout={self.caption_dropout} is outside [0, 1]")
         if self.prompt_length < 1:
@@ -66,21 +64,19 @@ class PriorTask:
 
     def __init__(self, config: TrainConfig, options: PriorOptions):
         self.config, self.options = config, options
-        self.family, self.shape = preset(options.preset)
+        self.fresh, self.shape = preset_of(options.preset)
         self.tokens = math.prod(self.shape.grid)
-        self.text = self.family.training.text(words())
+        self.text = self.fresh.text(words())
         self.tokenizer = load_tokenizer(options.tokenizer)
 
     def init_model(self, rngs: nnx.Rngs) -> ImageModel:
         """A fresh language model around the given tokenizer, whose codebook its code embedding starts from."""
-        options, make = self.options, self.family.training.prior
+        options = self.options
         try:
-            model = make(self.shape, self.tokenizer, self.text, options.prompt_length, rngs)
+            return self.fresh.prior(self.shape, self.tokenizer, self.text, options.prompt_length, rngs)
         except UserError as error:
             given = f"config.options.tokenizer={options.tokenizer}"
             raise UserError(f"{given} is of another shape than preset {options.preset}: {error}") from error
-        freeze(model.vq)
-        return model
 
     def base(self) -> dict[str, str]:
         """The frozen tokenizer."""

@@ -1,4 +1,4 @@
-"""What the tasks have in common: presets, held-out batches, figures of a tokenizer, the manifest of an export."""
+"""What the tasks have in common: held-out batches, figures of a tokenizer, the manifest of an export."""
 
 import functools
 import math
@@ -14,23 +14,15 @@ from jaxtyping import Array, Float
 
 from arrag_jax.config import TrainConfig
 from arrag_jax.data.emoji.dataset import load_source
-from arrag_jax.errors import UserError
 from arrag_jax.interfaces import Backbone, ImageTokenizer
 from arrag_jax.json_files import read_object
 from arrag_jax.mesh import make_mesh
 from arrag_jax.models import manifest
-from arrag_jax.models.registry import trained_presets
 from arrag_jax.models.tensor_files import checkpoint_folder
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.training.loop import Batch, Task, mean_over_examples
 
 BITS = 1 / math.log(2)  # in a nat
-
-
-def check_preset(name: str) -> None:
-    """Raises UserError unless a model's shape goes by this name."""
-    if name not in trained_presets():
-        raise UserError(f"preset={name!r} is unknown; choose one of {', '.join(trained_presets())}")
 
 
 def held_out(config: TrainConfig, batch_size: int, example: Callable[[Any], Batch]) -> Iterator[Batch]:

@@ -19,26 +19,26 @@ from arrag_jax.errors import UserError
 from arrag_jax.fields import Settings
 from arrag_jax.figures import grids
 from arrag_jax.models.checkpoint import save_model
-from arrag_jax.models.registry import preset
+from arrag_jax.models.registry import preset_of
 from arrag_jax.models.vq_images import VQImages
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.store.images import reconstruct
 from arrag_jax.training.loop import Batch, Pictures, Scalars
-from arrag_jax.training.shared import check_preset, held_out, psnr, rows_of_a_device, tokenizer_figures, write_manifest
+from arrag_jax.training.shared import held_out, psnr, rows_of_a_device, tokenizer_figures, write_manifest
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerOptions(Settings):
     """Shape and loss weights of the tokenizer, and when a code counts as dead."""
 
-    preset: str  # of models.registry.trained_presets
+    preset: str  # of models.registry.preset_of
     commitment: float = 0.25  # pulls latents to their codes
     codebook: float = 1.0  # pulls codes to their latents
     usage_decay: float = 0.98  # of the running share of cells a code takes
     dead_below: float = 0.02  # a code that takes less than this share of 1/V moves to a spare latent
 
     def __post_init__(self):
-        check_preset(self.preset)
+        preset_of(self.preset)
         for name in ("commitment", "codebook", "dead_below"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0")
@@ -57,12 +57,12 @@ class TokenizerTask:
 
     def __init__(self, config: TrainConfig, options: TokenizerOptions):
         self.config, self.options = config, options
-        self.tokens = math.prod(preset(options.preset)[1].grid)
+        self.tokens = math.prod(preset_of(options.preset)[1].grid)
 
     def init_model(self, rngs: nnx.Rngs) -> VQImages:
         """A model that holds its tokenizer alone."""
-        family, shape = preset(self.options.preset)
-        return family.training.tokenizer(shape, rngs)
+        training, shape = preset_of(self.options.preset)
+        return training.tokenizer(shape, rngs)
 
     def base(self) -> dict[str, str]:
         """Nothing is frozen."""
