@@ -211,6 +211,17 @@ def test_files_and_functions_are_short():
     assert not long
 
 
+def test_no_model_is_named_outside_models():
+    """Everything else goes through the seams of ``interfaces`` and ``models.registry``."""
+    named = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        where = path.relative_to(PACKAGE)
+        lines = [] if where.parts[0] == "models" else path.read_text().splitlines()
+        code = [(n, line.partition("#")[0]) for n, line in enumerate(lines, 1)]
+        named += [f"{where}:{n}" for n, line in code if re.search(r"\bJanus\b|\bgen_vision_model\b", line)]
+    assert not named
+
+
 def test_every_public_thing_has_a_docstring():
     bare = []
     for name, tree in modules().items():

@@ -18,7 +18,7 @@ from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig
 from arrag_jax.data.examples import DUPLICATE
 from arrag_jax.errors import UserError
-from arrag_jax.models.checkpoint import load_model
+from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.retrieval import build
 from arrag_jax.store import from_images, segments, writer
 from arrag_jax.store.datastore import Datastore
@@ -29,7 +29,7 @@ from arrag_jax.store.images import encoder
 def one_model():
     """The tokenizer and its compiled program once for all runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "load_model", functools.cache(load_model))
+        patch.setattr(build, "load_tokenizer", functools.cache(load_tokenizer))
         patch.setattr(from_images, "encoder", functools.cache(encoder))
         yield
 

@@ -10,8 +10,7 @@ import jax
 
 from arrag_jax.config import DatastoreConfig, ScannOptions
 from arrag_jax.errors import UserError
-from arrag_jax.models.checkpoint import load_model, tokenizer_fingerprint
-from arrag_jax.models.janus import VISION
+from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.processes import require_same
 from arrag_jax.retrieval import index
 from arrag_jax.retrieval import report as measure
@@ -44,8 +43,8 @@ def build(config: DatastoreConfig | None, directory: Path, append: bool = False,
         _finish(Datastore.open(directory), None, start)
         return
     with workers_in(directory, jax.process_index(), jax.process_count()) as workers:
-        tokenizer = load_model(config.model, parts=VISION)
-        require_same({f"tokenizer of {config.model}": tokenizer_fingerprint(tokenizer)}, "model")
+        tokenizer = load_tokenizer(config.model)
+        require_same({f"tokenizer of {config.model}": tokenizer.fingerprint}, "model")
         config = from_images.with_what_is_held(config, directory, tokenizer, workers, append)
         what = (config, directory, tokenizer, workers, keep_duplicates)
         store = from_images.add(*what, partial(_new_indexes, config)) if append else from_images.build(*what)

@@ -12,8 +12,8 @@ import numpy as np
 from arrag_jax.config import NeighborsConfig
 from arrag_jax.data import sources
 from arrag_jax.files import require_within
-from arrag_jax.models.checkpoint import load_model, tokenizer_fingerprint
-from arrag_jax.models.janus import VISION, Janus
+from arrag_jax.interfaces import ImageTokenizer
+from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.leave_one_out import LeaveOneOut
 from arrag_jax.retrieval.load import load_retriever
@@ -33,8 +33,8 @@ def build(config: NeighborsConfig, directory: Path) -> None:
     Raises:
       UserError: as ``load_retriever``, ``ImageSource`` and ``writer.build_neighbor_set``.
     """
-    start, tokenizer = time.perf_counter(), load_model(config.model, parts=VISION)
-    store, retriever = load_retriever(config.retrieval, tokenizer_fingerprint(tokenizer))
+    start, tokenizer = time.perf_counter(), load_tokenizer(config.model)
+    store, retriever = load_retriever(config.retrieval, tokenizer.fingerprint)
     splits = {"train": config.train_split, "valid": config.valid_split}
     splits = {require_within(directory, directory / name): split for name, split in splits.items()}
     there = {folder: state_of(NeighborSet, folder) for folder in splits}
@@ -66,7 +66,7 @@ def build(config: NeighborsConfig, directory: Path) -> None:
 
 
 def settings_of(
-    config: NeighborsConfig, store: Datastore, tokenizer: Janus, split: str, num_images: int
+    config: NeighborsConfig, store: Datastore, tokenizer: ImageTokenizer, split: str, num_images: int
 ) -> NeighborSettings:
     """What the set of a split is to hold."""
     search = config.retrieval

@@ -12,8 +12,7 @@ import numpy as np
 from arrag_jax.config import DatastoreConfig
 from arrag_jax.data.examples import DUPLICATE, PASSED_OVER
 from arrag_jax.errors import UserError, printable
-from arrag_jax.models.checkpoint import tokenizer_fingerprint
-from arrag_jax.models.janus import Janus
+from arrag_jax.interfaces import ImageTokenizer
 from arrag_jax.store import extension, segments, writer
 from arrag_jax.store.building import require_same_settings, state_of
 from arrag_jax.store.datastore import Datastore, StoreSettings
@@ -35,7 +34,7 @@ from arrag_jax.store.workers import Workers
 
 
 def with_what_is_held(
-    config: DatastoreConfig, directory: Path, tokenizer: Janus, workers: Workers, append: bool
+    config: DatastoreConfig, directory: Path, tokenizer: ImageTokenizer, workers: Workers, append: bool
 ) -> DatastoreConfig:
     """The config with all kinds of key (and the captions) of a whole store in the directory, once that has its own.
 
@@ -66,7 +65,7 @@ def with_what_is_held(
 def build(
     config: DatastoreConfig,
     directory: Path,
-    tokenizer: Janus,
+    tokenizer: ImageTokenizer,
     workers: Workers,
     keep_duplicates: bool = False,
     whole: Datastore | None = None,
@@ -114,7 +113,7 @@ def build(
 def add(
     config: DatastoreConfig,
     directory: Path,
-    tokenizer: Janus,
+    tokenizer: ImageTokenizer,
     workers: Workers,
     keep_duplicates: bool = False,
     prepare: Callable[[Datastore], AbstractContextManager] | None = None,
@@ -125,7 +124,7 @@ def add(
       prepare: as ``segments.add_segment``.
     """
     store = Datastore.open(directory)
-    store.require_tokenizer(tokenizer_fingerprint(tokenizer))
+    store.require_tokenizer(tokenizer.fingerprint)
     segments.require_fits(store, settings_of(config, tokenizer, 1))
     config = spelt_alike(config, [x.settings for x in (store, *store.segments)])
     segment = segments.next_segment(store)
@@ -165,10 +164,10 @@ def split_of(config: DatastoreConfig) -> str:
     return config.split if is_data_set(config.source) else ""
 
 
-def settings_of(config: DatastoreConfig, tokenizer: Janus, num_images: int) -> StoreSettings:
+def settings_of(config: DatastoreConfig, tokenizer: ImageTokenizer, num_images: int) -> StoreSettings:
     """What the store of the first images of the config's source is to hold."""
     return StoreSettings(
-        fingerprint=tokenizer_fingerprint(tokenizer),
+        fingerprint=tokenizer.fingerprint,
         grid=tokenizer.grid,
         codebook_size=tokenizer.codebook_size,
         code_dim=tokenizer.codebook.shape[1],
