@@ -304,9 +304,9 @@ class DrawConfig(Settings):
     dtype: str = "float32"  # of the models' parameters: "float32" | "bfloat16"; the tokenizer stays in float32
     daid: DaidConfig = DaidConfig()
     caption: CaptionConfig = CaptionConfig()
-    methods: tuple[str, ...] = ()  # what is drawn when no --method is given; () = all without caption and static
+    methods: tuple[str, ...] = ()  # what is drawn when no --method is given; () = all but those that search by caption
     sampling: SamplingConfig = SamplingConfig()
-    data: DataSetConfig = DataSetConfig()  # eval's
+    data: DataSetConfig = DataSetConfig()  # what eval measures on, and whose prompts --test_prompts draws
     mesh: MeshConfig = MeshConfig()  # generate's: the batch over "data", the store's patches over "fsdp"
     batch_size: int = 32  # pictures drawn together
     seed: int = 0  # of the first picture; the next ones have the next seeds

@@ -2,35 +2,18 @@
 
 python -m arrag_jax.generate --config configs/emoji_daid.py --prompt "a cat" --prompt "two dogs" --workdir demo
 
-Leaves in --workdir: a picture a prompt and method, and ``grid.png`` (prompt, one column a method, same seeds). A PNG
-holds prompt, seed, method, model and store as text. Pictures are written batch by batch: the same command goes on
-where it was (``run.json`` says what is drawn), and another one replaces the pictures of the run before it. For every
-method that retrieves also, unless --noprovenance, ``provenance_NN_METHOD.png`` (which stored images hold its
+Leaves in --workdir: a picture a prompt and method, and ``grid.png`` (the first 64 prompts, one column a method, same
+seeds). A PNG holds prompt, seed, method, model and store as text. Pictures are written batch by batch: the same command
+goes on where it was (``run.json`` says what is drawn), and another one replaces the pictures of the run before it. For
+every method that retrieves also, unless --noprovenance, ``provenance_NN_METHOD.png`` (which stored images hold its
 patches, and how far retrieval moved each draw) and ``provenance.json`` (the same in numbers, and a copy audit; its keys
 are those of ``evaluation.provenance.page_and_record``).
 """
 
-import contextlib
-import itertools
-from pathlib import Path
-
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
-from arrag_jax import progress, signals
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import DrawConfig
-from arrag_jax.data.emoji import scenes
-from arrag_jax.errors import UserError
-from arrag_jax.evaluation.pipeline import METHODS, Batch, Pipeline, open_pipeline
-from arrag_jax.evaluation.provenance import page_and_record, summary
-from arrag_jax.evaluation.run_folder import GRID, RunFolder, settings_of, texts_of
-from arrag_jax.figures.canvas import upscale
-from arrag_jax.figures.grids import labelled_grid
-from arrag_jax.files import exclusive_lock
-
-AUTO, SIDE = "auto", 144  # pixels: the side towards which small pictures are enlarged
+from arrag_jax.decode.methods import METHODS
+from arrag_jax.evaluation.generation import AUTO, SIDE, generate
 
 
 def run(
@@ -43,91 +26,7 @@ def run(
     provenance: bool = True,
 ) -> None:
     """Draws every --prompt with every method (or --method alone), same seeds, into --workdir; run again to continue."""
-    if scale != AUTO and not (str(scale).isdecimal() and int(scale) >= 1):
-        raise UserError(f"--scale={scale} must be at least 1, or {AUTO}")
-    prompt = [*prompt, *(scene.caption for scene in scenes.test_prompts(test_prompts))]
-    if not prompt:
-        raise UserError('nothing to draw; give at least one --prompt "…" or --test_prompts=N')
-    pipeline = open_pipeline(config, [method] if method else [])
-    scale = max(1, SIDE // max(pipeline.model.image_size)) if scale == AUTO else int(scale)
-    pipeline.text(prompt)  # so that a bad prompt is said before anything is drawn
-    names = [name_of(i, name) for name in pipeline.methods for i in range(len(prompt))]
-    if jax.process_index() > 0:  # all draw, one writes
-        draw_missing(pipeline, prompt, missing_for_all(None, len(names)), None)
-        return
-    out = Path(workdir)
-    out.mkdir(parents=True, exist_ok=True)
-    folder = RunFolder(out, settings_of(pipeline, prompt, scale, provenance), names)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(exclusive_lock(out))
-        whole = folder.begin()
-        missing = missing_for_all(np.array([name not in whole for name in names]), len(names))
-        if folder.earlier:
-            progress.tell(f"{out} held pictures of another run ({', '.join(folder.earlier)} differ); they are replaced")
-        elif whole and missing.any():
-            progress.tell(f"continuing: {len(whole)} of {len(names)} pictures are drawn already")
-        draw_missing(pipeline, prompt, missing, folder)
-        if not folder.complete:
-            finish(pipeline, prompt, folder)
-        what = "nothing to do: there are" if folder.complete else "drew"
-        print(f"{what} {len(prompt)} prompts x {', '.join(pipeline.methods)}: {out / GRID}")
-
-
-def name_of(number: int, method: str) -> str:
-    """Returns the name of a prompt's picture by a method."""
-    return f"{number:02d}_{method}"
-
-
-def missing_for_all(missing: np.ndarray | None, count: int) -> np.ndarray:
-    """Returns in every process of the run what the first one knows: which of ``count`` pictures are missing.
-
-    The others give None.
-    """
-    known = np.zeros(count, np.int64) if missing is None else missing.astype(np.int64)
-    return known.astype(bool) if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(known).astype(bool)
-
-
-def draw_missing(pipeline: Pipeline, prompts: list[str], missing: np.ndarray, folder: RunFolder | None) -> None:
-    """Draws the pictures that are missing and writes them into the folder (None: another process does), in batches.
-
-    Raises:
-      signals.Stop: after the batch in which a signal comes.
-    """
-    seeds, steps = pipeline.config.seed + np.arange(len(prompts)), itertools.count(1)
-    with signals.held("batch") as point:
-        for name, wanted in zip(pipeline.methods, missing.reshape(-1, len(prompts)), strict=True):
-            for batch in pipeline.draw(prompts, name, seeds, wanted):
-                if folder is not None:
-                    write(pipeline, prompts, name, batch, wanted, folder)
-                point.check(next(steps))
-
-
-def write(
-    pipeline: Pipeline, prompts: list[str], method: str, batch: Batch, wanted: np.ndarray, folder: RunFolder
-) -> None:
-    """Writes the wanted pictures of a batch, with their pages where they were retrieved."""
-    settings = folder.settings
-    told = settings["provenance"] and pipeline.policy(method).uses_retrieval
-    for place, number in enumerate(batch.numbers.tolist()):
-        if wanted[number]:
-            image, drawn = batch.images[place], jax.tree.map(lambda x, place=place: x[place], batch.drawn)
-            page, record = page_and_record(pipeline, method, prompts[number], image, drawn) if told else (None, None)
-            texts = texts_of(settings, number, method)
-            folder.add(name_of(number, method), upscale(image, settings["scale"]), texts, page, record)
-
-
-def finish(pipeline: Pipeline, prompts: list[str], folder: RunFolder) -> None:
-    """Writes the grid and the records of all pictures, and prints the methods' shares."""
-    rows = [
-        (text, [folder.picture(name_of(i, method)) for method in pipeline.methods]) for i, text in enumerate(prompts)
-    ]
-    shares: dict[str, list[dict[str, float]]] = {}
-    for record in folder.records():
-        kept = {key: value for key, value in record.items() if key.startswith("share_")}
-        shares.setdefault(record["method"], []).append(kept)
-    folder.finish(labelled_grid(rows, pipeline.methods, folder.settings["scale"]))
-    for method, records in shares.items():
-        print(f"{method}: {summary(records)}")
+    generate(config, workdir, prompt, test_prompts, method, scale, provenance)
 
 
 if __name__ == "__main__":
@@ -137,7 +36,7 @@ if __name__ == "__main__":
         "together",
         workdir=Flag("folder for the pictures; made when absent", "pictures", path=True),
         prompt=Flag("what to draw; give it once or several times", ()),
-        test_prompts=Flag("draw the first N captions of the test split of emoji_scenes as well", 0),
+        test_prompts=Flag("draw the first N test prompts of the config's data set as well", 0),
         method=Flag(f"one of {', '.join(METHODS)}; default: all that the models can do, side by side", ""),
         scale=Flag(f"how many times a picture is enlarged; {AUTO}: small ones to about {SIDE} pixels", AUTO),
         provenance=Flag("of methods that retrieve, write where the codes came from, and how much is copied", True),

@@ -11,10 +11,11 @@ A *cell* is one place of the code grid; its *context* is the L-shape of four cel
 (up-left, up, up-right, left). Codes are int32; an absent code, neighbour or context cell is -1.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from arrag_jax.ops.neighbors import Neighbors
 
@@ -210,4 +211,61 @@ class DecodePolicy(Protocol):
         self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
     ) -> Float[Array, "B V"]:
         """The distribution to draw from, after guidance and temperature."""
+        ...
+
+
+class ImageBatch(NamedTuple):
+    """Some images of a run.
+
+    Attributes:
+      numbers: of their prompts, from 0.
+      images: RGB.
+    """
+
+    numbers: Int[np.ndarray, " n"]
+    images: UInt8[np.ndarray, "n h w 3"]
+
+
+@runtime_checkable
+class Benchmark(Protocol):
+    """What ``eval`` measures on: one split of prompts, and how images of them are scored.
+
+    ``evaluation.benchmarks`` lists all benchmarks by name.
+
+    Attributes:
+      splits: names of the splits that there are.
+      images_per_prompt: images that every method draws of each prompt, with seeds of their own.
+      score_name: key of the scores in results.json.
+    """
+
+    splits: tuple[str, ...]
+    images_per_prompt: int
+    score_name: str
+
+    def prompts(self, number: int) -> Sequence[str]:
+        """Returns the first ``number`` prompts, or all if there are fewer."""
+        ...
+
+    def true_images(self, numbers: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w 3"] | None:
+        """Returns the images that belong to prompts of these numbers; None if prompts have no images."""
+        ...
+
+    def held_out(self, number: int) -> Sequence[Mapping[str, Any]]:
+        """Returns the first ``number`` examples whose likelihood is measured; empty if there are none.
+
+        An example has an "image", uint8 [h, w, 3], and its "caption", bytes.
+        """
+        ...
+
+    def score(self, repeats: Iterable[Iterable[ImageBatch]]) -> dict[str, Any]:
+        """Returns the scores of one method as JSON values.
+
+        Args:
+          repeats: ``images_per_prompt`` times (true images: once) one image of every prompt, in batches. They are
+            drawn while they are read, and no batch should be kept: there may be more images than fit into memory.
+        """
+        ...
+
+    def table(self, scores: Mapping[str, Mapping[str, Any]]) -> str:
+        """Returns the scores of all methods, by their names, as a table in Markdown."""
         ...

@@ -15,7 +15,8 @@ from arrag_jax import convert, generate, mesh
 from arrag_jax.config import DataConfig, DataSetConfig, DrawConfig, MeshConfig, RetrievalConfig
 from arrag_jax.data.loader import make_loader
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation.emoji.benchmark import likelihoods
+from arrag_jax.evaluation.benchmarks import open_benchmark
+from arrag_jax.evaluation.measure import likelihoods
 from arrag_jax.evaluation.pipeline import open_pipeline
 from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.weights import parameters
@@ -193,7 +194,7 @@ def test_eval_measures_what_training_measures_and_generate_draws_it(folder, tmp_
     config = DrawConfig(plain, retrieval, tuned, data=data, mesh=MeshConfig(1, 1))
     pipeline = open_pipeline(config)
     assert pipeline.methods == ("plain", "daid", "faid", "faid+daid")
-    figures = likelihoods(pipeline, "valid", 12)
+    figures = likelihoods(pipeline, open_benchmark("emoji_scenes", data, "valid").held_out(12))
     for method, blend in (("plain", False), ("faid", True)):
         reference = make_task(workshop.config(folder, {"blend": blend}))
         batch = jax.tree.map(jnp.asarray, next(iter(reference.eval_batches(12))))

@@ -10,6 +10,7 @@ from PIL import Image
 from arrag_jax import generate
 from arrag_jax.config import DaidConfig, DrawConfig, MeshConfig, RetrievalConfig, SamplingConfig
 from arrag_jax.errors import UserError
+from arrag_jax.evaluation import generation
 from arrag_jax.files import exclusive_lock
 
 
@@ -46,7 +47,8 @@ def test_what_is_missing_of_a_finished_run_is_drawn_and_nothing_else(store, tmp_
     (tmp_path / "02_daid.png").unlink()
     (tmp_path / "provenance_03_daid.png").write_bytes(b"damaged")
     asked = []
-    monkeypatch.setattr(generate, "write", lambda *words, write=generate.write: asked.append(words[3]) or write(*words))
+    write = generation.write
+    monkeypatch.setattr(generation, "write", lambda *words: asked.append(words[3]) or write(*words))
     draw(tmp_path, PROMPTS, store, "daid")
     assert [batch.numbers.tolist() for batch in asked] == [[2, 3]]
     assert bytes_of(tmp_path) == whole
@@ -86,3 +88,15 @@ def test_a_record_never_has_other_files_removed(tmp_path):
     (out / "run.json").write_text(record.replace('"00_plain"', '"../x"'))
     draw(out, PROMPTS[1:2])
     assert outside.read_bytes() == b"mine"
+
+
+def test_records_are_not_written_through_a_link_that_leads_out(tmp_path):
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    draw(out, PROMPTS[:1])
+    whole = bytes_of(out)
+    outside.mkdir()
+    (out / ".parts").symlink_to(outside)
+    with pytest.raises(UserError, match=r"\.parts is a link that leads out"):
+        draw(out, PROMPTS[1:2])
+    (out / ".parts").unlink()
+    assert bytes_of(out) == whole and not list(outside.iterdir())

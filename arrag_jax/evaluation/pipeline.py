@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int, UInt8
 from arrag_jax import progress
 from arrag_jax.config import DrawConfig
 from arrag_jax.decode.loop import SampleOutput, require_blenders, sample
-from arrag_jax.decode.policies import Daid, Faid, Plain
+from arrag_jax.decode.methods import METHODS, Kind, Search, chosen_methods
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import DecodePolicy, ImageModel, PromptEncoder, Retriever
 from arrag_jax.mesh import make_mesh
@@ -24,9 +24,7 @@ from arrag_jax.retrieval.captions import CaptionIndex, LimitedRetriever
 from arrag_jax.retrieval.load import index_hash_of, load_retriever, open_store
 from arrag_jax.store.datastore import Datastore
 
-METHODS = ("plain", "static", "daid", "caption", "lora", "faid", "faid+daid")
 LARGE_MODEL = 10**8  # parameters from which drawing a picture takes minutes on a CPU
-LIMITED = ("static", "caption")  # choose images by their captions; drawn only where they are asked for
 
 
 class Batch(NamedTuple):
@@ -61,7 +59,7 @@ class Pipeline:
 
     Attributes:
       methods: what was asked for, in the order of ``METHODS``.
-      model: draws "plain" and "daid", and is the tokenizer of all.
+      model: the base, which is the tokenizer of all.
       tuned: the models of the other methods, by method.
       store: None if no method asked for retrieves.
       retriever: over the whole store; None if no method asked for searches that.
@@ -84,10 +82,7 @@ class Pipeline:
 
     def policy(self, method: str) -> DecodePolicy:
         """The policy that a method's name stands for."""
-        daid = Daid(**dataclasses.asdict(self.config.daid))
-        if method in LIMITED:
-            return Daid(**dataclasses.asdict(self.config.caption.daid))
-        return {"daid": daid, "faid": Faid(), "faid+daid": Faid(daid)}.get(method, Plain())
+        return METHODS[method].policy(self.config)
 
     def model_of(self, method: str) -> ImageModel:
         """The model that a method draws with."""
@@ -95,20 +90,19 @@ class Pipeline:
 
     def index_hash(self, method: str = "") -> str:
         """The hash of the saved index that a method (or any) searches; empty where it searches none."""
-        return "" if method in LIMITED else index_hash_of(self.retriever)
+        return "" if method and METHODS[method].limited else index_hash_of(self.retriever)
 
     def retriever_for(self, method: str, prompts: Sequence[str]) -> Retriever | None:
         """What a method searches while it draws these prompts."""
-        if method not in LIMITED:
+        if not METHODS[method].limited:
             return self.retriever
         config, images = self.config.retrieval, self.images_for(method, prompts)
         k = min(config.k, images.shape[1] * self.store.settings.patches_per_image)
         return LimitedRetriever.create(self.store, images, config.keys, k)
 
     def images_for(self, method: str, prompts: Sequence[str]) -> Int[np.ndarray, "B M"]:
-        """Returns the stored images that a method of ``LIMITED`` searches for each prompt."""
-        number = self.config.caption.static_images if method == "static" else self.config.caption.images
-        return self.captions.nearest(prompts, number)
+        """Returns the stored images that a method with ``Search.CAPTIONS`` searches for each prompt."""
+        return self.captions.nearest(prompts, METHODS[method].images(self.config))
 
     def reports_every_position(self, method: str) -> bool:
         """Whether a method's decode loop tells the host of every cell, for the progress bar.
@@ -116,9 +110,9 @@ class Pipeline:
         JAX keeps no program that calls the host for the next run. So a loop does where it calls anyway, to search, or
         where drawing takes far longer than compiling.
         """
-        retrieves = self.policy(method).uses_retrieval and method not in LIMITED
+        on_host = METHODS[method].search is Search.STORE and self.config.retrieval.search == "scann"
         size = sum(value[...].size for value in parameters(self.model_of(method)).values())
-        return (retrieves and self.config.retrieval.search == "scann") or size >= LARGE_MODEL
+        return on_host or size >= LARGE_MODEL
 
     def draw(
         self,
@@ -166,8 +160,8 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = ()) -> Pipeline:
 
     Args:
       config: what to load, and the mesh to draw on.
-      methods: of ``METHODS``; none = the config's, and where it names none, all that its models can do without
-        the captions.
+      methods: of ``METHODS``; none = the config's, and where it names none, those drawn by default that its models
+        can do.
 
     Raises:
       UserError: a method that they can't do, a checkpoint that can't be read, a store of another tokenizer, …
@@ -175,15 +169,10 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = ()) -> Pipeline:
     mesh = make_mesh(config.mesh)
     mesh = mesh if mesh.size > 1 else None
     blended = config.faid_model or (config.model if config_of(config.model).blended_neighbors else "")
-    folders = {"lora": config.lora_model, "faid": blended, "faid+daid": blended}
-    able = [method for method in METHODS if folders.get(method, config.model)]
-    methods = methods or config.methods
-    unable = [method for method in methods if method not in able]
-    if unable:
-        mend = f"; give config.{unable[0].removesuffix('+daid')}_model" if unable[0] in METHODS else ""
-        raise UserError(f"--method={unable[0]!r} is not what these models can do: {', '.join(able)}{mend}")
-    chosen = tuple(method for method in able if method in methods or not (methods or method in LIMITED))
-    used = {config.model, *(folders[name] for name in chosen if name in folders)}
+    folders = {Kind.BASE: config.model, Kind.LORA: config.lora_model, Kind.FAID: blended}
+    chosen = chosen_methods(tuple(methods or config.methods), {kind for kind, folder in folders.items() if folder})
+    where = {name: folders[METHODS[name].model] for name in chosen}
+    used = {config.model, *where.values()}
     if jax.process_count() > 1:
         require_same({name: value for folder in used for name, value in sample_hashes(folder).items()}, "model")
     model = load_model(config.model, config.dtype)
@@ -192,18 +181,20 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = ()) -> Pipeline:
         loaded[folder] = load_model(folder, config.dtype)
         if loaded[folder].fingerprint != model.fingerprint:
             raise UserError(f"{folder} has another image tokenizer than {config.model}; tune it from that model")
-    tuned = {name: loaded[folders[name]] for name in chosen if name in folders}
+    tuned = {name: loaded[folder] for name, folder in where.items() if METHODS[name].model is not Kind.BASE}
     store = retriever = captions = None
-    if set(chosen) & set(LIMITED):
+    limited = [name for name in chosen if METHODS[name].limited]
+    if limited:
         if mesh is not None:
             raise UserError(
-                "methods static and caption run on one device; give --config.mesh.data=1 --config.mesh.fsdp=1"
+                f"methods that search by caption ({', '.join(limited)}) run on one device; "
+                "give --config.mesh.data=1 --config.mesh.fsdp=1"
             )
         store, _ = open_store(config.retrieval, model.fingerprint)
         captions = CaptionIndex(store.captions)
-    if set(chosen) - {"plain", "lora", *LIMITED}:
+    if any(METHODS[name].search is Search.STORE for name in chosen):
         store, retriever = load_retriever(config.retrieval, model.fingerprint, mesh, "fsdp", "data")
-        for name in set(chosen) & {"faid", "faid+daid"}:
-            require_blenders(tuned[name], retriever)
-    where = {name: folders.get(name, config.model) for name in chosen}
+        for name in chosen:
+            if METHODS[name].policy(config).blends:
+                require_blenders(tuned[name], retriever)
     return Pipeline(config, chosen, model, tuned, text, store, retriever, captions, mesh, where)

@@ -7,10 +7,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer, UInt8
 
 from arrag_jax.decode.loop import SampleOutput
+from arrag_jax.decode.methods import METHODS
 from arrag_jax.decode.policies import Daid, Faid
 from arrag_jax.evaluation.memorization import copied_runs, equal_in_place
 from arrag_jax.evaluation.origins import Origins, origins
-from arrag_jax.evaluation.pipeline import LIMITED, Pipeline
+from arrag_jax.evaluation.pipeline import Pipeline
 from arrag_jax.evaluation.provenance_page import COMMON_GROUND, NOT_FOUND, provenance_page
 from arrag_jax.interfaces import DecodePolicy
 from arrag_jax.nn.vq import to_uint8
@@ -75,7 +76,8 @@ class Studied(NamedTuple):
 
 
 def _study(pipeline: Pipeline, method: str, prompt: str, drawn: SampleOutput) -> Studied:
-    stored, searched = pipeline.store.codes, pipeline.images_for(method, [prompt]) if method in LIMITED else None
+    stored = pipeline.store.codes
+    searched = pipeline.images_for(method, [prompt]) if METHODS[method].limited else None
     found = origins(drawn.source, stored, None if searched is None else searched[0])
     return Studied(stored, pipeline.store.sources, found, share_of_draws(drawn, pipeline.policy(method)))
 

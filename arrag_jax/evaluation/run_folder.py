@@ -18,11 +18,12 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from arrag_jax.decode.methods import METHODS, Search
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation.pipeline import LIMITED, Pipeline
+from arrag_jax.evaluation.pipeline import Pipeline
 from arrag_jax.figures.canvas import Picture
 from arrag_jax.figures.grids import save
-from arrag_jax.files import atomic_write, sha256_of, write_json
+from arrag_jax.files import atomic_write, folder_in, require_within, sha256_of, write_json
 from arrag_jax.json_files import read_json
 from arrag_jax.models.checkpoint import files_of
 from arrag_jax.retrieval.index import RECORD as INDEX_RECORD
@@ -68,9 +69,10 @@ def _method(pipeline: Pipeline, method: str) -> dict[str, Any]:
         return facts
     facts |= {"store": config.retrieval.store, "store_fingerprint": pipeline.store.store_fingerprint}
     index = index_directory(pipeline.store, config.retrieval.keys) / INDEX_RECORD
-    if config.retrieval.search == "scann" and method not in LIMITED and index.exists():
+    search = METHODS[method].search
+    if config.retrieval.search == "scann" and search is Search.STORE and index.exists():
         facts["index"] = sha256_of(index)
-    if method in LIMITED:
+    if search is Search.CAPTIONS:
         facts["caption"] = dataclasses.asdict(config.caption)
     return facts | {"retrieval": dataclasses.asdict(config.retrieval), "policy": dataclasses.asdict(policy)}
 
@@ -105,8 +107,9 @@ class RunFolder:
         """Returns the names of the pictures that are whole already; removes the files of a run of other settings.
 
         Raises:
-          UserError: ``run.json`` is damaged, or is not of ``generate``.
+          UserError: ``run.json`` is damaged, or is not of ``generate``; or ``.parts`` is a link that leads out.
         """
+        require_within(self.directory, self._parts)
         record = self._read_record()
         if record is not None and record["settings"] == self.settings:
             files = record.get("files")
@@ -122,7 +125,7 @@ class RunFolder:
                 self._remove(record["pictures"])
             shutil.rmtree(self._parts, ignore_errors=True)
             self._write_record()
-        self._parts.mkdir(exist_ok=True)
+        folder_in(self.directory, PARTS)
         parts = {name: self._part(name)["files"] for name in self.names}
         return {name for name, files in parts.items() if files and self._are_whole(files)}
 
@@ -186,7 +189,7 @@ class RunFolder:
 
     def _reopen(self, files: dict[str, str]) -> None:
         """Makes a finished run an unfinished one: parts of the pictures that are still whole."""
-        self._parts.mkdir(exist_ok=True)
+        folder_in(self.directory, PARTS)
         told, known = [name for name in self.names if f"provenance_{name}.png" in files], {}
         if told and self._are_whole({PROVENANCE: files.get(PROVENANCE, "")}):
             known = dict(zip(told, read_json(self.directory / PROVENANCE), strict=True))

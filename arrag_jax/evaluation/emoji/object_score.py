@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
 from arrag_jax.data.emoji.scenes import FAMILIES, Scene, relations
 from arrag_jax.errors import UserError
@@ -25,14 +25,28 @@ def object_score(pictures: UInt8[np.ndarray, "B 48 48 3"], scenes: Sequence[Scen
     Raises:
       UserError: no pictures, or not one scene a picture.
     """
+    right = verdicts(pictures, scenes)
+    return {"right": right, **family_scores(right, scenes)}
+
+
+def verdicts(pictures: UInt8[np.ndarray, "B 48 48 3"], scenes: Sequence[Scene]) -> Bool[np.ndarray, " B"]:
+    """Returns for each picture whether it shows what its scene's caption says.
+
+    Raises:
+      UserError: no pictures, or not one scene a picture.
+    """
     if not len(pictures) or len(pictures) != len(scenes):
         raise UserError(
             f"{len(pictures)} pictures against {len(scenes)} scenes; give one scene a picture, at least one"
         )
-    right = np.array([is_right(found, scene) for found, scene in zip(detect(pictures), scenes, strict=True)])
+    return np.array([is_right(found, scene) for found, scene in zip(detect(pictures), scenes, strict=True)])
+
+
+def family_scores(right: Bool[np.ndarray, " B"], scenes: Sequence[Scene]) -> dict[str, Any]:
+    """Returns "families" and "overall" of ``object_score`` from one verdict for each scene."""
     families = np.array([scene.family for scene in scenes])
     means = {family: float(right[families == family].mean()) for family in FAMILIES if family in families}
-    return {"right": right, "families": means, "overall": float(np.mean(list(means.values())))}
+    return {"families": means, "overall": float(np.mean(list(means.values())))}
 
 
 def is_right(found: Sequence[Detection], scene: Scene) -> bool:

@@ -1,0 +1,23 @@
+"""Figures over several repeats, and the table that all benchmarks share."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from arrag_jax.figures import grids
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float]:
+    """Returns mean and sample standard deviation of one figure over repeats; a single one has the deviation 0."""
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
+
+
+def bits_table(bits: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the methods' bits per code, and how far they lie below the baseline, as a table in Markdown."""
+    nothing = {"mean": None, "std": None}
+    return grids.table(
+        ["bits a code", "mean", "spread", "below plain", "spread"],
+        [[name, row["mean"], row["std"], *row.get("gain", nothing).values()] for name, row in bits.items()],
+        digits=4,
+    )

@@ -1,0 +1,39 @@
+"""Laws of the table of methods."""
+
+import pytest
+
+from arrag_jax.config import DrawConfig, RetrievalConfig
+from arrag_jax.decode.methods import BASELINE, METHODS, Kind, Search, chosen_methods
+from arrag_jax.errors import UserError
+from arrag_jax.evaluation.run_folder import NAME
+
+CONFIG = DrawConfig("model", RetrievalConfig("store"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_fields_belong_together(name):
+    method, policy = METHODS[name], METHODS[name].policy(CONFIG)
+    assert policy.uses_retrieval == (method.search is not Search.NONE)
+    assert policy.blends == (method.model is Kind.FAID)
+    assert (method.images is not None) == method.limited == (method.search is Search.CAPTIONS)
+    assert NAME.fullmatch(f"00_{name}")  # else a run would not remove what another one drew with it
+    assert hasattr(CONFIG, method.model.value)
+
+
+def test_methods_are_chosen_in_the_order_of_the_table():
+    assert chosen_methods((), {*Kind}) == ("plain", "daid", "lora", "faid", "faid+daid")
+    assert chosen_methods((), {Kind.BASE}) == ("plain", "daid")
+    assert chosen_methods(("caption", BASELINE), {Kind.BASE}) == (BASELINE, "caption")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("diad", f"'diad' is unknown; choose one of {', '.join(METHODS)}".replace("+", r"\+")),
+        ("lora", r"'lora' is not what these models can do: plain, static, daid, caption; give config\.lora_model"),
+        ("faid+daid", r"'faid\+daid' is not what these models can do: .*; give config\.faid_model"),
+    ],
+)
+def test_methods_that_cannot_be_drawn(name, message):
+    with pytest.raises(UserError, match=message):
+        chosen_methods((name,), {Kind.BASE})
