@@ -9,14 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from arrag_jax.data.examples import DUPLICATE, PASSED_OVER, BadImage
+from arrag_jax.data.examples import DUPLICATE, PASSED_OVER, BadImage, most_bad
 from arrag_jax.errors import UserError, printable
 from arrag_jax.progress import Bar, tell
 from arrag_jax.store import building
 from arrag_jax.store.left_out import BAD_FILES, read_bad
 from arrag_jax.store.shards import ShardSettings
-
-ONE_IN = 20  # images; among fewer than this many times `least` the least number is smaller
 
 
 class SkippedCounts(NamedTuple):
@@ -42,8 +40,7 @@ class SkippedImages:
       directory, settings: what is built.
       source_id: image number → one line that tells where it came from.
       most: share of bad images above which the build fails.
-      least: so many bad images do not fail it, whatever their share, as long as they are at most one in ``ONE_IN`` (or
-        one in all).
+      least: as of ``data.examples.most_bad``.
       others: images of the folder that the built one is to be a part of; they count in that share.
     """
 
@@ -94,7 +91,7 @@ class SkippedImages:
         first = "; ".join(f"{name}: {reason}" for name, reason in bad[:3]) + (" …" if len(bad) > 3 else "")
         if found and found == total:
             raise UserError(f"none of the {total:,} images can be read ({first}); is config.source right?")
-        if found > max(self.most * total, min(self.least, max(1, total // ONE_IN))):
+        if found > most_bad(total, self.most, self.least):
             raise UserError(
                 f"{found:,} of {total:,} images cannot be read ({first}), more than config.max_bad_fraction="
                 f"{self.most:g} allows; raise it, or mend them, delete {self.directory} and run the same command again"

@@ -39,6 +39,7 @@ TOLD = 8  # differences that a message names
 # was in them. Prompts are padded to prompt_length.
 FREE_KEYS = (
     "steps", "log_every", "eval_every", "checkpoint_every", "mesh", "init_from", "data.data_dir", "data.eval_examples",
+    "data.max_bad_fraction", "data.min_bad",
     "options.base", "options.neighbors", "options.tokenizer", "options.retrieval", "options.daid", "options.sampling",
     "options.cfg_scale", "options.prompt_length",
 )  # fmt: skip
@@ -210,7 +211,7 @@ def read_config(workdir: Path) -> TrainConfig:
     Raises:
       UserError: the file is damaged, or of a version whose keys were others.
     """
-    return parse(TrainConfig, _read_json(workdir / "config.json", {}), str(workdir / "config.json"))
+    return parse(TrainConfig, _read_record(workdir, {}), str(workdir / "config.json"))
 
 
 def _check_records(workdir: Path, config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def _check_records(workdir: Path, config: TrainConfig, base: dict[str, str]) -> 
     new = json.loads(json.dumps(dataclasses.asdict(config), default=lambda value: value.to_dict()))
     if not any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*")):
         return new
-    old = _flat(_read_json(workdir / "config.json", new))
+    old = _flat(_read_record(workdir, new))
     differ = _differences(
         {key: value for key, value in old.items() if not _free(key)},
         {key: value for key, value in _flat(new).items() if not _free(key)},
@@ -281,6 +282,15 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     told = [f"{key} ({shown(old.get(key))} there, {shown(new.get(key))} now)" for key in keys[:TOLD]]
     return ", ".join(told if len(keys) <= TOLD else [*told, "…"])
+
+
+def _read_record(workdir: Path, absent: dict[str, Any]) -> dict[str, Any]:
+    """The config of the run in ``workdir``, or ``absent``; "data.name" in the record of an earlier version is read."""
+    record = _read_json(workdir / "config.json", absent)
+    data = record.get("data")
+    if isinstance(data, dict) and "name" in data:
+        record = record | {"data": {("source" if key == "name" else key): value for key, value in data.items()}}
+    return record
 
 
 def _read_json(path: Path, absent: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from arrag_jax.config import TrainConfig
-from arrag_jax.data.emoji.dataset import load_source
 from arrag_jax.errors import UserError
 from arrag_jax.fields import Settings
 from arrag_jax.figures import grids
@@ -24,7 +23,7 @@ from arrag_jax.models.presets import PRESETS
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.store.images import reconstruct
 from arrag_jax.training.loop import Batch, Pictures, Scalars
-from arrag_jax.training.shared import check_preset, held_out, psnr, rows_of_a_device, tokenizer_figures, write_manifest
+from arrag_jax.training.shared import RunImages, check_preset, psnr, rows_of_a_device, tokenizer_figures, write_manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,24 +57,23 @@ class TokenizerTask:
     def __init__(self, config: TrainConfig, options: TokenizerOptions):
         self.config, self.options = config, options
         self.tokens = math.prod(PRESETS[options.preset].grid)
+        self.images = RunImages(config.data, PRESETS[options.preset].image_size)
 
     def init_model(self, rngs: nnx.Rngs) -> Janus:
         """A Janus that holds its tokenizer alone."""
         return Janus(PRESETS[self.options.preset], rngs, VISION)
 
     def base(self) -> dict[str, str]:
-        """Nothing is frozen."""
-        return {}
+        """Nothing is frozen; which images it learns from."""
+        return self.images.identity()
 
     def train_source(self) -> grain.MapDataset:
         """Images of the training split."""
-        data = self.config.data
-        source = grain.MapDataset.source(load_source(data.name, data.train_split, data.data_dir))
-        return source.map(lambda example: {"image": example["image"]})
+        return grain.MapDataset.source(self.images.train).map(_image_alone)
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """The first ``eval_examples`` of the held-out split."""
-        return held_out(self.config, batch_size, lambda example: {"image": example["image"]})
+        return self.images.held_out_batches(batch_size, _image_alone)
 
     def loss(self, model: Janus, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
         """Reconstruction + codebook + commitment loss; notes which codes are used."""
@@ -119,7 +117,7 @@ class TokenizerTask:
 
         def paint(model: Janus) -> Pictures:
             decoded = reconstruct(model, images)
-            return {"reconstructions": grids.grid(np.concatenate([images, decoded]), columns=12, scale=2)}
+            return {"reconstructions": grids.grid(np.concatenate([images, decoded]), columns=len(images), scale=2)}
 
         return paint
 
@@ -128,3 +126,7 @@ class TokenizerTask:
         save_model(model, directory)
         figures = tokenizer_figures(model, self.eval_batches(rows_of_a_device(self.config)))
         write_manifest(directory, model, run, **figures)
+
+
+def _image_alone(example: dict[str, Any]) -> Batch:
+    return {"image": example["image"]}
