@@ -102,6 +102,8 @@ def test_what_is_not_there_is_named(tmp_path):
     folder = str(write_captioned(tmp_path / "photos", ["a cat"] * 3))
     with pytest.raises(UserError, match=r'photos has no valid: its 3 images are one split, "train".*"train\[:-64\]"'):
         open_images(folder, "valid", tmp_path, SIZE)
+    with pytest.raises(UserError, match="photos has no valid"):
+        make_task(TrainConfig("tokenizer", 1, 1, {"preset": "janus-emoji"}, DataConfig(folder)))
     with pytest.raises(UserError, match="unknown data set 'emoji_scenes/huge'; take one of emoji_scenes/full"):
         open_source("emoji_scenes/huge", tmp_path, SIZE)
     with pytest.raises(UserError, match=r"^config\.data\.source=nowhere does not exist"):
@@ -199,7 +201,7 @@ def test_a_folders_vocabulary_is_the_words_of_its_training_captions(tiny_run, tm
     ]
     assert task.text(["A dog's ball!"])[0].tolist() == task.text(["a dog s ball"])[0].tolist()
     with pytest.raises(UserError, match=r"prompt_length=8 is too short: the prompt of 00\.png has 10 tokens"):
-        make_task(tiny_run("prior", str(folder), 8, **splits)).train_source()
+        make_task(tiny_run("prior", str(folder), 8, **splits))
     with pytest.raises(UserError, match=r"no image in train\[2:3\] of .*photos has a caption"):
         make_task(tiny_run("prior", str(folder), train_split="train[2:3]"))
 
@@ -242,6 +244,9 @@ def test_the_images_of_a_run_are_those_of_a_store(tiny_run, tmp_path):
     images = open_images(str(folder), "train", tmp_path, PRESET.image_size)
     np.testing.assert_array_equal(batch["image"], [images[i]["image"] for i in (0, 1, 2, 3, 4, 6, 7)])
     assert len(task.train_source()) == 12
+    (folder / "scene_00.png").write_bytes(b"")
+    with pytest.raises(UserError, match="none of the first 1 held-out images can be read"):
+        list(make_task(tiny_run("tokenizer", str(folder), eval_split="train", eval_examples=1)).eval_batches(8))
 
 
 @pytest.mark.slow

@@ -17,7 +17,10 @@ PREFIX = "tfds:"
 
 
 class PreparedSource:
-    """A prepared set as an image source (``data.examples.Source``); the arguments are those of ``PreparedImages``."""
+    """A prepared set as an image source (``data.examples.Source``); the arguments are those of ``PreparedImages``.
+
+    Its identity is name, config and version of the set, because the newest version counts where the source names none.
+    """
 
     words = None
 
@@ -30,12 +33,8 @@ class PreparedSource:
         key: str = "config.source",
     ):
         self._source, self._data_dir, self._size, self._captions, self._key = source, data_dir, size, captions, key
-
-    @property
-    def identity(self) -> str:
-        """Name, config and version of the set, because the newest version counts where the source names none."""
-        with _told(self._source, self._data_dir, self._key):
-            return _builder(self._source, self._data_dir).info.full_name
+        with _told(source, data_dir, key):
+            self.identity = _builder(source, data_dir).info.full_name
 
     def images(self, split: str) -> "PreparedImages":
         """Returns the images of a split."""

@@ -80,6 +80,10 @@ class PriorTask:
         self.words = None  # while the captions that give them are read
         self.words = frozenset(self._vocabulary())
         self.text = PromptTokenizer.of_words(self.words)
+        self.images.require_splits()  # before anything is written
+        if self.images.source.words is None:
+            for images in (self.images.train, self.images.held_out):
+                self._require_short_prompts(images)
 
     def init_model(self, rngs: nnx.Rngs) -> Janus:
         """A fresh language model around the given tokenizer, whose codebook its code embedding starts from."""
@@ -128,9 +132,6 @@ class PriorTask:
 
     def train_source(self) -> grain.MapDataset:
         """Images with their prompts."""
-        if self.images.source.words is None:
-            for images in (self.images.train, self.images.held_out):
-                self._require_short_prompts(images)
         return grain.MapDataset.source(self.images.train).map(self._example)
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:

@@ -52,6 +52,11 @@ class RunImages:
         self._data, self._is_prompt = data, is_prompt
         self.source = open_source(data.source, data.data_dir, size, is_prompt is not None, "config.data.source")
 
+    def require_splits(self) -> None:
+        """Raises UserError unless both splits are there. A set that is built on demand is not looked at."""
+        if self.source.identity:
+            _ = self.train, self.held_out
+
     @functools.cached_property
     def train(self) -> ReadableImages:
         """The images of the training split."""
@@ -64,9 +69,13 @@ class RunImages:
 
     def held_out_batches(self, batch_size: int, example: Callable[[Any], Batch]) -> Iterator[Batch]:
         """Yields batches of what ``example`` makes of the readable ones among the first ``eval_examples`` images."""
-        readable = self.held_out.first(self._data.eval_examples)
+        count, found = self._data.eval_examples, 0
+        readable = self.held_out.first(count)
         while rows := [example(each) for each in itertools.islice(readable, batch_size)]:
+            found += len(rows)
             yield stacked(rows)
+        if not found:
+            raise UserError(f"none of the first {count:,} held-out images can be read; raise config.data.eval_examples")
 
     def identity(self) -> dict[str, str]:
         """What ``Task.base`` says of the images, lest a run be continued on others; {} where their name tells that."""

@@ -58,6 +58,7 @@ class TokenizerTask:
         self.config, self.options = config, options
         self.tokens = math.prod(PRESETS[options.preset].grid)
         self.images = RunImages(config.data, PRESETS[options.preset].image_size)
+        self.images.require_splits()  # before anything is written
 
     def init_model(self, rngs: nnx.Rngs) -> Janus:
         """A Janus that holds its tokenizer alone."""
