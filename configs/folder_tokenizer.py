@@ -2,6 +2,9 @@
 
 python -m arrag_jax.train --config configs/folder_tokenizer.py --config.data.source=photos \
   --workdir runs/photo_tokenizer
+
+2 CPU cores, about 2 minutes of them. Of 200 photos (160 to learn from): "trained 300 steps; held out: psnr_db 22.6564,
+codes_used 0.916". A folder without captions will do.
 """
 
 from ml_collections import ConfigDict
