@@ -260,6 +260,7 @@ def test_a_captioned_folder_trains_a_tokenizer_and_a_prior_and_draws(photos, tmp
                 (tmp_path / "photos" / member.name).write_bytes(tar.extractfile(member).read())
                 (tmp_path / "photos" / member.name).with_suffix(".txt").write_text(f"photo number {number % 4}")
     (tmp_path / "photos" / "empty.jpg").write_bytes(b"")
+    (tmp_path / "photos" / "empty.txt").write_text("photo number 0")
     drawn = "model=runs/prior/export"
     few = ("steps=3", "batch_size=4", "data.source=photos", "data.train_split=train[:8]", "data.eval_split=train[8:]")
     done = run_in_turn(
