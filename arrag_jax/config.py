@@ -68,15 +68,24 @@ class DataSetConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(DataSetConfig):
-    """Where a training run's examples come from."""
+class DataConfig(Settings):
+    """Where a training run's examples come from: whatever a datastore can be built from."""
 
-    train_split: str = "train"  # examples that are learned from; a slice such as "train[:1000]" works, too
+    source: LocalPath = "emoji_scenes/full"  # as ``DatastoreConfig.source``; task "prior" reads its captions, too
+    data_dir: LocalPath = "data"  # where TFDS keeps it; built there when absent
+    # Of a data set its splits, or slices of them such as "train[:1000]". The images of a folder or a tar, in the order
+    # of their paths, are one split, "train", sliced alike: "train[:-512]" and "train[-512:]"
+    train_split: str = "train"  # examples that are learned from
     eval_split: str = "valid"  # examples that the run is judged on
-    eval_examples: int = 512  # how many of them, the first ones
+    eval_examples: int = 512  # how many of them at most, the first ones
+    max_bad_fraction: float = 0.01  # share of a split's images that cannot be read above which the run ends
+    min_bad: int = 10  # as ``DatastoreConfig.min_bad``
 
     def __post_init__(self):
+        _given_source(self.source)
         _in_range("eval_examples", self.eval_examples, 1)
+        _in_range("max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
+        _in_range("min_bad", self.min_bad, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,7 +95,10 @@ class _Shown(reprlib.Repr):
 
 
 # Keys that configs had before: (dataclass, old key) → what to write instead.
-RENAMED = {("DaidConfig", "copies"): 'reduction, with "max" for "nearest"'}
+RENAMED = {
+    ("DaidConfig", "copies"): 'reduction, with "max" for "nearest"',
+    ("DataConfig", "name"): "source",
+}
 
 
 def _parse(cls: type, config: Any, where: str, errors: list[str], ignore_unknown: bool) -> Any:

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
             "task": "prior",
             "steps": 20400,
             "batch_size": 16,
-            "data": {"name": "emoji_scenes/full"},
+            "data": {"source": "emoji_scenes/full"},
             "optimizer": {"learning_rate": 2e-3, "warmup_steps": 200, "decay_fraction": 0.35},
             "options": {"preset": "janus-emoji", "tokenizer": "runs/tokenizer/export"},
             "ema_decay": 0.998,

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
             "task": "tokenizer",
             "steps": 1200,
             "batch_size": 16,
-            "data": {"name": "emoji_scenes/full"},
+            "data": {"source": "emoji_scenes/full"},
             "optimizer": {"learning_rate": 1.5e-3, "warmup_steps": 50, "decay_fraction": 0.4},
             "options": {"preset": "janus-emoji", "commitment": 0.25},
             "eval_every": 200,

@@ -157,6 +157,18 @@ def test_imports_have_no_cycle():
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(trees)
 
 
+def test_one_table_alone_imports_the_emoji_scenes():
+    """A data set is one source among others: beside its own folder and its benchmark's, ``data.registry`` names it."""
+    trees = modules()
+    importers = {
+        name
+        for name, tree in trees.items()
+        if any(other == "data.emoji" or other.startswith("data.emoji.") for other in own_imports(tree, set(trees)))
+    }
+    outside = {name for name in importers if not name.startswith(("data.emoji", "evaluation.emoji"))}
+    assert outside == {"data.registry"}
+
+
 def test_no_foreign_framework_and_no_pickle():
     pairs = {(name, word.split(".")[0]) for name, tree in modules().items() for word in imported_names(tree)}
     assert {pair for pair in pairs if pair[1] in FORBIDDEN_IMPORTS} == OPTIONAL_IMPORTS
@@ -252,6 +264,8 @@ def test_every_config_is_one_of_the_commands_that_its_docstring_gives(path):
     assert isinstance(config, ml_collections.ConfigDict)
     if config.get("source") == "":  # which the command line must give
         config.source = "photos"
+    if config.get("data", {}).get("source") == "":
+        config.data.source = "photos"
     assert module["__doc__"]
     commands = re.findall(rf"-m arrag_jax\.(\w+) --config configs/{path.name}", module["__doc__"])
     assert commands

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from arrag_jax.data import endings, pixels, tars
 from arrag_jax.data.endings import COMPRESSED, HIDDEN, TAR
-from arrag_jax.data.examples import PASSED_OVER, BadImage
+from arrag_jax.data.examples import PASSED_OVER, BadImage, caption_of
 from arrag_jax.data.sidecars import Sidecars
 from arrag_jax.errors import UserError, printable
 from arrag_jax.files import atomic_write
@@ -88,6 +88,12 @@ class FileImages:
         """The id of an image."""
         return self.entries[index].id
 
+    def caption(self, index: int) -> str:
+        """An image's caption in one line, or ``BadImage`` if the listing tells why the image cannot be had."""
+        if self.entries[index].fault:
+            raise BadImage(self.entries[index].fault)
+        return caption_of({"caption": self.entries[index].caption})
+
     @property
     def num_passed_over(self) -> int:
         """How many of them are passed over."""
@@ -111,30 +117,29 @@ def list_images(source: str, captions: bool = False) -> list[Entry]:
     return list_source(source, captions).entries
 
 
-def list_source(source: str, captions: bool = False) -> Listing:
+def list_source(source: str, captions: bool = False, key: str = "config.source") -> Listing:
     """Every image of a folder (with all folders and tars in it) or of one tar, in the order of their ids.
+
+    Args:
+      key: how errors call the source.
 
     Raises:
       UserError: no such folder or tar, no image in it, or not one caption where captions are asked for.
     """
     path, root = Path(source), root_of(source)
     if not path.exists():
-        raise UserError(f"config.source={source} does not exist; give a folder of images, a .tar or a data set's name")
+        raise UserError(f"{key}={source} does not exist; give a folder of images, a .tar or a data set's name")
     if not path.is_dir() and not (path.is_file() and path.name.lower().endswith(TAR)):
-        raise UserError(
-            f"config.source={source} is neither a folder nor a plain .tar; give one, or the folder it is in"
-        )
+        raise UserError(f"{key}={source} is neither a folder nor a plain .tar; give one, or the folder it is in")
     lister = _Lister(root, captions)
     found = lister.walk() if path.is_dir() else lister.members(path.name)
     entries = sorted(map(_with_clean_id, found))
     if all(entry.is_passed_over for entry in entries):
         others = "".join(f"; {entry.id}: {entry.fault}" for entry in entries[:3])
-        raise UserError(
-            f"config.source={source} holds no image (endings are {', '.join(pixels.SUFFIXES)}) and no .tar{others}"
-        )
+        raise UserError(f"{key}={source} holds no image (endings are {', '.join(pixels.SUFFIXES)}) and no .tar{others}")
     if captions and not any(entry.caption for entry in entries):
         raise UserError(
-            f"config.source={source} has no captions (a .txt or .json beside an image); add them. A datastore "
+            f"{key}={source} has no captions (a .txt or .json beside an image); add them. A datastore "
             "can do without: config.captions=False"
         )
     return Listing(entries, dict(sorted(lister.beside.items())))

@@ -18,6 +18,7 @@ class ModelConfig(Protocol):
     """The shape of a model, read from its ``config.json`` alone; a frozen dataclass."""
 
     grid: tuple[int, int]
+    image_size: tuple[int, int]  # height and width in pixels
     blended_neighbors: int  # K of FAiD's blenders; 0: it has none
 
 

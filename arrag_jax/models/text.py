@@ -157,6 +157,7 @@ class PromptTokenizer:
         found = re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", unicodedata.normalize("NFKC", text))
         words = [word for word in found if word in self._words or not _is_mark(word)]
         words = [word if word in self._words else word.lower() for word in words]
+        words = [part for word in words for part in self._known_parts(word)]
         unknown = [word for word in dict.fromkeys(words) if word not in self._words]
         if unknown:
             raise UserError(f"the model does not know {', '.join(map(repr, unknown))}; it knows: {self.known_words()}")
@@ -164,9 +165,21 @@ class PromptTokenizer:
             raise UserError("a prompt is empty; say what to draw")
         return " ".join(words)
 
+    def _known_parts(self, word: str) -> list[str]:
+        """The parts of a word with apostrophes, where they are known and the word is not; else the word."""
+        parts = [word] if word in self._words else words_in(word)
+        return parts if parts and self._words.issuperset(parts) else [word]
+
     def known_words(self) -> str:
         """The words of a word-level tokenizer, for messages."""
         return " ".join(sorted(w for w in self.tokenizer.get_vocab() if w.isalpha()))
+
+
+def words_in(text: str) -> list[str]:
+    """Returns the words of a text in lower case, without punctuation marks; "a dog's Ball." has a, dog, s and ball."""
+    text = "".join(sign for sign in text if unicodedata.category(sign) != "Cf")  # signs that nobody sees
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
+    return [word for word in re.findall(r"\w+|[^\w\s]", text) if not _is_mark(word)]
 
 
 def _is_mark(word: str) -> bool:

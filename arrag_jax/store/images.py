@@ -10,14 +10,11 @@ import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import UInt8
-from tensorflow_datasets.core.splits import SplitInfo
 
 from arrag_jax.data import endings, sources
 from arrag_jax.data.duplicates import without_copies
-from arrag_jax.data.emoji.dataset import NAMES, load_source
-from arrag_jax.data.examples import PASSED_OVER, Examples
-from arrag_jax.data.prepared import PREFIX, PreparedImages, places
-from arrag_jax.errors import UserError
+from arrag_jax.data.examples import PASSED_OVER, Images, Subset
+from arrag_jax.data.registry import entries_of_split, is_data_set, open_images
 from arrag_jax.interfaces import ImageTokenizer
 from arrag_jax.nn.vq import from_uint8, to_uint8
 from arrag_jax.store.datastore import Datastore
@@ -25,30 +22,6 @@ from arrag_jax.store.encoding import Encode
 from arrag_jax.store.shards import ShardFolder, ShardSettings
 
 LISTING = ".listing.jsonl"  # in the folder of an unfinished build: the images as they were when it was begun
-
-
-class DataSetImages:
-    """Some images of a data set as a random-access source of examples (``data.examples.Examples``).
-
-    Args:
-      examples: of a split or a slice.
-      ids: theirs ("emoji_scenes/full/store/17").
-      known: ids to leave out.
-    """
-
-    def __init__(self, examples: Examples, ids: Sequence[str], known: Collection[str] = ()):
-        self.examples, self.ids = examples, ids
-        self.numbers = [number for number, id_ in enumerate(ids) if id_ not in known]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.examples[self.numbers[index]]
-
-    def source_id(self, index: int) -> str:
-        """The id of an image."""
-        return self.ids[self.numbers[index]]
 
 
 class ImageSource:
@@ -92,9 +65,7 @@ class ImageSource:
             if not copies:
                 self.entries = without_copies(sources.root_of(name), self.entries)
 
-    def images(
-        self, split: str = "", known: Collection[str] = (), passed_over: Collection[str] = ()
-    ) -> DataSetImages | sources.FileImages:
+    def images(self, split: str = "", known: Collection[str] = (), passed_over: Collection[str] = ()) -> Images:
         """The images of a split.
 
         Args:
@@ -110,59 +81,18 @@ class ImageSource:
             return sources.FileImages(Path(), [], size)
         if not is_data_set(self.name):
             name_of = names_below(self.name)
-            entries = [entry for entry in self._entries_of(split) if name_of(entry.id) not in known]
+            entries = entries_of_split(self.name, self.entries, split)
+            entries = [entry for entry in entries if name_of(entry.id) not in known]
             entries = [x for x in entries if not x.is_passed_over or name_of(x.id) not in passed_over]
             return sources.FileImages(sources.root_of(self.name), entries, size)
-        if self.name in NAMES:
-            examples = load_images(self.name, split, self.data_dir, self.tokenizer)
-            splits = examples.dataset_info.splits
-        else:
-            examples = PreparedImages(self.name, split, self.data_dir, size, self.captions)
-            splits = examples.splits
-        ids = [f"{self.name}/{whole}/{number}" for whole, number in places(split, splits)]
-        return DataSetImages(examples, ids, known)
-
-    def _entries_of(self, split: str) -> list[sources.Entry]:
-        """Listed files of a slice of "train"."""
-        number = len(self.entries)
-        try:
-            whole = SplitInfo(name="train", shard_lengths=[number], num_bytes=0)
-            entries = [self.entries[i] for _, i in places(split or "train", {"train": whole})]
-            if not entries:
-                raise ValueError("it is empty")
-        except (ValueError, NotImplementedError) as error:
-            reason = " ".join(str(error).split())
-            held = f'its {number:,} images are one split, "train", to take slices of'
-            raise UserError(f"{self.name} has no {split}: {held} ({reason})") from error
-        return entries
+        images = open_images(self.name, split, self.data_dir, size, self.captions)
+        return Subset(images, [i for i in range(len(images)) if images.source_id(i) not in known])
 
     def keep_listing(self) -> None:
         """Writes the list, if there is one to begin with."""
         if self.state == "nothing" and self.entries:
             self.listing.parent.mkdir(parents=True, exist_ok=True)
             sources.save_listing(self.listing, self.entries, self.beside)
-
-
-def load_images(source: str, split: str, data_dir: str | Path, tokenizer: ImageTokenizer) -> Sequence[dict[str, Any]]:
-    """Random-access source of a split whose images the tokenizer's grid covers exactly.
-
-    Args: as ``load_source``.
-
-    Raises:
-      UserError: unknown source or split, or images of another size.
-    """
-    examples = load_source(source, split, data_dir)
-    if len(examples) == 0:
-        raise UserError(f"split {split} of {source} is empty; choose another")
-    found, wanted = examples[0]["image"].shape, (*tokenizer.image_size, 3)
-    if found != wanted:
-        raise UserError(f"images of {source} are {found}, the model's tokenizer takes {wanted}; use another model")
-    return examples
-
-
-def is_data_set(source: str) -> bool:
-    """Is it a TFDS data set, with splits, rather than a folder or a tar?"""
-    return source in NAMES or source.startswith(PREFIX)
 
 
 def origin_of(source: str) -> str:

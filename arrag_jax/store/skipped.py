@@ -9,12 +9,11 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-from arrag_jax.data.examples import DUPLICATE, PASSED_OVER
+from arrag_jax.data.examples import DUPLICATE, PASSED_OVER, most_bad
 from arrag_jax.errors import UserError
 
 BAD_FILES = "bad-*.txt"
 LEFT_OUT = ("bad", "passed_over", "duplicates")  # what a manifest counts in such a file
-ONE_IN = 20  # images; among fewer than this many times `min_bad` the least number is smaller
 
 
 def read_lines(path: Path) -> list[str]:
@@ -58,8 +57,7 @@ class SkipLimit:
 
     Attributes:
       max_bad_fraction: share of bad images above which the build fails.
-      min_bad: so many bad images do not fail it, whatever their share, as long as they are at most one in ``ONE_IN``
-        (or one in all).
+      min_bad: so many do not fail it; see ``data.examples.most_bad``.
       elsewhere: images of the store that the built one is to be a segment of; they count in that share.
     """
 
@@ -81,7 +79,7 @@ class SkipLimit:
         first = "; ".join(f"{name}: {reason}" for name, reason in bad[:3]) + (" …" if len(bad) > 3 else "")
         if found and found == total:
             raise UserError(f"none of the {total:,} images can be read ({first}); is config.source right?")
-        if found > max(self.max_bad_fraction * total, min(self.min_bad, max(1, total // ONE_IN))):
+        if found > most_bad(total, self.max_bad_fraction, self.min_bad):
             raise UserError(
                 f"{found:,} of {total:,} images cannot be read ({first}), more than config.max_bad_fraction="
                 f"{self.max_bad_fraction:g} allows; raise it, or mend them, delete {directory} and run the same "

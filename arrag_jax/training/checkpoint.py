@@ -38,6 +38,7 @@ KEEP = 2  # the newest, and the one before it in case the newest is damaged; the
 # was in them. Prompts are padded to prompt_length.
 FREE_KEYS = (
     "steps", "log_every", "eval_every", "checkpoint_every", "mesh", "init_from", "data.data_dir", "data.eval_examples",
+    "data.max_bad_fraction", "data.min_bad",
     "options.base", "options.neighbors", "options.tokenizer", "options.retrieval", "options.daid", "options.sampling",
     "options.cfg_scale", "options.prompt_length",
 )  # fmt: skip
@@ -209,7 +210,7 @@ def read_config(workdir: Path) -> TrainConfig:
     Raises:
       UserError: the file is damaged, or of a version whose keys were others.
     """
-    return parse(TrainConfig, _read_json(workdir / "config.json", {}), str(workdir / "config.json"))
+    return parse(TrainConfig, _read_record(workdir, {}), str(workdir / "config.json"))
 
 
 def _check_records(workdir: Path, config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
@@ -217,7 +218,7 @@ def _check_records(workdir: Path, config: TrainConfig, base: dict[str, str]) -> 
     new = json.loads(json.dumps(dataclasses.asdict(config), default=lambda value: value.to_dict()))
     if not any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*")):
         return new
-    old = _flat(_read_json(workdir / "config.json", new))
+    old = _flat(_read_record(workdir, new))
     differ = differences(
         {key: value for key, value in old.items() if not _free(key)},
         {key: value for key, value in _flat(new).items() if not _free(key)},
@@ -273,6 +274,15 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     """Shape of each leaf by path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _read_record(workdir: Path, absent: dict[str, Any]) -> dict[str, Any]:
+    """The config of the run in ``workdir``, or ``absent``; "data.name" in the record of an earlier version is read."""
+    record = _read_json(workdir / "config.json", absent)
+    data = record.get("data")
+    if isinstance(data, dict) and "name" in data:
+        record = record | {"data": {("source" if key == "name" else key): value for key, value in data.items()}}
+    return record
 
 
 def _read_json(path: Path, absent: dict[str, Any]) -> dict[str, Any]:

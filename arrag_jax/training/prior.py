@@ -1,8 +1,9 @@
 """Training the prior: the language model over the tokenizer's codes."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from arrag_jax.config import TrainConfig, require_guidance
-from arrag_jax.data.emoji.dataset import load_source
-from arrag_jax.data.emoji.scenes import words
+from arrag_jax.data.examples import BadImage, caption_of
+from arrag_jax.data.readable import ReadableImages
 from arrag_jax.decode.loop import sample
 from arrag_jax.errors import UserError
 from arrag_jax.fields import LocalPath, Settings
@@ -24,11 +25,12 @@ from arrag_jax.figures import grids
 from arrag_jax.interfaces import Condition, ImageModel
 from arrag_jax.models.checkpoint import load_model, load_tokenizer, save_model
 from arrag_jax.models.registry import preset_of
+from arrag_jax.models.text import words_in
 from arrag_jax.nn.vq import from_uint8, to_uint8
 from arrag_jax.training.loop import Batch, Pictures, Scalars
 from arrag_jax.training.shared import (
     BITS,
-    held_out,
+    RunImages,
     made_by,
     mean_bits,
     rows_of_a_device,
@@ -57,7 +59,11 @@ class PriorOptions(Settings):
 
 
 class PriorTask:
-    """Next-code prediction. Images are encoded inside the step, by the frozen tokenizer."""
+    """Next-code prediction. Images are encoded inside the step, by the frozen tokenizer.
+
+    The vocabulary is the words of the training split's captions, or all words of the source where it knows them. Words
+    that only held-out captions have are left out of their prompts.
+    """
 
     trainable = nnx.Param
     best_metric = ("bits_per_code", "min")
@@ -66,8 +72,15 @@ class PriorTask:
         self.config, self.options = config, options
         self.fresh, self.shape = preset_of(options.preset)
         self.tokens = math.prod(self.shape.grid)
-        self.text = self.fresh.text(words())
         self.tokenizer = load_tokenizer(options.tokenizer)
+        self.images = RunImages(config.data, self.shape.image_size, lambda caption: bool(self._prompt(caption)))
+        self.words = None  # while the captions that give them are read
+        self.words = frozenset(self._vocabulary())
+        self.text = self.fresh.text(self.words)
+        self.images.require_splits()  # before anything is written
+        if self.images.source.words is None:
+            for images in (self.images.train, self.images.held_out):
+                self._require_short_prompts(images)
 
     def init_model(self, rngs: nnx.Rngs) -> ImageModel:
         """A fresh language model around the given tokenizer, whose codebook its code embedding starts from."""
@@ -79,21 +92,40 @@ class PriorTask:
             raise UserError(f"{given} is of another shape than preset {options.preset}: {error}") from error
 
     def base(self) -> dict[str, str]:
-        """The frozen tokenizer."""
-        return {"tokenizer": self.tokenizer.fingerprint}
+        """The frozen tokenizer, and which images and captions it learns from."""
+        return {"tokenizer": self.tokenizer.fingerprint, **self.images.identity()}
+
+    def _vocabulary(self) -> Iterable[str]:
+        """The words of the source, else those of the training split's captions."""
+        if self.images.source.words is not None:
+            return self.images.source.words
+        return (word for _, caption in _captions(self.images.train) for word in words_in(caption))
+
+    def _prompt(self, caption: str) -> str:
+        """The words of a caption that are in the vocabulary."""
+        return " ".join(word for word in words_in(caption) if self.words is None or word in self.words)
 
     def _example(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
-        ids, mask = self.text([example["caption"].decode()], self.options.prompt_length)
+        ids, mask = self.text([self._prompt(caption_of(example))], self.options.prompt_length)
         return {"image": example["image"], "prompt_ids": ids[0], "prompt_mask": mask[0]}
+
+    def _require_short_prompts(self, images: ReadableImages) -> None:
+        """Raises UserError if a prompt is longer than ``prompt_length``."""
+        lengths = {name: int(self.text([self._prompt(caption)])[1].sum()) for name, caption in _captions(images)}
+        name = max(lengths, key=lengths.get, default=None)
+        if name is not None and lengths[name] > self.options.prompt_length:
+            raise UserError(
+                f"config.options.prompt_length={self.options.prompt_length} is too short: the prompt of {name} has "
+                f"{lengths[name]} tokens; give at least as many, or shorten its caption"
+            )
 
     def train_source(self) -> grain.MapDataset:
         """Images with their prompts."""
-        data = self.config.data
-        return grain.MapDataset.source(load_source(data.name, data.train_split, data.data_dir)).map(self._example)
+        return grain.MapDataset.source(self.images.train).map(self._example)
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """The first ``eval_examples`` of the held-out split."""
-        return held_out(self.config, batch_size, self._example)
+        return self.images.held_out_batches(batch_size, self._example)
 
     def loss(self, model: ImageModel, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
         """Mean cross-entropy of the codes, in nats; some prompts are dropped for guidance."""
@@ -125,7 +157,7 @@ class PriorTask:
                 cfg_scale=self.options.cfg_scale, seed=self.config.seed,
             )  # fmt: skip
             images = to_uint8(model.decode_codes(drawn.codes, *model.grid))
-            return {"samples": grids.grid(np.concatenate([batch["image"], images]), columns=12, scale=2)}
+            return {"samples": grids.grid(np.concatenate([batch["image"], images]), columns=len(images), scale=2)}
 
         return paint
 
@@ -137,3 +169,10 @@ class PriorTask:
         batches = list(self.eval_batches(rows_of_a_device(self.config)))
         figures = {"valid_bits_per_code": mean_bits(self, model, batches), **tokenizer_figures(model, batches)}
         write_manifest(directory, model, run | {"tokenizer": made_by(self.options.tokenizer)}, **figures)
+
+
+def _captions(images: ReadableImages) -> Iterator[tuple[str, str]]:
+    """Ids and captions of images, without those that are known to be unreadable."""
+    for number in range(len(images)):
+        with contextlib.suppress(BadImage):
+            yield images.images.source_id(number), images.images.caption(number)

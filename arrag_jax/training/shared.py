@@ -1,8 +1,9 @@
 """What the tasks have in common: held-out batches, figures of a tokenizer, the manifest of an export."""
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,84 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from arrag_jax.config import TrainConfig
-from arrag_jax.data.emoji.dataset import load_source
+from arrag_jax.config import DataConfig, TrainConfig
+from arrag_jax.data.examples import BadImage, Images, Subset
+from arrag_jax.data.readable import ReadableImages
+from arrag_jax.data.registry import open_source
+from arrag_jax.errors import UserError
 from arrag_jax.interfaces import Backbone, ImageTokenizer
 from arrag_jax.json_files import read_object
 from arrag_jax.mesh import make_mesh
 from arrag_jax.models import manifest
 from arrag_jax.models.tensor_files import checkpoint_folder
 from arrag_jax.nn.vq import from_uint8
+from arrag_jax.progress import tell
 from arrag_jax.training.loop import Batch, Task, mean_over_examples
 
 BITS = 1 / math.log(2)  # in a nat
 
 
-def held_out(config: TrainConfig, batch_size: int, example: Callable[[Any], Batch]) -> Iterator[Batch]:
-    """Batches of the first ``eval_examples`` examples of the held-out split."""
-    data = config.data
-    source = load_source(data.name, f"{data.eval_split}[:{data.eval_examples}]", data.data_dir)
-    return in_batches(source, len(source), batch_size, example)
+class RunImages:
+    """The images that a run learns from and is judged on; each split is opened when it is asked for first.
+
+    Args:
+      data: which ones.
+      size: height and width in pixels.
+      is_prompt: tells of a caption whether it can be a prompt; an image without one is left out. None = captions are
+        not read. Sources that know their words have a prompt for every image.
+    """
+
+    def __init__(self, data: DataConfig, size: tuple[int, int], is_prompt: Callable[[str], bool] | None = None):
+        self._data, self._is_prompt = data, is_prompt
+        self.source = open_source(data.source, data.data_dir, size, is_prompt is not None, "config.data.source")
+
+    def require_splits(self) -> None:
+        """Raises UserError unless both splits are there. A set that is built on demand is not looked at."""
+        if self.source.identity:
+            _ = self.train, self.held_out
+
+    @functools.cached_property
+    def train(self) -> ReadableImages:
+        """The images of the training split."""
+        return self._open(self._data.train_split)
+
+    @functools.cached_property
+    def held_out(self) -> ReadableImages:
+        """The images of the held-out split."""
+        return self._open(self._data.eval_split)
+
+    def held_out_batches(self, batch_size: int, example: Callable[[Any], Batch]) -> Iterator[Batch]:
+        """Yields batches of what ``example`` makes of the readable ones among the first ``eval_examples`` images."""
+        count, found = self._data.eval_examples, 0
+        readable = self.held_out.first(count)
+        while rows := [example(each) for each in itertools.islice(readable, batch_size)]:
+            found += len(rows)
+            yield stacked(rows)
+        if not found:
+            raise UserError(f"none of the first {count:,} held-out images can be read; raise config.data.eval_examples")
+
+    def identity(self) -> dict[str, str]:
+        """What ``Task.base`` says of the images, lest a run be continued on others; {} where their name tells that."""
+        return {"data": self.source.identity} if self.source.identity else {}
+
+    def _open(self, split: str) -> ReadableImages:
+        images = self.source.images(split)
+        if self._is_prompt is not None and self.source.words is None:
+            numbers = [number for number in range(len(images)) if self._is_taken(images, number)]
+            where, left_out = f"{split} of {self._data.source}", len(images) - len(numbers)
+            if not numbers:
+                raise UserError(f"no image in {where} has a caption that can be a prompt; choose another slice")
+            if left_out and jax.process_index() == 0:
+                tell(f"{left_out:,} of the {len(images):,} images in {where} have no caption and are left out")
+            images = Subset(images, numbers)
+        return ReadableImages(images, self._data.max_bad_fraction, self._data.min_bad)
+
+    def _is_taken(self, images: Images, number: int) -> bool:
+        """Whether an image has a prompt, or is a bad one, which whoever reads it counts."""
+        try:
+            return self._is_prompt(images.caption(number))
+        except BadImage:
+            return True
 
 
 def rows_of_a_device(config: TrainConfig) -> int:
@@ -40,8 +101,12 @@ def rows_of_a_device(config: TrainConfig) -> int:
 def in_batches(source: Any, count: int, batch_size: int, example: Callable[[Any], Batch]) -> Iterator[Batch]:
     """Batches of what ``example`` makes of the first ``count`` of a source; the last may be smaller."""
     for start in range(0, count, batch_size):
-        rows = [example(source[i]) for i in range(start, min(start + batch_size, count))]
-        yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        yield stacked([example(source[i]) for i in range(start, min(start + batch_size, count))])
+
+
+def stacked(rows: Sequence[Batch]) -> Batch:
+    """A batch of examples."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def mean_bits(task: Task, model: Backbone, batches: Iterable[Batch]) -> float:

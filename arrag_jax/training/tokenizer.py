@@ -14,7 +14,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from arrag_jax.config import TrainConfig
-from arrag_jax.data.emoji.dataset import load_source
 from arrag_jax.errors import UserError
 from arrag_jax.fields import Settings
 from arrag_jax.figures import grids
@@ -24,7 +23,7 @@ from arrag_jax.models.vq_images import VQImages
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.store.images import reconstruct
 from arrag_jax.training.loop import Batch, Pictures, Scalars
-from arrag_jax.training.shared import held_out, psnr, rows_of_a_device, tokenizer_figures, write_manifest
+from arrag_jax.training.shared import RunImages, psnr, rows_of_a_device, tokenizer_figures, write_manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +56,10 @@ class TokenizerTask:
 
     def __init__(self, config: TrainConfig, options: TokenizerOptions):
         self.config, self.options = config, options
-        self.tokens = math.prod(preset_of(options.preset)[1].grid)
+        shape = preset_of(options.preset)[1]
+        self.tokens = math.prod(shape.grid)
+        self.images = RunImages(config.data, shape.image_size)
+        self.images.require_splits()  # before anything is written
 
     def init_model(self, rngs: nnx.Rngs) -> VQImages:
         """A model that holds its tokenizer alone."""
@@ -65,18 +67,16 @@ class TokenizerTask:
         return training.tokenizer(shape, rngs)
 
     def base(self) -> dict[str, str]:
-        """Nothing is frozen."""
-        return {}
+        """Nothing is frozen; which images it learns from."""
+        return self.images.identity()
 
     def train_source(self) -> grain.MapDataset:
         """Images of the training split."""
-        data = self.config.data
-        source = grain.MapDataset.source(load_source(data.name, data.train_split, data.data_dir))
-        return source.map(lambda example: {"image": example["image"]})
+        return grain.MapDataset.source(self.images.train).map(_image_alone)
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """The first ``eval_examples`` of the held-out split."""
-        return held_out(self.config, batch_size, lambda example: {"image": example["image"]})
+        return self.images.held_out_batches(batch_size, _image_alone)
 
     def loss(self, model: VQImages, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
         """Reconstruction + codebook + commitment loss; notes which codes are used."""
@@ -120,7 +120,7 @@ class TokenizerTask:
 
         def paint(model: VQImages) -> Pictures:
             decoded = reconstruct(model, images)
-            return {"reconstructions": grids.grid(np.concatenate([images, decoded]), columns=12, scale=2)}
+            return {"reconstructions": grids.grid(np.concatenate([images, decoded]), columns=len(images), scale=2)}
 
         return paint
 
@@ -129,3 +129,7 @@ class TokenizerTask:
         save_model(model, directory)
         figures = tokenizer_figures(model, self.eval_batches(rows_of_a_device(self.config)))
         write_manifest(directory, model, run, **figures)
+
+
+def _image_alone(example: dict[str, Any]) -> Batch:
+    return {"image": example["image"]}

@@ -4,6 +4,7 @@ Importing this module registers the builder, so that ``tfds.builder("emoji_scene
 Neither building nor reading needs TensorFlow.
 """
 
+import functools
 import io
 import logging
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ from PIL import Image
 
 from arrag_jax import console, progress
 from arrag_jax.data.emoji import scenes
+from arrag_jax.data.examples import caption_of
+from arrag_jax.data.prepared import places
 from arrag_jax.errors import UserError
 from arrag_jax.files import exclusive_lock, write_errors
 
@@ -167,3 +170,64 @@ def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = T
         whole = split.split("[")[0]
         held = f"{whole} holds {builder.info.splits[whole].num_examples:,} scenes"
         raise UserError(f"{name} has no {split}: {held} ({' '.join(str(error).split())})") from error
+
+
+class SceneSource:
+    """A size of the data set as an image source (``data.examples.Source``); a split is built when it is asked for.
+
+    Args:
+      name, data_dir: as of ``load_source``.
+      size: height and width that the images must have.
+    """
+
+    identity = ""  # a name's scenes never change
+
+    def __init__(self, name: str, data_dir: str | Path, size: tuple[int, int], captions: bool = False):
+        del captions  # every scene has one
+        self._name, self._data_dir, self._size = name, data_dir, size
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Every word of the captions of all splits."""
+        return scenes.words()
+
+    def images(self, split: str) -> "SceneImages":
+        """Returns the images of a split."""
+        return SceneImages(self._name, split, self._data_dir, self._size)
+
+
+class SceneImages:
+    """A split or slice of the data set (``data.examples.Images``), as TFDS decodes it.
+
+    Raises:
+      UserError: as ``load_source``; an empty split, or a size that is not the scenes'.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str | Path, size: tuple[int, int]):
+        self._load = functools.partial(load_source, name, split, data_dir)
+        self._examples, self._name = self._load(), name
+        if len(self._examples) == 0:
+            raise UserError(f"split {split} of {name} is empty; choose another")
+        found, wanted = self._examples[0]["image"].shape, (*size, 3)
+        if found != wanted:
+            raise UserError(f"images of {name} are {found}, the model's tokenizer takes {wanted}; use another model")
+        self._places = places(split, self._examples.dataset_info.splits)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._examples[index]
+
+    def source_id(self, index: int) -> str:
+        """The id of an image: "emoji_scenes/full/store/17"."""
+        split, number = self._places[index]
+        return f"{self._name}/{split}/{number}"
+
+    @functools.cached_property
+    def _files(self) -> Sequence[dict[str, Any]]:
+        return self._load(images=False)
+
+    def caption(self, index: int) -> str:
+        """The caption of an image, whose file is not decoded."""
+        return caption_of(self._files[index])
