@@ -161,7 +161,7 @@ def test_search_over_shards(kind, storage, shards):
 
 @pytest.mark.parametrize("storage", ["codes", "bfloat16"])
 def test_more_ties_than_are_kept(storage):
-    """All keys at one distance, in several blocks: the lowest rows, whatever their entries."""
+    """All keys at one distance, in several blocks: the lowest rows, whatever their contexts."""
     codebook = np.repeat(np.eye(8, dtype=np.float32)[:1], V, 0)
     fused = Patches.deduplicate(CONTEXTS, CODES, codebook)
     retriever = DenseRetriever.of(fused, codebook, 40, storage, 4 * 5 * 300)

@@ -144,6 +144,11 @@ class DenseRetriever:
         return len(self.contexts if self.keys is None else self.keys)
 
     @property
+    def _scale(self) -> int:
+        """How many times larger than they are numbers are held."""
+        return STEPS if self.keys.dtype == jnp.int8 else 1
+
+    @property
     def _widths(self) -> tuple[int, ...]:
         """How many contexts are kept by their scores: at first, and where these do not suffice."""
         if self.keys is None or self.keys.dtype == jnp.float32:
@@ -243,23 +248,22 @@ class DenseRetriever:
     def _keys_of(self, unique: Int[Array, "*dims"]) -> Float[Array, "*dims E"]:
         """Keys of contexts, as exactly as what is held of them allows."""
         if self.contexts is None:
-            return jnp.take(self.keys, unique, axis=0).astype(jnp.float32)
+            return jnp.take(self.keys, unique, axis=0).astype(jnp.float32) / self._scale
         return self.kind.query(self.codebook, jnp.take(self.contexts, unique, axis=0))
 
     def _distance_of(self, score: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
         """The distances that scores stand for."""
         if self.keys is None:
             return -score
-        return self.kind.distance(score * (1 / STEPS**2) if self.keys.dtype == jnp.int8 else score)
+        return self.kind.distance(score * (1 / self._scale**2))
 
     def _score_error(self, query: Float[Array, "B E"]) -> Float[Array, " B"] | float:
         """Most by which ``_distance_of`` scores differs from distances."""
         if self.keys is None or self.keys.dtype == jnp.float32:
             return self.kind.score_error(query.shape[1])
-        scale = STEPS if self.keys.dtype == jnp.int8 else 1
 
         def rounded(numbers: Array) -> Array:
-            return _stored(numbers, self.keys.dtype).astype(jnp.float32) / scale
+            return _stored(numbers, self.keys.dtype).astype(jnp.float32) / self._scale
 
         return self.kind.rounding_error(query, rounded, None if self.contexts is None else self.codebook)
 

@@ -3,7 +3,6 @@
 ‖q − k‖² is the number of parts twice, less 2 q·k, so that searches need no table of norms.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -12,24 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from arrag_jax.errors import UserError
 from arrag_jax.ops import distances
 from arrag_jax.ops import grid as grid_ops
-from arrag_jax.ops.keys.kind import Arrays
+from arrag_jax.ops.keys.kind import Arrays, KeyKind
 
 PARTS = len(grid_ops.CONTEXT_OFFSETS)
 
 
-@dataclasses.dataclass(frozen=True)
-class ContextKeys:
-    """What both kinds share; attributes and methods as ``KeyKind``'s."""
-
-    name: str
-    file: str
-    dtype: str
-    storages: tuple[str, ...]
-    unique: bool
-    query_from: str = "context"
+class ContextKeys(KeyKind):
+    """What both kinds share."""
 
     def numbers(self, code_dim: int) -> int:
         """Those of all parts."""
@@ -77,12 +67,6 @@ class ContextKeys:
         product = functools.partial(jnp.einsum, "bpc,vc->bpv", precision=jax.lax.Precision.HIGHEST)
         lost = product(query, codebook) - product(rounded(query), rounded(codebook))
         return 2 * jnp.abs(lost).max(2).sum(1) + 2 * error
-
-    def require_storage(self, storage: str) -> None:
-        """Names those that there are."""
-        if storage not in self.storages:
-            known = " or ".join(self.storages)
-            raise UserError(f"storage={storage!r} is not to be had of keys={self.name!r}; choose {known}")
 
 
 class CodebookKeys(ContextKeys):

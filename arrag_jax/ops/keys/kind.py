@@ -1,16 +1,20 @@
 """``KeyKind``: what a key is. The store, the searches and their report take all that they know of keys from it."""
 
+import abc
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
+from arrag_jax.errors import UserError
+
 Arrays = Any  # NumPy's or JAX's array; the answer is of the same library
 
 
-@runtime_checkable
-class KeyKind(Protocol):
+@dataclasses.dataclass(frozen=True)
+class KeyKind(abc.ABC):
     """What is stored for a kind of key, how keys and queries are made of it, and how near they are to each other.
 
     Numbers of keys and queries lie between -1 and 1. Objects are hashable: they are static parts of compiled programs.
@@ -29,20 +33,21 @@ class KeyKind(Protocol):
     dtype: str
     storages: tuple[str, ...]
     unique: bool
-    query_from: str
+    query_from: str = "context"
 
+    @abc.abstractmethod
     def record_shape(self, grid: tuple[int, int], code_dim: int) -> tuple[int, ...]:
         """The shape of one image's record."""
-        ...
 
+    @abc.abstractmethod
     def records(self, codes: Integer[np.ndarray, "n H W"], latents: Float[np.ndarray, "n H W C"]) -> np.ndarray:
         """Records of images by what the tokenizer gave, [n, *record shape]."""
-        ...
 
+    @abc.abstractmethod
     def numbers(self, code_dim: int) -> int:
         """E, how many numbers a key has, for codes of so many numbers."""
-        ...
 
+    @abc.abstractmethod
     def stored(
         self,
         records: np.ndarray,
@@ -54,31 +59,31 @@ class KeyKind(Protocol):
         Args:
           records: of images, one after another; rows count from the first one's.
         """
-        ...
 
+    @abc.abstractmethod
     def query(self, codebook: Arrays, requested: Arrays) -> Arrays:
         """Float32 queries [..., E] of what is requested; any where it is not ``complete``."""
-        ...
 
+    @abc.abstractmethod
     def complete(self, requested: Arrays) -> Arrays:
         """Which of what is requested can have neighbours, bool [...]."""
-        ...
 
+    @abc.abstractmethod
     def scores(self, query: Arrays, keys: Arrays) -> Arrays:
         """Float32 [B, n] of queries [B, E] and keys [n, E], both in one type: the nearer, the larger.
 
         Where numbers are held as ``round(127 x)``, scores are 127^2 times as large.
         """
-        ...
 
+    @abc.abstractmethod
     def distance(self, score: Arrays) -> Arrays:
         """The squared L2 distances that scores stand for."""
-        ...
 
+    @abc.abstractmethod
     def score_error(self, numbers: int) -> float:
         """Most by which ``distance`` of float32 ``scores`` differs from ``ops.distances``; for keys of E numbers."""
-        ...
 
+    @abc.abstractmethod
     def rounding_error(
         self,
         query: Float[Array, "B E"],
@@ -91,8 +96,9 @@ class KeyKind(Protocol):
           rounded: what is held of float32 numbers, as float32.
           codebook: whose rows the keys consist of, as they are before rounding; None: the keys themselves are rounded.
         """
-        ...
 
     def require_storage(self, storage: str) -> None:
         """Raises UserError unless a dense search may hold these keys so."""
-        ...
+        if storage not in self.storages:
+            known = " or ".join(self.storages)
+            raise UserError(f"storage={storage!r} is not to be had of keys={self.name!r}; choose {known}")
