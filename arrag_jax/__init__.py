@@ -1,14 +1,22 @@
 """AR-RAG in JAX: retrieval inside autoregressive image generation (arXiv 2506.06962).
 
-The API in two names: ``load_model(directory)`` gives a model with ``score``, ``encode_images`` and ``decode_codes``;
-``sample(model, prompt_ids, …)`` draws with it.
+The API: ``load_model(directory)`` gives a model with ``score``, ``encode_images`` and ``decode_codes``.
+``PromptTokenizer`` turns prompts into the condition that it draws under. ``sample(model, condition, …)`` draws, with
+the policy ``Daid`` or ``Faid`` and the search that ``load_retriever`` opens.
 """
 
 import importlib
 import sys
 from typing import Any
 
-_API = {"load_model": "arrag_jax.models.checkpoint", "sample": "arrag_jax.decode.loop"}
+_API = {
+    "Daid": "arrag_jax.decode.policies",
+    "Faid": "arrag_jax.decode.policies",
+    "PromptTokenizer": "arrag_jax.models.text",
+    "load_model": "arrag_jax.models.checkpoint",
+    "load_retriever": "arrag_jax.retrieval.load",
+    "sample": "arrag_jax.decode.loop",
+}
 __all__ = list(_API)
 
 

@@ -32,8 +32,8 @@ from arrag_jax.command import OPTIONAL_CONFIG, Flag, main_with_config
 from arrag_jax.config import DatastoreConfig, ScannOptions
 from arrag_jax.data.examples import DUPLICATE, PASSED_OVER, Examples
 from arrag_jax.errors import UserError, printable
-from arrag_jax.models.checkpoint import load_model, tokenizer_fingerprint
-from arrag_jax.models.janus import VISION, Janus
+from arrag_jax.interfaces import ImageTokenizer
+from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.processes import require_same
 from arrag_jax.retrieval import index
 from arrag_jax.retrieval import report as measure
@@ -98,8 +98,8 @@ def build_or_add(
 ) -> None:
     """This process's part in building the store, or in adding to it."""
     with workers_in(directory, jax.process_index(), jax.process_count()) as workers:
-        tokenizer = load_model(config.model, parts=VISION)
-        require_same({f"tokenizer of {config.model}": tokenizer_fingerprint(tokenizer)}, "model")
+        tokenizer = load_tokenizer(config.model)
+        require_same({f"tokenizer of {config.model}": tokenizer.fingerprint}, "model")
         config = with_what_is_held(config, directory, tokenizer, workers, append)
         store = (add if append else build)(config, directory, tokenizer, workers, keep_duplicates)
         if workers.leads:
@@ -109,7 +109,7 @@ def build_or_add(
 
 
 def with_what_is_held(
-    config: DatastoreConfig, directory: Path, tokenizer: Janus, workers: Workers, append: bool
+    config: DatastoreConfig, directory: Path, tokenizer: ImageTokenizer, workers: Workers, append: bool
 ) -> DatastoreConfig:
     """The config with all kinds of key (and the captions) of a whole store in the directory, once that has its own.
 
@@ -139,7 +139,7 @@ def with_what_is_held(
 def build(
     config: DatastoreConfig,
     directory: Path,
-    tokenizer: Janus,
+    tokenizer: ImageTokenizer,
     workers: Workers,
     keep_duplicates: bool = False,
     whole: Datastore | None = None,
@@ -189,11 +189,11 @@ def build(
 
 
 def add(
-    config: DatastoreConfig, directory: Path, tokenizer: Janus, workers: Workers, keep_duplicates: bool = False
+    config: DatastoreConfig, directory: Path, tokenizer: ImageTokenizer, workers: Workers, keep_duplicates: bool = False
 ) -> Datastore:
     """The store with those of the config's images that it did not hold, as one more part."""
     store = Datastore.open(directory)
-    store.require_tokenizer(tokenizer_fingerprint(tokenizer))
+    store.require_tokenizer(tokenizer.fingerprint)
     segments.require_fits(store, settings_of(config, tokenizer, 1))
     config = spelt_alike(config, [x.settings for x in (store, *store.segments)])
     part = segments.next_segment(store)
@@ -241,10 +241,10 @@ def split_of(config: DatastoreConfig) -> str:
     return config.split if is_data_set(config.source) else ""
 
 
-def settings_of(config: DatastoreConfig, tokenizer: Janus, num_images: int) -> StoreSettings:
+def settings_of(config: DatastoreConfig, tokenizer: ImageTokenizer, num_images: int) -> StoreSettings:
     """What the store of the first images of the config's source is to hold."""
     return StoreSettings(
-        fingerprint=tokenizer_fingerprint(tokenizer),
+        fingerprint=tokenizer.fingerprint,
         grid=tokenizer.grid,
         codebook_size=tokenizer.codebook_size,
         code_dim=tokenizer.codebook.shape[1],

@@ -20,8 +20,8 @@ from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import NeighborsConfig
 from arrag_jax.data import sources
 from arrag_jax.files import require_within
-from arrag_jax.models.checkpoint import load_model, tokenizer_fingerprint
-from arrag_jax.models.janus import VISION, Janus
+from arrag_jax.interfaces import ImageTokenizer
+from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.leave_one_out import LeaveOneOut
 from arrag_jax.retrieval.load import load_retriever
@@ -35,8 +35,8 @@ from arrag_jax.store.neighbor_writer import NO_CAPTION
 
 def run(config: NeighborsConfig, workdir: str) -> None:
     """Looks up the neighbours of two splits, in --workdir/train and --workdir/valid; run again to continue."""
-    start, tokenizer = time.perf_counter(), load_model(config.model, parts=VISION)
-    store, retriever = load_retriever(config.retrieval, tokenizer_fingerprint(tokenizer))
+    start, tokenizer = time.perf_counter(), load_tokenizer(config.model)
+    store, retriever = load_retriever(config.retrieval, tokenizer.fingerprint)
     splits = {"train": config.train_split, "valid": config.valid_split}
     splits = {require_within(Path(workdir), Path(workdir) / name): split for name, split in splits.items()}
     there = {directory: state_of(NeighborSet, directory) for directory in splits}
@@ -77,7 +77,7 @@ def run(config: NeighborsConfig, workdir: str) -> None:
 
 
 def settings_of(
-    config: NeighborsConfig, store: Datastore, tokenizer: Janus, split: str, num_images: int
+    config: NeighborsConfig, store: Datastore, tokenizer: ImageTokenizer, split: str, num_images: int
 ) -> NeighborSettings:
     """What the set of a split is to hold."""
     search = config.retrieval

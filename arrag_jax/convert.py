@@ -1,11 +1,11 @@
 """Converts a checkpoint folder into another layout, or a training run's checkpoint into a folder.
 
-python -m arrag_jax.convert --source checkpoints/Janus-Pro-1B --target checkpoints/janus-pro-1b
+python -m arrag_jax.convert --source checkpoints/published --target checkpoints/janus-pro-1b
 python -m arrag_jax.convert --source runs/faid --target checkpoints/faid_best
 
-Reads Janus-Pro and FAiD as published, ``transformers``' Janus, our own folders, and the --workdir of arrag_jax.train:
-its best checkpoint, or with --last its newest. Writes ours, or with --to janus the published layout. Bytes of tensors
-stay as they are, unless a LoRA is merged into them; a run is written as its own export is.
+Reads models as they are published or as ``transformers`` saves them, our own folders, and the --workdir of
+arrag_jax.train: its best checkpoint, or with --last its newest. Writes ours, or with --to janus the published layout.
+Bytes of tensors stay as they are, unless a LoRA is merged into them; a run is written as its own export is.
 """
 
 from pathlib import Path
@@ -14,7 +14,8 @@ from arrag_jax import signals
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.errors import UserError
 from arrag_jax.files import require_new
-from arrag_jax.models.conversion import TARGETS, convert
+from arrag_jax.models.conversion import convert
+from arrag_jax.models.registry import TARGETS
 from arrag_jax.models.tensor_files import is_run
 
 

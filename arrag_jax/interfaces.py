@@ -1,4 +1,4 @@
-"""The words of this code base: letters for shapes and the three Protocols. Read this file first.
+"""The words of this code base: letters for shapes and the Protocols. Read this file first.
 
 Letters, used in every annotation:
 
@@ -11,13 +11,15 @@ A *cell* is one place of the code grid; its *context* is the L-shape of four cel
 (up-left, up, up-right, left). Codes are int32; an absent code, neighbour or context cell is -1.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.ops.neighbors import Neighbors
 
 Cache = Any  # a backbone's own pytree; the decode loop only carries it
+Condition = Any  # what a backbone draws under: a pytree of arrays whose leaves have the batch as first axis
 ArrayLike = Any  # what comes from outside and is checked by hand: numpy's, JAX's or another library's array, or lists
 
 
@@ -40,25 +42,53 @@ class Retriever(Protocol):
 
 
 @runtime_checkable
+class ImageTokenizer(Protocol):
+    """Turns images into grids of codes and back; an ``nnx.Module``, whose methods may be traced."""
+
+    grid: tuple[int, int]  # height and width in codes
+    codebook_size: int
+    image_size: tuple[int, int]  # height and width in pixels of an image of that grid
+    if TYPE_CHECKING:  # a check of types at run time would compute these, and traced weights have no fingerprint
+        codebook: Float[Array, "V C"]  # rows of length one
+        fingerprint: str  # identity of the weights: sha256 over them in float32, sixteen hex digits
+
+    def with_grid(self, grid: ArrayLike) -> "ImageTokenizer":
+        """The same tokenizer for another grid (height, width); it shares every parameter."""
+        ...
+
+    def encode_images(self, images: ArrayLike) -> tuple[Int[Array, "B T"], Float[Array, "B H W C"]]:
+        """Codes in raster order, and l2-normalised latents before quantisation, of floats in [-1, 1]."""
+        ...
+
+    def decode_codes(self, codes: ArrayLike, height: int, width: int) -> Float[Array, "B h w 3"]:
+        """Pixels in [-1, 1] of grids of height x width codes."""
+        ...
+
+
+@runtime_checkable
 class Backbone(Protocol):
-    """An autoregressive model over code grids, seen one cell at a time or all at once."""
+    """An autoregressive model over code grids, seen one cell at a time or all at once; an ``nnx.Module``."""
 
     grid: tuple[int, int]
     codebook_size: int
-    blended_neighbors: int  # neighbours whose features ``step`` takes; 0: it takes none
 
     def with_grid(self, grid: ArrayLike) -> "Backbone":
         """The same model over another grid (height, width); it shares every parameter."""
         ...
 
-    def fused(self) -> "Backbone":
-        """The model as ``decode`` takes it for a policy that blends: all that no cell changes is worked out ahead."""
+    def check_condition(self, condition: ArrayLike, mask: ArrayLike = None) -> Condition:
+        """The condition on the device, from one given from outside, or a UserError.
+
+        ``condition`` is the pytree, or its first array with the mask beside it (None = nothing is masked).
+        """
         ...
 
-    def prefill(
-        self, prompt_ids: Int[Array, "R L"], prompt_mask: Bool[Array, "R L"], blended_rows: int
-    ) -> tuple[Float[Array, "R D"], Cache]:
-        """Reads all prompt tokens but the last; returns the last one's embedding and the cache.
+    def unconditional(self, condition: Condition) -> Condition:
+        """The condition of the other rows of classifier-free guidance."""
+        ...
+
+    def prefill(self, condition: Condition, blended_rows: int) -> tuple[Float[Array, "R D"], Cache]:
+        """Reads the condition; returns the input of cell 0 and the cache.
 
         ``blended_rows``: the first rows, to which ``step`` will be given features; 0 = it will not.
         """
@@ -70,22 +100,87 @@ class Backbone(Protocol):
         """Feeds the input of ``cell`` (the embedding of what came before it): logits of its code."""
         ...
 
-    def unconditional(self, prompt_ids: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]) -> Int[Array, "B L"]:
-        """Prompts of classifier-free guidance, under the same mask."""
+    def teacher_forced(
+        self, condition: Condition, codes: Int[Array, "B T"], neighbors: Int[Array, "B T K"] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Logits of all cells at once; row t predicts ``codes[:, t]``.
+
+        ``neighbors``: retrieved codes for a model that blends; None = nothing is blended.
+        """
         ...
 
-    def check_prompt(
-        self, prompt_ids: ArrayLike, prompt_mask: ArrayLike
-    ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
-        """Prompts from outside as ids and mask (None = all real), or a UserError."""
+    def embed_codes(self, codes: Int[Array, "*dims"]) -> Float[Array, "*dims D"]:
+        """Embeddings of codes, as ``step`` takes them."""
+        ...
+
+
+@runtime_checkable
+class BlendingBackbone(Backbone, Protocol):
+    """A backbone that takes features of neighbours, as FAiD gives them."""
+
+    blended_neighbors: int  # neighbours whose features ``step`` takes; 0: it takes none
+
+    def fused(self) -> "BlendingBackbone":
+        """A copy for ``decode``: it shares every array, and has precomputed what does not depend on the cell."""
         ...
 
     def retrieved_features(self, neighbors: Int[Array, "*dims K"]) -> Float[Array, "*dims K D"]:
         """Features of retrieved codes, as ``step`` takes them; zeros where a code is -1."""
         ...
 
-    def embed_codes(self, codes: Int[Array, "*dims"]) -> Float[Array, "*dims D"]:
-        """Embeddings of codes, as ``step`` takes them."""
+
+@runtime_checkable
+class TunableBackbone(BlendingBackbone, Protocol):
+    """A backbone that FAiD's fine-tuning can train."""
+
+    def add_adapters(self, lora: Any, faid: Any, rngs: Any, start_silent: bool = False, devices: int = 1) -> None:
+        """Adds a LoRA (``nn.lora.LoraConfig``) and blenders (``nn.faid.FaidConfig``; None: none), in place."""
+        ...
+
+    def adapters(self, blenders: bool = True) -> list[Any]:
+        """The modules that are trained; all else is frozen."""
+        ...
+
+    def merge_lora(self) -> None:
+        """Adds the LoRA to the weights that it corrects, in place."""
+        ...
+
+    def forward(
+        self,
+        condition: Condition,
+        codes: Int[Array, "B T"],
+        neighbors: Int[Array, "B T K"] | None = None,
+        conditional: Bool[Array, " B"] | None = None,
+        rngs: Any = None,
+    ) -> tuple[Float[Array, "B T V"], Float[Array, " blenders"]]:
+        """``teacher_forced``, and each blender's mean gate.
+
+        ``conditional``: rows that still have their caption (None: all); blenders are silent in the others.
+        ``rngs``: for dropout; None = no dropout.
+        """
+        ...
+
+
+@runtime_checkable
+class ImageModel(Backbone, ImageTokenizer, Protocol):
+    """A backbone together with the tokenizer of its codes."""
+
+    def with_grid(self, grid: ArrayLike) -> "ImageModel":
+        """The same model over another grid (height, width); it shares every parameter."""
+        ...
+
+
+@runtime_checkable
+class PromptEncoder(Protocol):
+    """Turns prompts into a condition; the model's family makes it from the model's folder."""
+
+    def __call__(self, prompts: Sequence[str], length: int | None = None) -> Condition:
+        """The condition of prompts, as numpy arrays [B, ...].
+
+        Args:
+          prompts: a UserError tells which of them cannot be a prompt, and why.
+          length: tokens of each row, where the condition has any; None = as many as the longest prompt has.
+        """
         ...
 
 
@@ -96,8 +191,11 @@ class DecodePolicy(Protocol):
     uses_retrieval: bool
     blends: bool  # does it give the backbone features? Then it has ``neighbors`` too: of how many (None: the model's)
 
-    def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> Any:
-        """What the backbone's step takes from the neighbours (None: nothing), before the step."""
+    def features(self, model: Any, neighbors: Neighbors, has_context: Bool[Array, ""]) -> Any:
+        """What the backbone's step takes from the neighbours (None: nothing), before the step.
+
+        ``model`` is a ``BlendingBackbone`` where the policy blends, else any ``Backbone``.
+        """
         ...
 
     def log_probs(

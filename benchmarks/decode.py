@@ -55,7 +55,8 @@ def ours(dtype: str, cells: int) -> tuple[Draw, dict[str, float]]:
         def grid(self) -> tuple[int, int]:
             return cells // self.config.grid[1], self.config.grid[1]
 
-        def prefill(self, prompt_ids, prompt_mask, blended_rows=0):
+        def prefill(self, condition, blended_rows=0):
+            prompt_ids, prompt_mask = condition
             x, room = self.language_model.embed_tokens(prompt_ids), int(np.prod(self.config.grid))
             return x[:, -1], self.language_model.prefill(x[:, :-1], prompt_mask[:, :-1], room, blended_rows)
 

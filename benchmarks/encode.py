@@ -24,8 +24,7 @@ from arrag_jax.config import DatastoreConfig
 from arrag_jax.data.emoji.scenes import render, scene
 from arrag_jax.data.sources import FileImages, list_images, root_of
 from arrag_jax.figures.grids import table
-from arrag_jax.models.checkpoint import load_model
-from arrag_jax.models.janus import VISION
+from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.store.encoding import READERS
 from arrag_jax.store.images import encoder
 from arrag_jax.store.workers import workers_in
@@ -41,11 +40,11 @@ ROUNDS = flags.DEFINE_integer("rounds", 3, "timings of each; the median is print
 
 def main(_: list[str]) -> None:
     """Prints the table."""
-    tokenizer = load_model(MODEL.value, parts=VISION)
+    tokenizer = load_tokenizer(MODEL.value)
     rates: dict[str, list[float]] = {"encoder": [], "build": [], "reading": []}
     with tempfile.TemporaryDirectory() as folder:
         source = SOURCE.value or str(write_scenes(Path(folder) / "scenes"))
-        images = FileImages(root_of(source), list_images(source)[: IMAGES.value], tokenizer.config.image_size)
+        images = FileImages(root_of(source), list_images(source)[: IMAGES.value], tokenizer.image_size)
         config = DatastoreConfig(
             MODEL.value, source, num_images=len(images), batch_size=BATCH.value, max_bad_fraction=0.5, indexes=()
         )

@@ -91,7 +91,7 @@ def measure(case: str, form: str, images: int, steps: int, dtype: str) -> dict[s
     def step(adapters, frozen):
         model = nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), adapters), frozen)
         found = None if form == "none" else neighbors
-        logits = model.teacher_forced(ids, jnp.ones(ids.shape, bool), codes, found)
+        logits = model.teacher_forced((ids, jnp.ones(ids.shape, bool)), codes, found)
         return optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
 
     seconds = []

@@ -30,7 +30,7 @@ from PIL import Image
 from arrag_jax.data.emoji.scenes import render, scene
 from arrag_jax.errors import UserError, run_command
 from arrag_jax.figures.grids import table
-from arrag_jax.models.checkpoint import load_model, tokenizer_fingerprint
+from arrag_jax.models.checkpoint import load_model
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.ops.grid import contexts_of_grids, next_codes_of_grids
 from arrag_jax.retrieval.dense import STORAGES, DenseRetriever
@@ -65,7 +65,7 @@ def code_grids(model: Any, images: int) -> np.ndarray:
     """uint16 [QUERY_IMAGES + images, H, W]: the images of queries first, which come from photos of their own."""
     total, kind = (
         QUERY_IMAGES + images,
-        f"{Path(PHOTOS.value).name or 'scenes'}, tokenizer {tokenizer_fingerprint(model)}",
+        f"{Path(PHOTOS.value).name or 'scenes'}, tokenizer {model.fingerprint}",
     )
     if GRIDS.value and Path(GRIDS.value).is_file():
         with np.load(GRIDS.value) as kept:

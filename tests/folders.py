@@ -9,7 +9,7 @@ from PIL import Image
 from arrag_jax.config import DatastoreConfig
 from arrag_jax.data import pixels
 from arrag_jax.data.emoji.scenes import render, scene
-from arrag_jax.models.checkpoint import load_model, save_model
+from arrag_jax.models.checkpoint import load_tokenizer, save_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.nn.vq import from_uint8
 
@@ -39,9 +39,9 @@ def config(folder: Path) -> DatastoreConfig:
 
 def codes_of(model: str, folder: Path, names: list[str]) -> np.ndarray:
     """The codes of these files by the model itself, one by one."""
-    tokenizer = load_model(model, parts=VISION)
+    tokenizer = load_tokenizer(model)
     found = []
     for name in names:
-        image = pixels.decode((folder / name).read_bytes(), tokenizer.config.image_size)
+        image = pixels.decode((folder / name).read_bytes(), tokenizer.image_size)
         found.append(np.asarray(tokenizer.encode_images(from_uint8(image[None]))[0]).reshape(tokenizer.grid))
     return np.stack(found)

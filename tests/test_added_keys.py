@@ -16,8 +16,7 @@ from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig, ScannOptions
 from arrag_jax.data.emoji.scenes import scene
 from arrag_jax.errors import UserError
-from arrag_jax.models.checkpoint import load_model
-from arrag_jax.models.janus import VISION
+from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.retrieval import index
 from arrag_jax.store import building, extension, shards
 from arrag_jax.store.datastore import Datastore
@@ -172,7 +171,7 @@ def test_another_tokenizer_or_other_settings_add_nothing(config, store, tmp_path
 
 def test_several_processes_share_the_shards(config, store, at_once):
     """Two members of a team: each writes some, the first the manifests; the same bytes."""
-    tokenizer, errors = load_model(config.model, parts=VISION), []
+    tokenizer, errors = load_tokenizer(config.model), []
     wanted = dataclasses.replace(config, keys=BOTH, captions=True)
 
     def member(number: int) -> None:

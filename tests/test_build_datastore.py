@@ -14,7 +14,7 @@ from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig, RetrievalConfig, ScannOptions
 from arrag_jax.data.emoji import scenes
 from arrag_jax.errors import UserError
-from arrag_jax.models.checkpoint import save_model, tokenizer_fingerprint
+from arrag_jax.models.checkpoint import save_model
 from arrag_jax.models.janus import VISION, Janus
 from arrag_jax.models.presets import JanusConfig
 from arrag_jax.nn.transformer import LlamaConfig
@@ -68,7 +68,7 @@ def test_holds_the_codes_of_the_scenes(store, model):
     np.testing.assert_allclose(store.latents, latents, atol=1e-3)  # float16
     np.testing.assert_array_equal(store.codebook, model[0].codebook)
     assert store.sources[10] == "emoji_scenes/tiny/store/10"
-    store.require_tokenizer(tokenizer_fingerprint(model[0]))
+    store.require_tokenizer(model[0].fingerprint)
     store.verify()
 
 
@@ -79,7 +79,7 @@ def test_loaded_searches_agree(store, model, kind, num_images):
     context = jnp.asarray(np.random.default_rng(0).integers(0, 32, (6, 4)), jnp.int32)
     config = RetrievalConfig(store=str(store.directory), k=4, keys=kind, num_images=num_images)
     found = [
-        load_retriever(dataclasses.replace(config, search=search), tokenizer_fingerprint(model[0]))[1].search(context)
+        load_retriever(dataclasses.replace(config, search=search), model[0].fingerprint)[1].search(context)
         for search in ("scann", "dense")
     ]
     np.testing.assert_allclose(found[0].distance, found[1].distance, atol=1e-5)

@@ -14,7 +14,7 @@ from PIL import Image
 from published import write_checkpoint
 
 from arrag_jax.data.emoji.scenes import scene
-from arrag_jax.models.checkpoint import load_model, save_model, tokenizer_fingerprint
+from arrag_jax.models.checkpoint import load_model, load_tokenizer, save_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.models.tensor_files import read_tensors, stored_tensors
 from arrag_jax.store.datastore import Datastore
@@ -107,9 +107,9 @@ class TestEmoji:
             convert("published/tokenizer", "ours/tokenizer"),
             command("generate", "emoji_compare", "again", "model=ours/prior", *DRAW[1:], *CATS, *tuned),
         )
-        trained = tokenizer_fingerprint(load_model(emoji / "runs" / "tokenizer", parts=VISION))
+        trained = load_tokenizer(emoji / "runs" / "tokenizer").fingerprint
         for folder in ("ours/tokenizer", "published/tokenizer", "best/prior"):
-            assert tokenizer_fingerprint(load_model(emoji / folder, parts=VISION)) == trained
+            assert load_tokenizer(emoji / folder).fingerprint == trained
         again = pictures(emoji / "again")
         assert again.keys() == {f"0{i}_{name}.png" for i in (0, 1) for name in ("plain", "faid")}
         for name, picture in again.items():

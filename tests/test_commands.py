@@ -36,7 +36,7 @@ from arrag_jax.evaluation.likelihood import bits_per_code, look_up, score_scenes
 from arrag_jax.evaluation.pipeline import open_pipeline
 from arrag_jax.figures.canvas import upscale
 from arrag_jax.files import sha256_of
-from arrag_jax.models.checkpoint import load_model, tokenizer_fingerprint
+from arrag_jax.models.checkpoint import load_model
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.ops.grid import image_and_cell
 from arrag_jax.retrieval.captions import CaptionIndex
@@ -186,7 +186,7 @@ def test_sweep_and_scaling_measure_what_each_setting_gives_alone(config, tmp_pat
     examples = [{"image": render(s), "caption": s.caption.encode()} for s in (scene("valid", i) for i in range(3))]
 
     def bits(policy: Daid | Plain, **retrieval) -> float:
-        asked, tokenizer = dataclasses.replace(config.retrieval, **retrieval), tokenizer_fingerprint(pipe.model)
+        asked, tokenizer = dataclasses.replace(config.retrieval, **retrieval), pipe.model.fingerprint
         _, retriever = load_retriever(asked, tokenizer)
         return bits_per_code(score_scenes(pipe.model, look_up(pipe.model, pipe.text, examples, retriever)), policy)
 
@@ -319,7 +319,7 @@ def test_the_embedded_checkpoint_is_what_its_manifest_says():
     assert size <= 12 * 2**20
     assert sha256_of(Path(MODEL) / "model.safetensors") == manifest["sha256"]
     model = load_model(MODEL)
-    assert tokenizer_fingerprint(model) == manifest["tokenizer_fingerprint"]
+    assert model.fingerprint == manifest["tokenizer_fingerprint"]
     truth = np.stack([render(scene("valid", i)) for i in range(64)])
     codes, _ = model.encode_images(from_uint8(truth))
     decoded = np.asarray(model.decode_codes(np.asarray(codes), *model.grid))

@@ -31,9 +31,9 @@ def retriever(model):
 
 def teacher_forced_log_p(model, ids, mask, codes, cfg_scale):
     """The oracle: distributions of drawn codes from two whole passes, guided."""
-    cond = model.teacher_forced(jnp.asarray(ids), jnp.asarray(mask), codes)
-    empty = model.unconditional(jnp.asarray(ids), jnp.asarray(mask))
-    uncond = model.teacher_forced(empty, jnp.asarray(mask), codes)
+    condition = model.check_condition(ids, mask)
+    cond = model.teacher_forced(condition, codes)
+    uncond = model.teacher_forced(model.unconditional(condition), codes)
     logits = guide(jnp.concatenate([cond, uncond]).reshape(-1, cond.shape[-1]), cfg_scale)
     return truncate(logits, 1.0, None, None).reshape(cond.shape)
 
@@ -110,7 +110,7 @@ def test_a_mesh_draws_what_one_device_draws(model, retriever):
     cond = jax.device_put((jnp.asarray(ids), jnp.asarray(mask)), over)
     keys = jax.device_put(image_keys(0, 8), over)
     graph, state = nnx.split(model)
-    uncond = (jax.jit(lambda s, c: nnx.merge(graph, s).unconditional(*c))(jax.device_put(state, whole), cond), cond[1])
+    uncond = jax.jit(lambda s, c: nnx.merge(graph, s).unconditional(c))(jax.device_put(state, whole), cond)
 
     @jax.jit
     def draw_sharded(state, retriever, cond, uncond, keys):
@@ -196,13 +196,13 @@ def test_the_reference_draws_the_same_with_daid(reference, kind):
         ({"seed": 0.5}, "seed = 0.5 must be a whole number"),
         ({"grid": (4, 0)}, r"grid=\(4, 0\) must be two whole numbers"),
         ({"seed": np.array([1, 2, 3])}, "3 seeds for 1 prompts"),
-        ({"prompt_ids": np.zeros((1, 1), np.int32)}, "L >= 2"),
-        ({"prompt_ids": np.full((1, 4), 99)}, r"must lie in \[0, 12\)"),
+        ({"condition": np.zeros((1, 1), np.int32)}, "L >= 2"),
+        ({"condition": np.full((1, 4), 99)}, r"must lie in \[0, 12\)"),
         ({"prompt_mask": np.array([[0, 0, 0, 1]])}, "empty"),
     ],
 )
 def test_parts_that_do_not_fit_are_named(model, change, message):
-    arguments = {"prompt_ids": np.zeros((1, 4), np.int32), **change}
+    arguments = {"condition": np.zeros((1, 4), np.int32), **change}
     with pytest.raises(UserError, match=message):
         sample(model, **arguments)
 

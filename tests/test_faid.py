@@ -18,7 +18,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.mesh import make_mesh, put_everywhere
 from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.config_json import read_config
-from arrag_jax.models.layouts import published_key, to_ours
+from arrag_jax.models.layouts import PUBLISHED, to_ours
 from arrag_jax.models.weights import parameters
 from arrag_jax.nn.faid import FaidConfig, FusedBlender
 from arrag_jax.nn.lora import LoraConfig
@@ -67,7 +67,7 @@ def test_step_by_step_equals_teacher_forcing(model, retriever, policy):
     drawn = sample(model, ids, policy, retriever, cfg_scale=2.0, prompt_mask=mask, seed=3)
     neighbors, found = retrieved(model, retriever, drawn.codes, policy.neighbors or K)
     cond = model.score(ids, drawn.codes, neighbors, mask)
-    uncond = model.score(model.unconditional(jnp.asarray(ids), jnp.asarray(mask)), drawn.codes, prompt_mask=mask)
+    uncond = model.score(model.unconditional(model.check_condition(ids, mask)), drawn.codes)
     logits = guide(jnp.concatenate([cond, uncond]).reshape(-1, cond.shape[-1]), 2.0)
     log_p = policy.mixture.log_probs(truncate(logits, 1.0, None, None), found, jnp.asarray(True)).reshape(cond.shape)
     expected = np.take_along_axis(np.asarray(log_p), np.asarray(drawn.codes)[..., None], -1)[..., 0]
@@ -99,8 +99,8 @@ def test_a_mesh_draws_what_one_device_draws(model, retriever):
 def test_unconditional_rows_are_not_computed(model, retriever, monkeypatch):
     """Of the 2B rows of a guided batch the blenders work off B, and keep past hidden states of B."""
     ids, mask = tiny.prompts((5, 2, 3))
-    cond = model.check_prompt(ids, mask)
-    uncond, keys = (model.unconditional(*cond), cond[1]), image_keys(0, 3)
+    cond = model.check_condition(ids, mask)
+    uncond, keys = model.unconditional(cond), image_keys(0, 3)
     rows, blend_cell = set(), FusedBlender.blend_cell
 
     def noted(self, window, features, complete):
@@ -111,8 +111,8 @@ def test_unconditional_rows_are_not_computed(model, retriever, monkeypatch):
     fused = model.fused()
     jax.eval_shape(lambda: decode(fused, cond, uncond, Faid(), retriever, keys, SamplingConfig(2.0)))
     assert rows == {(3, 3)}
-    guided = [jnp.concatenate(pair) for pair in zip(cond, uncond, strict=True)]
-    _, cache = jax.eval_shape(lambda: fused.prefill(*guided, 3))
+    guided = jax.tree.map(lambda *pair: jnp.concatenate(pair), cond, uncond)
+    _, cache = jax.eval_shape(lambda: fused.prefill(guided, 3))
     assert [len(past) for past in cache.looked_at] == [3, 3]
     assert {len(kept) for kept in (*cache.keys, *cache.values)} == {6}
 
@@ -149,12 +149,12 @@ def test_no_future_code_reaches_a_past_distribution(model):
 
 
 def test_a_row_without_its_caption_is_not_blended(model):
-    ids, mask = (jnp.asarray(x) for x in tiny.prompts((4, 4)))
+    condition = model.check_condition(tiny.prompts((4, 4)))
     rng = np.random.default_rng(0)
     codes, neighbors = (jnp.asarray(rng.integers(0, 9, (2, 20, *more)), jnp.int32) for more in ((), (K,)))
-    logits, gates = model.forward(ids, mask, codes, neighbors, conditional=jnp.array([True, False]))
-    np.testing.assert_allclose(logits[0], model.teacher_forced(ids, mask, codes, neighbors)[0], atol=1e-5)
-    np.testing.assert_allclose(logits[1], model.teacher_forced(ids, mask, codes)[1], atol=1e-5)
+    logits, gates = model.forward(condition, codes, neighbors, conditional=jnp.array([True, False]))
+    np.testing.assert_allclose(logits[0], model.teacher_forced(condition, codes, neighbors)[0], atol=1e-5)
+    np.testing.assert_allclose(logits[1], model.teacher_forced(condition, codes)[1], atol=1e-5)
     assert gates.shape == (2,) and np.all((gates > 0) & (gates < 1))
 
 
@@ -185,24 +185,24 @@ def test_what_does_not_fit_is_named(model, retriever):
 
 def test_merged_lora_is_lora_beside(model):
     """And a fresh one changes nothing; also where heads are wider than their share of the width."""
-    ids, mask = (jnp.asarray(x) for x in tiny.prompts((4, 3)))
+    condition = tuple(jnp.asarray(x) for x in tiny.prompts((4, 3)))
     codes = jnp.asarray(np.random.default_rng(0).integers(0, 9, (2, 20)), jnp.int32)
     language = dataclasses.replace(CONFIG.language, head_dim=6)
     tuned = tiny.janus(config=dataclasses.replace(CONFIG, language=language))
-    before = tuned.teacher_forced(ids, mask, codes)
+    before = tuned.teacher_forced(condition, codes)
     for layer in tuned.language_model.layers:
         layer.attention.add_lora(LoraConfig(rank=2, alpha=4.0, dropout=0.5), nnx.Rngs(0))
-    np.testing.assert_array_equal(tuned.teacher_forced(ids, mask, codes), before)
+    np.testing.assert_array_equal(tuned.teacher_forced(condition, codes), before)
     for layer in tuned.language_model.layers:
         tiny.fill(layer.attention.q_lora.b, 1)
         tiny.fill(layer.attention.v_lora.b, 2)
-    beside = tuned.teacher_forced(ids, mask, codes)
-    dropped = tuned.forward(ids, mask, codes, rngs=nnx.Rngs(0))[0]
+    beside = tuned.teacher_forced(condition, codes)
+    dropped = tuned.forward(condition, codes, rngs=nnx.Rngs(0))[0]
     for layer in tuned.language_model.layers:
         layer.attention.merge_lora()
     assert np.abs(beside - before).max() > 0.1
     assert np.abs(beside - dropped).max() > 0.1
-    np.testing.assert_allclose(tuned.teacher_forced(ids, mask, codes), beside, atol=1e-5)
+    np.testing.assert_allclose(tuned.teacher_forced(condition, codes), beside, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -262,7 +262,7 @@ def reference_gradients(model, golden) -> dict[str, np.ndarray]:
     @jax.jit
     @jax.grad
     def gradients(adapters):
-        logits = nnx.merge(graph, adapters, rest).teacher_forced(ids, mask.astype(bool), codes, neighbors)
+        logits = nnx.merge(graph, adapters, rest).teacher_forced((ids, mask.astype(bool)), codes, neighbors)
         return optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
 
     flat = nnx.to_flat_state(gradients(adapters))
@@ -273,7 +273,7 @@ def assert_gradients(gradients: dict[str, np.ndarray], expected: dict[str, np.nd
     """1e-4 of each tensor's largest number."""
     assert len(gradients) == len(expected)
     for path, value in gradients.items():
-        golden = to_ours(expected[path], path) if path in expected else to_ours(expected[published_key(path)], path)
+        golden = to_ours(expected[path], path) if path in expected else to_ours(expected[PUBLISHED.key(path)], path)
         np.testing.assert_allclose(value, golden, rtol=0, atol=1e-4 * np.abs(golden).max(), err_msg=path)
 
 
@@ -304,7 +304,7 @@ def test_reference_lora(golden_model, reference):
     assert_gradients(gradients, official)
     for layer in model.language_model.layers:
         layer.attention.merge_lora()
-    merged = {published_key(path): value for path, value in parameters(model).items()}
+    merged = {PUBLISHED.key(path): value for path, value in parameters(model).items()}
     for key, value in tensors.items():
         if key.startswith("merged::"):
             ours = merged[key.removeprefix("merged::").replace("base_model.model.", "").replace("base_layer.", "")]

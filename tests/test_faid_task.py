@@ -127,7 +127,7 @@ def test_dropped_captions_silence_the_blenders(folder):
     model, batch = task.init_model(nnx.Rngs(0)), first_batch(task)
     loss = task.loss(model, batch, jax.random.key(0))[1]["bits_per_code"]
     control = make_task(workshop.config(folder, {"blend": False}))
-    empty = batch | {"prompt_ids": model.unconditional(batch["prompt_ids"], batch["prompt_mask"])}
+    empty = batch | {"prompt_ids": model.unconditional((batch["prompt_ids"], batch["prompt_mask"]))[0]}
     assert float(loss) == pytest.approx(bits(control, load_model(task.options.base), empty), rel=1e-5)
 
 

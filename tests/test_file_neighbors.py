@@ -15,8 +15,7 @@ from arrag_jax import build_datastore, build_neighbors, files
 from arrag_jax.config import DatastoreConfig, NeighborsConfig, RetrievalConfig
 from arrag_jax.data.emoji.scenes import scene
 from arrag_jax.errors import UserError
-from arrag_jax.models.checkpoint import load_model, tokenizer_fingerprint
-from arrag_jax.models.janus import VISION
+from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store.building import BUILDING
 from arrag_jax.store.datastore import Datastore
@@ -132,9 +131,13 @@ def interrupted(config: NeighborsConfig, workdir: Path, writes: int) -> bool:
 
 def test_killed_before_any_file_it_goes_on_to_the_same_bytes(config, whole, tmp_path, monkeypatch):
     """Also if a picture has come into the folder meanwhile: the list made at the start counts."""
-    tokenizer = load_model(config.model, parts=VISION)
-    encode, found = encoder(tokenizer), load_retriever(config.retrieval, tokenizer_fingerprint(tokenizer))
-    for name, made in (("load_model", tokenizer), ("encoder", encode), ("load_retriever", found)):  # once for all runs
+    tokenizer = load_tokenizer(config.model)
+    encode, found = encoder(tokenizer), load_retriever(config.retrieval, tokenizer.fingerprint)
+    for name, made in (
+        ("load_tokenizer", tokenizer),
+        ("encoder", encode),
+        ("load_retriever", found),
+    ):  # once for all runs
         monkeypatch.setattr(build_neighbors, name, lambda *_, made=made, **__: made)
     expected, late = folders.contents(whole), Path(config.source) / "a_new.png"
     for moment in itertools.count(0, 2):  # a file is synced, then its folder

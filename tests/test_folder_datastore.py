@@ -20,8 +20,7 @@ from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig, ScannOptions
 from arrag_jax.data.sources import FileImages, list_images, read_entry
 from arrag_jax.errors import UserError
-from arrag_jax.models.checkpoint import load_model
-from arrag_jax.models.janus import VISION
+from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.retrieval import index, report
 from arrag_jax.store import building, writer
@@ -83,7 +82,7 @@ from arrag_jax.retrieval.scann import import_scann
 
 CODEBOOK = np.eye(8, dtype=np.float32)
 tokenizer = SimpleNamespace(
-    grid=(4, 5), codebook_size=8, codebook=CODEBOOK, config=SimpleNamespace(image_size=(4, 5))
+    grid=(4, 5), codebook_size=8, codebook=CODEBOOK, image_size=(4, 5), fingerprint="fake"
 )
 
 def encode(images):
@@ -91,7 +90,7 @@ def encode(images):
     codes = images[..., 0].astype(np.int32) % 8
     return codes, CODEBOOK[codes]
 
-build_datastore.load_model, build_datastore.tokenizer_fingerprint = (lambda *_, **__: tokenizer), (lambda _: "fake")
+build_datastore.load_tokenizer = lambda _: tokenizer
 build_datastore.encoder = lambda _: encode
 import_scann()
 source, root, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
@@ -232,7 +231,7 @@ def test_three_commands_make_a_picture_of_a_folder_of_photos(photos, tmp_path, m
         with pytest.raises(SystemExit) as ended:
             runpy.run_module(module, run_name="__main__")
         assert not ended.value.code, module
-    store, tokenizer = Datastore.open(tmp_path / "store"), load_model(EMBEDDED, parts=VISION)
+    store, tokenizer = Datastore.open(tmp_path / "store"), load_tokenizer(EMBEDDED)
     names = [f"{i:02d}.jpg" for i in range(40)]
     assert (store.sources, store.num_bad) == (names, 0)
     images = np.stack([listed[i]["image"] for i in range(40)])

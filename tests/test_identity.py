@@ -18,7 +18,7 @@ from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig
 from arrag_jax.data.examples import DUPLICATE
 from arrag_jax.errors import UserError
-from arrag_jax.models.checkpoint import load_model
+from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.store import segments, writer
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.images import encoder
@@ -28,7 +28,7 @@ from arrag_jax.store.images import encoder
 def one_model():
     """The tokenizer and its compiled program once for all runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_datastore, "load_model", functools.cache(load_model))
+        patch.setattr(build_datastore, "load_tokenizer", functools.cache(load_tokenizer))
         patch.setattr(build_datastore, "encoder", functools.cache(encoder))
         yield
 

@@ -17,7 +17,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.config_json import config_to_json, parse_config, read_config
 from arrag_jax.models.janus import Janus
-from arrag_jax.models.layouts import published_key, to_published
+from arrag_jax.models.layouts import PUBLISHED, to_published
 from arrag_jax.models.presets import PRESETS, JanusConfig
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.models.weights import parameters
@@ -255,7 +255,7 @@ def save_blank(folder: Path, config: JanusConfig) -> None:
     (folder / "config.json").write_text(json.dumps(config_to_json(config)))
     model = nnx.eval_shape(lambda: Janus(config, nnx.Rngs(0)))
     shapes = {path: value.shape for path, value in parameters(model).items()}
-    zeros = {published_key(path): to_published(np.zeros(shape, jnp.bfloat16), path) for path, shape in shapes.items()}
+    zeros = {PUBLISHED.key(path): to_published(np.zeros(shape, jnp.bfloat16), path) for path, shape in shapes.items()}
     save_file(zeros, folder / "model.safetensors")
 
 

@@ -25,7 +25,7 @@ from arrag_jax.config import (
 )
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.pipeline import open_pipeline
-from arrag_jax.models.checkpoint import load_model, save_model, tokenizer_fingerprint
+from arrag_jax.models.checkpoint import load_model, load_tokenizer, save_model
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store import segments
 from arrag_jax.store.datastore import Datastore
@@ -62,7 +62,7 @@ def run(monkeypatch, command: str) -> int:
 
 
 def search(**changes) -> object:
-    model = tokenizer_fingerprint(load_model("model"))
+    model = load_model("model").fingerprint
     return load_retriever(RetrievalConfig("store", k=3, **changes), model)[1]
 
 
@@ -211,10 +211,10 @@ def test_the_embedded_model_and_configs_hold_from_any_directory(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     named = runpy.run_path(str(CONFIGS / "emoji_daid.py"))["get_config"]().model
     assert not Path(named).is_absolute()
-    embedded = tokenizer_fingerprint(load_model(named, parts=("gen_vision_model",)))
+    embedded = load_tokenizer(named).fingerprint
     flags = ["--config.source=emoji_scenes/tiny", "--config.num_images=4", "--config.indexes=()", "--workdir=store"]
     command = ["python", "-m", "arrag_jax.build_datastore", f"--config={CONFIGS / 'emoji_datastore.py'}", *flags]
     assert run(monkeypatch, shlex.join(command)) == 0
     assert Datastore.open(tmp_path / "store").settings.fingerprint == embedded
     save_model(tiny.janus(), Path(named))
-    assert tokenizer_fingerprint(load_model(named)) == tokenizer_fingerprint(tiny.janus()) != embedded
+    assert load_model(named).fingerprint == tiny.janus().fingerprint != embedded

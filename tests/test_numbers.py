@@ -136,7 +136,7 @@ def test_a_policy_is_still_a_pytree_of_any_leaves():
 @pytest.mark.parametrize("library", [np, jnp])
 def test_images_of_other_numbers_are_refused(library, pixel, message):
     model = tiny.janus()
-    images = np.zeros((2, *model.config.image_size, 3), np.float32)
+    images = np.zeros((2, *model.image_size, 3), np.float32)
     images[1, -1, 0, 2] = pixel
     with pytest.raises(UserError, match=message):
         model.encode_images(library.asarray(images))
@@ -144,7 +144,7 @@ def test_images_of_other_numbers_are_refused(library, pixel, message):
 
 def test_rounding_of_pixels_is_no_fault():
     model = tiny.janus()
-    model.encode_images(np.full((1, *model.config.image_size, 3), 1.0005, np.float32))
+    model.encode_images(np.full((1, *model.image_size, 3), 1.0005, np.float32))
 
 
 @pytest.mark.parametrize("mask", [[[1.0, np.nan]], [[1, 2]], [[0.5, 1]]])
@@ -153,16 +153,17 @@ def test_a_mask_holds_zeros_and_ones(mask):
         sample(tiny.janus(), np.array([[1, 2]]), prompt_mask=np.array(mask))
 
 
-@pytest.mark.parametrize("name", ["codes", "prompt_ids", "neighbor_codes"])
+@pytest.mark.parametrize("name", ["codes", "condition", "neighbor_codes"])
 def test_codes_are_whole_numbers(name):
     blended = dataclasses.replace(tiny.CONFIG, faid=FaidConfig(stride=1, hops=(1,), neighbors=2))
     model = tiny.janus(config=blended if name == "neighbor_codes" else tiny.CONFIG)
     cells = model.grid[0] * model.grid[1]
     given = {
-        "prompt_ids": np.array([[1, 2]]),
+        "condition": np.array([[1, 2]]),
         "codes": np.zeros((1, cells), int),
         "neighbor_codes": np.zeros((1, cells, 2), int) if name == "neighbor_codes" else None,
     }
     given[name] = np.full(given[name].shape, np.nan)
-    with pytest.raises(UserError, match=f"{name} must be integers"):
+    said = "prompt_ids" if name == "condition" else name
+    with pytest.raises(UserError, match=f"{said} must be integers"):
         model.score(**given)

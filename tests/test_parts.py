@@ -14,7 +14,7 @@ from folders import codes_of, contents, write_scenes
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig, ScannOptions
 from arrag_jax.errors import UserError
-from arrag_jax.models.checkpoint import load_model
+from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.retrieval import index
 from arrag_jax.store import segments
 from arrag_jax.store.datastore import Datastore
@@ -76,7 +76,7 @@ def test_the_same_folder_spelt_otherwise_is_the_same_source(whole, config, tmp_p
     store = Path(shutil.copytree(whole.directory, tmp_path / "store"))
     (tmp_path / "link").symlink_to(config.source)
     before = contents(store)
-    monkeypatch.setattr(build_datastore, "load_model", functools.cache(load_model))
+    monkeypatch.setattr(build_datastore, "load_tokenizer", functools.cache(load_tokenizer))
     for spelt in (f"{config.source}/", os.path.relpath(config.source), str(tmp_path / "link")):
         build_datastore.run(dataclasses.replace(config, source=spelt), str(store), append=True)
         assert "nothing to add" in capsys.readouterr().out
@@ -86,7 +86,7 @@ def test_the_same_folder_spelt_otherwise_is_the_same_source(whole, config, tmp_p
 
 def test_bad_images_are_a_share_of_the_whole_store(whole, config, tmp_path, monkeypatch):
     """Of 23 images 2 were bad; with one more they are 12 % of 25, and the mend of too many mends."""
-    monkeypatch.setattr(build_datastore, "load_model", functools.cache(load_model))
+    monkeypatch.setattr(build_datastore, "load_tokenizer", functools.cache(load_tokenizer))
     store, source = Path(shutil.copytree(whole.directory, tmp_path / "store")), tmp_path / "more"
     source.mkdir()
     (source / "a.jpg").write_bytes(b"")

@@ -16,8 +16,7 @@ from arrag_jax import build_datastore, build_neighbors
 from arrag_jax.config import DatastoreConfig, NeighborsConfig, RetrievalConfig
 from arrag_jax.data import pixels
 from arrag_jax.errors import UserError
-from arrag_jax.models.checkpoint import load_model
-from arrag_jax.models.janus import VISION
+from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.images import encoder
@@ -69,12 +68,12 @@ def config(tmp_path_factory) -> DatastoreConfig:
 @pytest.mark.parametrize("source", ["tfds:pets/small", "tfds:pets/small:1.2.0"])
 def test_a_prepared_set_becomes_a_store(config, tmp_path, source):
     build_datastore.run(dataclasses.replace(config, source=source), str(tmp_path / "store"))
-    store, tokenizer = Datastore.open(tmp_path / "store"), load_model(config.model, parts=VISION)
+    store, tokenizer = Datastore.open(tmp_path / "store"), load_tokenizer(config.model)
     good = [0, 1, 2, 3, 5]
     assert store.sources == [f"{source}/train/{i}" for i in good]
     assert store.captions == [f"pet {i}" for i in good]
     assert store.bad == [(f"{source}/train/4", "not an image that PIL reads")]
-    images = np.stack([pixels.decode(FILES[i], tokenizer.config.image_size) for i in good])
+    images = np.stack([pixels.decode(FILES[i], tokenizer.image_size) for i in good])
     codes, _ = tokenizer.encode_images(from_uint8(images))
     np.testing.assert_array_equal(store.codes.reshape(5, -1), codes)
     assert "tensorflow" not in sys.modules

@@ -65,13 +65,13 @@ class TestAnyArrays:
         model, (ids, mask) = tiny.janus(), tiny.prompts((4, 3))
         expected = arrag_jax.sample(model, ids, prompt_mask=mask, cfg_scale=5.0, seed=np.array([3, 4]))
         for change in (
-            {"prompt_ids": ids.tolist(), "prompt_mask": mask.astype(int).tolist(), "seed": [3, 4]},
-            {"prompt_ids": jnp.asarray(ids), "prompt_mask": mask.astype(np.float32), "seed": jnp.array([3, 4])},
+            {"condition": ids.tolist(), "prompt_mask": mask.astype(int).tolist(), "seed": [3, 4]},
+            {"condition": jnp.asarray(ids), "prompt_mask": mask.astype(np.float32), "seed": jnp.array([3, 4])},
             {"cfg_scale": 5, "temperature": 1, "seed": (np.int64(3), np.int64(4))},
             {"cfg_scale": np.float32(5), "temperature": np.array(1.0), "greedy": np.False_},
             {"cfg_scale": np.array(5.0), "temperature": jnp.array(1.0)},
         ):
-            given = {"prompt_ids": ids, "prompt_mask": mask, "seed": np.array([3, 4]), **change}
+            given = {"condition": ids, "prompt_mask": mask, "seed": np.array([3, 4]), **change}
             np.testing.assert_array_equal(arrag_jax.sample(model, **given).codes, expected.codes)
         one, other = (jax.random.key_data(image_keys(seed, 2)) for seed in (3, np.int64(3)))
         np.testing.assert_array_equal(one, other)

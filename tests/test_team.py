@@ -15,8 +15,7 @@ from folders import contents, write_scenes
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig
 from arrag_jax.errors import UserError
-from arrag_jax.models.checkpoint import load_model
-from arrag_jax.models.janus import VISION
+from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.store import workers
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.workers import workers_in
@@ -55,7 +54,7 @@ def test_a_member_that_falls_silent_ends_the_others(tmp_path, monkeypatch):
 
 def test_two_builders_at_once_make_the_same_store(whole, config, tmp_path):
     """In two threads, as members of one team: every shard by one of them, the same bytes as by one alone."""
-    tokenizer = load_model(config.model, parts=VISION)
+    tokenizer = load_tokenizer(config.model)
     errors: list[BaseException] = []
 
     def work(index: int) -> None:

@@ -20,7 +20,7 @@ from arrag_jax.config import SamplingConfig
 from arrag_jax.decode.policies import Plain
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
-from arrag_jax.interfaces import ArrayLike, Backbone, DecodePolicy, Retriever
+from arrag_jax.interfaces import ArrayLike, Backbone, Condition, DecodePolicy, Retriever
 from arrag_jax.mesh import put_everywhere, put_rows
 from arrag_jax.ops import handles
 from arrag_jax.ops.grid import context_cells, context_codes, has_context
@@ -54,8 +54,8 @@ class SampleOutput(NamedTuple):
 
 def decode(
     model: Backbone,
-    cond: tuple[Array, Array],
-    uncond: tuple[Array, Array] | None,
+    cond: Condition,
+    uncond: Condition | None,
     policy: DecodePolicy,
     retriever: Retriever | None,
     keys: Key[Array, " B"],
@@ -66,16 +66,16 @@ def decode(
     """Draws B grids; traceable, to be jitted by the caller.
 
     Args:
-      model: folded (``Backbone.fused``) where the policy blends.
-      cond, uncond: prompt ids int [B, L] and mask bool [B, L]; ``uncond`` None without guidance.
+      model: a ``BlendingBackbone``, already ``fused``, where the policy blends.
+      cond, uncond: from ``Backbone.check_condition`` and ``unconditional``; ``uncond`` is None without guidance.
       retriever: None only for a policy that uses no retrieval.
       keys: one a picture.
       on_position: traced with the cell's number as cells are done (a call of the host, say).
     """
     height, width = model.grid
-    cells, batch = height * width, len(cond[0])
+    cells, batch = height * width, len(keys)
     rows = cond if uncond is None else jax.tree.map(lambda *x: jnp.concatenate(x), cond, uncond)
-    hidden, cache = model.prefill(*rows, batch if policy.blends else 0)  # unconditional rows are never blended
+    hidden, cache = model.prefill(rows, batch if policy.blends else 0)  # unconditional rows are never blended
     nothing = empty_neighbors(batch, 1)
 
     def one_cell(carry, this):
@@ -147,9 +147,10 @@ def image_keys(seed: ArrayLike, batch: int) -> Key[Array, " batch"]:
 
 def require_blenders(model: Backbone, retriever: Retriever, neighbors: int | None = None) -> None:
     """Raises UserError unless the model has blenders and the search gives them enough neighbours (None: its own)."""
-    if not model.blended_neighbors:
+    blended = getattr(model, "blended_neighbors", 0)
+    if not blended:
         raise UserError("this checkpoint has no FAiD blenders; decode it with --method plain or daid")
-    wanted = model.blended_neighbors if neighbors is None else neighbors
+    wanted = blended if neighbors is None else neighbors
     if not 1 <= wanted <= retriever.k:
         raise UserError(f"FAiD blends {wanted} neighbours, the search gives k={retriever.k}; raise k")
 
@@ -172,7 +173,7 @@ def _sampling(model: Backbone, numbers: dict[str, Any], greedy: bool) -> Samplin
 
 def sample(
     model: Backbone,
-    prompt_ids: ArrayLike,
+    condition: ArrayLike,
     policy: DecodePolicy | None = None,
     retriever: Retriever | None = None,
     cfg_scale: SupportsFloat | None = 5.0,
@@ -191,7 +192,8 @@ def sample(
 
     Args:
       model: a Backbone that is an ``nnx.Module``.
-      prompt_ids: int [B, L], BOS … image-start; prompt_mask: 1 where a real token stands (None = everywhere).
+      condition: the model's condition, e.g. (ids, mask) or class labels int [B]; or its first array, e.g. prompt ids
+        int [B, L], BOS … image-start, with prompt_mask beside it: 1 where a real token stands (None = everywhere).
       policy: ``Plain()`` if None. retriever: needed by a policy that uses retrieval.
       cfg_scale, temperature, top_k, top_p, greedy: see ``config.SamplingConfig``.
       seed: one integer a picture: then it depends on its prompt and seed alone, not on its batch. Or one for all:
@@ -199,8 +201,7 @@ def sample(
       on_position: host function called with the number of each finished cell.
       mesh: splits the batch over its axis "data", the model is copied to every device; None = one device. Every
         process calls this with the same arguments, and gets all pictures. The retriever must live on the mesh, too.
-      grid: height and width in codes; None = the model's.
-      return_log_probs: keep whole distributions, [B, T, V], too.
+      grid: height and width in codes; None = the model's. return_log_probs: keep whole distributions, [B, T, V], too.
 
     Raises:
       UserError: if parts that belong together are missing or do not fit; in a process that was forked after JAX had
@@ -215,9 +216,9 @@ def sample(
         require_blenders(model, retriever, policy.neighbors)
     numbers = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling = _sampling(model, numbers, bool(greedy))
-    cond = model.check_prompt(prompt_ids, prompt_mask)
-    uncond = None if cfg_scale is None else (model.unconditional(*cond), cond[1])
-    keys = image_keys(seed, len(cond[0]))
+    cond = model.check_condition(condition, prompt_mask)
+    uncond = None if cfg_scale is None else model.unconditional(cond)
+    keys = image_keys(seed, len(jax.tree.leaves(cond)[0]))
     retriever = retriever if policy.uses_retrieval else None
     graph, state = nnx.split(model.fused() if policy.blends else model)
     if mesh is not None:

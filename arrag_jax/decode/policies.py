@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from arrag_jax.config import DaidConfig
-from arrag_jax.interfaces import Backbone
+from arrag_jax.interfaces import Backbone, BlendingBackbone
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.ops.sampling import mix, neighbor_log_probs
 
@@ -110,7 +110,9 @@ class Faid:
     uses_retrieval = True
     blends = True
 
-    def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> Float[Array, "B K D"]:
+    def features(
+        self, model: BlendingBackbone, neighbors: Neighbors, has_context: Bool[Array, ""]
+    ) -> Float[Array, "B K D"]:
         """Features of the nearest neighbours; zeros where a slot is empty."""
         return model.retrieved_features(neighbors.code[:, : self.neighbors or model.blended_neighbors])
 

@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from arrag_jax import progress
-from arrag_jax.interfaces import DecodePolicy, Retriever
-from arrag_jax.models.janus import Janus
-from arrag_jax.models.text import PromptTokenizer
+from arrag_jax.interfaces import Backbone, Condition, DecodePolicy, ImageTokenizer, PromptEncoder, Retriever
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.ops.grid import context_cells, context_codes
 from arrag_jax.ops.neighbors import Neighbors, empty_neighbors
@@ -22,12 +20,12 @@ class Found(NamedTuple):
     """B held-out scenes as codes, with their neighbours: looked up once for every model and policy.
 
     Attributes:
-      prompt_ids, prompt_mask, codes: of the scenes.
+      condition: what the model draws the scenes under.
+      codes: of the scenes.
       neighbors: of every cell, B·T rows; empty where a cell has no context.
     """
 
-    prompt_ids: Int[Array, "B L"]
-    prompt_mask: Bool[Array, "B L"]
+    condition: Condition
     codes: Int[Array, "B T"]
     neighbors: Neighbors
 
@@ -41,8 +39,8 @@ class Scored(NamedTuple):
 
 
 def look_up(
-    model: Janus,
-    text: PromptTokenizer,
+    tokenizer: ImageTokenizer,
+    text: PromptEncoder,
     examples: Sequence[dict[str, Any]],
     retriever: Retriever | None,
     batch_size: int = 50,
@@ -55,29 +53,28 @@ def look_up(
       retriever: None leaves every neighbour list empty.
       limit: gives the retriever of a batch from its captions, in place of ``retriever``.
     """
-    graph, state = nnx.split(model.gen_vision_model)
+    graph, state = nnx.split(tokenizer)
     captions = [example["caption"].decode() for example in examples]
-    ids, mask = text(captions)
+    condition = text(captions)
     images = np.stack([example["image"] for example in examples])
     found = []
     for start in progress.bar(range(0, len(examples), batch_size), desc="searching", unit="batch"):
         rows = slice(start, start + batch_size)
         searched = limit(captions[rows]) if limit else retriever
         codes, neighbors = _look_up(graph, state, from_uint8(images[rows]), searched)
-        found.append(Found(jnp.asarray(ids[rows]), jnp.asarray(mask[rows]), codes, neighbors))
+        found.append(Found(jax.tree.map(lambda x, rows=rows: jnp.asarray(x[rows]), condition), codes, neighbors))
     return found
 
 
 @jax.jit(static_argnums=0)
 def _look_up(graph, state, pixels, retriever):
-    codes = nnx.merge(graph, state).encode(pixels)[0]
-    cells = jnp.asarray(context_cells(*codes.shape[1:]))
-    codes = codes.reshape(len(codes), -1)
+    codes, latents = nnx.merge(graph, state).encode_images(pixels)
+    cells = jnp.asarray(context_cells(*latents.shape[1:3]))
     contexts = context_codes(codes, cells).reshape(-1, 4)
     return codes, retriever.search(contexts) if retriever else empty_neighbors(len(contexts), 1)
 
 
-def score_scenes(model: Janus, found: Sequence[Found], blend: bool = False) -> list[Scored]:
+def score_scenes(model: Backbone, found: Sequence[Found], blend: bool = False) -> list[Scored]:
     """Teacher-forced distributions of scenes that were looked up, with a progress bar.
 
     Args:
@@ -93,7 +90,7 @@ def _score(graph, state, found, blend):
     model, blended = nnx.merge(graph, state), None
     if blend:
         blended = found.neighbors.code[:, : model.blended_neighbors].reshape(*found.codes.shape, -1)
-    log_p = jax.nn.log_softmax(model.teacher_forced(found.prompt_ids, found.prompt_mask, found.codes, blended))
+    log_p = jax.nn.log_softmax(model.teacher_forced(found.condition, found.codes, blended))
     return log_p.reshape(-1, log_p.shape[-1])
 
 

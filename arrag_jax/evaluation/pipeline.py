@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +14,9 @@ from arrag_jax.config import DrawConfig
 from arrag_jax.decode.loop import SampleOutput, require_blenders, sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
-from arrag_jax.interfaces import DecodePolicy, Retriever
+from arrag_jax.interfaces import DecodePolicy, ImageModel, PromptEncoder, Retriever
 from arrag_jax.mesh import make_mesh
-from arrag_jax.models.checkpoint import load_model, sample_hashes, tokenizer_fingerprint
-from arrag_jax.models.config_json import read_config
-from arrag_jax.models.janus import Janus
-from arrag_jax.models.text import PromptTokenizer
+from arrag_jax.models.checkpoint import config_of, load_model, load_prompts, sample_hashes
 from arrag_jax.models.weights import parameters
 from arrag_jax.nn.vq import to_uint8
 from arrag_jax.processes import require_same
@@ -61,7 +57,7 @@ class PositionBar:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A model, its tuned relatives, their prompt tokenizer and, where a method needs it, a store with its search.
+    """A model, its tuned relatives, their prompt encoder and, where a method needs it, a store with its search.
 
     Attributes:
       methods: what was asked for, in the order of ``METHODS``.
@@ -76,9 +72,9 @@ class Pipeline:
 
     config: DrawConfig
     methods: tuple[str, ...]
-    model: Janus
-    tuned: dict[str, Janus]
-    text: PromptTokenizer
+    model: ImageModel
+    tuned: dict[str, ImageModel]
+    text: PromptEncoder
     store: Datastore | None
     retriever: Retriever | None
     captions: CaptionIndex | None = None
@@ -93,7 +89,7 @@ class Pipeline:
             return Daid(**dataclasses.asdict(self.config.caption.daid))
         return {"daid": daid, "faid": Faid(), "faid+daid": Faid(daid)}.get(method, Plain())
 
-    def model_of(self, method: str) -> Janus:
+    def model_of(self, method: str) -> ImageModel:
         """The model that a method draws with."""
         return self.tuned.get(method, self.model)
 
@@ -141,7 +137,7 @@ class Pipeline:
         """
         ways, cells = 1 if self.mesh is None else self.mesh.shape["data"], int(np.prod(self.model.grid))
         size = -(-min(self.config.batch_size, len(prompts)) // ways) * ways
-        ids, mask = self.text(prompts)
+        condition = self.text(prompts)
         on_position = self.bar if self.reports_every_position(method) else None
         batches = [np.arange(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
         batches = [numbers for numbers in batches if wanted is None or wanted[numbers].any()]
@@ -153,8 +149,8 @@ class Pipeline:
                 rows, keep = np.resize(numbers, size), len(numbers)
                 retriever = self.retriever_for(method, [prompts[i] for i in rows])
                 result = sample(
-                    self.model_of(method), ids[rows], self.policy(method), retriever, seed=seeds[rows],
-                    prompt_mask=mask[rows], on_position=on_position, mesh=self.mesh,
+                    self.model_of(method), jax.tree.map(lambda x, rows=rows: x[rows], condition), self.policy(method),
+                    retriever, seed=seeds[rows], on_position=on_position, mesh=self.mesh,
                     **dataclasses.asdict(self.config.sampling),
                 )  # fmt: skip
                 drawn = jax.tree.map(lambda x, keep=keep: np.asarray(x)[:keep], result)
@@ -178,7 +174,7 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = ()) -> Pipeline:
     """
     mesh = make_mesh(config.mesh)
     mesh = mesh if mesh.size > 1 else None
-    blended = config.faid_model or (config.model if read_config(Path(config.model)).faid is not None else "")
+    blended = config.faid_model or (config.model if config_of(config.model).blended_neighbors else "")
     folders = {"lora": config.lora_model, "faid": blended, "faid+daid": blended}
     able = [method for method in METHODS if folders.get(method, config.model)]
     methods = methods or config.methods
@@ -191,10 +187,10 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = ()) -> Pipeline:
     if jax.process_count() > 1:
         require_same({name: value for folder in used for name, value in sample_hashes(folder).items()}, "model")
     model = load_model(config.model, config.dtype)
-    text, loaded = PromptTokenizer.load(config.model), {config.model: model}
+    text, loaded = load_prompts(config.model), {config.model: model}
     for folder in used - {config.model}:
         loaded[folder] = load_model(folder, config.dtype)
-        if tokenizer_fingerprint(loaded[folder]) != tokenizer_fingerprint(model):
+        if loaded[folder].fingerprint != model.fingerprint:
             raise UserError(f"{folder} has another image tokenizer than {config.model}; tune it from that model")
     tuned = {name: loaded[folders[name]] for name in chosen if name in folders}
     store = retriever = captions = None
@@ -203,10 +199,10 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = ()) -> Pipeline:
             raise UserError(
                 "methods static and caption run on one device; give --config.mesh.data=1 --config.mesh.fsdp=1"
             )
-        store, _ = open_store(config.retrieval, tokenizer_fingerprint(model))
+        store, _ = open_store(config.retrieval, model.fingerprint)
         captions = CaptionIndex(store.captions)
     if set(chosen) - {"plain", "lora", *LIMITED}:
-        store, retriever = load_retriever(config.retrieval, tokenizer_fingerprint(model), mesh, "fsdp", "data")
+        store, retriever = load_retriever(config.retrieval, model.fingerprint, mesh, "fsdp", "data")
         for name in set(chosen) & {"faid", "faid+daid"}:
             require_blenders(tuned[name], retriever)
     where = {name: folders.get(name, config.model) for name in chosen}

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from arrag_jax import progress
 from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_folder, free_bytes, require_new, sync, write_json
-from arrag_jax.models.checkpoint import abstract_model
-from arrag_jax.models.config_json import config_to_json, layout_of, read_json, read_lora
-from arrag_jax.models.janus import Janus
-from arrag_jax.models.layouts import LM_HEAD, PUBLISHED, Layout, published_key
+from arrag_jax.models.config_json import read_json, read_lora
+from arrag_jax.models.family import Family
+from arrag_jax.models.layouts import Layout
+from arrag_jax.models.registry import TARGETS, family_in
 from arrag_jax.models.tensor_files import (
     ADAPTER,
     Stored,
@@ -31,7 +32,6 @@ from arrag_jax.models.tensor_files import (
 )
 from arrag_jax.models.weights import match, require_finite
 
-TARGETS = ("ours", "janus")
 UNUSED = "unused.safetensors"
 SHARD_BYTES = 2**30  # as much as this is in memory at once
 # Beside config.json, what a prompt needs; the rest of a folder is documentation.
@@ -56,22 +56,26 @@ def convert(source: Path, target: Path, to: str, merge_lora: bool = True) -> Con
     """Writes the checkpoint in ``source`` to a new folder.
 
     Args:
-      to: "ours" or "janus", the published layout; both have the published names, in safetensors.
+      to: "ours", or the name of a published layout of the source's family; written as safetensors.
       merge_lora: add a LoRA to the weights that it corrects; else it stays a PEFT adapter beside them.
 
     Raises:
-      UserError: the source is not a whole Janus, the target is in use, or the disk too small.
+      UserError: the source is not a whole model, its family has no such layout, the target is in use, or the disk is
+        too small.
     """
     if to not in TARGETS:
         raise UserError(f"--to={to!r} is unknown; choose one of {', '.join(TARGETS)}")
     require_new(target, "--target=")  # before any work; once more when the folder is held
     source = checkpoint_folder(source)
-    model, layout, stored = abstract_model(source, parts=None, also=(UNUSED,))
+    family = family_in(source)
+    if to not in family.layouts:
+        raise UserError(f"--to={to!r} is no layout of the model in {source}; choose one of {', '.join(family.layouts)}")
+    model, layout, stored = family.open(source, (UNUSED, *family.files))
     _require_no_other(model, stored, layout, source)
-    matched = match(model, stored, layout, source)
-    weights = {published_key(path): tensor for path, tensor in matched.items() if "_lora." not in path}
-    lora = {published_key(path): tensor for path, tensor in matched.items() if "_lora." in path}
-    unused, dropped = _unused(stored, layout)
+    matched, written = match(model, stored, layout, source), family.layouts[to]
+    weights = {written.key(path): tensor for path, tensor in matched.items() if "_lora." not in path}
+    lora = {written.key(path): tensor for path, tensor in matched.items() if "_lora." in path}
+    unused, dropped = _unused(stored, layout, written)
     files = _shards(weights if to == "ours" else weights | unused)
     if to == "ours" and unused:
         files[UNUSED] = unused
@@ -79,12 +83,12 @@ def convert(source: Path, target: Path, to: str, merge_lora: bool = True) -> Con
         files[f"{ADAPTER}.safetensors"] = {f"base_model.model.{key}": tensor for key, tensor in lora.items()}
     with _new_folder(target, sum(tensor.nbytes for file in files.values() for tensor in file.values())) as folder:
         _write_tensors(folder, files, weights, _Merge(lora, source) if merge_lora else None)
-        _write_companions(folder, source, model, apart=bool(lora) and not merge_lora)
+        _write_companions(folder, source, model, family, written, apart=bool(lora) and not merge_lora)
     tensors = [tensor for file in files.values() for tensor in file.values()]
     return Conversion(len(tensors), sum(tensor.nbytes for tensor in tensors), tuple(dropped))
 
 
-def _require_no_other(model: Janus, stored: dict[str, Stored], layout: Layout, source: Path) -> None:
+def _require_no_other(model: nnx.Module, stored: dict[str, Stored], layout: Layout, source: Path) -> None:
     """Raises UserError where a folder whose config is a tokenizer's alone holds tensors of more than that."""
     absent = tuple(prefix for part, prefix in layout.parts.items() if getattr(model, part) is None)
     other = sorted(key for key in stored if absent and key.startswith(absent))
@@ -95,10 +99,10 @@ def _require_no_other(model: Janus, stored: dict[str, Stored], layout: Layout, s
         )
 
 
-def _unused(stored: dict[str, Stored], layout: Layout) -> tuple[dict[str, Stored], list[str]]:
-    """What drawing never needs: by published key, and the keys that have none."""
+def _unused(stored: dict[str, Stored], layout: Layout, written: Layout) -> tuple[dict[str, Stored], list[str]]:
+    """What drawing never needs: by the key of the layout to be written, and the keys that have none there."""
     keys = {key for key in stored if layout.unused.fullmatch(key)}
-    named = {key: key for key in keys} if layout is PUBLISHED else {LM_HEAD: layout.from_published(LM_HEAD)}
+    named = {key: key for key in keys} if layout is written else {x: layout.from_published(x) for x in layout.shared}
     kept = {name: stored[key] for name, key in named.items() if key in keys}
     return kept, sorted(keys - set(named.values()))
 
@@ -154,11 +158,13 @@ def _write_tensors(
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
 
 
-def _write_companions(folder: Path, source: Path, model: Janus, apart: bool) -> None:
+def _write_companions(
+    folder: Path, source: Path, model: nnx.Module, family: Family, written: Layout, apart: bool
+) -> None:
     """The config, with whatever else a published source says in its own; the tokenizer; the LoRA's config."""
     given = read_json(source)
-    kept = given if layout_of(given) is PUBLISHED else {}
-    write_json(folder / "config.json", _overlaid(kept, config_to_json(model.config)))
+    kept = given if family.layout_of(given) is written else {}
+    write_json(folder / "config.json", _overlaid(kept, family.to_json(model.config)))
     for name in (*COMPANIONS, *(["adapter_config.json"] if apart else [])):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

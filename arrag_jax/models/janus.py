@@ -5,9 +5,9 @@ image logits leave through ``gen_head``. Padding never changes a result: positio
 only, and pads are never attended (the reference counts them; quirk 17).
 """
 
+import dataclasses
 import itertools
 import math
-from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,17 @@ from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import ArrayLike
 from arrag_jax.models.presets import JanusConfig
+from arrag_jax.models.vq_images import VQImages, check_ids
+from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.linear import Linear, embedding
+from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.transformer import Cache, Llama
 from arrag_jax.nn.vq import VQTokenizer
 
+Prompts = tuple[Int[Array, "B L"], Bool[Array, "B L"]]  # Janus' condition: token ids, and True where a token is real
+
 PARTS = ("language_model", "gen_vision_model", "gen_embed", "gen_aligner", "gen_head")
 VISION = ("gen_vision_model",)  # the tokenizer alone
-ROUNDING = 1e-3  # by which pixels may lie outside [-1, 1]: what bfloat16 or a resized image may add
 
 
 class Projector(nnx.Module):
@@ -41,8 +45,8 @@ class Projector(nnx.Module):
         return x
 
 
-class Janus(nnx.Module):
-    """The backbone (``interfaces.Backbone``) together with its VQ tokenizer."""
+class Janus(VQImages):
+    """The backbone (``interfaces.BlendingBackbone``) together with its VQ tokenizer (``interfaces.ImageTokenizer``)."""
 
     def __init__(self, config: JanusConfig, rngs: nnx.Rngs, parts: tuple[str, ...] = PARTS):
         """Builds the named parts; the others are None (a tokenizer alone needs no language model)."""
@@ -71,12 +75,12 @@ class Janus(nnx.Module):
     @property
     def blended_neighbors(self) -> int:
         """K of FAiD's blenders; 0: the model has none."""
-        return self.config.faid.neighbors if self.config.faid else 0
+        return self.config.blended_neighbors
 
     @property
-    def codebook(self) -> Float[Array, "V C"]:
-        """The tokenizer's l2-normalised codebook."""
-        return self.gen_vision_model.codebook
+    def vq(self) -> VQTokenizer:
+        """The tokenizer's module."""
+        return self.gen_vision_model
 
     def embed_codes(self, codes: Int[Array, "*dims"]) -> Float[Array, "*dims D"]:
         """Embeddings of image codes as the language model takes them."""
@@ -103,11 +107,44 @@ class Janus(nnx.Module):
         copy.language_model = nnx.data(self.language_model.fused())
         return copy
 
-    def prefill(
-        self, prompt_ids: Int[Array, "R L"], prompt_mask: Bool[Array, "R L"], blended_rows: int = 0
-    ) -> tuple[Float[Array, "R D"], Cache]:
-        """Reads the prompt but for its last token, whose embedding is the input of cell 0."""
-        ids, mask = left_pad(prompt_ids, prompt_mask)
+    def add_adapters(
+        self, lora: LoraConfig, faid: FaidConfig | None, rngs: nnx.Rngs, start_silent: bool = False, devices: int = 1
+    ) -> None:
+        """Gives the language model a fresh LoRA, and fresh blenders unless it has them, in place.
+
+        Args:
+          faid: None adds no blenders.
+          start_silent: fresh blenders start by adding nothing.
+          devices: over how many a training batch is spread.
+
+        Raises:
+          UserError: it has other blenders already.
+        """
+        if faid is not None and self.config.faid is None:
+            self.config = dataclasses.replace(self.config, faid=faid)
+            self.language_model.add_blenders(faid, rngs, start_silent)
+        elif faid is not None and self.config.faid != faid:
+            raise UserError(f"the model has blenders already, {self.config.faid}, which are not the config's {faid}")
+        for layer in self.language_model.layers:
+            layer.attention.add_lora(lora, rngs)
+            if layer.blender is not None:
+                layer.blender.devices = devices
+
+    def adapters(self, blenders: bool = True) -> list[nnx.Module]:
+        """The modules that fine-tuning trains: the head, every LoRA and, unless told otherwise, every blender."""
+        parts = [self.gen_head]
+        for layer in self.language_model.layers:
+            parts += [layer.attention.q_lora, layer.attention.v_lora, layer.blender if blenders else None]
+        return [part for part in parts if part is not None]
+
+    def merge_lora(self) -> None:
+        """Adds every LoRA to the weights that it corrects, in place."""
+        for layer in self.language_model.layers:
+            layer.attention.merge_lora()
+
+    def prefill(self, condition: Prompts, blended_rows: int = 0) -> tuple[Float[Array, "B D"], Cache]:
+        """Reads the prompts but for their last tokens, whose embeddings are the input of cell 0."""
+        ids, mask = left_pad(*condition)
         x = self.language_model.embed_tokens(ids)
         cells = self.grid[0] * self.grid[1]
         return x[:, -1], self.language_model.prefill(x[:, :-1], mask[:, :-1], cells, blended_rows)
@@ -125,8 +162,7 @@ class Janus(nnx.Module):
 
     def teacher_forced(
         self,
-        prompt_ids: Int[Array, "B L"],
-        prompt_mask: Bool[Array, "B L"],
+        condition: Prompts,
         codes: Int[Array, "B T"],
         neighbors: Int[Array, "B T K"] | None = None,
     ) -> Float[Array, "B T V"]:
@@ -135,12 +171,11 @@ class Janus(nnx.Module):
         Args:
           neighbors: retrieved codes, -1 where absent; None = FAiD's blenders, if any, are passed over.
         """
-        return self.forward(prompt_ids, prompt_mask, codes, neighbors)[0]
+        return self.forward(condition, codes, neighbors)[0]
 
     def forward(
         self,
-        prompt_ids: Int[Array, "B L"],
-        prompt_mask: Bool[Array, "B L"],
+        condition: Prompts,
         codes: Int[Array, "B T"],
         neighbors: Int[Array, "B T K"] | None = None,
         conditional: Bool[Array, " B"] | None = None,
@@ -152,7 +187,7 @@ class Janus(nnx.Module):
           conditional: rows that still have their caption; blenders are silent in the others.
           rngs: for dropout; None = none.
         """
-        ids, mask = left_pad(prompt_ids, prompt_mask)
+        ids, mask = left_pad(*condition)
         x = jnp.concatenate([self.language_model.embed_tokens(ids), self.embed_codes(codes[:, :-1])], axis=1)
         filled = jnp.concatenate([mask, jnp.ones((mask.shape[0], codes.shape[1] - 1), bool)], axis=1)
         positions = jnp.maximum(jnp.cumsum(filled, axis=1) - 1, 0).astype(jnp.int32)
@@ -162,7 +197,7 @@ class Janus(nnx.Module):
 
     def score(
         self,
-        prompt_ids: ArrayLike,
+        condition: ArrayLike,
         codes: ArrayLike,
         neighbor_codes: ArrayLike = None,
         prompt_mask: ArrayLike = None,
@@ -171,7 +206,7 @@ class Janus(nnx.Module):
         """Float32 logits [B, T, V] of given codes; row t predicts ``codes[:, t]``.
 
         Args:
-          prompt_ids: int [B, L], BOS … image-start; codes: int [B, T].
+          condition: prompt ids int [B, L], BOS … image-start, or (ids, mask); codes: int [B, T].
           neighbor_codes: int [B, T, K], retrieved codes for FAiD's blenders, any K: they take the mean over all K
             slots, empty ones (-1) too; None = a FAiD model scores as its base does.
           prompt_mask: 0/1 [B, L], 1 = a real token, pads on either side; None = no pads.
@@ -182,18 +217,18 @@ class Janus(nnx.Module):
           UserError: if a shape or an id does not fit the model.
         """
         require_own_process()
-        prompt_ids, prompt_mask = self.check_prompt(prompt_ids, prompt_mask)
-        codes = np.asarray(codes)
-        if codes.ndim != 2 or len(codes) != len(prompt_ids):
-            raise UserError(f"codes must be [B, T] with B = {len(prompt_ids)} as the prompts, got {codes.shape}")
-        _check_ids("codes", codes, self.codebook_size)
+        condition = self.check_condition(condition, prompt_mask)
+        codes, batch = np.asarray(codes), len(condition[0])
+        if codes.ndim != 2 or len(codes) != batch:
+            raise UserError(f"codes must be [B, T] with B = {batch} as the prompts, got {codes.shape}")
+        check_ids("codes", codes, self.codebook_size)
         if neighbor_codes is not None:
             neighbor_codes = self._check_neighbors(neighbor_codes, codes.shape)
         model = self
         if grid is not None or neighbor_codes is not None:
             model = self.with_grid(self._grid_of(codes.shape[1], grid))
         codes = jnp.asarray(codes, jnp.int32)
-        return _teacher_forced(*nnx.split(model), prompt_ids, prompt_mask, codes, neighbor_codes)
+        return _teacher_forced(*nnx.split(model), condition, codes, neighbor_codes)
 
     def _grid_of(self, cells: int, grid: ArrayLike) -> tuple[int, int]:
         """The grid that this many cells fill."""
@@ -211,58 +246,30 @@ class Janus(nnx.Module):
             raise UserError("neighbor_codes are given, but this checkpoint has no FAiD blenders")
         if given.ndim != 3 or given.shape[:2] != shape or given.shape[2] < 1:
             raise UserError(f"neighbor_codes must be [B, T, K] with K >= 1 for codes {shape}, got {given.shape}")
-        _check_ids("neighbor_codes", given, self.codebook_size, lowest=-1)
+        check_ids("neighbor_codes", given, self.codebook_size, lowest=-1)
         return jnp.asarray(given, jnp.int32)
 
-    def encode_images(self, images: ArrayLike) -> tuple[Int[Array, "B T"], Float[Array, "B H W C"]]:
-        """Codes in raster order, and l2-normalised latents before quantisation.
-
-        Args:
-          images: float [B, h, w, 3], pixels in [-1, 1]; any height and width that the tokenizer's downsampling divides.
-
-        Raises:
-          UserError: if it does not divide them, they are integers, or hold NaN or values outside [-1, 1].
-        """
-        require_own_process()
-        images = images if isinstance(images, Array) else np.asarray(images)
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise UserError(f"images must be floats in [-1, 1], got {images.dtype}; of 0 … 255 make x / 127.5 - 1")
-        images, cell = jnp.asarray(images, jnp.float32), self.config.vision.downsampling
-        if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] % cell or images.shape[2] % cell:
-            raise UserError(f"images must be [B, h, w, 3] with h and w multiples of {cell}, got {images.shape}")
-        _check_pixels(images)
-        codes, latents = encode_split(*nnx.split(self.gen_vision_model), images)
-        return codes.reshape(len(images), -1), latents
-
-    def decode_codes(self, codes: ArrayLike, height: SupportsIndex, width: SupportsIndex) -> Float[Array, "B h w 3"]:
-        """Pixels in [-1, 1] of a grid of height x width codes.
-
-        Raises:
-          UserError: if the codes do not fill that grid, or are not of this codebook.
-        """
-        require_own_process()
-        codes = np.asarray(codes)
-        if codes.ndim != 2 or codes.shape[1] != height * width:
-            raise UserError(f"codes must be [B, {height * width}] for a {height} x {width} grid, got {codes.shape}")
-        _check_ids("codes", codes, self.codebook_size)
-        grid = jnp.asarray(codes.reshape(-1, height, width), jnp.int32)
-        return jnp.clip(_decode(*nnx.split(self.gen_vision_model), grid), -1.0, 1.0)
-
-    def unconditional(self, prompt_ids: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]) -> Int[Array, "B L"]:
-        """The prompt of classifier-free guidance: all but the first and the last real token become pads.
+    def unconditional(self, condition: Prompts) -> Prompts:
+        """The prompts of classifier-free guidance: all but the first and the last real token become pads.
 
         These pads count as tokens and are attended (reference README, "Prompt"), so the mask stays.
         """
-        count = jnp.cumsum(prompt_mask, axis=1)
+        ids, mask = condition
+        count = jnp.cumsum(mask, axis=1)
         ends = (count == 1) | (count == count[:, -1:])
-        return jnp.where(prompt_mask & ~ends, self.config.pad_id, prompt_ids)
+        return jnp.where(mask & ~ends, self.config.pad_id, ids), mask
 
-    def check_prompt(
-        self, prompt_ids: ArrayLike, prompt_mask: ArrayLike = None
-    ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
-        """Prompt and mask as device arrays, or a UserError that names what is wrong with them."""
-        ids = np.asarray(prompt_ids)
-        given = np.ones(ids.shape, bool) if prompt_mask is None else np.asarray(prompt_mask)
+    def check_condition(self, condition: ArrayLike, mask: ArrayLike = None) -> Prompts:
+        """Prompt ids and mask as device arrays, or a UserError that names what is wrong with them.
+
+        Args:
+          condition: ids [B, L], or the pair (ids, mask).
+          mask: of ids alone; None = all are real tokens.
+        """
+        if mask is None and isinstance(condition, tuple) and len(condition) == 2 and np.ndim(condition[0]) == 2:
+            condition, mask = condition
+        ids = np.asarray(condition)
+        given = np.ones(ids.shape, bool) if mask is None else np.asarray(mask)
         mask = given.astype(bool)
         if ids.ndim != 2 or ids.shape[1] < 2 or mask.shape != ids.shape:
             raise UserError(f"prompts must be [B, L >= 2] with a mask alike, got {ids.shape} and {mask.shape}")
@@ -270,7 +277,7 @@ class Janus(nnx.Module):
             raise UserError("prompt_mask must hold 0 and 1 alone, 1 where a real token stands")
         if (mask.sum(1) < 2).any():
             raise UserError("a prompt is empty: it needs at least its first and its image-start token")
-        _check_ids("prompt_ids", ids, self.config.language.vocab_size)
+        check_ids("prompt_ids", ids, self.config.language.vocab_size)
         return jnp.asarray(ids, jnp.int32), jnp.asarray(mask)
 
 
@@ -280,40 +287,7 @@ def left_pad(ids: Int[Array, "R L"], mask: Bool[Array, "R L"]) -> tuple[Int[Arra
     return jnp.take_along_axis(ids, order, 1), jnp.take_along_axis(mask, order, 1)
 
 
-def _check_ids(name: str, ids: np.ndarray, size: int, lowest: int = 0) -> None:
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise UserError(f"{name} must be integers, got {ids.dtype}")
-    if ids.size and (ids.min() < lowest or ids.max() >= size):
-        raise UserError(f"{name} must lie in [{lowest}, {size}), got {ids.min()} … {ids.max()}")
-
-
-def _check_pixels(images: Array) -> None:
-    """Raises UserError unless pixels lie in [-1, 1], but for rounding (of tracers nothing is known)."""
-    if isinstance(images, jax.core.Tracer) or not images.size:
-        return
-    low, high = float(images.min()), float(images.max())
-    if math.isnan(low) or math.isnan(high):
-        raise UserError("images hold NaN; pixels must be numbers in [-1, 1]")
-    if low < -1 - ROUNDING or high > 1 + ROUNDING:
-        raise UserError(
-            f"images must be floats in [-1, 1], got {low:g} … {high:g}; of 0 … 255 make x / 127.5 - 1, of 0 … 1 2 x - 1"
-        )
-
-
 # Jitted once a shape; the model travels as (graphdef, state), its arrays as arguments.
-
-
 @jax.jit(static_argnums=0)
-def _teacher_forced(graph, state, prompt_ids, prompt_mask, codes, neighbors):
-    return nnx.merge(graph, state).teacher_forced(prompt_ids, prompt_mask, codes, neighbors)
-
-
-@jax.jit(static_argnums=0)
-def encode_split(graph, state, images):
-    """Codes [B, H, W] and latents [B, H, W, C] of pixels in [-1, 1] by a tokenizer that ``nnx.split`` took apart."""
-    return nnx.merge(graph, state).encode(images)
-
-
-@jax.jit(static_argnums=0)
-def _decode(graph, state, codes):
-    return nnx.merge(graph, state).decode_codes(codes)
+def _teacher_forced(graph, state, condition, codes, neighbors):
+    return nnx.merge(graph, state).teacher_forced(condition, codes, neighbors)

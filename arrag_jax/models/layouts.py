@@ -1,4 +1,4 @@
-"""Names of tensors: from the path of each of our parameters to its key in the layouts that Janus comes in.
+"""Names of tensors: from the path of each of our parameters to its key in a layout, and the layouts of Janus.
 
 One table gives the key under which Janus-Pro and FAiD are published, which is also what our own checkpoints use;
 a second one turns that key into the one of the ``transformers`` library. Both were read off checkpoints.
@@ -12,10 +12,8 @@ import numpy as np
 
 Rule = tuple[str, str | Callable[[re.Match], str]]
 
-LM_HEAD = "language_model.lm_head.weight"
-
 _LAYER = r"language_model\.layers\.(\d+)\."
-# Our path → published key, first match wins. The leaf (weight, kernel, scale, embedding) becomes "weight".
+# Our path → published key, first match wins.
 _PUBLISHED: tuple[Rule, ...] = (
     (
         rf"{_LAYER}attention\.([qv])_lora\.([ab])\.",  # as the PEFT library calls them, see ``plain_key``
@@ -58,18 +56,26 @@ _TRANSFORMERS: tuple[Rule, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one family of checkpoints names its tensors.
+    """How one kind of checkpoint names its tensors.
 
     Attributes:
-      rules: from the published key to this layout's.
+      names: from the path of one of our parameters, its leaf (kernel, scale, embedding) called "weight", to the
+        published key; the first match wins.
+      rules: from the published key to this layout's; all that match are applied, in order.
       parts: prefix of each part of the model, by our name of it.
       unused: keys that drawing never needs: text head, a training counter, the image-understanding tower, and the
         rotary frequencies that older libraries stored beside the base they follow from.
+      exact: parts that stay in float32 whatever the rest is read or written in: a rounded tokenizer gives some images
+        other codes, and no datastore built before would fit it.
+      shared: published keys, among the unused ones, that this layout has a name for too.
     """
 
+    names: tuple[Rule, ...]
     rules: tuple[Rule, ...]
     parts: dict[str, str]
     unused: re.Pattern
+    exact: tuple[str, ...] = ("gen_vision_model",)
+    shared: tuple[str, ...] = ()
 
     def from_published(self, key: str) -> str:
         """This layout's name of a published key."""
@@ -79,10 +85,20 @@ class Layout:
 
     def key(self, path: str) -> str:
         """This layout's name of one of our parameters."""
-        return self.from_published(published_key(path))
+        return self.from_published(self.published(path))
+
+    def published(self, path: str) -> str:
+        """The published key of one of our parameters."""
+        key = re.sub(r"\.(kernel|scale|embedding)$", ".weight", path)
+        for pattern, replacement in self.names:
+            key, count = re.subn("^" + pattern, replacement, key)
+            if count:
+                break
+        return key
 
 
 PUBLISHED = Layout(
+    names=_PUBLISHED,
     rules=(),
     parts={name: f"{name}." for name in ("language_model", "gen_vision_model", "gen_embed", "gen_aligner", "gen_head")},
     unused=re.compile(
@@ -91,6 +107,7 @@ PUBLISHED = Layout(
     ),
 )
 TRANSFORMERS = Layout(
+    names=_PUBLISHED,
     rules=_TRANSFORMERS,
     parts={
         "language_model": "model.language_model.",
@@ -100,17 +117,8 @@ TRANSFORMERS = Layout(
         "gen_head": "model.generation_head.",
     },
     unused=re.compile(r"lm_head\.weight|model\.(vision_model|aligner)\..*"),
+    shared=("language_model.lm_head.weight",),
 )
-
-
-def published_key(path: str) -> str:
-    """The published key of one of our parameters."""
-    key = re.sub(r"\.(kernel|scale|embedding)$", ".weight", path)
-    for pattern, replacement in _PUBLISHED:
-        key, count = re.subn("^" + pattern, replacement, key)
-        if count:
-            break
-    return key
 
 
 def plain_key(name: str) -> str:

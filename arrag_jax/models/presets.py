@@ -33,6 +33,11 @@ class JanusConfig:
         return self.language is not None and self.language.vocab_size > 0
 
     @property
+    def blended_neighbors(self) -> int:
+        """K of FAiD's blenders; 0: the model has none."""
+        return self.faid.neighbors if self.faid else 0
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return self.grid[0] * self.vision.downsampling, self.grid[1] * self.vision.downsampling

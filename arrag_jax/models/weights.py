@@ -8,8 +8,7 @@ from flax import nnx
 
 from arrag_jax.checksums import all_finite
 from arrag_jax.errors import UserError
-from arrag_jax.models.janus import PARTS, VISION
-from arrag_jax.models.layouts import Layout, published_key, published_shape, to_ours, to_published
+from arrag_jax.models.layouts import Layout, published_shape, to_ours, to_published
 from arrag_jax.models.tensor_files import Stored, read_tensors, write_tensors
 from arrag_jax.nn.vq import CodeUsage
 
@@ -34,7 +33,7 @@ def match(model: nnx.Module, stored: dict[str, Stored], layout: Layout, director
       UserError: with every missing, unknown and mis-shaped key, one a line.
     """
     wanted = {layout.key(path): path for path in parameters(model)}
-    passed = tuple(layout.parts[part] for part in PARTS if getattr(model, part) is None)
+    passed = tuple(prefix for part, prefix in layout.parts.items() if getattr(model, part) is None)
     problems = [f"missing {key}" for key in sorted(set(wanted) - set(stored))]
     for key in sorted(set(stored) - set(wanted)):
         if not layout.unused.fullmatch(key) and not key.startswith(passed):
@@ -53,13 +52,13 @@ def match(model: nnx.Module, stored: dict[str, Stored], layout: Layout, director
     return {path: stored[key] for key, path in wanted.items()}
 
 
-def read_weights(model: nnx.Module, matched: dict[str, Stored], dtype: str) -> None:
+def read_weights(model: nnx.Module, matched: dict[str, Stored], dtype: str, exact: tuple[str, ...]) -> None:
     """Fills a model, tensor by tensor: in memory are the model and one tensor.
 
     Args:
-      model: built abstractly (``nnx.eval_shape``); receives its parameters in ``dtype``, those of the tokenizer in
-        float32 (see ``write_weights``).
+      model: built abstractly (``nnx.eval_shape``); receives its parameters in ``dtype``.
       matched: of ``match``.
+      exact: parts that are read in float32 (``Layout.exact``).
 
     Raises:
       UserError: a tensor that is damaged, or that holds numbers which are not finite, in the file or in ``dtype``.
@@ -69,7 +68,7 @@ def read_weights(model: nnx.Module, matched: dict[str, Stored], dtype: str) -> N
     largest_first = sorted(matched.items(), key=lambda item: (-item[1].nbytes, item[0]))
     for path, value in read_tensors(dict(largest_first)):
         with np.errstate(over="ignore"):  # it is told below
-            ours = np.ascontiguousarray(to_ours(value, path), _kept(path, dtype))
+            ours = np.ascontiguousarray(to_ours(value, path), _kept(path, dtype, exact))
         if not all_finite(ours):
             require_finite(value, matched[path])
             what = f"{matched[path].name} in {matched[path].file}"
@@ -86,18 +85,15 @@ def require_finite(value: np.ndarray, tensor: Stored) -> None:
         )
 
 
-def write_weights(model: nnx.Module, path: Path, dtype: str) -> None:
-    """Writes a model's parameters under their published keys to one file.
-
-    The tokenizer stays in float32 whatever the ``dtype``: a rounded tokenizer gives some images other codes, and no
-    datastore built before would fit it.
-    """
+def write_weights(model: nnx.Module, path: Path, dtype: str, layout: Layout) -> None:
+    """Writes a model's parameters under a layout's keys to one file, in ``dtype`` but for the layout's exact parts."""
     tensors = {}
     for name, value in parameters(model).items():
-        tensors[published_key(name)] = to_published(np.asarray(value[...].astype(_kept(name, dtype))), name)
+        kept = np.asarray(value[...].astype(_kept(name, dtype, layout.exact)))
+        tensors[layout.key(name)] = to_published(kept, name)
     write_tensors(tensors, path)
 
 
-def _kept(path: str, dtype: str):
+def _kept(path: str, dtype: str, exact: tuple[str, ...]):
     """The dtype in which a parameter is held."""
-    return DTYPES["float32" if path.startswith(VISION) else dtype]
+    return DTYPES["float32" if path.startswith(exact) else dtype]

@@ -24,7 +24,7 @@ from arrag_jax.ops.grid import has_context
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of the decoder; the defaults are Janus-Pro-1B's."""
+    """Shape of the decoder; the defaults are those of the preset janus-pro-1b."""
 
     vocab_size: int = 102400
     width: int = 2048

@@ -1,7 +1,7 @@
 """VQ tokenizer with an l2-normalised codebook: LlamaGen's VQ-16 and its small relatives.
 
 Layout NHWC, pixels in [-1, 1]. Source: reference README "Backbone" and quirk 24. With ``VQConfig()``
-it is Janus-Pro's tokenizer. Three fields make a small one whose codes are local, so that equal patches get
+it is VQ-16 itself. Three fields make a small one whose codes are local, so that equal patches get
 equal codes whatever else is in the picture: ``norm_scope="pixel"`` (a GroupNorm over the whole image makes
 every code depend on every pixel), ``middle=False`` (no attention), and ``encoder_kernel=1``.
 """

@@ -18,7 +18,7 @@ from arrag_jax.data.emoji.dataset import NAMES, load_source
 from arrag_jax.data.examples import PASSED_OVER, Examples
 from arrag_jax.data.prepared import PREFIX, PreparedImages, places
 from arrag_jax.errors import UserError
-from arrag_jax.models.janus import Janus, encode_split
+from arrag_jax.interfaces import ImageTokenizer
 from arrag_jax.nn.vq import from_uint8, to_uint8
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.encoding import Encode
@@ -78,7 +78,7 @@ class ImageSource:
         name: str,
         data_dir: str,
         captions: bool,
-        tokenizer: Janus,
+        tokenizer: ImageTokenizer,
         state: str,
         listing: Path,
         copies: bool = True,
@@ -105,7 +105,7 @@ class ImageSource:
         Raises:
           UserError: no such split, an empty one, or images that do not fit the tokenizer.
         """
-        size = self.tokenizer.config.image_size
+        size = self.tokenizer.image_size
         if self.state == "whole":
             return sources.FileImages(Path(), [], size)
         if not is_data_set(self.name):
@@ -143,7 +143,7 @@ class ImageSource:
             sources.save_listing(self.listing, self.entries, self.beside)
 
 
-def load_images(source: str, split: str, data_dir: str | Path, tokenizer: Janus) -> Sequence[dict[str, Any]]:
+def load_images(source: str, split: str, data_dir: str | Path, tokenizer: ImageTokenizer) -> Sequence[dict[str, Any]]:
     """Random-access source of a split whose images the tokenizer's grid covers exactly.
 
     Args: as ``load_source``.
@@ -154,7 +154,7 @@ def load_images(source: str, split: str, data_dir: str | Path, tokenizer: Janus)
     examples = load_source(source, split, data_dir)
     if len(examples) == 0:
         raise UserError(f"split {split} of {source} is empty; choose another")
-    found, wanted = examples[0]["image"].shape, (*tokenizer.config.image_size, 3)
+    found, wanted = examples[0]["image"].shape, (*tokenizer.image_size, 3)
     if found != wanted:
         raise UserError(f"images of {source} are {found}, the model's tokenizer takes {wanted}; use another model")
     return examples
@@ -232,22 +232,28 @@ def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda x: (-x[1], x[0])))
 
 
-def encoder(tokenizer: Janus) -> Encode:
+def encoder(tokenizer: ImageTokenizer) -> Encode:
     """Codes and latents of uint8 images by this tokenizer, one batch after another on each local device in turn.
 
     A batch is encoded by one device, so that its codes are the same on any number of them.
     """
-    graph, state = nnx.split(tokenizer.gen_vision_model)  # once: it takes a tenth of a small tokenizer's time
+    graph, state = nnx.split(tokenizer)  # once: it takes a tenth of a small tokenizer's time
     turns = itertools.cycle([(device, jax.device_put(state, device)) for device in jax.local_devices()])
 
     def encode(images: np.ndarray) -> tuple[Any, Any]:
         device, copy = next(turns)
-        return encode_split(graph, copy, from_uint8(jax.device_put(images, device)))
+        return _encode(graph, copy, from_uint8(jax.device_put(images, device)))
 
     return encode
 
 
-def reconstruct(model: Janus, images: UInt8[np.ndarray, "N h w 3"]) -> UInt8[np.ndarray, "N h w 3"]:
+@jax.jit(static_argnums=0)
+def _encode(graph, state, images):
+    codes, latents = nnx.merge(graph, state).encode_images(images)
+    return codes.reshape(latents.shape[:3]), latents
+
+
+def reconstruct(model: ImageTokenizer, images: UInt8[np.ndarray, "N h w 3"]) -> UInt8[np.ndarray, "N h w 3"]:
     """Images through the tokenizer and back, a hundred at a time: the best that codes can look."""
     parts = []
     for start in range(0, len(images), 100):

@@ -25,13 +25,10 @@ from arrag_jax.errors import UserError
 from arrag_jax.fields import LocalPath, Settings
 from arrag_jax.figures import grids
 from arrag_jax.files import sha256_of
-from arrag_jax.interfaces import DecodePolicy
+from arrag_jax.interfaces import DecodePolicy, TunableBackbone
 from arrag_jax.mesh import make_mesh
-from arrag_jax.models.checkpoint import load_model, save_model, tokenizer_fingerprint
-from arrag_jax.models.config_json import read_config
-from arrag_jax.models.janus import Janus
+from arrag_jax.models.checkpoint import config_of, load_model, load_prompts, save_model
 from arrag_jax.models.tensor_files import checkpoint_folder, stored_tensors
-from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.variables import Adapter, freeze, retype
@@ -82,13 +79,10 @@ class FaidOptions(Settings):
             raise UserError(f"prompt_length={self.prompt_length} must be at least 1")
 
 
-def mark_adapters(model: Janus, blenders: bool = True) -> None:
+def mark_adapters(model: TunableBackbone, blenders: bool = True) -> None:
     """Makes LoRA, head and (unless told otherwise) blenders ``Adapter``, all else ``Frozen``, in place."""
-    retype(model.gen_head, Adapter)
-    for layer in model.language_model.layers:
-        for part in (layer.attention.q_lora, layer.attention.v_lora, layer.blender if blenders else None):
-            if part is not None:
-                retype(part, Adapter)
+    for part in model.adapters(blenders):
+        retype(part, Adapter)
     freeze(model)
 
 
@@ -102,8 +96,8 @@ class FaidTask:
         if config.data != DataConfig(eval_examples=config.data.eval_examples):
             raise UserError("of config.data task faid reads eval_examples alone; its data are config.options.neighbors")
         self.config, self.options = config, options
-        self.tokens = math.prod(read_config(Path(options.base)).grid)
-        self.text = PromptTokenizer.load(options.base)
+        self.tokens = math.prod(config_of(options.base).grid)
+        self.text = load_prompts(options.base)
         self.sets = {name: NeighborSet.open(Path(options.neighbors) / name) for name in ("train", "valid")}
         for neighbors in self.sets.values():
             neighbors.verify()  # training reads them whole, in an order in which no hash can be checked
@@ -123,23 +117,18 @@ class FaidTask:
                     f"--config.options.retrieval.k={options.faid.neighbors}"
                 )
 
-    def init_model(self, rngs: nnx.Rngs) -> Janus:
+    def init_model(self, rngs: nnx.Rngs) -> TunableBackbone:
         """The base, frozen but for its head, with fresh blenders and LoRA."""
-        options, faid = self.options, self.options.faid
+        options = self.options
         model = load_model(options.base, self.config.compute_dtype)
-        tokenizer = tokenizer_fingerprint(model)
+        tokenizer = model.fingerprint
         for neighbors in self.sets.values():
             neighbors.require_tokenizer(tokenizer)
-        language = model.language_model
-        if options.blend and model.config.faid is None:
-            model.config = dataclasses.replace(model.config, faid=faid)
-            language.add_blenders(faid, rngs, options.start_silent)
-        elif options.blend and model.config.faid != faid:
-            raise UserError(f"{options.base} has blenders already, {model.config.faid}, which are not config's {faid}")
-        for layer in language.layers:
-            layer.attention.add_lora(options.lora, rngs)
-            if layer.blender is not None:
-                layer.blender.devices = make_mesh(self.config.mesh).size
+        faid, devices = options.faid if options.blend else None, make_mesh(self.config.mesh).size
+        try:
+            model.add_adapters(options.lora, faid, rngs, options.start_silent, devices)
+        except UserError as error:
+            raise UserError(f"config.options.base={options.base}: {error}") from error
         mark_adapters(model, options.blend)
         return model
 
@@ -186,31 +175,32 @@ class FaidTask:
         count = min(len(stored), self.config.data.eval_examples)
         return in_batches(stored, count, batch_size, self._example)
 
-    def loss(self, model: Janus, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
+    def loss(self, model: TunableBackbone, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
         """Mean cross-entropy of the codes, in nats; some prompts are dropped for guidance."""
         caption_key, dropout_key = jax.random.split(key)
         ids, mask = batch["prompt_ids"], batch["prompt_mask"]
         kept = ~jax.random.bernoulli(caption_key, self.options.caption_dropout, (len(ids),))
-        ids = jnp.where(kept[:, None], ids, model.unconditional(ids, mask))
+        ids = jnp.where(kept[:, None], ids, model.unconditional((ids, mask))[0])
         loss, gates = self._cross_entropy(model, batch | {"prompt_ids": ids}, kept, nnx.Rngs(dropout_key))
         metrics = {"bits_per_code": loss * BITS}
         return loss, metrics | {f"gate_{i}": gate for i, gate in enumerate(gates)}
 
     def _cross_entropy(
-        self, model: Janus, batch: Batch, kept: Bool[Array, " B"] | None = None, rngs: nnx.Rngs | None = None
+        self, model: TunableBackbone, batch: Batch, kept: Bool[Array, " B"] | None = None, rngs: nnx.Rngs | None = None
     ) -> tuple[Float[Array, ""], Float[Array, " blenders"]]:
         neighbors = batch["neighbors"] if self.options.blend else None
-        logits, gates = model.forward(batch["prompt_ids"], batch["prompt_mask"], batch["codes"], neighbors, kept, rngs)
+        condition = batch["prompt_ids"], batch["prompt_mask"]
+        logits, gates = model.forward(condition, batch["codes"], neighbors, kept, rngs)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["codes"]).mean(), gates
 
-    def after_update(self, model: Janus, key: Array) -> None:
+    def after_update(self, model: TunableBackbone, key: Array) -> None:
         """Nothing to mend."""
 
-    def eval_metrics(self, model: Janus, batch: Batch) -> Scalars:
+    def eval_metrics(self, model: TunableBackbone, batch: Batch) -> Scalars:
         """Held-out bits a code, prompts given."""
         return {"bits_per_code": self._cross_entropy(model, batch)[0] * BITS}
 
-    def sample_callback(self) -> Callable[[Janus], Pictures]:
+    def sample_callback(self) -> Callable[[TunableBackbone], Pictures]:
         """Draws the same prompts and seeds every time: the base plain and with DAiD, the tuned model before and now.
 
         Before: with fresh blenders and LoRA, also in a run that began from ``init_from``.
@@ -224,12 +214,12 @@ class FaidTask:
         captions = [stored[i]["caption"] for i in range(min(PICTURES, len(stored)))]
         ids, mask = self.text(captions, self.options.prompt_length)
 
-        def drawn(model: Janus, policy: DecodePolicy) -> UInt8[np.ndarray, "N h w 3"]:
+        def drawn(model: TunableBackbone, policy: DecodePolicy) -> UInt8[np.ndarray, "N h w 3"]:
             settings = dataclasses.asdict(self.options.sampling)
             codes = sample(model, ids, policy, retriever, seed=self.config.seed, prompt_mask=mask, **settings).codes
             return np.asarray(to_uint8(model.decode_codes(codes, *model.grid)))
 
-        def paint(model: Janus) -> Pictures:
+        def paint(model: TunableBackbone) -> Pictures:
             if not unchanging:
                 # Fresh LoRA adds nothing, so that without blending this is the base.
                 start = self.init_model(nnx.Rngs(self.config.seed))
@@ -241,10 +231,9 @@ class FaidTask:
 
         return paint
 
-    def export(self, model: Janus, directory: Path, run: dict[str, Any]) -> None:
+    def export(self, model: TunableBackbone, directory: Path, run: dict[str, Any]) -> None:
         """The tuned model in the published layout, LoRA merged, bfloat16, with the held-out figure of just that."""
-        for layer in model.language_model.layers:
-            layer.attention.merge_lora()
+        model.merge_lora()
         save_model(model, directory, "bfloat16")
         self.text.save(directory)
         model = load_model(directory)

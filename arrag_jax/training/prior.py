@@ -21,10 +21,9 @@ from arrag_jax.decode.loop import sample
 from arrag_jax.errors import UserError
 from arrag_jax.fields import LocalPath, Settings
 from arrag_jax.figures import grids
-from arrag_jax.models.checkpoint import load_model, save_model, tokenizer_fingerprint
-from arrag_jax.models.janus import VISION, Janus
-from arrag_jax.models.presets import PRESETS
-from arrag_jax.models.text import PromptTokenizer
+from arrag_jax.interfaces import Condition, ImageModel
+from arrag_jax.models.checkpoint import load_model, load_tokenizer, save_model
+from arrag_jax.models.registry import preset
 from arrag_jax.nn.variables import freeze
 from arrag_jax.nn.vq import from_uint8, to_uint8
 from arrag_jax.training.loop import Batch, Pictures, Scalars
@@ -44,7 +43,7 @@ from arrag_jax.training.shared import (
 class PriorOptions(Settings):
     """Settings of the prior."""
 
-    preset: str  # a key of models.presets.PRESETS
+    preset: str  # of models.registry.trained_presets
     tokenizer: LocalPath  # export folder of a tokenizer run
     caption_dropout: float = 0.1  # share of prompts replaced by the unconditional one, for guidance
     prompt_length: int = 16  # tokens; a longer caption is an error
@@ -67,30 +66,25 @@ class PriorTask:
 
     def __init__(self, config: TrainConfig, options: PriorOptions):
         self.config, self.options = config, options
-        self.tokens = math.prod(PRESETS[options.preset].grid)
-        self.text = PromptTokenizer.of_words(words())
-        self.tokenizer = load_model(options.tokenizer, parts=VISION)
+        self.family, self.shape = preset(options.preset)
+        self.tokens = math.prod(self.shape.grid)
+        self.text = self.family.training.text(words())
+        self.tokenizer = load_tokenizer(options.tokenizer)
 
-    def init_model(self, rngs: nnx.Rngs) -> Janus:
+    def init_model(self, rngs: nnx.Rngs) -> ImageModel:
         """A fresh language model around the given tokenizer, whose codebook its code embedding starts from."""
-        preset, tokenizer = PRESETS[self.options.preset], self.tokenizer
-        if tokenizer.config.vision != preset.vision:
-            raise UserError(
-                f"config.options.tokenizer={self.options.tokenizer} is of another shape than preset "
-                f"{self.options.preset}: {tokenizer.config.vision} against {preset.vision}"
-            )
-        language = dataclasses.replace(preset.language, vocab_size=self.text.vocab_size)
-        longest = self.options.prompt_length + self.tokens
-        shape = dataclasses.replace(preset, language=language, pad_id=self.text.pad_id, max_positions=longest)
-        model = Janus(shape, rngs)
-        model.gen_vision_model = tokenizer.gen_vision_model
-        freeze(model.gen_vision_model)
-        model.gen_embed.embedding[...] = tokenizer.codebook
+        options, make = self.options, self.family.training.prior
+        try:
+            model = make(self.shape, self.tokenizer, self.text, options.prompt_length, rngs)
+        except UserError as error:
+            given = f"config.options.tokenizer={options.tokenizer}"
+            raise UserError(f"{given} is of another shape than preset {options.preset}: {error}") from error
+        freeze(model.vq)
         return model
 
     def base(self) -> dict[str, str]:
         """The frozen tokenizer."""
-        return {"tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        return {"tokenizer": self.tokenizer.fingerprint}
 
     def _example(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
         ids, mask = self.text([example["caption"].decode()], self.options.prompt_length)
@@ -105,31 +99,31 @@ class PriorTask:
         """The first ``eval_examples`` of the held-out split."""
         return held_out(self.config, batch_size, self._example)
 
-    def loss(self, model: Janus, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
+    def loss(self, model: ImageModel, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
         """Mean cross-entropy of the codes, in nats; some prompts are dropped for guidance."""
-        ids = batch["prompt_ids"]
+        ids, mask = batch["prompt_ids"], batch["prompt_mask"]
         dropped = jax.random.bernoulli(key, self.options.caption_dropout, (len(ids),))
-        empty = model.unconditional(ids, batch["prompt_mask"])
-        loss = self._cross_entropy(model, batch, jnp.where(dropped[:, None], empty, ids))
+        empty, _ = model.unconditional((ids, mask))
+        loss = self._cross_entropy(model, batch, (jnp.where(dropped[:, None], empty, ids), mask))
         return loss, {"bits_per_code": loss * BITS}
 
-    def _cross_entropy(self, model: Janus, batch: Batch, ids: Array) -> Float[Array, ""]:
-        codes = model.gen_vision_model.encode(from_uint8(batch["image"]))[0].reshape(len(ids), -1)
-        logits = model.teacher_forced(ids, batch["prompt_mask"], jax.lax.stop_gradient(codes))
+    def _cross_entropy(self, model: ImageModel, batch: Batch, condition: Condition) -> Float[Array, ""]:
+        codes = model.encode_images(from_uint8(batch["image"]))[0]
+        logits = model.teacher_forced(condition, jax.lax.stop_gradient(codes))
         return optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
 
-    def after_update(self, model: Janus, key: Array) -> None:
+    def after_update(self, model: ImageModel, key: Array) -> None:
         """Nothing to mend."""
 
-    def eval_metrics(self, model: Janus, batch: Batch) -> Scalars:
+    def eval_metrics(self, model: ImageModel, batch: Batch) -> Scalars:
         """Held-out bits a code, prompts given."""
-        return {"bits_per_code": self._cross_entropy(model, batch, batch["prompt_ids"]) * BITS}
+        return {"bits_per_code": self._cross_entropy(model, batch, (batch["prompt_ids"], batch["prompt_mask"])) * BITS}
 
-    def sample_callback(self) -> Callable[[Janus], Pictures]:
+    def sample_callback(self) -> Callable[[ImageModel], Pictures]:
         """Draws twelve held-out prompts with the same seeds every time."""
         batch = next(self.eval_batches(12))
 
-        def paint(model: Janus) -> Pictures:
+        def paint(model: ImageModel) -> Pictures:
             drawn = sample(
                 model, batch["prompt_ids"], prompt_mask=batch["prompt_mask"],
                 cfg_scale=self.options.cfg_scale, seed=self.config.seed,
@@ -139,8 +133,8 @@ class PriorTask:
 
         return paint
 
-    def export(self, model: Janus, directory: Path, run: dict[str, Any]) -> None:
-        """The whole Janus as a model folder, language model in bfloat16, with the held-out figures of just that."""
+    def export(self, model: ImageModel, directory: Path, run: dict[str, Any]) -> None:
+        """The whole model as a folder, language model in bfloat16, with the held-out figures of just that."""
         save_model(model, directory, "bfloat16")
         model = load_model(directory)
         self.text.save(directory)

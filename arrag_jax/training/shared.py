@@ -10,17 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from arrag_jax.config import TrainConfig
 from arrag_jax.data.emoji.dataset import load_source
 from arrag_jax.errors import UserError
+from arrag_jax.interfaces import Backbone, ImageTokenizer
 from arrag_jax.json_files import read_object
 from arrag_jax.mesh import make_mesh
 from arrag_jax.models import manifest
-from arrag_jax.models.checkpoint import tokenizer_fingerprint
-from arrag_jax.models.janus import Janus
-from arrag_jax.models.presets import PRESETS
+from arrag_jax.models.registry import trained_presets
 from arrag_jax.models.tensor_files import checkpoint_folder
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.training.loop import Batch, Task, mean_over_examples
@@ -30,8 +29,8 @@ BITS = 1 / math.log(2)  # in a nat
 
 def check_preset(name: str) -> None:
     """Raises UserError unless a model's shape goes by this name."""
-    if name not in PRESETS:
-        raise UserError(f"preset={name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    if name not in trained_presets():
+        raise UserError(f"preset={name!r} is unknown; choose one of {', '.join(trained_presets())}")
 
 
 def held_out(config: TrainConfig, batch_size: int, example: Callable[[Any], Batch]) -> Iterator[Batch]:
@@ -53,28 +52,27 @@ def in_batches(source: Any, count: int, batch_size: int, example: Callable[[Any]
         yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def mean_bits(task: Task, model: Janus, batches: Iterable[Batch]) -> float:
+def mean_bits(task: Task, model: Backbone, batches: Iterable[Batch]) -> float:
     """A task's held-out bits a code, over all examples."""
     graph, state = nnx.split(model)
     metrics_of = jax.jit(lambda state, batch: task.eval_metrics(nnx.merge(graph, state), batch))
     return mean_over_examples(functools.partial(metrics_of, state), batches)["bits_per_code"]
 
 
-def psnr(model: Janus, images: Float[Array, "B h w 3"], codes: Int[Array, "B H W"]) -> Float[Array, ""]:
-    """Mean peak signal-to-noise ratio, in dB, of pictures decoded from codes."""
-    decoded = jnp.clip(model.gen_vision_model.decode_codes(codes), -1, 1)
+def psnr(decoded: Float[Array, "B h w 3"], images: Float[Array, "B h w 3"]) -> Float[Array, ""]:
+    """Mean peak signal-to-noise ratio, in dB, of pictures in [-1, 1] decoded from codes."""
     error = jnp.mean((decoded - images) ** 2, axis=(1, 2, 3))
     return jnp.mean(10 * jnp.log10(4.0 / jnp.maximum(error, 1e-10)))
 
 
-def tokenizer_figures(model: Janus, batches: Iterable[Batch]) -> dict[str, float]:
+def tokenizer_figures(model: ImageTokenizer, batches: Iterable[Batch]) -> dict[str, float]:
     """PSNR in dB, and the share of codes that occur, over batches of held-out images."""
     used, total, count = np.zeros(model.codebook_size, bool), 0.0, 0
     for batch in batches:
         images = from_uint8(batch["image"])
         codes, latents = model.encode_images(images)
         used[np.unique(codes)] = True
-        total += float(psnr(model, images, codes.reshape(latents.shape[:3]))) * len(images)
+        total += float(psnr(model.decode_codes(codes, *latents.shape[1:3]), images)) * len(images)
         count += len(images)
     return {"psnr_db": total / count, "codes_used": float(used.mean())}
 
@@ -86,11 +84,11 @@ def made_by(folder: str) -> dict[str, Any]:
     return {key: content[key] for key in ("command", "training_minutes", "hardware", "config") if key in content}
 
 
-def write_manifest(directory: Path, model: Janus, run: dict[str, Any], **figures: float) -> None:
+def write_manifest(directory: Path, model: ImageTokenizer, run: dict[str, Any], **figures: float) -> None:
     """``manifest.json``: what a checkpoint reached, where it comes from, and the hashes of its files."""
     content = {
         "figures": {name: round(value, 4) for name, value in figures.items()},
-        "tokenizer_fingerprint": tokenizer_fingerprint(model),
+        "tokenizer_fingerprint": model.fingerprint,
         **run,
     }
     manifest.write_manifest(directory, content)

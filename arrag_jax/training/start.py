@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 from arrag_jax.errors import UserError
-from arrag_jax.models.config_json import layout_of, read_json
+from arrag_jax.models.config_json import read_json
 from arrag_jax.models.layouts import published_shape, to_ours
+from arrag_jax.models.registry import family_in
 from arrag_jax.models.tensor_files import read_tensors, some, stored_tensors, wherever
 from arrag_jax.training.checkpoint import read_params
 
@@ -34,7 +35,8 @@ def params_of(place: str, params: PyTree, best_metric: tuple[str, str]) -> tuple
 
 def _of_folder(folder: Path, params: PyTree) -> PyTree:
     """The parameters of these paths and shapes from the weights of a model folder."""
-    layout, stored = layout_of(read_json(folder)), stored_tensors(folder)
+    family = family_in(folder)
+    layout, stored = family.layout_of(read_json(folder)), stored_tensors(folder, family.files)
     leaves = {_dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     keys = {path: layout.key(path) for path in leaves}
     absent = sorted(key for key in keys.values() if key not in stored)

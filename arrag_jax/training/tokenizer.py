@@ -19,8 +19,8 @@ from arrag_jax.errors import UserError
 from arrag_jax.fields import Settings
 from arrag_jax.figures import grids
 from arrag_jax.models.checkpoint import save_model
-from arrag_jax.models.janus import VISION, Janus
-from arrag_jax.models.presets import PRESETS
+from arrag_jax.models.registry import preset
+from arrag_jax.models.vq_images import VQImages
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.store.images import reconstruct
 from arrag_jax.training.loop import Batch, Pictures, Scalars
@@ -31,7 +31,7 @@ from arrag_jax.training.shared import check_preset, held_out, psnr, rows_of_a_de
 class TokenizerOptions(Settings):
     """Shape and loss weights of the tokenizer, and when a code counts as dead."""
 
-    preset: str  # a key of models.presets.PRESETS
+    preset: str  # of models.registry.trained_presets
     commitment: float = 0.25  # pulls latents to their codes
     codebook: float = 1.0  # pulls codes to their latents
     usage_decay: float = 0.98  # of the running share of cells a code takes
@@ -57,11 +57,12 @@ class TokenizerTask:
 
     def __init__(self, config: TrainConfig, options: TokenizerOptions):
         self.config, self.options = config, options
-        self.tokens = math.prod(PRESETS[options.preset].grid)
+        self.tokens = math.prod(preset(options.preset)[1].grid)
 
-    def init_model(self, rngs: nnx.Rngs) -> Janus:
-        """A Janus that holds its tokenizer alone."""
-        return Janus(PRESETS[self.options.preset], rngs, VISION)
+    def init_model(self, rngs: nnx.Rngs) -> VQImages:
+        """A model that holds its tokenizer alone."""
+        family, shape = preset(self.options.preset)
+        return family.training.tokenizer(shape, rngs)
 
     def base(self) -> dict[str, str]:
         """Nothing is frozen."""
@@ -77,9 +78,9 @@ class TokenizerTask:
         """The first ``eval_examples`` of the held-out split."""
         return held_out(self.config, batch_size, lambda example: {"image": example["image"]})
 
-    def loss(self, model: Janus, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
+    def loss(self, model: VQImages, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
         """Reconstruction + codebook + commitment loss; notes which codes are used."""
-        vq, images = model.gen_vision_model, from_uint8(batch["image"])
+        vq, images = model.vq, from_uint8(batch["image"])
         codes, latents = vq.encode(images)
         quantised = vq.codebook[codes]
         # The decoder sees the code; the encoder gets the decoder's gradient as if nothing had been rounded.
@@ -100,30 +101,30 @@ class TokenizerTask:
         picks = jax.random.randint(key, (size,), 0, len(flat))
         vq.spare[...] = jax.lax.stop_gradient(flat[picks])
 
-    def after_update(self, model: Janus, key: Array) -> None:
+    def after_update(self, model: VQImages, key: Array) -> None:
         """Moves dead codes to latents of this batch, which the loss has noted."""
-        vq = model.gen_vision_model
+        vq = model.vq
         dead = vq.usage[...] < self.options.dead_below / vq.config.codebook_size
         vq.codes[...] = jnp.where(dead[:, None], vq.spare[...], vq.codes[...])
         vq.usage[...] = jnp.where(dead, 1.0 / vq.config.codebook_size, vq.usage[...])
 
-    def eval_metrics(self, model: Janus, batch: Batch) -> Scalars:
+    def eval_metrics(self, model: VQImages, batch: Batch) -> Scalars:
         """Mean PSNR in dB of the pictures as they would be saved (clipped to [-1, 1])."""
         images = from_uint8(batch["image"])
-        codes, _ = model.gen_vision_model.encode(images)
-        return {"psnr": psnr(model, images, codes)}
+        codes, latents = model.encode_images(images)
+        return {"psnr": psnr(model.decode_codes(codes, *latents.shape[1:3]), images)}
 
-    def sample_callback(self) -> Callable[[Janus], Pictures]:
+    def sample_callback(self) -> Callable[[VQImages], Pictures]:
         """Shows held-out images above their reconstructions."""
         images = next(self.eval_batches(12))["image"]
 
-        def paint(model: Janus) -> Pictures:
+        def paint(model: VQImages) -> Pictures:
             decoded = reconstruct(model, images)
             return {"reconstructions": grids.grid(np.concatenate([images, decoded]), columns=12, scale=2)}
 
         return paint
 
-    def export(self, model: Janus, directory: Path, run: dict[str, Any]) -> None:
+    def export(self, model: VQImages, directory: Path, run: dict[str, Any]) -> None:
         """The tokenizer as a model folder, with its held-out figures."""
         save_model(model, directory)
         figures = tokenizer_figures(model, self.eval_batches(rows_of_a_device(self.config)))

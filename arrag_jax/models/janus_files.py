@@ -1,0 +1,148 @@
+"""The folder of a Janus: ``config.json``, weights and ``tokenizer.json``.
+
+Read in the layout in which Janus-Pro and FAiD are published and in that of the ``transformers`` library; written in
+the former (see ``config_json`` for the keys of our own, ``layouts`` for the names of tensors).
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+
+from arrag_jax.errors import UserError
+from arrag_jax.files import atomic_write, write_json
+from arrag_jax.interfaces import ArrayLike
+from arrag_jax.models.config_json import (
+    config_to_json,
+    layout_of,
+    parse_config,
+    read_config,
+    read_json,
+    read_lora,
+    require_language,
+)
+from arrag_jax.models.family import Family, Training
+from arrag_jax.models.janus import PARTS, VISION, Janus
+from arrag_jax.models.layouts import PUBLISHED, Layout
+from arrag_jax.models.manifest import WEIGHTS, require_weights_written
+from arrag_jax.models.presets import PRESETS, JanusConfig
+from arrag_jax.models.tensor_files import Stored, has_checksums, stored_tensors
+from arrag_jax.models.text import PromptTokenizer
+from arrag_jax.models.weights import match, parameters, read_weights, write_weights
+
+
+def _load(directory: Path, dtype: str, grid: ArrayLike, parts: tuple[str, ...] = PARTS) -> Janus:
+    """Reads the named parts of the model in a folder; the others are None."""
+    model, layout, stored = abstract_model(directory, parts)
+    if not has_checksums(directory / WEIGHTS) and set(parts) == set(PARTS):
+        require_weights_written(directory)  # an export from before tensors had their own
+    model = model if grid is None else model.with_grid(grid)
+    read_weights(model, match(model, stored, layout, directory), dtype, layout.exact)
+    if model.gen_vision_model is not None:
+        size, dim = model.config.vision.codebook_size, model.config.vision.code_dim
+        model.gen_vision_model.usage.set_value(jnp.full((size,), 1.0 / size))
+        model.gen_vision_model.spare.set_value(jnp.zeros((size, dim)))
+    return model
+
+
+def abstract_model(
+    directory: Path, parts: tuple[str, ...] | None = PARTS, also: tuple[str, ...] = ()
+) -> tuple[Janus, Layout, dict[str, Stored]]:
+    """The model that a folder's configs describe, shapes without numbers; how its tensors are named there; and these.
+
+    Args:
+      parts: the parts to build; None = all that the folder holds, which may be the tokenizer alone.
+      also: further files to look for tensors in.
+
+    Raises:
+      UserError: configs of another model, or of one with more layers than the folder has tensors; or the folder holds
+        the tokenizer alone and another part is asked for.
+    """
+    config, lora = read_json(directory), read_lora(directory)
+    shape = parse_config(config, directory)
+    if parts is None:
+        parts = PARTS if shape.draws else VISION
+    if set(parts) - set(VISION):
+        require_language(shape, directory)
+    if shape.draws and shape.pad_id >= shape.language.vocab_size:
+        raise UserError(
+            f"{directory} has a vocabulary of {shape.language.vocab_size}, but its pad token is {shape.pad_id}"
+        )
+    stored = stored_tensors(directory, also)
+    _require_room(shape, stored, parts, directory / "config.json")
+
+    def build() -> Janus:
+        model = Janus(shape, nnx.Rngs(0), parts)
+        for layer in model.language_model.layers if lora and model.language_model else ():
+            layer.attention.add_lora(lora, nnx.Rngs(0))
+        return model
+
+    return nnx.eval_shape(build), layout_of(config), stored
+
+
+def _require_room(shape: JanusConfig, stored: dict[str, Stored], parts: tuple[str, ...], path: Path) -> None:
+    """Raises UserError where a config asks for more than the weights beside it hold, before modules are built for it.
+
+    It counts what is surely there: each layer or block has a tensor of its own, and a layer its seven matrices.
+    """
+    text, vision, layers, width, blocks, depth, numbers = shape.language, shape.vision, 0, 0, 0, 0, 0
+    if "language_model" in parts:
+        layers, width, numbers = text.layers, text.width, text.layers * 3 * text.width * text.mlp
+    if "gen_vision_model" in parts:
+        blocks = len(vision.multipliers) * vision.res_blocks
+        numbers += blocks * vision.channels**2
+    if "gen_aligner" in parts:
+        depth = shape.aligner_depth
+        numbers += depth * text.width
+    held = sum(math.prod(tensor.shape) for tensor in stored.values())
+    if layers + blocks + depth > len(stored) or numbers > held:
+        raise UserError(
+            f"{path} asks for {layers} layers of width {width}, {blocks} blocks of the tokenizer and an aligner "
+            f"of {depth}, more than the {len(stored)} tensors of {held:,} numbers beside it; copy the checkpoint again"
+        )
+
+
+def _save(model: Janus, directory: Path, dtype: str) -> None:
+    if any("_lora." in path for path in parameters(model)):
+        raise UserError("this model's LoRA is apart; merge it (Attention.merge_lora of every layer), then save")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").unlink(missing_ok=True)
+    with atomic_write(directory / "model.safetensors") as temporary:
+        write_weights(model, temporary, dtype, PUBLISHED)
+    shape = model.config if model.language_model is not None else dataclasses.replace(model.config, language=None)
+    write_json(directory / "config.json", config_to_json(shape))
+
+
+def _fresh_prior(
+    preset: JanusConfig, tokenizer: Janus, text: PromptTokenizer, prompt_length: int, rngs: nnx.Rngs
+) -> Janus:
+    """A fresh language model around a tokenizer, whose codebook its code embedding starts from."""
+    if tokenizer.config.vision != preset.vision:
+        raise UserError(f"{tokenizer.config.vision} against {preset.vision}")
+    language = dataclasses.replace(preset.language, vocab_size=text.vocab_size)
+    longest = prompt_length + math.prod(preset.grid)
+    shape = dataclasses.replace(preset, language=language, pad_id=text.pad_id, max_positions=longest)
+    model = Janus(shape, rngs)
+    model.gen_vision_model = tokenizer.gen_vision_model
+    model.gen_embed.embedding[...] = tokenizer.codebook
+    return model
+
+
+JANUS = Family(
+    model_types=("multi_modality", "janus"),
+    kind=Janus,
+    recognises=lambda config: "gen_vision_config" in config,
+    read_config=read_config,
+    load=_load,
+    load_tokenizer=lambda directory: _load(directory, "float32", None, VISION),
+    save=_save,
+    prompts=PromptTokenizer.load,
+    open=lambda directory, also: abstract_model(directory, None, also),
+    layout_of=layout_of,
+    layouts={"ours": PUBLISHED, "janus": PUBLISHED},
+    to_json=config_to_json,
+    presets=PRESETS,
+    training=Training(lambda preset, rngs: Janus(preset, rngs, VISION), PromptTokenizer.of_words, _fresh_prior),
+)

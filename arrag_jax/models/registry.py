@@ -1,0 +1,58 @@
+"""The families of models, one line each, and which of them a folder, a model or a preset belongs to."""
+
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from arrag_jax.errors import UserError
+from arrag_jax.models.config_json import read_json
+from arrag_jax.models.family import Family, ModelConfig
+from arrag_jax.models.janus_files import JANUS
+from arrag_jax.models.tensor_files import checkpoint_folder
+from arrag_jax.parsing import shown
+
+FAMILIES: tuple[Family, ...] = (
+    JANUS,
+)  # fmt: skip
+
+# Targets of ``convert``, of all families.
+TARGETS = tuple(dict.fromkeys(target for family in FAMILIES for target in family.layouts))
+
+
+def family_in(directory: Path) -> Family:
+    """The family of the model in a checkpoint folder.
+
+    Raises:
+      UserError: this is no checkpoint folder, or its model is of no family.
+    """
+    directory = checkpoint_folder(directory)
+    return family_of_config(read_json(directory), directory / "config.json")
+
+
+def family_of_config(config: dict[str, Any], path: Path) -> Family:
+    """The family whose model a ``config.json`` describes; ``path`` names it in the UserError where there is none."""
+    given = config.get("model_type")
+    known = [family for family in FAMILIES if given in family.model_types]
+    known += [family for family in FAMILIES if family.recognises(config)]
+    if not known:
+        types = ", ".join(name for family in FAMILIES for name in family.model_types)
+        raise UserError(
+            f"{path} is the config of another model (model_type {shown(given or 'unknown')}); known are {types}"
+        )
+    return known[0]
+
+
+def family_of(model: nnx.Module) -> Family:
+    """The family of a model at hand."""
+    return next(family for family in FAMILIES if isinstance(model, family.kind))
+
+
+def trained_presets() -> list[str]:
+    """Names of the presets of the families that can be trained."""
+    return [name for family in FAMILIES if family.training for name in family.presets]
+
+
+def preset(name: str) -> tuple[Family, ModelConfig]:
+    """The preset of a name, with its family; a KeyError where there is none."""
+    return next((family, family.presets[name]) for family in FAMILIES if name in family.presets)

@@ -1,0 +1,126 @@
+"""Images to codes and back, for every model that holds a VQ tokenizer; checks what comes from outside."""
+
+import hashlib
+import math
+from typing import SupportsIndex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from arrag_jax.errors import UserError
+from arrag_jax.forks import require_own_process
+from arrag_jax.interfaces import ArrayLike
+from arrag_jax.models.weights import parameters
+from arrag_jax.nn.vq import VQTokenizer
+
+ROUNDING = 1e-3  # by which pixels may lie outside [-1, 1]: what bfloat16 or a resized image may add
+NAMED = "gen_vision_model"  # what parameters' names begin with in a fingerprint, whatever model holds them
+
+
+class VQImages(nnx.Module):
+    """``interfaces.ImageTokenizer`` over a ``VQTokenizer``.
+
+    A model that inherits from it gives ``with_grid`` and what is listed here.
+
+    Attributes:
+      vq: the tokenizer's module.
+      grid: height and width in codes.
+      codebook_size: V.
+    """
+
+    vq: VQTokenizer
+    grid: tuple[int, int]
+    codebook_size: int
+
+    @property
+    def codebook(self) -> Float[Array, "V C"]:
+        """The l2-normalised codebook."""
+        return self.vq.codebook
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of an image of this grid."""
+        return self.grid[0] * self.vq.config.downsampling, self.grid[1] * self.vq.config.downsampling
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the tokenizer: sha256 over its parameters in float32, sixteen hex digits.
+
+        Two models have it in common exactly if they give images the same codes and codes the same vectors.
+        """
+        digest = hashlib.sha256()
+        for name, value in sorted(parameters(self.vq).items()):
+            digest.update(f"{NAMED}.{name}".encode())
+            digest.update(np.ascontiguousarray(np.asarray(value[...], np.float32)).tobytes())
+        return digest.hexdigest()[:16]
+
+    def encode_images(self, images: ArrayLike) -> tuple[Int[Array, "B T"], Float[Array, "B H W C"]]:
+        """Codes in raster order, and l2-normalised latents before quantisation.
+
+        Args:
+          images: float [B, h, w, 3], pixels in [-1, 1]; any height and width that the tokenizer's downsampling divides.
+
+        Raises:
+          UserError: if it does not divide them, they are integers, or hold NaN or values outside [-1, 1].
+        """
+        require_own_process()
+        images = images if isinstance(images, Array) else np.asarray(images)
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(f"images must be floats in [-1, 1], got {images.dtype}; of 0 … 255 make x / 127.5 - 1")
+        images, cell = jnp.asarray(images, jnp.float32), self.vq.config.downsampling
+        if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] % cell or images.shape[2] % cell:
+            raise UserError(f"images must be [B, h, w, 3] with h and w multiples of {cell}, got {images.shape}")
+        _check_pixels(images)
+        codes, latents = _encode(*nnx.split(self.vq), images)
+        return codes.reshape(len(images), -1), latents
+
+    def decode_codes(self, codes: ArrayLike, height: SupportsIndex, width: SupportsIndex) -> Float[Array, "B h w 3"]:
+        """Pixels in [-1, 1] of a grid of height x width codes.
+
+        Raises:
+          UserError: if the codes do not fill that grid, or are not of this codebook.
+        """
+        require_own_process()
+        codes = codes if isinstance(codes, jax.core.Tracer) else np.asarray(codes)
+        if codes.ndim != 2 or codes.shape[1] != height * width:
+            raise UserError(f"codes must be [B, {height * width}] for a {height} x {width} grid, got {codes.shape}")
+        check_ids("codes", codes, self.codebook_size)
+        grid = jnp.asarray(codes, jnp.int32).reshape(-1, height, width)
+        return jnp.clip(_decode(*nnx.split(self.vq), grid), -1.0, 1.0)
+
+
+def check_ids(name: str, ids: ArrayLike, size: int, lowest: int = 0) -> None:
+    """Raises UserError unless ids are integers of [lowest, size) (the values of tracers are not known)."""
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"{name} must be integers, got {ids.dtype}")
+    if not isinstance(ids, jax.core.Tracer) and ids.size and (ids.min() < lowest or ids.max() >= size):
+        raise UserError(f"{name} must lie in [{lowest}, {size}), got {ids.min()} … {ids.max()}")
+
+
+def _check_pixels(images: Array) -> None:
+    """Raises UserError unless pixels lie in [-1, 1], but for rounding (of tracers nothing is known)."""
+    if isinstance(images, jax.core.Tracer) or not images.size:
+        return
+    low, high = float(images.min()), float(images.max())
+    if math.isnan(low) or math.isnan(high):
+        raise UserError("images hold NaN; pixels must be numbers in [-1, 1]")
+    if low < -1 - ROUNDING or high > 1 + ROUNDING:
+        raise UserError(
+            f"images must be floats in [-1, 1], got {low:g} … {high:g}; of 0 … 255 make x / 127.5 - 1, of 0 … 1 2 x - 1"
+        )
+
+
+# Jitted once a shape; the tokenizer travels as (graphdef, state), its arrays as arguments.
+
+
+@jax.jit(static_argnums=0)
+def _encode(graph, state, images):
+    return nnx.merge(graph, state).encode(images)
+
+
+@jax.jit(static_argnums=0)
+def _decode(graph, state, codes):
+    return nnx.merge(graph, state).decode_codes(codes)
