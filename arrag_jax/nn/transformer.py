@@ -280,8 +280,11 @@ class Llama(nnx.Module):
         room = ((0, 0), (0, 0), (0, cells), (0, 0))
         keys, values, looked_at = [], [], []
         for layer in self.layers:
-            _, x, (k, v) = layer.attend(x, turn, mask)
-            x = layer.feed_forward(x)
+            if x.shape[1]:
+                _, x, (k, v) = layer.attend(x, turn, mask)
+                x = layer.feed_forward(x)
+            else:  # the whole prompt is the one token that ``step`` takes
+                k = v = jnp.zeros((len(x), self.config.kv_heads, 0, self.config.head_width), x.dtype)
             keys.append(jnp.pad(k, room))
             values.append(jnp.pad(v, room))
             if blended_rows and layer.blender is not None:
