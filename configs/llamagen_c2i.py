@@ -1,4 +1,4 @@
-"""Drawing ImageNet classes with LlamaGen: plain from its checkpoint alone, DAiD with a datastore of its codes beside it.
+"""Drawing ImageNet classes with LlamaGen: plain from its checkpoint alone, DAiD with a datastore of its codes.
 
 python -m arrag_jax.generate --config configs/llamagen_c2i.py --prompt 360 --prompt 207 --method plain
 

@@ -1,4 +1,4 @@
-"""Drawing captions with LlamaGen: plain from its checkpoint alone, DAiD with a datastore of its codes beside it.
+"""Drawing captions with LlamaGen: plain from its checkpoint alone, DAiD with a datastore of its codes.
 
 python -m arrag_jax.generate --config configs/llamagen_t2i.py --prompt "a red car on a beach" --method plain
 

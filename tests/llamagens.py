@@ -1,5 +1,6 @@
 """LlamaGens that several tests share: folders of the golden ones, and a tiny random one with FAiD's blenders."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -27,7 +28,6 @@ CONFIG = LlamaGenConfig(
     grid=(4, 5),
     classes=6,
     caption_width=7,
-    caption_tokens=8,
     faid=FaidConfig(stride=1, hops=(1, 2), neighbors=3),
 )
 
@@ -46,7 +46,7 @@ def arrays(name: str) -> dict[str, np.ndarray]:
 
 
 def folder(path: Path, name: str, weights: str, tokenizer: str = "") -> Path:
-    """A folder as a user makes it: the golden hyper-parameters, published weights, and a tokenizer's where asked for."""
+    """A folder as a user makes it: golden hyper-parameters, published weights, and a tokenizer's where asked for."""
     given = golden()
     path.mkdir(parents=True, exist_ok=True)
     model = given["models"][name]
@@ -61,7 +61,7 @@ def folder(path: Path, name: str, weights: str, tokenizer: str = "") -> Path:
 
 def random(family: str, seed: int = 0) -> LlamaGen:
     """A random model with blenders, whose logits differ enough between codes for draws to mean something."""
-    config = LlamaGenConfig(**{**vars(CONFIG), "family": family})
+    config = dataclasses.replace(CONFIG, family=family, caption_tokens=8 if family == "t2i" else CONFIG.caption_tokens)
     model = nnx.eval_shape(lambda: LlamaGen(config, nnx.Rngs(0), PARTS))
     tiny.fill(model, seed)
     model.gen_head.weight[...] = 3.0 * model.gen_head.weight[...]

@@ -151,12 +151,10 @@ class ModelFields:
             )
         if width % 4:
             raise UserError(
-                f"heads of {width} channels (dim / n_head) cannot turn with row and column: 4 must divide it"
+                f"heads have {width} channels (dim / n_head); rotary positions of a grid need a multiple of 4"
             )
         if self.multiple_of and self.ffn_hidden not in (None, self.computed_hidden()):
-            raise UserError(
-                f"ffn_hidden={self.ffn_hidden}, but dim, multiple_of and ffn_dim_multiplier make {self.computed_hidden()}"
-            )
+            raise UserError(f"ffn_hidden={self.ffn_hidden}, but dim and multiple_of make {self.computed_hidden()}")
         if self.family == "c2i" and self.cls_token_num not in (None, 1):
             raise UserError(f"cls_token_num={self.cls_token_num}, but a class (family c2i) is one token")
         if self.block_size is not None and self.grid is not None and math.prod(self.sides()) != self.block_size:
@@ -187,6 +185,7 @@ def read_config(directory: Path) -> LlamaGenConfig:
     try:
         fields = parse(ModelFields, content, path.name, ignore_unknown=True)
         section = (fields.vq, f"{path.name}.vq") if fields.vq is not None else (content, path.name)
+        tokens = fields.cls_token_num
         vision = _vision(parse(TokenizerFields, *section, ignore_unknown=True))
         return LlamaGenConfig(
             family=fields.family,
@@ -194,7 +193,7 @@ def read_config(directory: Path) -> LlamaGenConfig:
             vision=vision,
             classes=fields.num_classes,
             caption_width=fields.caption_dim,
-            caption_tokens=_given(fields.cls_token_num, LlamaGenConfig.caption_tokens),
+            caption_tokens=LlamaGenConfig.caption_tokens if tokens is None or fields.family == "c2i" else tokens,
             guided=fields.class_dropout_prob > 0,
             faid=_faid(fields),
         ).with_grid(fields.sides())

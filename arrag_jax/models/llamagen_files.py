@@ -78,9 +78,7 @@ def _open(
         if not held:
             raise UserError(f"{directory} holds no image tokenizer; put its vq.safetensors or vq*.pt there")
     elif shape.language is None:
-        raise UserError(
-            f"{path} gives no dim, n_layer and n_head: it describes an image tokenizer alone, not a LlamaGen"
-        )
+        raise UserError(f"{path} gives no dim, n_layer and n_head: it describes an image tokenizer alone")
     _require_room(shape, stored, parts, path)
     if set(parts) == set(PARTS) and shape.vision.codebook_size < shape.language.vocab_size:
         raise UserError(
@@ -91,7 +89,7 @@ def _open(
 
 
 def _require_room(shape: LlamaGenConfig, stored: dict[str, Stored], parts: tuple[str, ...], path: Path) -> None:
-    """Raises UserError where a config asks for more than the weights beside it hold, before modules are built for it."""
+    """Raises UserError where a config asks for more than the weights beside it hold, before it is built."""
     text, vision, layers, blocks, numbers = shape.language, shape.vision, 0, 0, 0
     if "language_model" in parts:
         layers, numbers = text.layers, text.layers * 3 * text.width * text.mlp
@@ -101,8 +99,8 @@ def _require_room(shape: LlamaGenConfig, stored: dict[str, Stored], parts: tuple
     held = sum(math.prod(tensor.shape) for tensor in stored.values())
     if layers + blocks > len(stored) or numbers > held:
         raise UserError(
-            f"{path} asks for {layers} layers and {blocks} blocks of the tokenizer, more than the {len(stored)} tensors "
-            f"of {held:,} numbers beside it; copy the checkpoint again"
+            f"{path} asks for {layers} layers and {blocks} blocks of the tokenizer, more than the {len(stored)} "
+            f"tensors of {held:,} numbers beside it; copy the checkpoint again"
         )
 
 

@@ -117,7 +117,7 @@ def _read_features(path: Path, width: int, length: int) -> dict[str, tuple[np.nd
     order = np.argsort(marked, axis=1, kind="stable")  # pads on the right go to the left
     features, marked = np.take_along_axis(features, order[..., None], 1), np.take_along_axis(marked, order, 1)
     features = np.where(marked[..., None], features, 0)
-    return {str(prompt): row for prompt, *row in zip(prompts, features, marked, strict=True)}
+    return {str(prompt): (x, row) for prompt, x, row in zip(prompts, features, marked, strict=True)}
 
 
 def _arrays(file: BinaryIO) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -275,7 +275,7 @@ def _weights(directory: Path, beside: list[Path]) -> list[Stored]:
     if published or beside:
         return [tensor for path in published for tensor in _open(path).tensors()]
     raise UserError(
-        f"{directory} holds no model.safetensors, no pytorch_model.bin and no .pt; give the folder of a Janus checkpoint"
+        f"{directory} holds no model.safetensors, no pytorch_model.bin and no .pt; give a checkpoint's folder"
     )
 
 
