@@ -9,11 +9,13 @@ from arrag_jax.errors import UserError
 from arrag_jax.models.config_json import read_json
 from arrag_jax.models.family import Family, ModelConfig, Training
 from arrag_jax.models.janus_files import JANUS
+from arrag_jax.models.llamagen_files import LLAMAGEN
 from arrag_jax.models.tensor_files import checkpoint_folder
 from arrag_jax.parsing import shown
 
 FAMILIES: tuple[Family, ...] = (
     JANUS,
+    LLAMAGEN,
 )  # fmt: skip
 
 # Targets of ``convert``, of all families.

@@ -1,9 +1,10 @@
 """Files of tensors in a checkpoint folder: which tensor lies in which file; read one after another.
 
-Safetensors in one file or several, ``pytorch_model.bin`` in one or several (PyTorch then has to be installed, and
-loads weights only, so that no code in the file is run), and a LoRA adapter in a file of its own beside them.
+Safetensors in one file or several, ``pytorch_model.bin`` in one or several or published ``.pt`` (PyTorch then has to
+be installed, and loads weights only, so that no code in the file is run), and a LoRA adapter in a file of its own.
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -28,6 +29,7 @@ from arrag_jax.parsing import parse
 CHECKSUMS = "checksums"  # in the metadata of a file of ours: JSON, from each tensor's name to its checksum
 PACKAGE = Path(__file__).resolve().parents[1]
 ADAPTER = "adapter_model"  # the PEFT library's name
+WRAPPERS = ("model", "module", "state_dict")  # keys under which training code saves weights beside its own state
 # What has been read of a mapped file counts as this process's memory, so files are closed after so many bytes.
 OPEN_BYTES = 32 * 2**20
 
@@ -115,12 +117,17 @@ class _TorchFile:
                 "checkpoint once where it is (python -m arrag_jax.convert --source … --target …)"
             ) from error
         try:
-            self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # where training code keeps its settings
+                self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds for one cause
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"{path} is not a whole PyTorch file of weights alone ({reason}); copy the checkpoint again"
             ) from error
+        for key in WRAPPERS:
+            if isinstance(self._tensors, dict) and isinstance(self._tensors.get(key), dict):
+                self._tensors = self._tensors[key]
+                break
         if not isinstance(self._tensors, dict) or not all(isinstance(t, torch.Tensor) for t in self._tensors.values()):
             raise UserError(f"{path} holds other things than tensors by name; give the folder of a Janus checkpoint")
         for name, tensor in self._tensors.items():
@@ -197,16 +204,17 @@ def stored_tensors(directory: Path, also: tuple[str, ...] = ()) -> dict[str, Sto
     """The tensors of a checkpoint folder, its LoRA adapter's among them, by plain key.
 
     Args:
-      also: further files to look into, where they are there.
+      also: further files to look into, where they are there; patterns of names, too.
 
     Raises:
       UserError: no weights, a truncated file, an index that does not match its files, or a tensor that is there twice.
     """
     directory = checkpoint_folder(directory)
-    beside = [directory / name for name in (f"{ADAPTER}.safetensors", f"{ADAPTER}.bin", *also)]
-    further = [tensor for path in beside if path.is_file() for tensor in _open(path).tensors()]
+    names = (f"{ADAPTER}.safetensors", f"{ADAPTER}.bin", *also)
+    beside = [path for name in names for path in sorted(directory.glob(name)) if path.is_file()]
+    further = [tensor for path in beside for tensor in _open(path).tensors()]
     stored = {}
-    for tensor in (*_weights(directory), *further):
+    for tensor in (*_weights(directory, beside), *further):
         key = plain_key(tensor.name)
         if key in stored:
             places = f"{stored[key].file.name} and {tensor.file.name}"
@@ -246,8 +254,11 @@ def read_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, np.ndarray
             del value  # before the next one is read
 
 
-def _weights(directory: Path) -> list[Stored]:
-    """The weights proper: by an index, or those of the single file; safetensors before PyTorch's."""
+def _weights(directory: Path, beside: list[Path]) -> list[Stored]:
+    """The weights proper: by an index, or those of the single file; safetensors before PyTorch's, ``.pt`` last.
+
+    ``beside``: files that hold something else. A folder may hold these alone.
+    """
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = directory / f"{single}.index.json"
         if index.is_file():
@@ -260,8 +271,11 @@ def _weights(directory: Path) -> list[Stored]:
         raise UserError(
             f"{directory} holds {shards[0]} but not {index}.index.json, which tells what lies where; copy it too"
         )
+    published = [path for path in sorted(directory.glob("*.pt")) if path not in beside]
+    if published or beside:
+        return [tensor for path in published for tensor in _open(path).tensors()]
     raise UserError(
-        f"{directory} holds no model.safetensors and no pytorch_model.bin; give the folder of a Janus checkpoint"
+        f"{directory} holds no model.safetensors, no pytorch_model.bin and no .pt; give a checkpoint's folder"
     )
 
 

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from arrag_jax.errors import UserError
 from arrag_jax.nn.faid import Blended, Blender, FaidConfig, FusedBlender, window_cells
 from arrag_jax.nn.linear import Linear, embedding
 from arrag_jax.nn.lora import Lora, LoraConfig
+from arrag_jax.nn.rotary import KINDS, Turn, turn_by_grid, turn_by_tokens, turn_halves, turn_neighbors
 from arrag_jax.ops import products
 from arrag_jax.ops.grid import has_context
 
@@ -33,6 +35,17 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     head_dim: int | None = None  # None = width / heads
+    rotary: str = "tokens"  # what its rotary positions are: one of ``nn.rotary.KINDS``
+    joined: bool = False  # queries, keys and values come from one matrix, in this order of its rows
+
+    def __post_init__(self):
+        if self.rotary not in KINDS:
+            raise UserError(f"rotary={self.rotary!r} is unknown; choose one of {', '.join(KINDS)}")
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one head."""
+        return self.head_dim or self.width // self.heads
 
 
 class Cache(NamedTuple):
@@ -42,8 +55,8 @@ class Cache(NamedTuple):
 
     Attributes:
       keys, values: one array a layer.
-      filled: slots that may be attended.
-      length: real tokens of each row's prompt; slot L - 1 + t stands at position length - 1 + t.
+      filled: slots that later ones may attend to; those of the cells count from the start.
+      first: rotary position of each row's slot L - 1, which ``step`` fills for cell 0; slot L - 1 + t's is t more.
       looked_at: one a blender, the normed hidden states it looks at; slot t + 1 is cell t's, slot 0 the prompt's last
         token's. Empty where no features will be given.
     """
@@ -51,18 +64,8 @@ class Cache(NamedTuple):
     keys: tuple[Float[Array, "R KH P hd"], ...]
     values: tuple[Float[Array, "R KH P hd"], ...]
     filled: Bool[Array, "R P"]
-    length: Int[Array, " R"]
+    first: Int[Array, " R"]
     looked_at: tuple[Float[Array, "B slots D"], ...] = ()
-
-
-def rotate(x: Float[Array, "R S heads hd"], positions: Int[Array, "R S"], theta: float) -> Float[Array, "R S heads hd"]:
-    """Rotary position embedding, in the half-split form of Llama."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def attend(
@@ -100,10 +103,14 @@ class Attention(nnx.Module):
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.config = config
-        self.head_dim = config.head_dim or config.width // config.heads
-        self.q = _linear(config.width, config.heads * self.head_dim, rngs)
-        self.k = _linear(config.width, config.kv_heads * self.head_dim, rngs)
-        self.v = _linear(config.width, config.kv_heads * self.head_dim, rngs)
+        self.head_dim = config.head_width
+        queries, keys = config.heads * self.head_dim, config.kv_heads * self.head_dim
+        if config.joined:
+            self.qkv = _linear(config.width, queries + 2 * keys, rngs)
+        else:
+            self.q = _linear(config.width, queries, rngs)
+            self.k = _linear(config.width, keys, rngs)
+            self.v = _linear(config.width, keys, rngs)
         self.o = _linear(config.heads * self.head_dim, config.width, rngs)
         self.q_lora, self.v_lora = nnx.data(None), nnx.data(None)
 
@@ -115,26 +122,41 @@ class Attention(nnx.Module):
 
     def merge_lora(self) -> None:
         """Adds the LoRA to the projections' weights and drops it."""
-        for linear, lora in ((self.q, self.q_lora), (self.v, self.v_lora)):
+        joined = self.config.joined
+        for linear, lora, from_end in (
+            (self.qkv if joined else self.q, self.q_lora, False),
+            (self.qkv if joined else self.v, self.v_lora, True),
+        ):
             if lora is not None:
-                linear.weight[...] = (linear.weight[...] + lora.merged()).astype(linear.weight.dtype)
+                added = lora.merged()
+                rest = len(linear.weight[...]) - len(added)  # rows of the others, where they are joined
+                added = jnp.pad(added, ((rest, 0) if from_end else (0, rest), (0, 0)))
+                linear.weight[...] = (linear.weight[...] + added).astype(linear.weight.dtype)
         self.q_lora, self.v_lora = nnx.data(None), nnx.data(None)
 
-    def __call__(self, x, positions, mask, kv=None, slot=None, rngs=None):
+    def _project(self, x: Float[Array, "R S D"]) -> tuple[Array, Array, Array]:
+        """Queries, keys and values before LoRA, [R, S, heads · hd] each."""
+        if not self.config.joined:
+            return self.q(x), self.k(x), self.v(x)
+        queries, keys = self.config.heads * self.head_dim, self.config.kv_heads * self.head_dim
+        q, k, v = jnp.split(self.qkv(x), (queries, queries + keys), axis=-1)
+        return q, k, v
+
+    def __call__(self, x, turn, mask, kv=None, slot=None, rngs=None):
         """Attends over x itself, or over ``kv`` after writing x at ``slot``; returns output and (keys, values).
 
         Args:
-          x: [R, S, D]; positions: [R, S]; mask: [R, S, P], True = may be attended.
+          x: [R, S, D]; turn: of its S tokens; mask: [R, S, P], True = may be attended.
           kv: pair of [R, KH, P, hd], or None (then P = S).
           rngs: for LoRA's dropout; None = no dropout.
         """
         rows, length, _ = x.shape
         shape = (rows, length, -1, self.head_dim)
-        q, v = self.q(x), self.v(x)
+        q, k, v = self._project(x)
         if self.q_lora is not None:
             q, v = q + self.q_lora(x, rngs), v + self.v_lora(x, rngs)
-        q = rotate(q.reshape(shape), positions, self.config.rope_theta)
-        k = rotate(self.k(x).reshape(shape), positions, self.config.rope_theta)
+        rotate = turn_halves if self.config.rotary == "tokens" else turn_neighbors
+        q, k = rotate(q.reshape(shape), turn), rotate(k.reshape(shape), turn)
         k, v = k.swapaxes(1, 2), v.reshape(shape).swapaxes(1, 2)
         if kv is not None:
             k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, slot, axis=2)
@@ -163,10 +185,10 @@ class Layer(nnx.Module):
         self.mlp = Mlp(config, rngs)
         self.blender: Blender | FusedBlender | None = nnx.data(None)  # folded in ``Llama.fused``'s copies
 
-    def attend(self, x, positions, mask, kv=None, slot=None, rngs=None):
+    def attend(self, x, turn, mask, kv=None, slot=None, rngs=None):
         """Returns the normed input, which the blender looks at, x after attention, and (keys, values)."""
         normed = self.input_norm(x)
-        y, kv = self.attention(normed, positions, mask, kv, slot, rngs)
+        y, kv = self.attention(normed, turn, mask, kv, slot, rngs)
         return normed, x + y, kv
 
     def feed_forward(self, x: Float[Array, "R S D"]) -> Float[Array, "R S D"]:
@@ -199,6 +221,13 @@ class Llama(nnx.Module):
                 layer.blender = nnx.data(mine.blender.fold())
         return copy
 
+    def _turn(self, positions: Int[Array, "R S"], width: int) -> Turn:
+        """How far tokens at these positions turn, in a grid of so many columns where it matters."""
+        config = self.config
+        if config.rotary == "tokens":
+            return turn_by_tokens(positions, config.head_width, config.rope_theta)
+        return turn_by_grid(positions, width, config.head_width, config.rope_theta)
+
     def forward(
         self,
         x: Float[Array, "R S D"],
@@ -212,6 +241,7 @@ class Llama(nnx.Module):
         """Whole sequences at once; a token attends to the filled ones not after it.
 
         Args:
+          positions: of the rotary kind of the config.
           grid: H and W; the last T tokens are those from which the T cells are predicted, one after another.
           features: retrieved for every cell; None = blenders are passed over.
           conditional: rows that blenders act on, for they are silent without a caption; None = all.
@@ -221,9 +251,9 @@ class Llama(nnx.Module):
           Normed hidden states, and each blender's mean gate.
         """
         height, width = grid
-        mask, gates = _causal(filled), []
+        turn, mask, gates = self._turn(positions, width), _causal(filled), []
         for layer in self.layers:
-            normed, x, _ = layer.attend(x, positions, mask, rngs=rngs)
+            normed, x, _ = layer.attend(x, turn, mask, rngs=rngs)
             if features is not None and layer.blender is not None:
                 # A cell's own token comes one place after the one that predicts it; the last cell has none.
                 hidden = jnp.pad(normed[:, x.shape[1] - height * width + 1 :], ((0, 0), (0, 1), (0, 0)))
@@ -242,19 +272,25 @@ class Llama(nnx.Module):
         Args:
           blended_rows: the first rows, to which ``step`` will be given features; 0 = it will not.
         """
+        first = filled.sum(axis=1, dtype=jnp.int32)
         positions = jnp.maximum(jnp.cumsum(filled, axis=1) - 1, 0).astype(jnp.int32)
+        if self.config.rotary == "positions":  # nothing of the prompt stands in the grid
+            first, positions = jnp.full_like(first, -1), jnp.full_like(positions, -1)
+        turn, mask = self._turn(positions, 1), _causal(filled)
         room = ((0, 0), (0, 0), (0, cells), (0, 0))
         keys, values, looked_at = [], [], []
         for layer in self.layers:
-            _, x, (k, v) = layer.attend(x, positions, _causal(filled))
-            x = layer.feed_forward(x)
+            if x.shape[1]:
+                _, x, (k, v) = layer.attend(x, turn, mask)
+                x = layer.feed_forward(x)
+            else:  # the whole prompt is the one token that ``step`` takes
+                k = v = jnp.zeros((len(x), self.config.kv_heads, 0, self.config.head_width), x.dtype)
             keys.append(jnp.pad(k, room))
             values.append(jnp.pad(v, room))
             if blended_rows and layer.blender is not None:
                 looked_at.append(jnp.zeros((blended_rows, cells + 1, x.shape[-1]), x.dtype))
-        length = filled.sum(axis=1, dtype=jnp.int32) + 1
-        filled = jnp.pad(filled, ((0, 0), (0, cells)))
-        return Cache(tuple(keys), tuple(values), filled, length, tuple(looked_at))
+        filled = jnp.pad(filled, ((0, 0), (0, cells)), constant_values=True)
+        return Cache(tuple(keys), tuple(values), filled, first, tuple(looked_at))
 
     def step(
         self,
@@ -271,12 +307,13 @@ class Llama(nnx.Module):
             folded.
         """
         cells = grid[0] * grid[1]
-        slot = cache.filled.shape[1] - cells + cell
-        filled = jax.lax.dynamic_update_slice_in_dim(cache.filled, jnp.ones((x.shape[0], 1), bool), slot, axis=1)
-        positions = (cache.length - 1 + cell)[:, None]
+        slots = jnp.arange(cache.filled.shape[1])[None]
+        slot = slots.shape[1] - cells + cell
+        mask = ((cache.filled & (slots < slot)) | (slots == slot))[:, None]
+        turn = self._turn((cache.first + cell)[:, None], grid[1])
         x, keys, values, looked_at = x[:, None], [], [], []
         for layer, k, v in zip(self.layers, cache.keys, cache.values, strict=True):
-            normed, x, (k, v) = layer.attend(x, positions, filled[:, None], (k, v), slot)
+            normed, x, (k, v) = layer.attend(x, turn, mask, (k, v), slot)
             keys.append(k)
             values.append(v)
             if features is not None and layer.blender is not None:
@@ -286,7 +323,7 @@ class Llama(nnx.Module):
                 blended = _blend_step(layer.blender, past, cell, grid, features)
                 x, features = x.at[: len(features), 0].add(blended.added), blended.features
             x = layer.feed_forward(x)
-        cache = Cache(tuple(keys), tuple(values), filled, cache.length, tuple(looked_at))
+        cache = cache._replace(keys=tuple(keys), values=tuple(values), looked_at=tuple(looked_at))
         return self.norm(x)[:, 0], cache
 
 

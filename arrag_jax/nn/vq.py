@@ -16,8 +16,6 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from arrag_jax.errors import UserError
 
-GROUPS = 32  # of a GroupNorm's channels
-
 
 @dataclasses.dataclass(frozen=True)
 class VQConfig:
@@ -34,13 +32,16 @@ class VQConfig:
     # Of the encoder's residual blocks and last convolution; with 1 a cell sees few pixels beside its own.
     encoder_kernel: int = 3
     middle: bool = True  # residual, attention, residual at the lowest resolution, and attention in that level
+    norm_groups: int = 32  # of a GroupNorm's channels
+    norm_eps: float = 1e-6
+    unit_codes: bool = True  # codes and latents are l2-normalised where they are compared and decoded
 
     def __post_init__(self):
         if self.norm_scope not in ("image", "pixel"):
             raise UserError(f"norm_scope={self.norm_scope!r} is unknown; choose image or pixel")
         widths = [self.channels * m for m in (*self.multipliers, *(self.decoder_multipliers or ()))]
-        if self.norm_scope == "image" and any(width % GROUPS for width in widths):
-            raise UserError(f"channels of {widths} are no multiples of {GROUPS}, as norm_scope='image' needs")
+        if self.norm_scope == "image" and any(width % self.norm_groups for width in widths):
+            raise UserError(f"channels of {widths} are no multiples of {self.norm_groups}, as norm_scope='image' needs")
         if not self.encoder_kernel % 2:
             raise UserError(f"encoder_kernel={self.encoder_kernel} must be odd")
         if self.decoder_multipliers is not None and len(self.decoder_multipliers) != len(self.multipliers):
@@ -70,9 +71,10 @@ def _conv(inputs: int, outputs: int, kernel: int, rngs: nnx.Rngs, **kwargs) -> n
 
 def _norm(channels: int, config: VQConfig, rngs: nnx.Rngs) -> nnx.Module:
     if config.norm_scope == "pixel":
-        return nnx.LayerNorm(channels, epsilon=1e-6, rngs=rngs)
+        return nnx.LayerNorm(channels, epsilon=config.norm_eps, rngs=rngs)
     # The fast variance, E[x²] − E[x]², cancels where the mean is large.
-    return nnx.GroupNorm(channels, num_groups=GROUPS, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
+    groups, eps = config.norm_groups, config.norm_eps
+    return nnx.GroupNorm(channels, num_groups=groups, epsilon=eps, use_fast_variance=False, rngs=rngs)
 
 
 class ResBlock(nnx.Module):
@@ -207,14 +209,19 @@ class VQTokenizer(nnx.Module):
 
     @property
     def codebook(self) -> Float[Array, "V C"]:
-        """The codebook as it is used: unit rows, float32."""
+        """Unit rows, float32: what keys are made of, and what is decoded unless ``unit_codes`` is off."""
         return l2_normalize(self.codes[...].astype(jnp.float32))
 
     def encode(self, images: Float[Array, "B h w 3"]) -> tuple[Int[Array, "B H W"], Float[Array, "B H W C"]]:
         """Codes, and the l2-normalised continuous latents they were rounded from (the official keys)."""
-        latents = l2_normalize(self.quant_conv(self.encoder(images)).astype(jnp.float32))
-        # For unit vectors the nearest code is the one with the largest product.
-        return jnp.argmax(latents @ self.codebook.T, axis=-1).astype(jnp.int32), latents
+        raw = self.quant_conv(self.encoder(images)).astype(jnp.float32)
+        latents = l2_normalize(raw)
+        if self.config.unit_codes:  # the nearest code is then the one with the largest product
+            near = latents @ self.codebook.T
+        else:
+            codes = self.codes[...].astype(jnp.float32)
+            near = raw @ codes.T - jnp.square(codes).sum(-1)[None, None, None] / 2
+        return jnp.argmax(near, axis=-1).astype(jnp.int32), latents
 
     def decode(self, latents: Float[Array, "B H W C"]) -> Float[Array, "B h w 3"]:
         """Pixels (not clipped) of quantised latents."""
@@ -222,7 +229,8 @@ class VQTokenizer(nnx.Module):
 
     def decode_codes(self, codes: Int[Array, "B H W"]) -> Float[Array, "B h w 3"]:
         """Pixels (not clipped) of codes."""
-        return self.decode(self.codebook[codes])
+        rows = self.codebook if self.config.unit_codes else self.codes[...].astype(jnp.float32)
+        return self.decode(rows[codes])
 
 
 def from_uint8(images: UInt8[Array | np.ndarray, "*dims"]) -> Float[Array, "*dims"]:

@@ -1,0 +1,150 @@
+"""The folder of a LlamaGen: ``config.json``, weights, and what its prompts need.
+
+The weights stand under their official names, in ``model.safetensors`` (with an index, in several) or a published
+``.pt``; the tokenizer's in the same file, as ours has it, or in one of their own, ``vq*.safetensors`` or ``vq*.pt``.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+
+from arrag_jax.errors import UserError
+from arrag_jax.files import atomic_write, write_json
+from arrag_jax.interfaces import ArrayLike, PromptEncoder
+from arrag_jax.models.family import Family
+from arrag_jax.models.layouts import Layout
+from arrag_jax.models.llamagen import PARTS, VISION, LlamaGen
+from arrag_jax.models.llamagen_config import MODEL_TYPE, PRESETS, LlamaGenConfig, config_to_json, read_config
+from arrag_jax.models.llamagen_prompts import CaptionEncoder, ClassNumbers
+from arrag_jax.models.tensor_files import Stored, stored_tensors
+from arrag_jax.models.weights import match, parameters, read_weights, write_weights
+
+TOKENIZER = ("vq*.safetensors", "vq*.pt")
+TOKENIZER_KEY = re.compile(r"(encoder|decoder|quantize|quant_conv|post_quant_conv)\..*")
+_LAYER = r"language_model\.layers\.(\d+)\."
+
+LAYOUT = Layout(
+    names=(
+        (rf"{_LAYER}attention\.qkv\.", r"layers.\1.attention.wqkv."),
+        (rf"{_LAYER}attention\.o\.", r"layers.\1.attention.wo."),
+        (rf"{_LAYER}mlp\.gate\.", r"layers.\1.feed_forward.w1."),
+        (rf"{_LAYER}mlp\.down\.", r"layers.\1.feed_forward.w2."),
+        (rf"{_LAYER}mlp\.up\.", r"layers.\1.feed_forward.w3."),
+        (rf"{_LAYER}input_norm\.", r"layers.\1.attention_norm."),
+        (rf"{_LAYER}mlp_norm\.", r"layers.\1.ffn_norm."),
+        (rf"{_LAYER}blender\.norm_scale$", r"layers.\1.blender.norm.weight"),
+        (rf"{_LAYER}blender\.", r"layers.\1.blender."),
+        (r"language_model\.embed_tokens\.", "tok_embeddings."),
+        (r"language_model\.norm\.", "norm."),
+        (r"gen_head\.", "output."),
+        (r"cls_embedding\.(fc\d)\.", r"cls_embedding.cap_proj.\1."),
+        (r"gen_vision_model\.(.*\.(?:up|down)sample)\.", r"\1.conv."),
+        (r"gen_vision_model\.codes$", "quantize.embedding.weight"),
+        (r"gen_vision_model\.", ""),
+    ),
+    rules=(),
+    parts={},
+    unused=re.compile(r"freqs_cis|causal_mask|layers\.\d+\.attention\.kv_cache\..*|quantize\.codebook_used"),
+)
+
+
+def _open(
+    directory: Path, also: tuple[str, ...] = (), parts: tuple[str, ...] | None = None
+) -> tuple[LlamaGen, Layout, dict[str, Stored]]:
+    """The model that a folder holds, shapes without numbers; its layout; and its tensors.
+
+    Args:
+      parts: the parts to build; None = all that the folder holds.
+
+    Raises:
+      UserError: a part is missing, or the config asks for more than the tensors hold.
+    """
+    shape, stored = read_config(directory), stored_tensors(directory, tuple(dict.fromkeys((*TOKENIZER, *also))))
+    held = {key: tensor for key, tensor in stored.items() if TOKENIZER_KEY.fullmatch(key)}
+    path = directory / "config.json"
+    if parts is None:
+        present = {
+            "gen_vision_model": bool(held),
+            **dict.fromkeys(set(PARTS) - set(VISION), shape.language is not None),
+        }
+        parts = tuple(part for part in PARTS if present[part])
+    if VISION[0] not in parts:
+        stored = {key: tensor for key, tensor in stored.items() if key not in held}
+    if parts == VISION:
+        stored = held
+        if not held:
+            raise UserError(f"{directory} holds no image tokenizer; put its vq.safetensors or vq*.pt there")
+    elif shape.language is None:
+        raise UserError(f"{path} gives no dim, n_layer and n_head: it describes an image tokenizer alone")
+    _require_room(shape, stored, parts, path)
+    if set(parts) == set(PARTS) and shape.vision.codebook_size < shape.language.vocab_size:
+        raise UserError(
+            f"{path} gives a tokenizer of {shape.vision.codebook_size} codes, but the model draws "
+            f"{shape.language.vocab_size}; put the tokenizer there that the model was trained with"
+        )
+    return nnx.eval_shape(lambda: LlamaGen(shape, nnx.Rngs(0), parts)), LAYOUT, stored
+
+
+def _require_room(shape: LlamaGenConfig, stored: dict[str, Stored], parts: tuple[str, ...], path: Path) -> None:
+    """Raises UserError where a config asks for more than the weights beside it hold, before it is built."""
+    text, vision, layers, blocks, numbers = shape.language, shape.vision, 0, 0, 0
+    if "language_model" in parts:
+        layers, numbers = text.layers, text.layers * 3 * text.width * text.mlp
+    if "gen_vision_model" in parts:
+        blocks = len(vision.multipliers) * vision.res_blocks
+        numbers += blocks * vision.channels**2
+    held = sum(math.prod(tensor.shape) for tensor in stored.values())
+    if layers + blocks > len(stored) or numbers > held:
+        raise UserError(
+            f"{path} asks for {layers} layers and {blocks} blocks of the tokenizer, more than the {len(stored)} "
+            f"tensors of {held:,} numbers beside it; copy the checkpoint again"
+        )
+
+
+def _load(directory: Path, dtype: str, grid: ArrayLike, parts: tuple[str, ...] | None = None) -> LlamaGen:
+    """Reads the named parts of the model in a folder; the others are None."""
+    model, layout, stored = _open(directory, (), parts)
+    model = model if grid is None else model.with_grid(grid)
+    read_weights(model, match(model, stored, layout, directory), dtype, layout.exact)
+    if model.gen_vision_model is not None:
+        size, dim = model.config.vision.codebook_size, model.config.vision.code_dim
+        model.gen_vision_model.usage.set_value(jnp.full((size,), 1.0 / size))
+        model.gen_vision_model.spare.set_value(jnp.zeros((size, dim)))
+    return model
+
+
+def _save(model: LlamaGen, directory: Path, dtype: str) -> None:
+    if any("_lora." in path for path in parameters(model)):
+        raise UserError("this model's LoRA is apart; merge it (merge_lora), then save")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").unlink(missing_ok=True)
+    with atomic_write(directory / "model.safetensors") as temporary:
+        write_weights(model, temporary, dtype, LAYOUT)
+    write_json(directory / "config.json", config_to_json(model.config))
+
+
+def _prompts(directory: Path) -> PromptEncoder:
+    config = read_config(directory)
+    if config.family == "c2i":
+        return ClassNumbers(config.classes)
+    return CaptionEncoder(directory, config.caption_width, config.caption_tokens)
+
+
+LLAMAGEN = Family(
+    model_types=(MODEL_TYPE,),
+    kind=LlamaGen,
+    read_config=read_config,
+    load=_load,
+    load_tokenizer=lambda directory: _load(directory, "float32", None, VISION),
+    save=_save,
+    prompts=_prompts,
+    open=_open,
+    layout_of=lambda config: LAYOUT,
+    layouts={"ours": LAYOUT, MODEL_TYPE: LAYOUT},
+    to_json=config_to_json,
+    presets=PRESETS,
+    files=TOKENIZER,
+)

@@ -1,0 +1,125 @@
+"""Prompts of a LlamaGen: the number of a class, or a caption whose text features are looked up or computed."""
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from arrag_jax.errors import UserError
+from arrag_jax.files import atomic_write
+from arrag_jax.models.t5 import caption_features
+
+FEATURES = "features.npz"  # captions with features that were computed before
+T5 = "t5"  # folder of the T5 encoder
+
+
+class ClassNumbers:
+    """Prompts that are numbers of classes, "207" for one."""
+
+    def __init__(self, classes: int):
+        self.classes = classes
+
+    def __call__(self, prompts: Sequence[str], length: int | None = None) -> Int[np.ndarray, " B"]:
+        """The classes of prompts; a UserError where one is no number of a class."""
+        for prompt in prompts:
+            if not prompt.strip().isdecimal() or int(prompt) >= self.classes:
+                raise UserError(
+                    f"the prompt {prompt[:60]!r} is no class: give a number from 0 to {self.classes - 1}, such as 207"
+                )
+        return np.array([int(prompt) for prompt in prompts], np.int32)
+
+
+class CaptionEncoder:
+    """Prompts that are captions: T5 features, of the left-padded ones the real last.
+
+    A caption that ``features.npz`` holds has the features there (see ``save_features``). Those of others are computed
+    once by the T5 encoder in the folder ``t5``, which ``transformers`` runs.
+    """
+
+    def __init__(self, directory: Path, width: int, length: int):
+        """``directory``: of the model; features are float [length, width].
+
+        Raises:
+          UserError: it has neither, or the file is damaged or of another model.
+        """
+        self.t5, self.width, self.length = directory / T5, width, length
+        file = directory / FEATURES
+        if not file.is_file() and not self.t5.is_dir():
+            raise UserError(
+                f"{directory} has nothing that turns captions into text features: put a T5 encoder (flan-t5-xl of the "
+                f"published models) into {self.t5}, or features of your captions into {file}"
+            )
+        self.known = _read_features(file, width, length) if file.is_file() else {}
+
+    def __call__(
+        self, prompts: Sequence[str], length: int | None = None
+    ) -> tuple[Float[np.ndarray, "B T C"], Bool[np.ndarray, "B T"]]:
+        """Features and mask of prompts, padded on the left to ``length`` tokens (None: as many as the model takes).
+
+        Raises:
+          UserError: a prompt is empty, or longer than ``length``; one has no stored features and there is no T5; or
+            the T5 is not one that this model takes.
+        """
+        for prompt in prompts:
+            if not prompt.strip():
+                raise UserError("a prompt is empty; say what to draw")
+        fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        if fresh and not self.t5.is_dir():
+            raise UserError(
+                f"{FEATURES} has no features of the prompt {fresh[0][:60]!r}; it holds {len(self.known)} captions: add "
+                f"it, or put a T5 encoder into {self.t5}"
+            )
+        if fresh:
+            features, mask = caption_features(self.t5, fresh, self.length)
+            if features.shape[2] != self.width:
+                raise UserError(
+                    f"{self.t5} gives features of {features.shape[2]} numbers, the model takes {self.width}"
+                )
+            self.known |= dict(zip(fresh, zip(features, mask, strict=True), strict=True))
+        wanted = self.length if length is None else length
+        rows = [self.known[prompt] for prompt in prompts]
+        for prompt, (_, mask) in zip(prompts, rows, strict=True):
+            if mask.sum() > wanted or wanted > self.length:
+                raise UserError(f"prompt too long: {mask.sum()} tokens, at most {wanted}: {prompt[:60]!r}…")
+        return np.stack([x[-wanted:] for x, _ in rows]), np.stack([mask[-wanted:] for _, mask in rows])
+
+
+def save_features(
+    path: Path, prompts: Sequence[str], features: Float[np.ndarray, "N T C"], mask: Bool[np.ndarray, "N T"]
+) -> None:
+    """Writes captions with their features, padded on the left, as ``CaptionEncoder`` reads them."""
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, prompts=np.array(prompts, np.str_), features=features, mask=mask)
+
+
+def _read_features(path: Path, width: int, length: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Features and mask by caption, padded on the left to ``length``."""
+    try:
+        with open(path, "rb") as file:
+            prompts, features, mask = _arrays(file)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no .npz of prompts, features and mask ({error}); write it again") from error
+    count, most = len(prompts), min(length, features.shape[1] if features.ndim == 3 else 0)
+    if prompts.dtype.kind != "U" or prompts.ndim != 1 or features.shape != (count, most, width):
+        raise UserError(
+            f"{path} must hold {count} prompts and features of [{count}, T <= {length}, {width}], got {features.shape}"
+        )
+    marked = mask.astype(bool)
+    if mask.shape != features.shape[:2] or (mask != marked).any() or not marked.any(1).all():
+        raise UserError(f"{path}: its mask must hold 0 and 1, {features.shape[:2]}, and a 1 in every row")
+    if not np.issubdtype(features.dtype, np.floating) or not np.isfinite(features).all():
+        raise UserError(f"{path}: its features must be finite floats")
+    pads = ((0, 0), (length - most, 0))
+    features, marked = np.pad(features.astype(np.float32), (*pads, (0, 0))), np.pad(marked, pads)
+    order = np.argsort(marked, axis=1, kind="stable")  # pads on the right go to the left
+    features, marked = np.take_along_axis(features, order[..., None], 1), np.take_along_axis(marked, order, 1)
+    features = np.where(marked[..., None], features, 0)
+    return {str(prompt): (x, row) for prompt, x, row in zip(prompts, features, marked, strict=True)}
+
+
+def _arrays(file: BinaryIO) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    with np.load(file, allow_pickle=False) as content:
+        return content["prompts"], content["features"], content["mask"]

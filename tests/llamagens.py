@@ -1,0 +1,79 @@
+"""LlamaGens that several tests share: folders of the golden ones, and a tiny random one with FAiD's blenders."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import conftest
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from arrag_jax.models.llamagen import PARTS, LlamaGen
+from arrag_jax.models.llamagen_config import LlamaGenConfig
+from arrag_jax.nn.faid import FaidConfig
+from arrag_jax.nn.transformer import LlamaConfig
+from arrag_jax.nn.vq import VQConfig
+
+GOLDEN = conftest.SHARED / "reference" / "llamagen"
+
+SHAPE = LlamaConfig(9, width=16, layers=2, heads=4, kv_heads=2, mlp=24, rotary="positions", joined=True)
+CONFIG = LlamaGenConfig(
+    language=SHAPE,
+    vision=VQConfig(codebook_size=9, channels=4, multipliers=(1, 2), z_channels=8, res_blocks=1, norm_groups=2),
+    grid=(4, 5),
+    classes=6,
+    caption_width=7,
+    faid=FaidConfig(stride=1, hops=(1, 2), neighbors=3),
+)
+
+
+def golden() -> dict[str, Any]:
+    """The config of the golden set; skips where it is absent."""
+    if not GOLDEN.is_dir():
+        pytest.skip("golden numbers of LlamaGen are not on this machine (../shared/reference/llamagen)")
+    return json.loads((GOLDEN / "config.json").read_text())
+
+
+def arrays(name: str) -> dict[str, np.ndarray]:
+    """Golden arrays of a model."""
+    with np.load(GOLDEN / f"{name}.npz") as content:
+        return dict(content)
+
+
+def folder(path: Path, name: str, weights: str, tokenizer: str = "") -> Path:
+    """A folder as a user makes it: golden hyper-parameters, published weights, and a tokenizer's where asked for."""
+    given = golden()
+    path.mkdir(parents=True, exist_ok=True)
+    model = given["models"][name]
+    config = {**model, "model_type": "llamagen", "family": model["model_type"]}
+    shutil.copyfile(GOLDEN / weights, path / ("model.safetensors" if weights.endswith(".safetensors") else weights))
+    if tokenizer:
+        config["vq"] = given["vq"][Path(tokenizer).stem]
+        shutil.copyfile(GOLDEN / tokenizer, path / f"vq{Path(tokenizer).suffix}")
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def random(family: str, seed: int = 0) -> LlamaGen:
+    """A random model with blenders, whose logits differ enough between codes for draws to mean something."""
+    config = dataclasses.replace(CONFIG, family=family, caption_tokens=8 if family == "t2i" else CONFIG.caption_tokens)
+    model = nnx.eval_shape(lambda: LlamaGen(config, nnx.Rngs(0), PARTS))
+    tiny.fill(model, seed)
+    model.gen_head.weight[...] = 3.0 * model.gen_head.weight[...]
+    model.gen_vision_model.usage.set_value(jnp.full((config.vision.codebook_size,), 0.1))
+    return model
+
+
+def condition(family: str, rows: int = 3, seed: int = 0) -> Any:
+    """Classes, or features of captions of several lengths, padded on the left."""
+    rng = np.random.default_rng(seed)
+    if family == "c2i":
+        return rng.integers(0, CONFIG.classes, rows).astype(np.int32)
+    mask = np.arange(6)[None] >= 6 - rng.integers(1, 7, rows)[:, None]
+    features = rng.normal(size=(rows, 6, CONFIG.caption_width)).astype(np.float32)
+    return np.where(mask[..., None], features, 0), mask
