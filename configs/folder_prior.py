@@ -2,6 +2,9 @@
 
 python -m arrag_jax.train --config configs/folder_prior.py --config.data.source=photos \
   --workdir runs/photo_prior
+
+2 CPU cores, about 8 minutes of them. The vocabulary is the words of the captions. Of 200 photos (160 to learn from),
+with --config.steps=60: "trained 60 steps; held out: valid_bits_per_code 8.334". The 300 steps were not run by us.
 """
 
 from ml_collections import ConfigDict
