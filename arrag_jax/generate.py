@@ -3,7 +3,7 @@
 python -m arrag_jax.generate --config configs/emoji_daid.py --prompt "a cat" --prompt "two dogs" --workdir demo
 
 Leaves in --workdir: a picture a prompt and method, and ``grid.png`` (the first 64 prompts, one column a method, same
-seeds). A PNG holds prompt, seed, method, model and store as text. Pictures are written batch by batch: the same command
+seeds). A PNG holds prompt, seed, method, model and store as text. Images are written batch by batch: the same command
 goes on where it was (``run.json`` says what is drawn), and another one replaces the pictures of the run before it. For
 every method that retrieves also, unless --noprovenance, ``provenance_NN_METHOD.png`` (which stored images hold its
 patches, and how far retrieval moved each draw) and ``provenance.json`` (the same in numbers, and a copy audit; its keys

@@ -96,9 +96,9 @@ class Backbone(Protocol):
         ...
 
     def step(
-        self, hidden: Float[Array, "R D"], cache: Cache, cell: Int[Array, ""], features: Any = None
+        self, hidden: Float[Array, "R D"], cache: Cache, position: Int[Array, ""], features: Any = None
     ) -> tuple[Float[Array, "R V"], Cache]:
-        """Feeds the input of ``cell`` (the embedding of what came before it): logits of its code."""
+        """Feeds the input of ``position`` (the embedding of what came before it): logits of its code."""
         ...
 
     def teacher_forced(

@@ -18,13 +18,13 @@ def windows(hidden, features, hop):
     batch, height, width, dim = hidden.shape
     side, slots = 2 * hop + 1, features.shape[2]
     padded = jnp.pad(hidden, ((0, 0), (hop, hop), (hop, hop), (0, 0)))
-    cells = []
-    for cell in range(height * width):
-        row, column = divmod(cell, width)
+    positions = []
+    for position in range(height * width):
+        row, column = divmod(position, width)
         window = padded[:, row : row + side, column : column + side]
         past = jnp.arange(side * side).reshape(1, side, side, 1) < side * side // 2
-        cells.append(jnp.where(past, window, 0.0))
-    patches = jnp.broadcast_to(jnp.stack(cells, 1)[:, :, None], (batch, height * width, slots, side, side, dim))
+        positions.append(jnp.where(past, window, 0.0))
+    patches = jnp.broadcast_to(jnp.stack(positions, 1)[:, :, None], (batch, height * width, slots, side, side, dim))
     return patches.at[:, :, :, hop, hop].set(features)
 
 

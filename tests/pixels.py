@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def random_pictures(seed: int, count: int, height: int = 8, width: int = 12) -> np.ndarray:
+def random_images(seed: int, count: int, height: int = 8, width: int = 12) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), np.uint8)
 
 

@@ -15,7 +15,7 @@ from arrag_jax.store.encoding import Encode, EncodedImages
 GRID, CODES, IMAGES = tiny.CONFIG.grid, tiny.CONFIG.vision.codebook_size, 12
 
 
-class Pictures:
+class StoredImages:
     """Pictures whose first pixels are their codes."""
 
     def __init__(self, codes: np.ndarray, captions: list[str] | None):
@@ -58,10 +58,10 @@ def build(folder, captions: list[str] | None = None, kept: bool = False, shard_s
         fingerprint="f", grid=GRID, codebook_size=CODES, code_dim=8, keys=("codebook", "latent"), captions=kept,
         num_images=number, shard_size=shard_size, source="pictures", split="all",
     )  # fmt: skip
-    return writer.build_datastore(folder, encoded(Pictures(codes, captions), "pictures"), codebook, settings)
+    return writer.build_datastore(folder, encoded(StoredImages(codes, captions), "pictures"), codebook, settings)
 
 
-def encoded(pictures: Pictures, source: str) -> EncodedImages:
+def encoded(pictures: StoredImages, source: str) -> EncodedImages:
     """The pictures, and what ``encode`` makes of them."""
     return EncodedImages(pictures, f"{source}/all/{{}}".format, encode, 3)
 
@@ -69,8 +69,8 @@ def encoded(pictures: Pictures, source: str) -> EncodedImages:
 def keys_of_maps(vectors: np.ndarray) -> np.ndarray:
     """Keys of maps of cell vectors [B, H, W, C]: the four context cells' vectors side by side, stored-row order."""
     batch, height, width, dim = vectors.shape
-    cells = grid_ops.context_cells(height, width)[grid_ops.cells_with_context(height, width)]
-    return vectors.reshape(batch, height * width, dim)[:, cells].reshape(-1, 4 * dim)
+    positions = grid_ops.context_positions(height, width)[grid_ops.positions_with_context(height, width)]
+    return vectors.reshape(batch, height * width, dim)[:, positions].reshape(-1, 4 * dim)
 
 
 def keys_of(store: Datastore, kind: str) -> np.ndarray:
@@ -93,8 +93,8 @@ def assert_nearest(example: dict, store: Datastore, own: int) -> None:
     book, stored = store.codebook.astype(np.float64), store.codes[others]
     keys = book[grid_ops.contexts_of_grids(stored)].reshape(-1, 4 * book.shape[1])
     values = grid_ops.next_codes_of_grids(stored.astype(np.int32)).reshape(-1)
-    cells = grid_ops.cells_with_context(*codes.shape)
-    for context, found in zip(grid_ops.contexts_of_grids(codes[None])[0], example["neighbors"][cells], strict=True):
+    positions = grid_ops.positions_with_context(*codes.shape)
+    for context, found in zip(grid_ops.contexts_of_grids(codes[None])[0], example["neighbors"][positions], strict=True):
         away = ((keys - book[context].reshape(-1)) ** 2).sum(1)
         farthest = np.sort(away)[len(found) - 1]
         nearer, tied = Counter(values[away < farthest - 1e-5]), Counter(values[abs(away - farthest) <= 1e-5])

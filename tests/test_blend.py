@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from arrag_jax.errors import UserError
 from arrag_jax.models.weights import to_ours
-from arrag_jax.nn.faid import Blended, Blender, FaidConfig, FusedBlender, window_cells
+from arrag_jax.nn.faid import Blended, Blender, FaidConfig, FusedBlender, window_positions
 from arrag_jax.ops import blend
 from arrag_jax.ops.grid import has_context
 
@@ -72,13 +72,13 @@ def test_the_map_is_the_naive_map_in_values_and_gradients(hops, slots, composed,
 @pytest.mark.parametrize("hops, slots", CASES, ids=str)
 def test_a_cell_alone_is_the_cell_in_the_naive_map(hops, slots):
     hidden, features = inputs(slots)
-    complete, windows = has_context(HEIGHT, ACROSS), window_cells(hops, HEIGHT, ACROSS)
-    fused, blend_cell = FusedBlender(blender(hops)), nnx.jit(FusedBlender.blend_cell)
-    flat, cells = hidden.reshape(BATCH, -1, WIDTH), []
-    for cell in range(HEIGHT * ACROSS):
-        window = jnp.where(windows[cell][None, :, None] >= 0, flat[:, np.maximum(windows[cell], 0)], 0)
-        cells.append(blend_cell(fused, window, features[:, cell], jnp.asarray(complete[cell])))
-    added, blended, gate = (np.stack(values) for values in zip(*cells, strict=True))
+    complete, windows = has_context(HEIGHT, ACROSS), window_positions(hops, HEIGHT, ACROSS)
+    fused, blend_position = FusedBlender(blender(hops)), nnx.jit(FusedBlender.blend_position)
+    flat, positions = hidden.reshape(BATCH, -1, WIDTH), []
+    for position in range(HEIGHT * ACROSS):
+        window = jnp.where(windows[position][None, :, None] >= 0, flat[:, np.maximum(windows[position], 0)], 0)
+        positions.append(blend_position(fused, window, features[:, position], jnp.asarray(complete[position])))
+    added, blended, gate = (np.stack(values) for values in zip(*positions, strict=True))
     found = Blended(np.moveaxis(added, 0, 1), np.moveaxis(blended, 0, 1), gate.mean())
     jax.tree.map(assert_close, found, naive_with_gradients(hops, slots)[0])
 
@@ -148,7 +148,7 @@ def test_all_products_of_bfloat16_are_summed_in_float32(form, monkeypatch):
         model = nnx.merge(graph, state)
         if form != "cell":
             return model.blend_map(hidden, features)
-        return FusedBlender(model).blend_cell(hidden.reshape(BATCH, -1, WIDTH), features[:, 0], jnp.asarray(True))
+        return FusedBlender(model).blend_position(hidden.reshape(BATCH, -1, WIDTH), features[:, 0], jnp.asarray(True))
 
     hidden = hidden if form != "cell" else jnp.ones((BATCH, len(blend.live_offsets(3)), WIDTH))
     products = [e for e in traced(run, state, hidden, features) if e.primitive.name == "dot_general"]
@@ -227,11 +227,11 @@ def test_the_reference_blends_the_same(reference, name):
 def test_the_reference_blends_cell_by_cell_the_same(reference, name):
     """Its decoding path, which has no rule for boundary cells: all count as having a context."""
     golden, model = np.load(reference / "blender_alone.npz"), FusedBlender(reference_blender(reference, name))
-    for i, cell in enumerate(golden[f"{name}_eval_pos"]):
-        window = window_cells(model.config.hops, 6, 6)[cell]
+    for i, position in enumerate(golden[f"{name}_eval_pos"]):
+        window = window_positions(model.config.hops, 6, 6)[position]
         tokens = golden[f"{name}_eval_hidden_padded"][i][:, 5:]  # five of the prompt come first
         around = np.where(window[None, :, None] >= 0, tokens[:, window], 0)
         features = np.repeat(golden[f"{name}_eval_retrieved"][i].reshape(1, 10, 64), 2, axis=0)
-        out = model.blend_cell(jnp.asarray(around), jnp.asarray(features), jnp.asarray(True)).features
+        out = model.blend_position(jnp.asarray(around), jnp.asarray(features), jnp.asarray(True)).features
         expected = golden[f"{name}_eval_out"][i][:, 0]
         np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -133,10 +133,10 @@ def test_limited_to_one_image_at_weight_one_only_its_codes_are_drawn(store):
     images = np.array([[3], [8], [3]], np.int32)
     drawn = sample(model, ids, Daid(1.0, 0.5), LimitedRetriever.create(store, images, "codebook", 6), prompt_mask=mask)
     inside = grid_ops.has_context(*GRID)
-    image, cell = grid_ops.image_and_cell(np.asarray(drawn.source), *GRID)
+    image, position = grid_ops.image_and_position(np.asarray(drawn.source), *GRID)
     assert (image[:, inside] == images).all()
     stored = store.codes.reshape(len(store.codes), -1)
-    np.testing.assert_array_equal(stored[image[:, inside], cell[:, inside]], np.asarray(drawn.codes)[:, inside])
+    np.testing.assert_array_equal(stored[image[:, inside], position[:, inside]], np.asarray(drawn.codes)[:, inside])
 
 
 def test_more_neighbours_than_chosen_patches_is_a_user_error(store):

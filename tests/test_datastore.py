@@ -109,8 +109,8 @@ def test_keys_are_the_four_context_cells(whole, kind):
     keys[rows], values[rows] = patches.keys[entry], patches.codes
     vectors = CODEBOOK[whole.codes] if kind == "codebook" else unit_norm(whole.records("latents"))
     for row in range(0, whole.num_patches, 7):
-        image, cell = grid_ops.image_and_cell(np.array(row), *GRID)
-        r, c = divmod(int(cell), GRID[1])
+        image, position = grid_ops.image_and_position(np.array(row), *GRID)
+        r, c = divmod(int(position), GRID[1])
         parts = [vectors[image, r + dr, c + dc] for dr, dc in ((-1, -1), (-1, 0), (-1, 1), (0, -1))]
         np.testing.assert_array_equal(keys[row], np.concatenate(parts))
         assert values[row] == whole.codes[image, r, c]

@@ -45,8 +45,8 @@ def test_step_by_step_equals_teacher_forcing(model, retriever, method):
     drawn = sample(model, ids, policy, retriever, cfg_scale=2.0, prompt_mask=mask, seed=3, return_log_probs=True)
     log_p = teacher_forced_log_p(model, ids, mask, drawn.codes, 2.0)
     if method == "daid":
-        cells = grid.context_cells(*model.grid)
-        contexts = np.where(cells[None] >= 0, np.asarray(drawn.codes)[:, cells], -1)
+        positions = grid.context_positions(*model.grid)
+        contexts = np.where(positions[None] >= 0, np.asarray(drawn.codes)[:, positions], -1)
         flat = log_p.reshape(-1, log_p.shape[-1])
         found = retriever.search(jnp.asarray(contexts.reshape(-1, 4), jnp.int32))
         log_p = policy.log_probs(flat, found, jnp.asarray(True)).reshape(log_p.shape)
@@ -169,9 +169,9 @@ def test_the_reference_draws_the_same(reference):
 def test_the_reference_draws_the_same_with_daid(reference, kind):
     model = load_model(reference / "janus_layout", grid=(6, 6))
     base, golden = np.load(reference / "base.npz"), np.load(reference / "retrieval.npz")
-    cells = grid.context_cells(6, 6)[grid.cells_with_context(6, 6)]
+    positions = grid.context_positions(6, 6)[grid.positions_with_context(6, 6)]
     vectors = golden["grid_latents"] if kind == "latent" else golden["codebook_normalised"][golden["grid_codes"]]
-    keys = vectors.reshape(-1, 36, 8)[:, cells].reshape(-1, 32)
+    keys = vectors.reshape(-1, 36, 8)[:, positions].reshape(-1, 32)
     values = grid.next_codes_of_grids(golden["grid_codes"]).reshape(-1)
     retriever = DenseRetriever.create(keys, values, golden["codebook_normalised"], int(golden["top_k"]))
     ids, mask = base["text_ids_left"], base["text_mask_left"]

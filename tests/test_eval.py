@@ -106,7 +106,7 @@ def test_sweep_and_scaling_measure_what_each_setting_gives_alone(config, tmp_pat
     capsys.readouterr()
     run_eval(config, tmp_path, 3, mode="scaling")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
-    rows = [[float(cell) for cell in line.strip("|").split("|")] for line in lines]
+    rows = [[float(position) for position in line.strip("|").split("|")] for line in lines]
     assert [row[:2] for row in rows] == [[images, 110 * images] for images in (3, 12, 48)]
     expected = bits(pipe.policy("daid"), num_images=12, search="dense")
     assert rows[1][2:] == pytest.approx([plain, expected, plain - expected], abs=1e-4)

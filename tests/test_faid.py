@@ -54,8 +54,8 @@ def golden_model(reference):
 
 def retrieved(model, retriever, codes, k: int = K) -> tuple[np.ndarray, object]:
     """The first k codes [B, T, k] that the search finds for every cell of whole grids, and all its neighbours."""
-    cells = grid.context_cells(*model.grid)
-    contexts = np.where(cells[None] >= 0, np.asarray(codes)[:, cells], -1)
+    positions = grid.context_positions(*model.grid)
+    contexts = np.where(positions[None] >= 0, np.asarray(codes)[:, positions], -1)
     found = retriever.search(jnp.asarray(contexts.reshape(-1, 4), jnp.int32))
     return np.asarray(found.code).reshape(*codes.shape, -1)[..., :k], found
 
@@ -101,11 +101,11 @@ def test_unconditional_rows_are_not_computed(model, retriever, monkeypatch):
     ids, mask = tiny.prompts((5, 2, 3))
     cond = model.check_condition(ids, mask)
     uncond, keys = model.unconditional(cond), image_keys(0, 3)
-    rows, blend_cell = set(), FusedBlender.blend_cell
+    rows, blend_position = set(), FusedBlender.blend_position
 
     def noted(self, window, features, complete):
         rows.add((len(window), len(features)))
-        return blend_cell(self, window, features, complete)
+        return blend_position(self, window, features, complete)
 
     monkeypatch.setattr(FusedBlender, "blend_cell", noted)
     fused = model.fused()
@@ -133,9 +133,9 @@ def test_no_future_code_reaches_a_past_distribution(model):
     """Through attention, and through the blenders' windows, of which there are two in a row here."""
     rng = np.random.default_rng(0)
     llama, (height, width) = model.language_model, model.grid
-    cells, prompt = height * width, 4
-    x = jnp.asarray(rng.normal(size=(1, prompt + cells - 1, 16)), jnp.float32)
-    features = jnp.asarray(rng.normal(size=(1, cells, K, 16)), jnp.float32)
+    positions, prompt = height * width, 4
+    x = jnp.asarray(rng.normal(size=(1, prompt + positions - 1, 16)), jnp.float32)
+    features = jnp.asarray(rng.normal(size=(1, positions, K, 16)), jnp.float32)
     filled, positions = jnp.ones((1, x.shape[1]), bool), jnp.arange(x.shape[1])[None]
 
     def logits_of(inputs):
@@ -143,9 +143,9 @@ def test_no_future_code_reaches_a_past_distribution(model):
         moved = x.at[0, prompt:].add(inputs[:-1])
         return model.gen_head(llama.forward(moved, positions, filled, model.grid, features)[0][0, prompt - 1 :]).sum(-1)
 
-    influence = np.abs(jax.jit(jax.jacobian(logits_of))(jnp.zeros((cells, 16)))).sum(-1)  # [cell, code put in]
-    assert np.all(influence[np.triu_indices(cells)] == 0.0)
-    assert np.all(influence[np.tril_indices(cells, -1)] > 0.0)
+    influence = np.abs(jax.jit(jax.jacobian(logits_of))(jnp.zeros((positions, 16)))).sum(-1)  # [cell, code put in]
+    assert np.all(influence[np.triu_indices(positions)] == 0.0)
+    assert np.all(influence[np.tril_indices(positions, -1)] > 0.0)
 
 
 def test_a_row_without_its_caption_is_not_blended(model):
@@ -314,8 +314,8 @@ def test_reference_lora(golden_model, reference):
 def test_the_reference_draws_the_same(golden_model, reference):
     """The official loop with its one mend, that boundary cells follow training's rule (docs/reference.md "FAiD")."""
     store, golden = np.load(reference / "retrieval.npz"), np.load(reference / "faid.npz")
-    cells = grid.context_cells(6, 6)[grid.cells_with_context(6, 6)]
-    keys = store["grid_latents"].reshape(-1, 36, 8)[:, cells].reshape(-1, 32)
+    positions = grid.context_positions(6, 6)[grid.positions_with_context(6, 6)]
+    keys = store["grid_latents"].reshape(-1, 36, 8)[:, positions].reshape(-1, 32)
     values = grid.next_codes_of_grids(store["grid_codes"]).reshape(-1)
     retriever = DenseRetriever.create(keys, values, store["codebook_normalised"], 10)
     base = np.load(reference / "base.npz")

@@ -111,9 +111,9 @@ def test_neighbours_are_others_of_those_stored_every_epoch(folder):
         everything = stored[number]["neighbors"]
         for epoch in seen:
             drawn = epoch[number]
-            for cell in range(len(drawn)):
-                left = list(everything[cell])
-                for code in drawn[cell]:
+            for position in range(len(drawn)):
+                left = list(everything[position])
+                for code in drawn[position]:
                     left.remove(code)  # raises where a code is drawn more often than it is stored
         changed += not np.array_equal(seen[0][number], seen[1][number])
     assert changed > len(stored) // 2
@@ -148,7 +148,7 @@ def test_a_mesh_trains_as_one_device(folder, tmp_path, monkeypatch):
 def test_the_blenders_form_goes_by_a_devices_own_cells(folder, monkeypatch):
     """Of the mesh in use, not of the host."""
     seen = []
-    monkeypatch.setattr(blend_ops, "cheaper_composed", lambda hops, cells, width: bool(seen.append(cells)))
+    monkeypatch.setattr(blend_ops, "cheaper_composed", lambda hops, positions, width: bool(seen.append(positions)))
     for shape in (MeshConfig(1, 1), MeshConfig(2, 4)):
         task = make_task(workshop.config(folder, mesh=shape))
         jax.eval_shape(task.eval_metrics, task.init_model(nnx.Rngs(0)), first_batch(task))

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from pixels import find, random_pictures
+from pixels import find, random_images
 from toy import lines, toy_config
 
 from arrag_jax.decode.loop import SampleOutput, sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.evaluation.origins import COMMON, origins
-from arrag_jax.evaluation.provenance import picture_record, share_of_draws, summary
+from arrag_jax.evaluation.provenance import image_record, share_of_draws, summary
 from arrag_jax.evaluation.provenance_page import COMMON_GROUND, LEAST_RANGE, NOT_FOUND, STRONGEST, provenance_page
 from arrag_jax.figures.canvas import PALETTE, greyed, upscale
 from arrag_jax.ops import grid as grid_ops
@@ -87,13 +87,13 @@ def test_features_that_are_blended_have_no_share_of_a_draw():
 def naive_origins(rows, stored, searched):
     """Oracle: every stored patch against every cell's, one by one."""
     height, width = stored.shape[1:]
-    context = grid_ops.context_cells(height, width)
-    flat, inside = stored.reshape(len(stored), -1), grid_ops.cells_with_context(height, width)
-    patch = lambda image, cell: (*flat[image, context[cell]].tolist(), int(flat[image, cell]))  # noqa: E731
+    context = grid_ops.context_positions(height, width)
+    flat, inside = stored.reshape(len(stored), -1), grid_ops.positions_with_context(height, width)
+    patch = lambda image, position: (*flat[image, context[position]].tolist(), int(flat[image, position]))  # noqa: E731
     held, credit = {}, np.zeros(len(stored))
     for place in np.flatnonzero(rows >= 0):
-        wanted = patch(*(int(x[0]) for x in grid_ops.image_and_cell(rows[place : place + 1], height, width)))
-        held[place] = [(i, cell) for i in searched for cell in inside if patch(i, cell) == wanted]
+        wanted = patch(*(int(x[0]) for x in grid_ops.image_and_position(rows[place : place + 1], height, width)))
+        held[place] = [(i, position) for i in searched for position in inside if patch(i, position) == wanted]
     for copies in held.values():
         if len({image for image, _ in copies}) <= max(1, len(searched) // COMMON):
             for image, _ in copies:
@@ -107,22 +107,22 @@ def test_origins_are_the_equal_patches_of_the_store(limited):
     stored = rng.integers(0, 2, (60, 4, 5)).astype(np.uint16) * 65535  # few different patches
     stored[:, :2] = rng.integers(0, 9, (60, 2, 5))
     searched = np.sort(rng.permutation(60)[:45]) if limited else np.arange(60)
-    patches = len(grid_ops.cells_with_context(4, 5))
+    patches = len(grid_ops.positions_with_context(4, 5))
     rows = searched[rng.integers(0, len(searched), 20)] * patches + rng.integers(0, patches, 20)
     rows[[0, 5, 19]] = -1
     found = origins(rows, stored, searched if limited else None)
     held, credit = naive_origins(rows, stored, searched)
     np.testing.assert_allclose(found.credit, credit, atol=1e-9)
-    for cell in range(20):
-        copies = held.get(cell, [])
+    for position in range(20):
+        copies = held.get(position, [])
         images = {image for image, _ in copies}
-        assert (found.copies[cell], found.images[cell]) == (len(copies), len(images))
-        assert found.common[cell] == (len(images) > max(1, len(searched) // COMMON))
+        assert (found.copies[position], found.images[position]) == (len(copies), len(images))
+        assert found.common[position] == (len(images) > max(1, len(searched) // COMMON))
         if copies:
-            assert (found.image[cell], found.cell[cell]) in copies
-            assert credit[found.image[cell]] == pytest.approx(max(credit[image] for image in images))
+            assert (found.image[position], found.position[position]) in copies
+            assert credit[found.image[position]] == pytest.approx(max(credit[image] for image in images))
         else:
-            assert found.image[cell] == found.cell[cell] == -1
+            assert found.image[position] == found.position[position] == -1
     assert found.common.any() and not found.common[rows >= 0].all()
 
 
@@ -142,13 +142,13 @@ def ground_with_motifs(number: int, height: int = 6, width: int = 8) -> np.ndarr
 def first_rows(grid: np.ndarray, stored: np.ndarray) -> np.ndarray:
     """For each cell the first stored patch of the same context and code, as a search gives it; -1 = none."""
     height, width = grid.shape
-    cells = grid_ops.cells_with_context(height, width)
+    positions = grid_ops.positions_with_context(height, width)
     whole = lambda x: np.concatenate(  # noqa: E731
         [grid_ops.contexts_of_grids(x), grid_ops.next_codes_of_grids(x)[..., None]], -1
     ).reshape(-1, 5)
     equal = (whole(grid[None])[:, None] == whole(stored)[None]).all(-1)
     rows = np.full(grid.size, -1)
-    rows[cells] = np.where(equal.any(1), equal.argmax(1), -1)
+    rows[positions] = np.where(equal.any(1), equal.argmax(1), -1)
     return rows
 
 
@@ -156,25 +156,25 @@ def test_plain_ground_is_credited_to_nobody():
     stored = ground_with_motifs(30)
     names = [f"photos/{i:03d}.jpg" for i in range(30)]
     rows = first_rows(stored[7], stored)
-    record = picture_record(drawn_from(stored[7], rows), stored, names)
+    record = image_record(drawn_from(stored[7], rows), stored, names)
     assert (rows[rows >= 0] < 24).any()  # what a search returns first for ground is a patch of image 0
     assert [source["source"] for source in record["sources"]] == ["photos/007.jpg"]
-    motif = sum(cell["copies"] > 0 and not cell["common"] for cell in record["cells"])
+    motif = sum(position["copies"] > 0 and not position["common"] for position in record["cells"])
     assert record["sources"][0]["cells"] == record["sources"][0]["credit"] == motif > 4
-    ground = [cell for cell in record["cells"] if cell["common"]]
-    assert ground and all(cell["images"] >= 29 and cell["copies"] > 100 for cell in ground)
+    ground = [position for position in record["cells"] if position["common"]]
+    assert ground and all(position["images"] >= 29 and position["copies"] > 100 for position in ground)
     assert record["share_common"] == pytest.approx(len(ground) / 48, abs=1e-4)
-    whole = picture_record(drawn_from(stored[0], first_rows(stored[0], stored)), stored, names)
+    whole = image_record(drawn_from(stored[0], first_rows(stored[0], stored)), stored, names)
     assert whole["sources"] == [] and whole["share_common"] == whole["share_among_neighbors"]
 
 
 def test_equal_images_share_the_credit():
     stored = ground_with_motifs(90)
     stored[[3, 11, 20]] = stored[50]
-    record = picture_record(drawn_from(stored[50], first_rows(stored[50], stored)), stored, [str(i) for i in range(90)])
+    record = image_record(drawn_from(stored[50], first_rows(stored[50], stored)), stored, [str(i) for i in range(90)])
     (source,) = record["sources"]
     assert source["credit"] == pytest.approx(source["cells"] / 4, abs=1e-4)
-    assert {cell["images"] for cell in record["cells"] if cell["copies"] and not cell["common"]} == {4}
+    assert {position["images"] for position in record["cells"] if position["copies"] and not position["common"]} == {4}
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def page() -> dict:
     """A page of 2-pixel cells: one of image 4, one common, the others not found."""
     source = np.full((4, 6), NOT_FOUND)
     source[1, 1], source[2, 2] = 4, COMMON_GROUND
-    image = np.maximum(random_pictures(2, 1)[0] // 2, 20)
+    image = np.maximum(random_images(2, 1)[0] // 2, 20)
     sources, names = {4: image[::-1]}, {4: "holiday/beach.jpg"}
     return {"image": image, "source": source, "moved": np.zeros((4, 6)), "sources": sources, "names": names}
 

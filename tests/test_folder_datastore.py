@@ -236,7 +236,7 @@ def test_three_commands_make_a_picture_of_a_folder_of_photos(photos, tmp_path, m
     np.testing.assert_array_equal(store.codes.reshape(40, -1), codes)
     assert json.loads((store.directory / "report.json").read_text())["recall_at_10"] == 1
     (record,) = json.loads((tmp_path / "pictures" / "provenance.json").read_text())
-    held = [cell for cell in record["cells"] if cell["rank"] is not None]
-    assert held and all(codes[cell["image"], cell["image_cell"]] == cell["code"] for cell in held)
+    held = [position for position in record["cells"] if position["rank"] is not None]
+    assert held and all(codes[position["image"], position["image_cell"]] == position["code"] for position in held)
     assert {source["source"] for source in record["sources"]} <= set(names)
     assert (tmp_path / "pictures" / "provenance_00_daid.png").exists()

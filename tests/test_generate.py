@@ -27,7 +27,7 @@ from arrag_jax.evaluation.likelihood import look_up
 from arrag_jax.evaluation.pipeline import open_pipeline
 from arrag_jax.figures.canvas import upscale
 from arrag_jax.models.checkpoint import load_model
-from arrag_jax.ops.grid import image_and_cell
+from arrag_jax.ops.grid import image_and_position
 from arrag_jax.retrieval.captions import CaptionIndex
 
 
@@ -54,11 +54,13 @@ def test_generate_draws_every_prompt_and_says_where_codes_came_from(config, tmp_
         picture = read(tmp_path / f"{i:02d}_daid.png")
         tiles = np.lib.stride_tricks.sliding_window_view(grid, picture.shape)[:, :, 0]
         assert (tiles == picture).all((2, 3, 4)).any()  # the grid holds the picture itself
-        cells = record["cells"]
-        assert record["share_among_neighbors"] == round(np.mean([cell["rank"] is not None for cell in cells]), 4)
-        for cell in cells:
-            if cell["rank"] is not None:  # the stored image holds that code there
-                assert cell["code"] == store.codes[cell["image"]].reshape(-1)[cell["image_cell"]]
+        positions = record["cells"]
+        assert record["share_among_neighbors"] == round(
+            np.mean([position["rank"] is not None for position in positions]), 4
+        )
+        for position in positions:
+            if position["rank"] is not None:  # the stored image holds that code there
+                assert position["code"] == store.codes[position["image"]].reshape(-1)[position["image_cell"]]
         assert record["sources"][0]["source"] == store.sources[record["sources"][0]["image"]]
         page = read(tmp_path / f"provenance_{i:02d}_daid.png")
         find(page, upscale(picture, 6))  # the picture itself stands in its page
@@ -92,11 +94,11 @@ def test_pictures_of_limited_methods_come_from_images_of_the_caption(config, tmp
     assert [record["prompt"] for record in records] == ["a cat", "two dogs"]
     for record in records:
         images = index.nearest([record["prompt"]], 3)
-        assert {cell["image"] for cell in record["cells"]} - {None} <= set(images[0].tolist())
+        assert {position["image"] for position in record["cells"]} - {None} <= set(images[0].tolist())
     examples = [{"image": render(s), "caption": s.caption.encode()} for s in (scene("valid", i) for i in range(3))]
     limit = functools.partial(pipe.retriever_for, "static")
     (found,) = look_up(pipe.model, pipe.text, examples, None, limit=limit)
-    images, _ = image_and_cell(np.asarray(found.neighbors.id).reshape(3, -1), *pipe.model.grid)
+    images, _ = image_and_position(np.asarray(found.neighbors.id).reshape(3, -1), *pipe.model.grid)
     for i, example in enumerate(examples):
         nearest = index.nearest([example["caption"].decode()], 1)
         assert set(images[i]) - {-1} == set(nearest[0].tolist())

@@ -231,7 +231,7 @@ def test_a_data_sets_images_go_by_their_names(tmp_path):
     words = [f"picture {i}" for i in range(stored.IMAGES)]
     one = stored.build(tmp_path / "one", words, kept=True)
     settings = dataclasses.replace(one.settings, source="others")
-    pictures = stored.Pictures(one.codes, words)
+    pictures = stored.StoredImages(one.codes, words)
     two = writer.build_datastore(tmp_path / "two", stored.encoded(pictures, "others"), one.codebook, settings)
     assert merged([one, two], tmp_path / "both").sources == one.sources + two.sources
     settings = dataclasses.replace(one.settings, num_images=4)

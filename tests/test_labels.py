@@ -5,7 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from pixels import random_pictures
+from pixels import random_images
 
 from arrag_jax.figures import grids, lettering
 from arrag_jax.figures.canvas import Canvas
@@ -136,7 +136,7 @@ def test_a_long_path_keeps_its_end(fonts, path):
 
 
 def test_labels_of_any_script_stand_in_a_grid(fonts):
-    images = random_pictures(1, 2 * len(SCRIPTS))
+    images = random_images(1, 2 * len(SCRIPTS))
     rows = [(words, images[2 * i : 2 * i + 2]) for i, words in enumerate(SCRIPTS.values())]
     page = grids.labelled_grid(rows, ["猫", "λ 0.1"], scale=3)
     assert page.shape[1] < 12 * 6 + 4 * 12 + 260

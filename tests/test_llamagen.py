@@ -194,8 +194,8 @@ def test_step_by_step_equals_teacher_forcing(model, retriever, condition, policy
     drawn = sample(model, condition, policy, retriever, cfg_scale=None, seed=3, return_log_probs=True)
     found = None
     if policy is not None:
-        cells = grid.context_cells(*model.grid)
-        contexts = np.where(cells[None] >= 0, np.asarray(drawn.codes)[:, cells], -1)
+        positions = grid.context_positions(*model.grid)
+        contexts = np.where(positions[None] >= 0, np.asarray(drawn.codes)[:, positions], -1)
         found = retriever.search(jnp.asarray(contexts.reshape(-1, 4), jnp.int32)).code
         found = found.reshape(*contexts.shape[:2], -1)[..., : model.blended_neighbors]
     log_p = jax.nn.log_softmax(model.score(condition, drawn.codes, found))

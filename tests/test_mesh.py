@@ -122,13 +122,13 @@ class StoppedTask(ToyTask):
         self._signalled = False
 
     def sample_callback(self):
-        paint = super().sample_callback()
+        draw_samples = super().sample_callback()
 
         def paint_and_signal(model):
             if jax.process_index() == 1 and not self._signalled:
                 self._signalled = True
                 os.kill(os.getpid(), signal.SIGTERM)
-            return paint(model)
+            return draw_samples(model)
 
         return paint_and_signal
 

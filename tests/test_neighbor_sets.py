@@ -104,7 +104,7 @@ def test_equals_the_exact_search_without_own_images(stores, name, search):
         np.testing.assert_allclose(found.distance[q], expected, atol=2e-6)
         hit = found.id[q] >= 0
         assert len(set(found.id[q][hit])) == hit.sum() == np.isfinite(expected).sum()
-        image, _ = grid_ops.image_and_cell(found.id[q][hit], *GRID)
+        image, _ = grid_ops.image_and_position(found.id[q][hit], *GRID)
         assert (store.codes[image] != QUERIES[q // PATCHES]).any((1, 2)).all()
         np.testing.assert_array_equal(found.code[q], np.where(hit, values_of(store)[found.id[q]], -1))
         farthest = expected[np.isfinite(expected)].max(initial=0)  # nearer ones must be there, whatever the ties
@@ -212,7 +212,7 @@ def test_a_set_reads_as_it_was_searched(whole, search):
     """In any order, from Grain's threads; cells without a context have no neighbours."""
     expected = np.full((23, CELLS, K), -1)
     found = search(SET_IMAGES, [f"noise/{i}" for i in range(23)])
-    expected[:, grid_ops.cells_with_context(*GRID)] = found.code.reshape(23, PATCHES, K)
+    expected[:, grid_ops.positions_with_context(*GRID)] = found.code.reshape(23, PATCHES, K)
     dataset = grain.MapDataset.source(whole).map_with_index(lambda i, x: {**x, "number": i}).shuffle(seed=0).repeat(3)
     options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=16)
     read = list(dataset.to_iter_dataset(options))

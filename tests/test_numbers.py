@@ -157,11 +157,11 @@ def test_a_mask_holds_zeros_and_ones(mask):
 def test_codes_are_whole_numbers(name):
     blended = dataclasses.replace(tiny.CONFIG, faid=FaidConfig(stride=1, hops=(1,), neighbors=2))
     model = tiny.janus(config=blended if name == "neighbor_codes" else tiny.CONFIG)
-    cells = model.grid[0] * model.grid[1]
+    positions = model.grid[0] * model.grid[1]
     given = {
         "condition": np.array([[1, 2]]),
-        "codes": np.zeros((1, cells), int),
-        "neighbor_codes": np.zeros((1, cells, 2), int) if name == "neighbor_codes" else None,
+        "codes": np.zeros((1, positions), int),
+        "neighbor_codes": np.zeros((1, positions, 2), int) if name == "neighbor_codes" else None,
     }
     given[name] = np.full(given[name].shape, np.nan)
     said = "prompt_ids" if name == "condition" else name

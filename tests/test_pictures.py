@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from pixels import find, random_pictures
+from pixels import find, random_images
 
 from arrag_jax.figures import canvas, grids
 
 
 def test_a_tile_is_its_picture_enlarged_and_gaps_are_white():
-    images = random_pictures(0, 5)
+    images = random_images(0, 5)
     page = grids.grid(images, columns=3, scale=2, gap=3)
     assert page.shape == (2 * 16 + 3, 3 * 24 + 2 * 3, 3)
     covered = np.zeros(page.shape[:2], bool)
@@ -25,11 +25,11 @@ def test_a_tile_is_its_picture_enlarged_and_gaps_are_white():
 @pytest.mark.parametrize(("count", "columns"), [(0, 2), (2, 0)])
 def test_an_empty_grid_is_refused(count, columns):
     with pytest.raises(ValueError, match="at least one picture"):
-        grids.grid(random_pictures(0, count), columns)
+        grids.grid(random_images(0, count), columns)
 
 
 def test_labelled_pictures_stand_in_rows_and_columns():
-    images = random_pictures(1, 6)
+    images = random_images(1, 6)
     rows = [("a cat", images[:3]), ("a caption of so many words that it needs more than a single line", images[3:])]
     page = grids.labelled_grid(rows, ["plain", "DAiD, λ 0.1", "FAiD"], scale=3)
     places = np.array([find(page, canvas.upscale(image, 3)) for image in images]).reshape(2, 3, 2)
@@ -44,7 +44,7 @@ def test_labelled_pictures_stand_in_rows_and_columns():
 
 def test_a_row_short_of_a_picture_is_refused():
     with pytest.raises(ValueError, match="3 titles"):
-        grids.labelled_grid([("a cat", random_pictures(0, 2))], ["a", "b", "c"])
+        grids.labelled_grid([("a cat", random_images(0, 2))], ["a", "b", "c"])
 
 
 def cell_colors(page: np.ndarray, values: np.ndarray) -> np.ndarray:

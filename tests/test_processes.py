@@ -114,9 +114,11 @@ def test_generate_in_two_processes_writes_what_one_writes(tmp_path):
         np.testing.assert_array_equal(*pictures, err_msg=name)
     one, two = (json.loads((tmp_path / folder / "provenance.json").read_text()) for folder in ("one", "two"))
     for a, b in zip(one, two, strict=True):  # which of several patches at one distance comes first, may differ
-        assert [cell["code"] for cell in a["cells"]] == [cell["code"] for cell in b["cells"]]
-        assert [cell["rank"] is None for cell in a["cells"]] == [cell["rank"] is None for cell in b["cells"]]
-        away = [[cell["distance"] for cell in x["cells"] if cell["rank"] is not None] for x in (a, b)]
+        assert [position["code"] for position in a["cells"]] == [position["code"] for position in b["cells"]]
+        assert [position["rank"] is None for position in a["cells"]] == [
+            position["rank"] is None for position in b["cells"]
+        ]
+        away = [[position["distance"] for position in x["cells"] if position["rank"] is not None] for x in (a, b)]
         np.testing.assert_allclose(*away, atol=1e-5)
 
 

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from pixels import find, random_pictures
+from pixels import find, random_images
 
 from arrag_jax.decode.loop import SampleOutput, sample
 from arrag_jax.decode.policies import Daid
 from arrag_jax.evaluation.memorization import copied_runs, equal_in_place
-from arrag_jax.evaluation.provenance import picture_record
+from arrag_jax.evaluation.provenance import image_record
 from arrag_jax.evaluation.provenance_page import OTHER_COLOR, STRONGEST, provenance_page
 from arrag_jax.figures.canvas import BLUE, MARGIN, ORANGE, PALETTE, greyed, upscale
 from arrag_jax.ops import grid as grid_ops
@@ -37,25 +37,25 @@ def test_records_agree_with_a_search_of_the_finished_grid(k):
     drawn = sample(model, ids, Daid(0.6, 0.3), retriever_of(codes, codebook, k), prompt_mask=mask, top_p=0.7)
     keys = codebook[contexts_of_grids(codes)].reshape(-1, 4 * codebook.shape[1])
     values = grid_ops.next_codes_of_grids(codes).reshape(-1)
-    cells = grid_ops.cells_with_context(height, width)
+    positions = grid_ops.positions_with_context(height, width)
     for i in range(2):
         one = jax.tree.map(lambda x, i=i: np.asarray(x[i]), drawn)
-        record = json.loads(json.dumps(picture_record(one, codes, SOURCES), allow_nan=False))
+        record = json.loads(json.dumps(image_record(one, codes, SOURCES), allow_nan=False))
         grid = one.codes.reshape(1, height, width)
-        away = ((codebook[contexts_of_grids(grid)[0]].reshape(len(cells), 1, -1) - keys[None]) ** 2).sum(-1)
-        for place, cell in enumerate(cells):
-            order, said = np.argsort(away[place], kind="stable")[:k], record["cells"][cell]
+        away = ((codebook[contexts_of_grids(grid)[0]].reshape(len(positions), 1, -1) - keys[None]) ** 2).sum(-1)
+        for place, position in enumerate(positions):
+            order, said = np.argsort(away[place], kind="stable")[:k], record["cells"][position]
             hits = np.flatnonzero(values[order] == said["code"])
             assert (said["rank"] is not None) == bool(len(hits))
             if len(hits):
                 assert said["distance"] == pytest.approx(away[place][order[hits[0]]], abs=1e-4)
                 assert away[place][order[said["rank"]]] == pytest.approx(said["distance"], abs=1e-4)
-                row = said["image"] * len(cells) + np.flatnonzero(cells == said["image_cell"])[0]
+                row = said["image"] * len(positions) + np.flatnonzero(positions == said["image_cell"])[0]
                 assert values[row] == said["code"]
                 assert away[place][row] == pytest.approx(said["distance"], abs=1e-4)
-        outside = set(range(height * width)) - set(cells.tolist())
-        assert all(record["cells"][cell]["rank"] is None for cell in outside)
-        assert sum(cell["rank"] is not None for cell in record["cells"]) / grid.size == pytest.approx(
+        outside = set(range(height * width)) - set(positions.tolist())
+        assert all(record["cells"][position]["rank"] is None for position in outside)
+        assert sum(position["rank"] is not None for position in record["cells"]) / grid.size == pytest.approx(
             record["share_among_neighbors"], abs=1e-4
         )
 
@@ -64,10 +64,10 @@ def naive_copied(grid: np.ndarray, stored: np.ndarray, shift: np.ndarray, least:
     """Oracle: grows each run cell by cell from every start, by the words of the definition."""
     height, width = grid.shape
 
-    def equal(image, move, cell):
-        row, column = cell[0] - move[0], cell[1] - move[1]
-        inside = 0 <= row < height and 0 <= column < width and 0 <= cell[0] < height and 0 <= cell[1] < width
-        return inside and image[row, column] == grid[cell]
+    def equal(image, move, position):
+        row, column = position[0] - move[0], position[1] - move[1]
+        inside = 0 <= row < height and 0 <= column < width and 0 <= position[0] < height and 0 <= position[1] < width
+        return inside and image[row, column] == grid[position]
 
     copied = np.zeros(grid.shape, bool)
     for image, move in zip(stored, shift, strict=True):
@@ -76,8 +76,8 @@ def naive_copied(grid: np.ndarray, stored: np.ndarray, shift: np.ndarray, least:
             while grown != run:
                 run = grown
                 near = {(r + dr, c + dc) for r, c in run for dr, dc in ((0, 1), (1, 0), (0, -1), (-1, 0))}
-                grown = run | {cell for cell in near if equal(image, move, cell)}
-            copied[start] |= len({int(grid[cell]) for cell in run}) >= least
+                grown = run | {position for position in near if equal(image, move, position)}
+            copied[start] |= len({int(grid[position]) for position in run}) >= least
     return copied
 
 
@@ -112,12 +112,14 @@ def test_a_picture_drawn_from_one_stored_image_alone_is_all_copied():
     """Ties between equal contexts cannot hide it: the audit compares codes, not the origins that ties picked."""
     codes = np.tile(np.arange(9).reshape(1, 9), (3, 4))[:, :20].reshape(3, 4, 5).astype(np.uint16)  # three equal images
     grid = codes[2]
-    cells = grid_ops.cells_with_context(4, 5)
+    positions = grid_ops.positions_with_context(4, 5)
     rows = np.full(20, -1)
-    rows[cells] = np.random.default_rng(0).integers(0, 3, len(cells)) * len(cells) + np.arange(len(cells))
+    rows[positions] = np.random.default_rng(0).integers(0, 3, len(positions)) * len(positions) + np.arange(
+        len(positions)
+    )
     zeros = np.zeros(20, np.float32)
     drawn = SampleOutput(grid.reshape(-1).astype(np.int32), zeros, zeros, rows, np.where(rows < 0, -1, 0), zeros)
-    record = picture_record(drawn, codes, SOURCES)
+    record = image_record(drawn, codes, SOURCES)
     assert record["share_copied"] == record["share_largest_copy"] == record["nearest_in_place"]["share_equal"] == 1.0
 
 
@@ -125,10 +127,10 @@ def test_a_picture_drawn_from_one_stored_image_alone_is_all_copied():
 def traced() -> dict:
     """A 4 x 6 grid of 2-pixel cells: two cells from image 40, one from 7, one from 9, which the legend leaves out."""
     source, moved = np.full((4, 6), -1), np.zeros((4, 6), np.float32)
-    for cell, image in {(1, 1): 40, (1, 2): 7, (3, 4): 40, (2, 3): 9}.items():
-        source[cell] = image
+    for position, image in {(1, 1): 40, (1, 2): 7, (3, 4): 40, (2, 3): 9}.items():
+        source[position] = image
     moved[1, 1], moved[1, 2], moved[3, 4], moved[2, 2] = 2.0, 1.0, np.inf, -0.5
-    image = np.maximum(random_pictures(2, 1)[0] // 2, 20)
+    image = np.maximum(random_images(2, 1)[0] // 2, 20)
     sources = {40: image[::-1], 7: image[:, ::-1]}
     names = {40: "holiday/beach.jpg", 7: "00017.tar!000123.jpg"}
     return {"image": image, "source": source, "moved": moved, "sources": sources, "names": names}
@@ -143,12 +145,12 @@ def test_a_retrieved_cell_carries_its_sources_colour(traced):
     marked = page[y : y + large.shape[0], x : x + large.shape[1]]
     colors = {40: PALETTE[0], 7: PALETTE[1], 9: OTHER_COLOR}
     for (row, column), source in np.ndenumerate(traced["source"]):
-        cell = marked[row * 12 : row * 12 + 12, column * 12 : column * 12 + 12]
-        edge = np.concatenate([cell[0], cell[-1], cell[:, 0], cell[:, -1]])
+        position = marked[row * 12 : row * 12 + 12, column * 12 : column * 12 + 12]
+        edge = np.concatenate([position[0], position[-1], position[:, 0], position[:, -1]])
         if source >= 0:
             assert (edge == colors[int(source)]).all()
         else:
-            assert (cell == cell[..., :1]).all()  # grey
+            assert (position == position[..., :1]).all()  # grey
 
 
 def test_the_legend_frames_thumbnails_in_their_colour_most_used_first(traced):
@@ -171,9 +173,9 @@ def test_the_map_is_the_stronger_the_further_a_draw_was_moved(traced):
     x += 2 * (12 * scale + MARGIN)
     grey = upscale(greyed(traced["image"]), scale).astype(np.float64)
     drawn, step = page[y : y + 8 * scale, x : x + 12 * scale], 2 * scale
-    for cell, moved in np.ndenumerate(traced["moved"]):
+    for position, moved in np.ndenumerate(traced["moved"]):
         share = min(abs(moved) / 2.0, 1.0) * STRONGEST  # 2.0 is the largest finite change
-        place = np.s_[cell[0] * step : (cell[0] + 1) * step, cell[1] * step : (cell[1] + 1) * step]
+        place = np.s_[position[0] * step : (position[0] + 1) * step, position[1] * step : (position[1] + 1) * step]
         expected = (1 - share) * grey[place] + share * np.array(ORANGE if moved > 0 else BLUE)
         np.testing.assert_allclose(drawn[place], expected, atol=1.0)
 

@@ -129,11 +129,11 @@ def test_generate_draws_what_the_api_draws(published, tmp_path):
 
 def test_the_bar_moves_with_every_cell_of_a_large_model_alone(published, monkeypatch):
     told = []
-    monkeypatch.setattr(drawing.PositionBar, "__call__", lambda self, cell: told.append(int(cell)))
+    monkeypatch.setattr(drawing.PositionBar, "__call__", lambda self, position: told.append(int(position)))
     pipeline = drawing.open_pipeline(
         DrawConfig(str(published), RetrievalConfig(store=""), mesh=MeshConfig(1, 1)), ["plain"]
     )
-    for smallest, cells in ((drawing.LARGE_MODEL, []), (1, list(range(16)))):
+    for smallest, positions in ((drawing.LARGE_MODEL, []), (1, list(range(16)))):
         monkeypatch.setattr(drawing, "LARGE_MODEL", smallest)
         list(pipeline.draw(["a red car"], "plain", np.array([3])))
-        assert sorted(told) == cells
+        assert sorted(told) == positions

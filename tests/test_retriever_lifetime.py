@@ -133,10 +133,10 @@ def test_results_that_are_pending_keep_what_they_need(store):
 def test_progress_callbacks_share_a_program_and_go(store, model):
     class Bar:
         def __init__(self):
-            self.cells = []
+            self.positions = []
 
-        def __call__(self, cell):
-            self.cells.append(int(cell))
+        def __call__(self, position):
+            self.positions.append(int(position))
 
     retriever, _ = opened(store)
     loop._decode.clear_cache()
@@ -145,7 +145,7 @@ def test_progress_callbacks_share_a_program_and_go(store, model):
         bar = Bar()
         jax.block_until_ready(draw(model, retriever, on_position=bar))
         jax.effects_barrier()
-        assert sorted(bar.cells) == list(range(20))
+        assert sorted(bar.positions) == list(range(20))
         references.append(weakref.ref(bar))
         del bar
     assert loop._decode._cache_size() == 1

@@ -53,8 +53,8 @@ class Labelled(nnx.Module):
         start = self.labels[...][condition]
         return start, start
 
-    def step(self, hidden, cache, cell, features=None):
-        return self._logits(hidden, cache, self.places[...][cell][None]), cache
+    def step(self, hidden, cache, position, features=None):
+        return self._logits(hidden, cache, self.places[...][position][None]), cache
 
     def teacher_forced(self, condition, codes, neighbors=None):
         start = self.labels[...][condition][:, None]

@@ -23,7 +23,7 @@ from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import ArrayLike, Backbone, Condition, DecodePolicy, Retriever
 from arrag_jax.mesh import put_everywhere, put_rows
 from arrag_jax.ops import handles
-from arrag_jax.ops.grid import context_cells, context_codes, has_context
+from arrag_jax.ops.grid import context_codes, context_positions, has_context
 from arrag_jax.ops.host import awaited
 from arrag_jax.ops.neighbors import empty_neighbors
 from arrag_jax.ops.sampling import draw, guide, truncate
@@ -73,33 +73,37 @@ def decode(
       on_position: traced with the cell's number as cells are done (a call of the host, say).
     """
     height, width = model.grid
-    cells, batch = height * width, len(keys)
+    positions, batch = height * width, len(keys)
     rows = cond if uncond is None else jax.tree.map(lambda *x: jnp.concatenate(x), cond, uncond)
     hidden, cache = model.prefill(rows, batch if policy.blends else 0)  # unconditional rows are never blended
     nothing = empty_neighbors(batch, 1)
 
-    def one_cell(carry, this):
+    def one_position(carry, this):
         drawn, hidden, cache = carry
-        cell, context, complete = this
+        position, context, complete = this
         neighbors = nothing
         if policy.uses_retrieval:
             neighbors = retriever.search(context_codes(drawn, context))
         features = policy.features(model, neighbors, complete)
-        logits, cache = model.step(hidden, cache, cell, features)
+        logits, cache = model.step(hidden, cache, position, features)
         scale = None if uncond is None else sampling.cfg_scale
         log_p_model = truncate(guide(logits, scale), sampling.temperature, sampling.top_k, sampling.top_p)
         log_p = policy.log_probs(log_p_model, neighbors, complete)
-        code = draw(log_p, keys, cell, sampling.greedy)
-        drawn = jax.lax.dynamic_update_slice_in_dim(drawn, code[:, None], cell, axis=1)
+        code = draw(log_p, keys, position, sampling.greedy)
+        drawn = jax.lax.dynamic_update_slice_in_dim(drawn, code[:, None], position, axis=1)
         hidden = model.embed_codes(code if uncond is None else jnp.tile(code, 2))
         if on_position is not None:
-            on_position(cell)
+            on_position(position)
         record = _record(code, log_p, log_p_model, neighbors)
         return (drawn, hidden, cache), record._replace(log_probs=log_p if return_log_probs else None)
 
-    start = jnp.full((batch, cells), -1, jnp.int32)
-    this = (jnp.arange(cells), jnp.asarray(context_cells(height, width)), jnp.asarray(has_context(height, width)))
-    _, records = jax.lax.scan(one_cell, (start, hidden, cache), this)
+    start = jnp.full((batch, positions), -1, jnp.int32)
+    this = (
+        jnp.arange(positions),
+        jnp.asarray(context_positions(height, width)),
+        jnp.asarray(has_context(height, width)),
+    )
+    _, records = jax.lax.scan(one_position, (start, hidden, cache), this)
     return jax.tree.map(lambda x: x.swapaxes(0, 1), records)
 
 
@@ -122,15 +126,15 @@ def _record(code, log_p, log_p_model, neighbors) -> SampleOutput:
 def _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, listener, return_log_probs):
     """``decode``, compiled; ``listener`` is the number of the handle of a host function, or None."""
     model = nnx.merge(graph, state)
-    on_position = None if listener is None else lambda cell: jax.debug.callback(_tell, listener, cell)
+    on_position = None if listener is None else lambda position: jax.debug.callback(_tell, listener, position)
     return decode(model, cond, uncond, policy, retriever, keys, sampling, on_position, return_log_probs)
 
 
-def _tell(listener: Any, cell: Any) -> None:
+def _tell(listener: Any, position: Any) -> None:
     """Calls the host function of a number, if it is still there."""
     on_position = handles.look_up(listener)
     if on_position is not None:
-        on_position(cell)
+        on_position(position)
 
 
 def image_keys(seed: ArrayLike, batch: int) -> Key[Array, " batch"]:

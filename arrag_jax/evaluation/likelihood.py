@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from arrag_jax import progress
 from arrag_jax.interfaces import Backbone, Condition, DecodePolicy, ImageTokenizer, PromptEncoder, Retriever
 from arrag_jax.nn.vq import from_uint8
-from arrag_jax.ops.grid import context_cells, context_codes
+from arrag_jax.ops.grid import context_codes, context_positions
 from arrag_jax.ops.neighbors import Neighbors, empty_neighbors
 
 
@@ -69,8 +69,8 @@ def look_up(
 @jax.jit(static_argnums=0)
 def _look_up(graph, state, pixels, retriever):
     codes, latents = nnx.merge(graph, state).encode_images(pixels)
-    cells = jnp.asarray(context_cells(*latents.shape[1:3]))
-    contexts = context_codes(codes, cells).reshape(-1, 4)
+    positions = jnp.asarray(context_positions(*latents.shape[1:3]))
+    contexts = context_codes(codes, positions).reshape(-1, 4)
     return codes, retriever.search(contexts) if retriever else empty_neighbors(len(contexts), 1)
 
 

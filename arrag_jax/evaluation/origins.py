@@ -25,7 +25,7 @@ class Origins(NamedTuple):
       copies: stored patches equal to the one that was found; 0 where none was found.
       images: stored images that hold at least one of them.
       image: of these images the one with the most credit in the whole picture (of equal ones the first); -1 = none.
-      cell: the first cell of that image that holds it; -1 likewise.
+      position: the first cell of that image that holds it; -1 likewise.
       common: is the patch common ground?
       credit: every image's part of the picture, in cells: each cell's copies share one, common ground aside.
     """
@@ -33,7 +33,7 @@ class Origins(NamedTuple):
     copies: Int[np.ndarray, " T"]
     images: Int[np.ndarray, " T"]
     image: Int[np.ndarray, " T"]
-    cell: Int[np.ndarray, " T"]
+    position: Int[np.ndarray, " T"]
     common: Bool[np.ndarray, " T"]
     credit: Float[np.ndarray, " n"]
 
@@ -52,10 +52,10 @@ def origins(
     """
     height, width = stored.shape[1:]
     found = rows >= 0
-    image, cell = grid_ops.image_and_cell(rows[found], height, width)
+    image, position = grid_ops.image_and_position(rows[found], height, width)
     flat = stored.reshape(len(stored), -1)
-    context = flat[image[:, None], grid_ops.context_cells(height, width)[cell]]
-    patch, which = np.unique(_whole(context, flat[image, cell]), axis=0, return_inverse=True)
+    context = flat[image[:, None], grid_ops.context_positions(height, width)[position]]
+    patch, which = np.unique(_whole(context, flat[image, position]), axis=0, return_inverse=True)
     which = which.reshape(-1)
     numbers = np.arange(len(stored)) if searched is None else np.unique(searched)
     held = _held(patch, stored, numbers)
@@ -67,7 +67,7 @@ def origins(
     order = np.lexsort((held.image, -credit[held.image], held.patch))
     best = order[np.searchsorted(held.patch[order], np.arange(len(patch)))] if len(order) else order
     spread = [np.full(rows.shape, empty) for empty in (0, 0, -1, -1, False)]
-    for whole, known in zip(spread, (copies, images, held.image[best], held.cell[best], common), strict=True):
+    for whole, known in zip(spread, (copies, images, held.image[best], held.position[best], common), strict=True):
         whole[found] = known[which]
     return Origins(*spread, credit)
 
@@ -78,7 +78,7 @@ class _Held(NamedTuple):
     patch: Int[np.ndarray, " m"]
     image: Int[np.ndarray, " m"]
     count: Int[np.ndarray, " m"]
-    cell: Int[np.ndarray, " m"]
+    position: Int[np.ndarray, " m"]
 
 
 def _whole(context: Integer[np.ndarray, "m 4"], code: Integer[np.ndarray, " m"]) -> Integer[np.ndarray, "m 2"]:
@@ -95,7 +95,7 @@ def _held(
     keys = (np.searchsorted(contexts, patch[:, 0]).astype(np.uint64) << code_bits) | patch[:, 1]
     wanted = np.zeros(2**16, bool)
     wanted[patch[:, 1].astype(np.int64)] = True
-    cells = grid_ops.cells_with_context(*stored.shape[1:])
+    positions = grid_ops.positions_with_context(*stored.shape[1:])
     parts = [np.zeros((4, 0), np.int64)]
     for start in range(0, len(numbers) if len(patch) else 0, BLOCK_IMAGES):
         grids = stored[numbers[start : start + BLOCK_IMAGES]]
@@ -107,7 +107,7 @@ def _held(
         place, key = place[known], (at[known].astype(np.uint64) << code_bits) | whole[known, 1]
         at = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
         place, at = place[keys[at] == key], at[keys[at] == key]
-        image, cell = numbers[start + place // len(cells)], cells[place % len(cells)]
+        image, position = numbers[start + place // len(positions)], positions[place % len(positions)]
         pair, first, count = np.unique(at * len(stored) + image, return_index=True, return_counts=True)
-        parts.append(np.stack([pair // len(stored), pair % len(stored), count, cell[first]]))
+        parts.append(np.stack([pair // len(stored), pair % len(stored), count, position[first]]))
     return _Held(*np.concatenate(parts, 1))

@@ -47,7 +47,7 @@ class PositionBar:
     def __init__(self):
         self.bar = None
 
-    def __call__(self, cell: Any) -> None:
+    def __call__(self, position: Any) -> None:
         """One more cell of the whole batch is drawn."""
         if self.bar is not None:
             self.bar.update()
@@ -123,19 +123,19 @@ class Pipeline:
     ) -> Iterator[Batch]:
         """Pictures of prompts, batch by batch of ``config.batch_size``, and how they came about.
 
-        A picture depends on its prompt, method and seed alone. Shows a progress bar over the cells, which moves with
+        An image depends on its prompt, method and seed alone. Shows a progress bar over the positions, which moves with
         each of them or batch by batch: see ``reports_every_position``.
 
         Args:
           wanted: a batch without a wanted picture is left out; None = all are wanted.
         """
-        ways, cells = 1 if self.mesh is None else self.mesh.shape["data"], int(np.prod(self.model.grid))
+        ways, positions = 1 if self.mesh is None else self.mesh.shape["data"], int(np.prod(self.model.grid))
         size = -(-min(self.config.batch_size, len(prompts)) // ways) * ways
         condition = self.text(prompts)
         on_position = self.bar if self.reports_every_position(method) else None
         batches = [np.arange(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
         batches = [numbers for numbers in batches if wanted is None or wanted[numbers].any()]
-        leads, total = jax.process_index() == 0, len(batches) * cells
+        leads, total = jax.process_index() == 0, len(batches) * positions
         with progress.bar(wanted=leads, total=total, desc=f"drawing {method}", unit="cell") as bar:
             self.bar.bar = bar
             for numbers in batches:
@@ -151,7 +151,7 @@ class Pipeline:
                 pixels = to_uint8(self.model.decode_codes(np.asarray(result.codes), *self.model.grid))
                 jax.effects_barrier()
                 if on_position is None:
-                    bar.update(cells)
+                    bar.update(positions)
                 yield Batch(numbers, np.asarray(pixels)[:keep], drawn)
 
 

@@ -15,7 +15,7 @@ from arrag_jax.evaluation.pipeline import Pipeline
 from arrag_jax.evaluation.provenance_page import COMMON_GROUND, NOT_FOUND, provenance_page
 from arrag_jax.interfaces import DecodePolicy
 from arrag_jax.nn.vq import to_uint8
-from arrag_jax.ops.grid import image_and_cell
+from arrag_jax.ops.grid import image_and_position
 
 THUMBNAILS = 5  # stored images shown beside a picture
 
@@ -31,16 +31,16 @@ def page_and_record(
       index: hash of the ScaNN index that was searched (``retrieval.index.index_hash``); empty where none was.
       share_retrieved: expected share of the draws that the retrieved distribution made, not the model (see
         ``share_of_draws``); null where nothing is mixed, as with FAiD alone.
-      share_among_neighbors: share of the cells whose code is among the neighbours, whoever drew it.
-      share_common: share of the cells whose code is there on common ground (see ``evaluation.origins``).
-      share_copied: share of the cells that lie in a run that equals one stored image (``evaluation.memorization``),
+      share_among_neighbors: share of the positions whose code is among the neighbours, whoever drew it.
+      share_common: share of the positions whose code is there on common ground (see ``evaluation.origins``).
+      share_copied: share of the positions that lie in a run that equals one stored image (``evaluation.memorization``),
         looked for in the images and at the displacements of the cells' neighbours, and in the image nearest in place.
       share_largest_copy: share of the cells in the largest of these runs.
       nearest_in_place: the stored image that equals the picture in most cells at the same place: "image", its number;
         "source", where it came from; "share_equal".
       sources: the images that hold most of the cells' patches, common ground aside, most first: "image", "source",
         "cells" shown as this image's, and "credit": its part of the cells when all equal patches share a cell alike.
-      cells: one a cell in raster order. "code"; "rank" among the neighbours (0 = nearest), squared L2 "distance",
+      positions: one a cell in raster order. "code"; "rank" among the neighbours (0 = nearest), squared L2 "distance",
         stored "image" and "image_cell" of the nearest neighbour that holds the code, all null if none does. "copies":
         stored patches of the same context and code, in so many "images", of which the one named has most credit;
         "common": are these too many to tell anything? "retrieved": probability that retrieval made the draw, or null.
@@ -48,14 +48,14 @@ def page_and_record(
     """
     studied = _study(pipeline, method, prompt, drawn)
     record = {"prompt": prompt, "method": method, "index": pipeline.index_hash(method)}
-    record |= picture_record(drawn, *studied)
+    record |= image_record(drawn, *studied)
     shown = [source["image"] for source in record["sources"]]
     origin = np.where(studied.origins.copies == 0, NOT_FOUND, studied.origins.image)
     origin = np.where(studied.origins.common, COMMON_GROUND, origin).reshape(pipeline.model.grid)
     moved = (drawn.log_p - drawn.log_p_model).reshape(pipeline.model.grid)
     names = {number: studied.sources[number] for number in shown}
     mixed = studied.retrieved is not None
-    page = provenance_page(image, origin, moved if mixed else None, _stored_pictures(pipeline, shown), names)
+    page = provenance_page(image, origin, moved if mixed else None, _stored_images(pipeline, shown), names)
     return page, record
 
 
@@ -102,7 +102,7 @@ def share_of_draws(drawn: SampleOutput, policy: DecodePolicy) -> Float[np.ndarra
     return np.where(np.asarray(drawn.rank) >= 0, np.clip(1.0 - kept, 0.0, 1.0), 0.0)
 
 
-def picture_record(
+def image_record(
     drawn: SampleOutput,
     stored: Integer[np.ndarray, "n H W"],
     sources: Sequence[str],
@@ -121,7 +121,7 @@ def picture_record(
     found = origins(drawn.source, stored) if found is None else found
     equal = equal_in_place(drawn.codes.reshape(height, width), stored)
     nearest = int(equal.argmax())
-    runs = _runs(drawn.codes, *image_and_cell(drawn.source, height, width), nearest, stored)
+    runs = _runs(drawn.codes, *image_and_position(drawn.source, height, width), nearest, stored)
     return {
         "share_retrieved": None if retrieved is None else round(float(retrieved.mean()), 4),
         "share_among_neighbors": round(float((found.copies > 0).mean()), 4),
@@ -134,38 +134,40 @@ def picture_record(
             "share_equal": round(float(equal[nearest] / found.copies.size), 4),
         },
         "sources": _most_credited(found, sources),
-        "cells": [_cell(drawn, found, retrieved, cell) for cell in range(height * width)],
+        "cells": [_cell(drawn, found, retrieved, position) for position in range(height * width)],
     }
 
 
 def _most_credited(found: Origins, sources: Sequence[str]) -> list[dict[str, Any]]:
     """The images that most cells are shown as coming from."""
-    images, cells = np.unique(found.image[(found.copies > 0) & ~found.common], return_counts=True)
-    order = np.lexsort((images, -cells))[:THUMBNAILS]  # as the page has it
+    images, positions = np.unique(found.image[(found.copies > 0) & ~found.common], return_counts=True)
+    order = np.lexsort((images, -positions))[:THUMBNAILS]  # as the page has it
     return [
         {
             "image": int(images[place]),
             "source": sources[images[place]],
-            "cells": int(cells[place]),
+            "cells": int(positions[place]),
             "credit": round(float(found.credit[images[place]]), 4),
         }
         for place in order
     ]
 
 
-def _cell(drawn: SampleOutput, found: Origins, retrieved: Float[np.ndarray, " T"] | None, cell: int) -> dict[str, Any]:
-    held, moved = found.copies[cell] > 0, drawn.log_p[cell] - drawn.log_p_model[cell]
+def _cell(
+    drawn: SampleOutput, found: Origins, retrieved: Float[np.ndarray, " T"] | None, position: int
+) -> dict[str, Any]:
+    held, moved = found.copies[position] > 0, drawn.log_p[position] - drawn.log_p_model[position]
     return {
-        "code": int(drawn.codes[cell]),
-        "rank": int(drawn.rank[cell]) if held else None,
-        "distance": round(float(drawn.distance[cell]), 6) if held else None,
-        "image": int(found.image[cell]) if held else None,
-        "image_cell": int(found.cell[cell]) if held else None,
-        "copies": int(found.copies[cell]),
-        "images": int(found.images[cell]),
-        "common": bool(found.common[cell]),
-        "retrieved": None if retrieved is None else round(float(retrieved[cell]), 4),
-        "log_p": round(float(drawn.log_p[cell]), 4),
+        "code": int(drawn.codes[position]),
+        "rank": int(drawn.rank[position]) if held else None,
+        "distance": round(float(drawn.distance[position]), 6) if held else None,
+        "image": int(found.image[position]) if held else None,
+        "image_cell": int(found.position[position]) if held else None,
+        "copies": int(found.copies[position]),
+        "images": int(found.images[position]),
+        "common": bool(found.common[position]),
+        "retrieved": None if retrieved is None else round(float(retrieved[position]), 4),
+        "log_p": round(float(drawn.log_p[position]), 4),
         "log_p_moved": round(float(moved), 4) if np.isfinite(moved) else None,
     }
 
@@ -188,20 +190,20 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
 def _runs(
     codes: Integer[np.ndarray, " T"],
     image: Integer[np.ndarray, " T"],
-    cell: Integer[np.ndarray, " T"],
+    position: Integer[np.ndarray, " T"],
     nearest: int,
     stored: Integer[np.ndarray, "n H W"],
 ) -> Bool[np.ndarray, "R H W"]:
     """A picture's runs from the images of its origins, at their displacements, and from the image nearest in place."""
     height, width = stored.shape[1:]
     here = np.flatnonzero(image >= 0)
-    down, right = here // width - cell[here] // width, here % width - cell[here] % width
+    down, right = here // width - position[here] // width, here % width - position[here] % width
     looked_at = np.unique(np.stack([image[here], down, right], 1), axis=0)
     looked_at = np.concatenate([looked_at, [[nearest, 0, 0]]]).astype(np.int64)
     return copied_runs(codes.reshape(height, width), stored[looked_at[:, 0]], looked_at[:, 1:])
 
 
-def _stored_pictures(pipeline: Pipeline, images: Sequence[int]) -> dict[int, UInt8[np.ndarray, "h w 3"]]:
+def _stored_images(pipeline: Pipeline, images: Sequence[int]) -> dict[int, UInt8[np.ndarray, "h w 3"]]:
     """At most ``THUMBNAILS`` stored images, by number; decoded as a batch of just so many: one shape is compiled."""
     rows = np.resize(np.asarray(images, np.int64), THUMBNAILS)
     codes = pipeline.store.codes[rows].reshape(THUMBNAILS, -1).astype(np.int32)

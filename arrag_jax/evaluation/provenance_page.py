@@ -13,7 +13,7 @@ from arrag_jax.figures.canvas import (
     PALETTE,
     PAPER,
     Canvas,
-    Picture,
+    RGBImage,
     fitted,
     framed,
     greyed,
@@ -34,11 +34,11 @@ def provenance_page(
     image: UInt8[np.ndarray, "h w 3"],
     source: Int[np.ndarray, "H W"],
     moved: Float[np.ndarray, "H W"] | None,
-    sources: Mapping[int, Picture],
+    sources: Mapping[int, RGBImage],
     names: Mapping[int, str],
     scale: int | None = None,
     top: int = 5,
-) -> Picture:
+) -> RGBImage:
     """Returns a drawn picture; each cell's origin; how far retrieval moved each draw; the stored images beside it.
 
     Origin: a cell whose patch a stored image holds is framed and tinted in that image's colour; common ground, which
@@ -46,11 +46,11 @@ def provenance_page(
     Moved: orange where retrieval made the drawn code likelier, blue where less likely; the strongest colour stands for
     the largest finite change of the picture (at least ``LEAST_RANGE``), and for codes that the model alone could not
     have drawn.
-    The legend shows the ``top`` sources by number of cells (ties: the lower id), then what is left.
+    The legend shows the ``top`` sources by number of positions (ties: the lower id), then what is left.
 
     Args:
       image: the drawn picture; its sides are multiples of the grid's.
-      source: id of the stored image that each cell is shown as coming from, ``NOT_FOUND`` or ``COMMON_GROUND``.
+      source: id of the stored image that each position is shown as coming from, ``NOT_FOUND`` or ``COMMON_GROUND``.
       moved: log-probability of each draw, less what it was before retrieval; +inf: the model could not have drawn it.
         None: the method mixes nothing, and there is no such panel.
       sources: id → thumbnail, at least of the sources that the legend shows.
@@ -101,13 +101,13 @@ def _most_used(source: Int[np.ndarray, "H W"], top: int) -> Shown:
     return {int(ids[place]): (PALETTE[rank], int(counts[place])) for rank, place in enumerate(order)}
 
 
-def _place(cell: tuple[int, int], image: Picture, scale: int, grid: tuple[int, int]) -> tuple[slice, slice]:
+def _place(position: tuple[int, int], image: RGBImage, scale: int, grid: tuple[int, int]) -> tuple[slice, slice]:
     """The pixels of a cell in the enlarged picture."""
-    steps = [scale * side // cells for side, cells in zip(image.shape[:2], grid, strict=True)]
-    return tuple(slice(i * step, (i + 1) * step) for i, step in zip(cell, steps, strict=True))
+    steps = [scale * side // positions for side, positions in zip(image.shape[:2], grid, strict=True)]
+    return tuple(slice(i * step, (i + 1) * step) for i, step in zip(position, steps, strict=True))
 
 
-def _origins(image: Picture, scale: int, source: Int[np.ndarray, "H W"], shown: Shown) -> Picture:
+def _origins(image: RGBImage, scale: int, source: Int[np.ndarray, "H W"], shown: Shown) -> RGBImage:
     marked, large = upscale(greyed(image), scale), upscale(image, scale)
     for row, column in np.argwhere(source != NOT_FOUND).tolist():
         place, number = _place((row, column), image, scale, source.shape), int(source[row, column])
@@ -119,7 +119,7 @@ def _origins(image: Picture, scale: int, source: Int[np.ndarray, "H W"], shown: 
     return marked
 
 
-def _changes(image: Picture, scale: int, moved: Float[np.ndarray, "H W"]) -> Picture:
+def _changes(image: RGBImage, scale: int, moved: Float[np.ndarray, "H W"]) -> RGBImage:
     colored = upscale(greyed(image), scale)
     share = np.minimum(np.abs(moved) / max(_largest(np.abs(moved)), LEAST_RANGE), 1.0) * STRONGEST
     for row, column in np.argwhere(share > 0).tolist():
@@ -135,8 +135,8 @@ def _largest(values: Float[np.ndarray, "H W"]) -> float:
 
 
 def _legend(
-    shown: Shown, sources: Mapping[int, Picture], names: Mapping[int, str], source: Int[np.ndarray, "H W"], height: int
-) -> Picture:
+    shown: Shown, sources: Mapping[int, RGBImage], names: Mapping[int, str], source: Int[np.ndarray, "H W"], height: int
+) -> RGBImage:
     """Thumbnails in their colour's frame with their cells and names, then the cells that are left."""
     frame, line, told = 3, text_size("Ag")[1] + 6, sum(count for _, count in shown.values())
     rest = [

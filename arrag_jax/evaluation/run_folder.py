@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from arrag_jax.decode.methods import METHODS, Search
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.pipeline import Pipeline
-from arrag_jax.figures.canvas import Picture
+from arrag_jax.figures.canvas import RGBImage
 from arrag_jax.figures.grids import save
 from arrag_jax.files import atomic_write, folder_in, require_within, sha256_of, write_json
 from arrag_jax.json_files import read_json
@@ -130,7 +130,12 @@ class RunFolder:
         return {name for name, files in parts.items() if files and self._are_whole(files)}
 
     def add(
-        self, name: str, picture: Picture, texts: Mapping[str, str], page: Picture | None, record: dict[str, Any] | None
+        self,
+        name: str,
+        picture: RGBImage,
+        texts: Mapping[str, str],
+        page: RGBImage | None,
+        record: dict[str, Any] | None,
     ) -> None:
         """Writes a picture with its text chunks and, where there are such, its page and record of provenance."""
         info = PngInfo()
@@ -142,7 +147,7 @@ class RunFolder:
         hashes = {file: sha256_of(self.directory / file) for file in files}
         write_json(self._parts / f"{name}.json", {"files": hashes, "record": record})
 
-    def picture(self, name: str) -> Picture:
+    def picture(self, name: str) -> RGBImage:
         """Returns a picture that was written, as it was drawn."""
         scale = self.settings["scale"]
         with Image.open(self.directory / f"{name}.png") as image:
@@ -155,7 +160,7 @@ class RunFolder:
             if record is not None:
                 yield record
 
-    def finish(self, grid: Picture) -> None:
+    def finish(self, grid: RGBImage) -> None:
         """Writes the grid and the records, and says that the run is whole."""
         save(self.directory / GRID, grid)
         files, count = {GRID: sha256_of(self.directory / GRID)}, 0

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from arrag_jax.figures.lettering import text_size, write
 
-Picture = UInt8[np.ndarray, "_ _ 3"]
+RGBImage = UInt8[np.ndarray, "_ _ 3"]
 
 BLUE, ORANGE = (0, 114, 178), (213, 94, 0)
 PALETTE = (BLUE, ORANGE, (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
@@ -24,7 +24,7 @@ MARGIN = 12  # pixels around and between the parts of a figure
 _VALUE_COLORS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], np.float64)
 
 
-def upscale(image: Picture, scale: int) -> Picture:
+def upscale(image: RGBImage, scale: int) -> RGBImage:
     """Every pixel becomes a square of ``scale`` x ``scale`` pixels."""
     return image.repeat(scale, axis=0).repeat(scale, axis=1)
 
@@ -61,12 +61,12 @@ class Canvas:
         y -= {"a": 0, "m": height // 2, "d": height}[anchor[1]]
         write(self._draw, x, y, words, {"l": "left", "m": "center", "r": "right"}[anchor[0]], color)
 
-    def pixels(self) -> Picture:
+    def pixels(self) -> RGBImage:
         """The whole page."""
         return np.array(self._image)
 
 
-def fitted(image: Picture, side: int) -> Picture:
+def fitted(image: RGBImage, side: int) -> RGBImage:
     """Enlarged or shrunk by the whole factor that brings its longer side nearest below ``side`` pixels."""
     longest = max(image.shape[:2])
     if longest <= side:
@@ -74,18 +74,18 @@ def fitted(image: Picture, side: int) -> Picture:
     return np.array(Image.fromarray(image).reduce(-(-longest // side)))
 
 
-def greyed(image: Picture) -> Picture:
+def greyed(image: RGBImage) -> RGBImage:
     """Without colour and paler, so that coloured cells stand out."""
     grey = image @ np.array([0.299, 0.587, 0.114])
     return np.broadcast_to((110 + 0.55 * grey)[..., None], image.shape).astype(np.uint8)
 
 
-def tinted(image: Picture, color: tuple[int, int, int], share: float = 0.25) -> Picture:
+def tinted(image: RGBImage, color: tuple[int, int, int], share: float = 0.25) -> RGBImage:
     """Mixed with a colour, ``share`` of it."""
     return ((1 - share) * image + share * np.array(color)).astype(np.uint8)
 
 
-def framed(image: Picture, color: tuple[int, int, int], frame: int) -> Picture:
+def framed(image: RGBImage, color: tuple[int, int, int], frame: int) -> RGBImage:
     """The same with its outermost ``frame`` pixels in ``color``."""
     edged = np.empty_like(image)
     edged[:] = color

@@ -14,7 +14,7 @@ from arrag_jax.figures.canvas import (
     MARGIN,
     PAPER,
     Canvas,
-    Picture,
+    RGBImage,
     luminance,
     upscale,
     value_color,
@@ -23,13 +23,13 @@ from arrag_jax.figures.lettering import text_size, wrapped
 from arrag_jax.files import atomic_write
 
 
-def save(path: Path, picture: Picture, info: PngInfo | None = None) -> None:
+def save(path: Path, picture: RGBImage, info: PngInfo | None = None) -> None:
     """Writes a PNG with its text chunks, whole or not at all."""
     with atomic_write(path) as temporary:
         Image.fromarray(picture).save(temporary, format="PNG", pnginfo=info)
 
 
-def grid(images: UInt8[np.ndarray, "N h w 3"], columns: int, scale: int = 1, gap: int = 2) -> Picture:
+def grid(images: UInt8[np.ndarray, "N h w 3"], columns: int, scale: int = 1, gap: int = 2) -> RGBImage:
     """N pictures in rows of ``columns``, ``gap`` white pixels apart; an unfilled last row stays white.
 
     Raises:
@@ -48,10 +48,10 @@ def grid(images: UInt8[np.ndarray, "N h w 3"], columns: int, scale: int = 1, gap
 
 
 def labelled_grid(
-    rows: Sequence[tuple[str, Sequence[Picture] | UInt8[np.ndarray, "_ _ _ 3"]]],
+    rows: Sequence[tuple[str, Sequence[RGBImage] | UInt8[np.ndarray, "_ _ _ 3"]]],
     column_titles: Sequence[str],
     scale: int = 2,
-) -> Picture:
+) -> RGBImage:
     """One row a prompt (wrapped, on the left), one column a method (its title on top).
 
     Args:
@@ -93,7 +93,7 @@ def heat_map(
     row_name: str = "",
     column_name: str = "",
     form: str = "{:.2f}",
-) -> Picture:
+) -> RGBImage:
     """A table of numbers, each cell coloured by its value: dark is the smallest, bright the largest.
 
     Args:

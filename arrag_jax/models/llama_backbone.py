@@ -108,11 +108,11 @@ class LlamaBackbone(VQImages):
         self,
         hidden: Float[Array, "R D"],
         cache: Cache,
-        cell: Int[Array, ""],
+        position: Int[Array, ""],
         features: Float[Array, "B K D"] | None = None,
     ) -> tuple[Float[Array, "R V"], Cache]:
-        """Logits of the code at ``cell``, given the embedding of what came just before it."""
-        hidden, cache = self.language_model.step(hidden, cache, cell, self.grid, features)
+        """Logits of the code at ``position``, given the embedding of what came just before it."""
+        hidden, cache = self.language_model.step(hidden, cache, position, self.grid, features)
         return self.gen_head(hidden).astype(jnp.float32), cache
 
     def teacher_forced(

@@ -91,8 +91,8 @@ class LlamaGen(LlamaBackbone):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels of an image of this grid."""
-        cell = self.config.vision.downsampling
-        return self.grid[0] * cell, self.grid[1] * cell
+        position = self.config.vision.downsampling
+        return self.grid[0] * position, self.grid[1] * position
 
     def part_names(self) -> tuple[str, ...]:
         """Names of the attributes that hold the parts of the model."""

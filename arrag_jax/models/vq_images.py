@@ -70,9 +70,9 @@ class VQImages(nnx.Module):
         images = images if isinstance(images, Array) else np.asarray(images)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(f"images must be floats in [-1, 1], got {images.dtype}; of 0 … 255 make x / 127.5 - 1")
-        images, cell = jnp.asarray(images, jnp.float32), self.vq.config.downsampling
-        if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] % cell or images.shape[2] % cell:
-            raise UserError(f"images must be [B, h, w, 3] with h and w multiples of {cell}, got {images.shape}")
+        images, position = jnp.asarray(images, jnp.float32), self.vq.config.downsampling
+        if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] % position or images.shape[2] % position:
+            raise UserError(f"images must be [B, h, w, 3] with h and w multiples of {position}, got {images.shape}")
         _check_pixels(images)
         codes, latents = _encode(*nnx.split(self.vq), images)
         return codes.reshape(len(images), -1), latents

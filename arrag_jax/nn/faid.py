@@ -141,7 +141,7 @@ class FusedBlender(nnx.Module):
         self.around = nnx.Param(around.reshape(-1, around.shape[-1]).T)  # [D, nD]
         self.matrix, self.bias = map(nnx.Param, blender.centre(kernels, weights))
 
-    def blend_cell(
+    def blend_position(
         self, window: Float[Array, "B n D"], features: Float[Array, "B K D"], complete: Bool[Array, ""]
     ) -> Blended:
         """One cell of B maps.
@@ -178,7 +178,7 @@ def _gated(gate: nnx.List, around: Array, incoming: Array, centre: blend.Centre)
     return Blended(added, value * across.astype(value.dtype), jnp.mean(opened))
 
 
-def window_cells(hops: tuple[int, ...], height: int, width: int) -> Int[np.ndarray, "T n"]:
+def window_positions(hops: tuple[int, ...], height: int, width: int) -> Int[np.ndarray, "T n"]:
     """Raster indices of every cell's live window, in the order of ``live_offsets``; -1 outside the map."""
     rows, columns = np.divmod(np.arange(height * width)[:, None], width)
     steps = np.array(blend.live_offsets(max(hops)))

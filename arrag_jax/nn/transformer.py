@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.errors import UserError
-from arrag_jax.nn.faid import Blended, Blender, FaidConfig, FusedBlender, window_cells
+from arrag_jax.nn.faid import Blended, Blender, FaidConfig, FusedBlender, window_positions
 from arrag_jax.nn.linear import Linear, embedding
 from arrag_jax.nn.lora import Lora, LoraConfig
 from arrag_jax.nn.rotary import KINDS, Turn, turn_by_grid, turn_by_tokens, turn_halves, turn_neighbors
@@ -296,11 +296,11 @@ class Llama(nnx.Module):
         self,
         x: Float[Array, "R D"],
         cache: Cache,
-        cell: Int[Array, ""],
+        position: Int[Array, ""],
         grid: tuple[int, int],
         features: Float[Array, "B K D"] | None = None,
     ) -> tuple[Float[Array, "R D"], Cache]:
-        """One token a row, at the slot of ``cell``; returns the normed hidden state.
+        """One token a row, at the slot of ``position``; returns the normed hidden state.
 
         Args:
           features: retrieved for the first B rows, those of ``prefill``'s ``blended_rows``; the blenders must be
@@ -308,9 +308,9 @@ class Llama(nnx.Module):
         """
         cells = grid[0] * grid[1]
         slots = jnp.arange(cache.filled.shape[1])[None]
-        slot = slots.shape[1] - cells + cell
+        slot = slots.shape[1] - cells + position
         mask = ((cache.filled & (slots < slot)) | (slots == slot))[:, None]
-        turn = self._turn((cache.first + cell)[:, None], grid[1])
+        turn = self._turn((cache.first + position)[:, None], grid[1])
         x, keys, values, looked_at = x[:, None], [], [], []
         for layer, k, v in zip(self.layers, cache.keys, cache.values, strict=True):
             normed, x, (k, v) = layer.attend(x, turn, mask, (k, v), slot)
@@ -318,20 +318,20 @@ class Llama(nnx.Module):
             values.append(v)
             if features is not None and layer.blender is not None:
                 past = cache.looked_at[len(looked_at)]
-                past = jax.lax.dynamic_update_slice_in_dim(past, normed[: len(features)], cell, axis=1)
+                past = jax.lax.dynamic_update_slice_in_dim(past, normed[: len(features)], position, axis=1)
                 looked_at.append(past)
-                blended = _blend_step(layer.blender, past, cell, grid, features)
+                blended = _blend_step(layer.blender, past, position, grid, features)
                 x, features = x.at[: len(features), 0].add(blended.added), blended.features
             x = layer.feed_forward(x)
         cache = cache._replace(keys=tuple(keys), values=tuple(values), looked_at=tuple(looked_at))
         return self.norm(x)[:, 0], cache
 
 
-def _blend_step(blender: FusedBlender, past: Float[Array, "B slots D"], cell, grid, features) -> Blended:
+def _blend_step(blender: FusedBlender, past: Float[Array, "B slots D"], position, grid, features) -> Blended:
     """The blend of one cell, whose window is gathered from the hidden states so far."""
-    window = jnp.asarray(window_cells(blender.config.hops, *grid))[cell]
+    window = jnp.asarray(window_positions(blender.config.hops, *grid))[position]
     around = jnp.where(window[None, :, None] >= 0, past[:, window + 1], 0)
-    return blender.blend_cell(around, features, jnp.asarray(has_context(*grid))[cell])
+    return blender.blend_position(around, features, jnp.asarray(has_context(*grid))[position])
 
 
 def _causal(filled: Bool[Array, "R S"]) -> Bool[Array, "R S S"]:

@@ -61,14 +61,14 @@ def live_pairs(hop: int) -> list[tuple[Offset, Offset, Offset]]:
     return [(a, u, offset) for a, u, offset in reach if offset < (0, 0)]
 
 
-def cheaper_composed(hops: Sequence[int], cells: int, width: int) -> bool:
+def cheaper_composed(hops: Sequence[int], positions: int, width: int) -> bool:
     """Do composed kernels cost fewer multiply-adds than stages, for so many cells (a device's, B·T) of this width?
 
     In units of width²: a live pair of taps costs ``width`` to compose, and each form its matrices a cell.
     """
     pairs = sum(len(live_pairs(hop)) for hop in hops)
     staged = sum(2 * ((hop + 1) ** 2 - 1) for hop in hops)
-    return pairs * width + len(live_offsets(max(hops))) * cells < staged * cells
+    return pairs * width + len(live_offsets(max(hops))) * positions < staged * positions
 
 
 def centre(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Centre:
@@ -105,10 +105,10 @@ def around_staged(
         first, second = _taps(kernel.first), _taps(kernel.second)
         taps = sorted({a for a, _, _ in pairs})
         stacked = jnp.concatenate([first[a].astype(hidden.dtype) for a in taps], axis=1)
-        of_cells = products.einsum("bhwi,io->bhwo", wide.astype(hidden.dtype), stacked)
+        of_positions = products.einsum("bhwi,io->bhwo", wide.astype(hidden.dtype), stacked)
         # Padded tap by tap: the gradient of a slice is as large as what it was cut from.
         around = ((0, 0), (hop, 0), (hop, hop), (0, 0))
-        of_tap = {a: jnp.pad(x, around) for a, x in zip(taps, jnp.split(of_cells, len(taps), axis=-1), strict=True)}
+        of_tap = {a: jnp.pad(x, around) for a, x in zip(taps, jnp.split(of_positions, len(taps), axis=-1), strict=True)}
         summed = {}
         for a, u, (row, column) in pairs:
             rows, columns = slice(hop + row, hop + row + height), slice(hop + column, hop + column + width)
@@ -140,8 +140,8 @@ def around_composed(
     _, height, width, _ = hidden.shape
     hop = -min(row for row, _ in offsets)
     padded = jnp.pad(hidden.astype(jnp.float32), ((0, 0), (hop, 0), (hop, hop), (0, 0)))
-    cells = [padded[:, hop + r : hop + r + height, hop + c : hop + c + width] for r, c in offsets]
-    windows = jnp.concatenate([x.astype(hidden.dtype) for x in cells], axis=-1)
+    positions = [padded[:, hop + r : hop + r + height, hop + c : hop + c + width] for r, c in offsets]
+    windows = jnp.concatenate([x.astype(hidden.dtype) for x in positions], axis=-1)
     return products.einsum("bhwi,io->bhwo", windows, matrices.reshape(-1, matrices.shape[-1]))
 
 

@@ -14,16 +14,16 @@ MOST_SIDE = 1024  # of a grid: what is made of a grid alone is then small
 CONTEXT_OFFSETS: tuple[tuple[int, int], ...] = ((-1, -1), (-1, 0), (-1, 1), (0, -1))
 
 
-def cells_with_context(height: int, width: int) -> np.ndarray:
+def positions_with_context(height: int, width: int) -> np.ndarray:
     """Raster indices of the (height-1)·(width-2) cells that have all four context cells.
 
     Raises:
       ValueError: if the grid is too small to hold one such cell.
     """
-    cells = np.flatnonzero(has_context(height, width)).astype(np.int32)
-    if not len(cells):
+    positions = np.flatnonzero(has_context(height, width)).astype(np.int32)
+    if not len(positions):
         raise ValueError(f"a {height} x {width} grid has no cell with a full context; at least 2 x 3 is needed")
-    return cells
+    return positions
 
 
 def has_context(height: int, width: int) -> Bool[np.ndarray, " T"]:
@@ -33,11 +33,11 @@ def has_context(height: int, width: int) -> Bool[np.ndarray, " T"]:
     return mask.reshape(-1)
 
 
-def context_cells(height: int, width: int) -> Int[np.ndarray, "T 4"]:
+def context_positions(height: int, width: int) -> Int[np.ndarray, "T 4"]:
     """Raster indices of each cell's context in key order; -1 in rows of cells without one."""
-    cells = np.arange(height * width, dtype=np.int32)
+    positions = np.arange(height * width, dtype=np.int32)
     offsets = np.array([dr * width + dc for dr, dc in CONTEXT_OFFSETS], np.int32)
-    return np.where(has_context(height, width)[:, None], cells[:, None] + offsets, -1).astype(np.int32)
+    return np.where(has_context(height, width)[:, None], positions[:, None] + offsets, -1).astype(np.int32)
 
 
 def contexts_of_grids(codes: Integer[np.ndarray, "B H W"]) -> Integer[np.ndarray, "B M 4"]:
@@ -53,13 +53,13 @@ def next_codes_of_grids(codes: Integer[np.ndarray, "B H W"]) -> Integer[np.ndarr
 
 
 def context_codes(drawn: Int[Array, "B T"], context: Int[Array, "*cells 4"]) -> Int[Array, "B *cells 4"]:
-    """Codes at the four context cells of one cell, or of many (rows of ``context_cells``); -1 where it has none."""
+    """Codes at the four context cells of one cell, or of many (rows of ``context_positions``); -1 where it has none."""
     return jnp.where(context[None] >= 0, jnp.take(drawn, jnp.maximum(context, 0), axis=1), -1)
 
 
-def image_and_cell(row: Int[np.ndarray, "*n"], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def image_and_position(row: Int[np.ndarray, "*n"], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Image number and raster cell of stored rows; (-1, -1) for the empty row -1."""
-    cells = cells_with_context(height, width)
+    positions = positions_with_context(height, width)
     row = np.asarray(row)
-    image, place = row // len(cells), row % len(cells)
-    return np.where(row < 0, -1, image), np.where(row < 0, -1, cells[place])
+    image, place = row // len(positions), row % len(positions)
+    return np.where(row < 0, -1, image), np.where(row < 0, -1, positions[place])

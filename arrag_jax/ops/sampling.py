@@ -87,9 +87,11 @@ def mix(
     return jnp.where(where[:, None], mixed, log_p)
 
 
-def draw(log_p: Float[Array, "B V"], keys: Key[Array, " B"], cell: Int[Array, ""], greedy: bool) -> Int[Array, " B"]:
+def draw(
+    log_p: Float[Array, "B V"], keys: Key[Array, " B"], position: Int[Array, ""], greedy: bool
+) -> Int[Array, " B"]:
     """One code a row, by a row's own key, so that a picture does not depend on its batch."""
     if greedy:
         return jnp.argmax(log_p, axis=-1).astype(jnp.int32)
-    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, cell), log_p.shape[1:]))(keys)
+    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, position), log_p.shape[1:]))(keys)
     return jnp.argmax(log_p + noise, axis=-1).astype(jnp.int32)

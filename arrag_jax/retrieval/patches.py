@@ -84,7 +84,7 @@ class KeysOfRows:
     @property
     def nbytes(self) -> int:
         """This part's share of the records."""
-        patches = len(self.records) * len(grid_ops.cells_with_context(*self.records.shape[1:3]))
+        patches = len(self.records) * len(grid_ops.positions_with_context(*self.records.shape[1:3]))
         return self.records.nbytes * self.count // patches
 
     def __getitem__(self, number: Any, /) -> np.ndarray:

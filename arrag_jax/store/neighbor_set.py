@@ -35,7 +35,7 @@ class NeighborSettings(ShardSettings):
     """What decides a set's content; ``manifest.json`` holds these fields and its files.
 
     Attributes, beside those of every folder of shards:
-      k: neighbours a cell.
+      k: neighbours a position.
       keys, search, scann: how they were searched; see ``config.RetrievalConfig``.
       datastore: fingerprint of the store that was searched.
       store_images: how many of its images, the first ones.
@@ -141,7 +141,7 @@ def to_record(codes: Integer[np.ndarray, " T"], neighbors: Int[np.ndarray, "T K"
     return codes.astype("<u2").tobytes() + (neighbors + 1).astype("<u2").tobytes() + caption
 
 
-def from_record(record: bytes, cells: int, k: int) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, "T K"], str]:
+def from_record(record: bytes, positions: int, k: int) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, "T K"], str]:
     """Codes int32 [T], neighbours int32 [T, K] and the caption of a record of so many cells."""
-    numbers = np.frombuffer(record, "<u2", cells * (1 + k)).astype(np.int32)
-    return numbers[:cells], numbers[cells:].reshape(cells, k) - 1, record[2 * numbers.size :].decode()
+    numbers = np.frombuffer(record, "<u2", positions * (1 + k)).astype(np.int32)
+    return numbers[:positions], numbers[positions:].reshape(positions, k) - 1, record[2 * numbers.size :].decode()

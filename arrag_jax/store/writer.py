@@ -102,7 +102,7 @@ def build_neighbor_set(
             names = shard.write_left_out()
             if names:
                 grids = np.concatenate(codes)
-                neighbors = neighbors_of_cells(search(grids, names, shard.count).code, settings.grid)
+                neighbors = neighbors_of_positions(search(grids, names, shard.count).code, settings.grid)
                 records = map(to_record, grids.reshape(len(grids), -1), neighbors, map(str.encode, captions))
             building.write_records(shard.files["neighbors"], records, NEIGHBOR_RECORD_OPTIONS)
     return NeighborSet.open(directory)
@@ -163,9 +163,9 @@ class _Captioned:
         return {**example, "caption": caption}
 
 
-def neighbors_of_cells(code: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def neighbors_of_positions(code: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Codes [B·M, K] of the cells that have a context → int32 [B, T, K] of all cells, -1 in the others."""
-    cells = grid_ops.cells_with_context(*grid)
-    found = np.full((len(code) // len(cells), grid[0] * grid[1], code.shape[1]), -1, np.int32)
-    found[:, cells] = code.reshape(-1, len(cells), code.shape[1])
+    positions = grid_ops.positions_with_context(*grid)
+    found = np.full((len(code) // len(positions), grid[0] * grid[1], code.shape[1]), -1, np.int32)
+    found[:, positions] = code.reshape(-1, len(positions), code.shape[1])
     return found

@@ -36,7 +36,7 @@ from arrag_jax.nn.variables import Adapter, freeze, retype
 from arrag_jax.nn.vq import to_uint8
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store.neighbor_set import NeighborSet
-from arrag_jax.training.loop import Batch, Pictures, Scalars
+from arrag_jax.training.loop import Batch, SampleImages, Scalars
 from arrag_jax.training.shared import BITS, in_batches, mean_bits, rows_of_a_device, write_manifest
 
 PICTURES = 8  # prompts of a sample grid
@@ -205,7 +205,7 @@ class FaidTask:
         """Held-out bits a code, prompts given."""
         return {"bits_per_code": self._cross_entropy(model, batch)[0] * BITS}
 
-    def sample_callback(self) -> Callable[[TunableModel], Pictures]:
+    def sample_callback(self) -> Callable[[TunableModel], SampleImages]:
         """Draws the same prompts and seeds every time: the base plain and with DAiD, the tuned model before and now.
 
         Before: with fresh blenders and LoRA, also in a run that began from ``init_from``.
@@ -224,7 +224,7 @@ class FaidTask:
             codes = sample(model, ids, policy, retriever, seed=self.config.seed, prompt_mask=mask, **settings).codes
             return np.asarray(to_uint8(model.decode_codes(codes, *model.grid)))
 
-        def paint(model: TunableModel) -> Pictures:
+        def draw_samples(model: TunableModel) -> SampleImages:
             if not unchanging:
                 # Fresh LoRA adds nothing, so that without blending this is the base.
                 start = self.init_model(nnx.Rngs(self.config.seed))
@@ -234,7 +234,7 @@ class FaidTask:
             rows = [(caption, [column[i] for column in columns]) for i, caption in enumerate(captions)]
             return {"samples": grids.labelled_grid(rows, titles)}
 
-        return paint
+        return draw_samples
 
     def export(self, model: TunableModel, directory: Path, run: dict[str, Any]) -> None:
         """The tuned model in the published layout, LoRA merged, bfloat16, with the held-out figure of just that."""

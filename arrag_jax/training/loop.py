@@ -39,7 +39,7 @@ from arrag_jax.training.start import params_of
 
 Batch = Mapping[str, Any]  # arrays whose first axis is the batch's
 Scalars = dict[str, Float[Array, ""]]
-Pictures = dict[str, UInt8[np.ndarray, "h w 3"]]  # by name; may be empty
+SampleImages = dict[str, UInt8[np.ndarray, "h w 3"]]  # by name; may be empty
 
 
 @runtime_checkable
@@ -84,7 +84,7 @@ class Task(Protocol):
         """Metrics of one held-out batch, jitted; means over its examples, for the loop averages them so."""
         ...
 
-    def sample_callback(self) -> Callable[[nnx.Module], Pictures]:
+    def sample_callback(self) -> Callable[[nnx.Module], SampleImages]:
         """What draws the sample grids of an evaluation; called before the first step, and finds all that it needs."""
         ...
 
@@ -245,21 +245,21 @@ def mean_gradient(
 
 def make_evaluation(
     task: Task, graph: nnx.GraphDef, frozen: PyTree, config: TrainConfig, mesh: Mesh
-) -> Callable[[TrainState], tuple[dict[str, float], Pictures]]:
+) -> Callable[[TrainState], tuple[dict[str, float], SampleImages]]:
     """A function from a state to its held-out metrics ("eval/name") and its pictures."""
-    batches, paint = list(task.eval_batches(config.batch_size // config.accumulate)), task.sample_callback()
+    batches, draw_samples = list(task.eval_batches(config.batch_size // config.accumulate)), task.sample_callback()
 
     @jax.jit
     def metrics_of(params: PyTree, frozen: PyTree, rest: PyTree, batch: Batch) -> Scalars:
         return task.eval_metrics(nnx.merge(graph, params, frozen, rest), batch)
 
-    def evaluate(state: TrainState) -> tuple[dict[str, float], Pictures]:
+    def evaluate(state: TrainState) -> tuple[dict[str, float], SampleImages]:
         params = _cast(averaged_params(state), config.compute_dtype)
         means = mean_over_examples(
             lambda batch: metrics_of(params, frozen, state.rest, put_whole_batch(batch, mesh)), batches
         )
         means = {f"eval/{name}": value for name, value in means.items()}
-        return means, paint(whole_model(graph, params, frozen, state.rest, mesh))
+        return means, draw_samples(whole_model(graph, params, frozen, state.rest, mesh))
 
     return evaluate
 

@@ -27,7 +27,7 @@ from arrag_jax.models.checkpoint import load_model, load_tokenizer, save_model
 from arrag_jax.models.registry import preset_of
 from arrag_jax.models.text import words_in
 from arrag_jax.nn.vq import from_uint8, to_uint8
-from arrag_jax.training.loop import Batch, Pictures, Scalars
+from arrag_jax.training.loop import Batch, SampleImages, Scalars
 from arrag_jax.training.shared import (
     BITS,
     RunImages,
@@ -147,11 +147,11 @@ class PriorTask:
         """Held-out bits a code, prompts given."""
         return {"bits_per_code": self._cross_entropy(model, batch, (batch["prompt_ids"], batch["prompt_mask"])) * BITS}
 
-    def sample_callback(self) -> Callable[[ImageModel], Pictures]:
+    def sample_callback(self) -> Callable[[ImageModel], SampleImages]:
         """Draws twelve held-out prompts with the same seeds every time."""
         batch = next(self.eval_batches(12))
 
-        def paint(model: ImageModel) -> Pictures:
+        def draw_samples(model: ImageModel) -> SampleImages:
             drawn = sample(
                 model, batch["prompt_ids"], prompt_mask=batch["prompt_mask"],
                 cfg_scale=self.options.cfg_scale, seed=self.config.seed,
@@ -159,7 +159,7 @@ class PriorTask:
             images = to_uint8(model.decode_codes(drawn.codes, *model.grid))
             return {"samples": grids.grid(np.concatenate([batch["image"], images]), columns=len(images), scale=2)}
 
-        return paint
+        return draw_samples
 
     def export(self, model: ImageModel, directory: Path, run: dict[str, Any]) -> None:
         """The whole model as a folder, language model in bfloat16, with the held-out figures of just that."""

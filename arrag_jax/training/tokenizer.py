@@ -22,7 +22,7 @@ from arrag_jax.models.registry import preset_of
 from arrag_jax.models.vq_images import VQImages
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.store.images import reconstruct
-from arrag_jax.training.loop import Batch, Pictures, Scalars
+from arrag_jax.training.loop import Batch, SampleImages, Scalars
 from arrag_jax.training.shared import RunImages, psnr, rows_of_a_device, tokenizer_figures, write_manifest
 
 
@@ -114,15 +114,15 @@ class TokenizerTask:
         codes, latents = model.encode_images(images)
         return {"psnr": psnr(model.decode_codes(codes, *latents.shape[1:3]), images)}
 
-    def sample_callback(self) -> Callable[[VQImages], Pictures]:
+    def sample_callback(self) -> Callable[[VQImages], SampleImages]:
         """Shows held-out images above their reconstructions."""
         images = next(self.eval_batches(12))["image"]
 
-        def paint(model: VQImages) -> Pictures:
+        def draw_samples(model: VQImages) -> SampleImages:
             decoded = reconstruct(model, images)
             return {"reconstructions": grids.grid(np.concatenate([images, decoded]), columns=len(images), scale=2)}
 
-        return paint
+        return draw_samples
 
     def export(self, model: VQImages, directory: Path, run: dict[str, Any]) -> None:
         """The tokenizer as a model folder, with its held-out figures."""

@@ -115,8 +115,8 @@ class LatentKeys(ContextKeys):
 
 def _cells(grid: tuple[int, int], rows: Integer[np.ndarray, "*dims"]) -> Integer[np.ndarray, "*dims P"]:
     """The context's cells of stored rows, numbered image after image."""
-    image, cell = grid_ops.image_and_cell(rows, *grid)
-    return image[..., None] * (grid[0] * grid[1]) + grid_ops.context_cells(*grid)[cell]
+    image, position = grid_ops.image_and_position(rows, *grid)
+    return image[..., None] * (grid[0] * grid[1]) + grid_ops.context_positions(*grid)[position]
 
 
 def unit_norm(vectors: Float[np.ndarray, "*dims C"]) -> Float[np.ndarray, "*dims C"]:
