@@ -192,6 +192,10 @@ class PromptEncoder(Protocol):
         """
         ...
 
+    def length(self, prompts: Sequence[str]) -> int:
+        """The smallest ``length`` that fits all prompts; a UserError names a prompt that cannot be one."""
+        ...
+
 
 @runtime_checkable
 class DecodePolicy(Protocol):

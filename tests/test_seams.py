@@ -18,6 +18,7 @@ from arrag_jax.interfaces import Backbone, BlendingBackbone, ImageModel, ImageTo
 from arrag_jax.models import registry
 from arrag_jax.models.checkpoint import load_model, load_prompts, load_tokenizer, save_model
 from arrag_jax.models.janus import VISION
+from arrag_jax.models.llamagen_prompts import ClassNumbers
 from arrag_jax.models.text import PromptTokenizer
 
 LABELS, SIZE, WIDTH = 5, 9, 6
@@ -133,7 +134,7 @@ def test_a_family_is_one_line_of_the_registry(tmp_path, monkeypatch):
         recognises=lambda config: False,
         load=lambda directory, dtype, grid: tiny.janus(registry.read_json(directory)["seed"]),
         save=lambda model, directory, dtype: saved.append((directory, dtype)),
-        prompts=lambda directory: lambda prompts, length=None: np.array([int(x) for x in prompts]),
+        prompts=lambda directory: ClassNumbers(5),
     )
     monkeypatch.setattr(registry, "FAMILIES", (registry.JANUS, family))
     assert load_model(tmp_path).fingerprint == tiny.janus(3).fingerprint

@@ -49,7 +49,7 @@ def generate(
         raise UserError('nothing to draw; give at least one --prompt "…" or --test_prompts=N')
     pipeline = open_pipeline(config, [method] if method else [])
     scale = max(1, SIDE // max(pipeline.model.image_size)) if scale == AUTO else int(scale)
-    pipeline.text(prompt)  # so that a bad prompt is said before anything is drawn
+    pipeline.text.length(prompt)  # so that a bad prompt is said before anything is drawn
     names = [name_of(i, name) for name in pipeline.methods for i in range(len(prompt))]
     if jax.process_index() > 0:  # all draw, one writes
         draw_missing(pipeline, prompt, missing_for_all(None, len(names)), None)

@@ -131,7 +131,7 @@ class Pipeline:
         """
         ways, positions = 1 if self.mesh is None else self.mesh.shape["data"], int(np.prod(self.model.grid))
         size = -(-min(self.config.batch_size, len(prompts)) // ways) * ways
-        condition = self.text(prompts)
+        length = self.text.length(prompts)  # of all batches, so that one shape is compiled
         on_position = self.bar if self.reports_every_position(method) else None
         batches = [np.arange(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
         batches = [numbers for numbers in batches if wanted is None or wanted[numbers].any()]
@@ -141,10 +141,10 @@ class Pipeline:
             for numbers in batches:
                 # The last batch is filled up with its own rows over again, so that one shape is compiled.
                 rows, keep = np.resize(numbers, size), len(numbers)
-                retriever = self.retriever_for(method, [prompts[i] for i in rows])
+                drawn_here = [prompts[i] for i in rows]
                 result = sample(
-                    self.model_of(method), jax.tree.map(lambda x, rows=rows: x[rows], condition), self.policy(method),
-                    retriever, seed=seeds[rows], on_position=on_position, mesh=self.mesh,
+                    self.model_of(method), self.text(drawn_here, length), self.policy(method),
+                    self.retriever_for(method, drawn_here), seed=seeds[rows], on_position=on_position, mesh=self.mesh,
                     **dataclasses.asdict(self.config.sampling),
                 )  # fmt: skip
                 drawn = jax.tree.map(lambda x, keep=keep: np.asarray(x)[:keep], result)
@@ -176,6 +176,7 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = ()) -> Pipeline:
     if jax.process_count() > 1:
         require_same({name: value for folder in used for name, value in sample_hashes(folder).items()}, "model")
     model = load_model(config.model, config.dtype)
+    _ = model.fingerprint  # a model without its tokenizer says so now, not after drawing
     text, loaded = load_prompts(config.model), {config.model: model}
     for folder in used - {config.model}:
         loaded[folder] = load_model(folder, config.dtype)

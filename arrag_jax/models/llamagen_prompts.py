@@ -31,6 +31,11 @@ class ClassNumbers:
                 )
         return np.array([int(prompt) for prompt in prompts], np.int32)
 
+    def length(self, prompts: Sequence[str]) -> int:
+        """Returns 1, the length of every class; errors as the call."""
+        self(prompts)
+        return 1
+
 
 class CaptionEncoder:
     """Prompts that are captions: T5 features, of the left-padded ones the real last.
@@ -45,7 +50,7 @@ class CaptionEncoder:
         Raises:
           UserError: it has neither, or the file is damaged or of another model.
         """
-        self.t5, self.width, self.length = directory / T5, width, length
+        self.t5, self.width, self.tokens = directory / T5, width, length
         file = directory / FEATURES
         if not file.is_file() and not self.t5.is_dir():
             raise UserError(
@@ -53,6 +58,19 @@ class CaptionEncoder:
                 f"published models) into {self.t5}, or features of your captions into {file}"
             )
         self.known = _read_features(file, width, length) if file.is_file() else {}
+
+    def length(self, prompts: Sequence[str]) -> int:
+        """Returns the length of all captions; a UserError where one is empty, or its features cannot be had."""
+        for prompt in prompts:
+            if not prompt.strip():
+                raise UserError("a prompt is empty; say what to draw")
+        absent = next((prompt for prompt in prompts if prompt not in self.known), None)
+        if absent is not None and not self.t5.is_dir():
+            raise UserError(
+                f"{FEATURES} has no features of the prompt {absent[:60]!r}; it holds {len(self.known)} captions: add "
+                f"it, or put a T5 encoder into {self.t5}"
+            )
+        return self.tokens
 
     def __call__(
         self, prompts: Sequence[str], length: int | None = None
@@ -63,26 +81,19 @@ class CaptionEncoder:
           UserError: a prompt is empty, or longer than ``length``; one has no stored features and there is no T5; or
             the T5 is not one that this model takes.
         """
-        for prompt in prompts:
-            if not prompt.strip():
-                raise UserError("a prompt is empty; say what to draw")
+        self.length(prompts)
         fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
-        if fresh and not self.t5.is_dir():
-            raise UserError(
-                f"{FEATURES} has no features of the prompt {fresh[0][:60]!r}; it holds {len(self.known)} captions: add "
-                f"it, or put a T5 encoder into {self.t5}"
-            )
         if fresh:
-            features, mask = caption_features(self.t5, fresh, self.length)
+            features, mask = caption_features(self.t5, fresh, self.tokens)
             if features.shape[2] != self.width:
                 raise UserError(
                     f"{self.t5} gives features of {features.shape[2]} numbers, the model takes {self.width}"
                 )
             self.known |= dict(zip(fresh, zip(features, mask, strict=True), strict=True))
-        wanted = self.length if length is None else length
+        wanted = self.tokens if length is None else length
         rows = [self.known[prompt] for prompt in prompts]
         for prompt, (_, mask) in zip(prompts, rows, strict=True):
-            if mask.sum() > wanted or wanted > self.length:
+            if mask.sum() > wanted or wanted > self.tokens:
                 raise UserError(f"prompt too long: {mask.sum()} tokens, at most {wanted}: {prompt[:60]!r}…")
         return np.stack([x[-wanted:] for x, _ in rows]), np.stack([mask[-wanted:] for _, mask in rows])
 

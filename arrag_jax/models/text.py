@@ -120,7 +120,7 @@ class PromptTokenizer:
           UserError: a prompt is empty, too long, or holds a special token or a word that the tokenizer does not know.
         """
         encodings = [self._encode(prompt) for prompt in prompts]
-        width = length or max(len(ids) for ids in encodings)
+        width = length or max(map(len, encodings))
         out = np.full((len(prompts), width), self.pad_id, np.int32)
         mask = np.zeros((len(prompts), width), bool)
         for row, ids in enumerate(encodings):
@@ -129,6 +129,10 @@ class PromptTokenizer:
                 raise UserError(f"prompt too long: {len(ids)} tokens, at most {limit}: {prompts[row][:60]!r}…")
             out[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, True
         return out, mask
+
+    def length(self, prompts: Sequence[str]) -> int:
+        """Returns the tokens of the longest prompt; errors as the call."""
+        return max(self([prompt])[0].shape[1] for prompt in prompts)
 
     def _encode(self, prompt: str) -> list[int]:
         if not prompt.strip():
