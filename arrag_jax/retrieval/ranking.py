@@ -72,9 +72,9 @@ def unless(sure: Bool[Array, " B"], answer: Any, otherwise: Callable[[Any, Array
     Args:
       sure: which rows of the answer are certain.
       answer: the first answer.
-      otherwise: computes the better answer. Its second argument is the number 1 as a traced value; it must multiply the
-        number of steps of its loops by it. Without this dependence XLA would move the loops out of the ``while_loop``
-        and always run them.
+      otherwise: computes the better answer. Its second argument is the number 1 as a traced value; ``otherwise`` must
+        multiply the number of steps of its loops by it. Without this dependence XLA would move the loops out of the
+        ``while_loop`` and always run them.
     """
 
     def settle(state: tuple[Array, Any]) -> tuple[Array, Any]:
