@@ -1,4 +1,7 @@
-"""Stores with their indexes: what ``build_datastore`` does. It stands here because a store knows of no index."""
+"""Builds, merges, verifies and measures stores with their indexes, for the command ``build_datastore``.
+
+It is part of ``retrieval`` because the package ``store`` does not depend on indexes.
+"""
 
 import contextlib
 import time
@@ -24,17 +27,18 @@ from arrag_jax.store.workers import workers_in
 
 
 def build(config: DatastoreConfig | None, directory: Path, append: bool = False, keep_duplicates: bool = False) -> None:
-    """Builds the store of the config's images in ``directory`` and its indexes, or goes on with that.
+    """Builds the store of the config's images in ``directory`` and its indexes; resumes an unfinished build.
 
-    A whole store is given the keys, the captions and the indexes that it lacks. Every process of a run calls this.
+    If the store is complete, this adds the keys, captions and indexes that it lacks. Every process of a run calls this.
 
     Args:
-      config: None = build again those indexes of a whole store that do not fit it.
-      append: add those images that a whole store does not hold.
-      keep_duplicates: take images of equal content all.
+      config: the images, settings and indexes; None = only rebuild the indexes of a complete store that do not fit it.
+      directory: the store's folder.
+      append: add the images that a complete store does not hold yet.
+      keep_duplicates: store all images of equal content.
 
     Raises:
-      UserError: there is neither a config nor a whole store; else as ``from_images``.
+      UserError: if there is neither a config nor a complete store, or as in ``from_images``.
     """
     start = time.perf_counter()
     if config is None:
@@ -57,14 +61,18 @@ def build(config: DatastoreConfig | None, directory: Path, append: bool = False,
 def merge(
     stores: Collection[str], directory: Path, keep_duplicates: bool = False, config: DatastoreConfig | None = None
 ) -> None:
-    """Merges stores into one in ``directory``, with the config's indexes (None = with none)."""
+    """Merges stores into one in ``directory`` and builds the config's indexes (None = no new index)."""
     start = time.perf_counter()
     merged = segments.merge([Datastore.open(store) for store in stores], directory, keep_duplicates)
     _finish(merged, config, start)
 
 
 def verify(directory: Path) -> None:
-    """Reads every file of a store and of its indexes, and says so if all are as they were written."""
+    """Checks every file of a store and of its indexes, and prints one line if none is damaged.
+
+    Raises:
+      UserError: if a file is damaged.
+    """
 
     def verified() -> Datastore:
         store = Datastore.open(directory)
@@ -77,7 +85,7 @@ def verify(directory: Path) -> None:
 
 
 def report(directory: Path, options: ScannOptions = BY_RULE) -> None:
-    """Measures each of a store's indexes, and prints the figures."""
+    """Measures each index of a store and prints the figures."""
 
     def measured() -> dict[str, dict[str, float | int]]:
         store = Datastore.open(directory)
@@ -91,7 +99,7 @@ def report(directory: Path, options: ScannOptions = BY_RULE) -> None:
 
 @contextlib.contextmanager
 def _new_indexes(config: DatastoreConfig, store: Datastore) -> Iterator[None]:
-    """Builds the indexes that are wanted of a store beside those that are there; on leaving they take their place."""
+    """Builds the config's indexes in temporary folders; on exit they replace the old indexes."""
     with contextlib.ExitStack() as stack:
         for kind in config.indexes:
             stack.enter_context(index.new_index(store, kind, config.scann, config.index_shards))
@@ -99,8 +107,8 @@ def _new_indexes(config: DatastoreConfig, store: Datastore) -> Iterator[None]:
 
 
 def _finish(store: Datastore, config: DatastoreConfig | None, start: float) -> None:
-    """Builds the indexes that are wanted and not there, and says what the store holds."""
-    if config is None:  # indexes that fit may have options of their own
+    """Builds the requested indexes that do not exist yet, and prints what the store holds."""
+    if config is None:  # indexes that fit stay, because they may have other options
         kinds, options = [kind for kind in measure.indexed(store) if not index.fits(store, kind)], (ScannOptions(), 1)
     else:
         kinds, options = config.indexes, (config.scann, config.index_shards)

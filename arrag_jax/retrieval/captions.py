@@ -1,8 +1,8 @@
-"""Caption-aware retrieval: a search over those stored images alone whose captions are nearest to the prompt.
+"""Caption-aware retrieval: searches only the stored images whose captions are nearest to the prompt.
 
-They are chosen once, before anything is drawn. The nearness of two texts is the cosine between their sets of terms
-(words, and pairs of neighbouring words), each term weighted by its inverse document frequency among the stored
-captions: no model is needed, and "blue car" tells a blue car from a car beside something blue.
+These images are chosen once, before sampling starts. The nearness of two texts is the cosine similarity of their sets
+of terms (words, and pairs of neighbouring words). Each term is weighted by its inverse document frequency among the
+stored captions. This needs no model. Pairs of words distinguish a blue car from a car next to something blue.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ from arrag_jax.store.datastore import Datastore
 
 
 def terms(text: str) -> set[str]:
-    """Words of a text, in lower case, and its pairs of neighbouring words."""
+    """Returns the lower-case words of a text and its pairs of neighbouring words."""
     words = re.findall(r"\w+", text.lower())
     return {*words, *(" ".join(pair) for pair in itertools.pairwise(words))}
 
 
 class CaptionIndex:
-    """Stored captions by their terms, held in memory: about four bytes a term of a caption."""
+    """An index from terms to stored captions, in memory; it takes about four bytes per term of each caption."""
 
     def __init__(self, captions: Sequence[str]):
         images: dict[str, list[int]] = {}
@@ -48,17 +48,19 @@ class CaptionIndex:
         self._norms = np.sqrt(np.maximum(squares, 1e-12))
 
     def nearness(self, prompt: str) -> Float[np.ndarray, " n"]:
-        """Of every stored caption to a prompt, up to a factor that all of them share; 0 without a common term."""
+        """Returns the nearness of every stored caption to a prompt, up to a common factor; 0 without a common term."""
         score = np.zeros(len(self._norms))
         for term in sorted(terms(prompt) & self._images.keys()):
             score[self._images[term]] += self._weights[term] ** 2
         return score / self._norms
 
     def nearest(self, prompts: Sequence[str], number: int) -> Int[np.ndarray, "B M"]:
-        """The stored images with the nearest captions, nearest first; of equal ones the lower numbers.
+        """Returns the ``number`` stored images with the nearest captions for each prompt, nearest first.
+
+        Equally near images are ordered by their numbers.
 
         Raises:
-          UserError: more images than are stored, or a prompt that shares no word with any caption.
+          UserError: if ``number`` exceeds the stored images, or a prompt shares no word with any caption.
         """
         if number > len(self._norms):
             raise UserError(f"{number} images are to be chosen by their captions, {len(self._norms)} are stored")
@@ -74,13 +76,13 @@ class CaptionIndex:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LimitedRetriever:
-    """Exact ``interfaces.Retriever`` over images of each prompt's own; make one with ``create``.
+    """Exact ``interfaces.Retriever`` that searches different images for each prompt; make one with ``create``.
 
-    Contexts belong to prompts in equal runs: B prompts and n contexts are n / B contexts a prompt, in order.
+    With B prompts and n contexts, the first n / B contexts belong to the first prompt, and so on.
 
     Attributes:
-      local: a ``DenseRetriever`` a prompt, every leaf with a leading axis B.
-      rows: int32 [B, P], the stored row of each of its patches.
+      local: one ``DenseRetriever`` per prompt, stacked: every leaf has a leading axis B.
+      rows: int32 [B, P], the stored row of each of the P patches of a prompt.
     """
 
     local: Any
@@ -88,15 +90,16 @@ class LimitedRetriever:
 
     @classmethod
     def create(cls, store: Datastore, images: Int[np.ndarray, "B M"], kind: str, k: int) -> "LimitedRetriever":
-        """Of M images of the store a prompt.
+        """Returns a retriever over M images of the store per prompt.
 
         Args:
-          images: numbers of the images.
-          kind: of key, one of ``KEY_KINDS``.
-          k: neighbours a query; at most all the patches of M images.
+          store: the store that holds the images.
+          images: numbers of the images, one row per prompt.
+          kind: the kind of key, one of ``KEY_KINDS``.
+          k: neighbours per query; at most the number of patches of M images.
 
         Raises:
-          UserError: a k that is larger, or keys that the store does not hold.
+          UserError: if k is larger, or the store does not hold such keys.
         """
         patches = store.settings.patches_per_image
         rows = (images[:, :, None] * patches + np.arange(patches)).reshape(len(images), -1)
@@ -110,7 +113,7 @@ class LimitedRetriever:
         return self.local.k
 
     def search(self, context: Int[Array, "n 4"]) -> Neighbors:
-        """Neighbours of n contexts given as code ids; see ``interfaces.Retriever``."""
+        """Returns the neighbours of n contexts given as code ids; see ``interfaces.Retriever``."""
         require_own_process()
         prompts, patches = self.rows.shape
         each = len(context) // prompts
@@ -127,7 +130,7 @@ class LimitedRetriever:
 
 
 def _dense(store: Datastore, images: Int[np.ndarray, " M"], kind: str, k: int) -> DenseRetriever:
-    """The exact search over some images; ids count the patches of these images."""
+    """Returns the exact search over some images; ids are numbers of the patches among these images."""
     store.require_kind(kind)
     values = grid_ops.next_codes_of_grids(store.codes[images].astype(np.int32)).reshape(-1)
     records = store.records(KEY_KINDS[kind].file)[images]

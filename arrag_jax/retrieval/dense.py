@@ -1,17 +1,18 @@
-"""Search on the device that looks at every key: blocks of scores, and a running top-k.
+"""Dense search on the device: computes blocks of scores of all keys, and a running top-k.
 
-What is held of a unique context (``retrieval.patches``; where contexts do not have a key each, of a patch) is its
-``storage``, one of those of its kind of key (``ops.keys``):
+The device holds one item per unique context (``retrieval.patches``), or per patch if contexts do not determine keys.
+The format of an item is the ``storage``, one of those of its kind of key (``ops.keys``):
 
   codes     4 code ids, 8 bytes: the score is a sum of four looked-up numbers.
   float32   the key, 128 bytes.
   bfloat16  the key, 64 bytes.
   int8      the key, 32 bytes.
 
-Scores are approximate, and how they are rounded depends on the batch. So more than k contexts are kept by their scores,
-and those are ranked by distances that are the same in every batch (``ops.distances``): from code ids where they are
-held, else from the key as it is held. An answer is taken where the scores' error cannot have hidden a nearer context;
-where it can, more are kept, and at last all are compared. All storages that come with code ids answer alike.
+Scores are approximate, and their rounding depends on the batch. The search therefore keeps more than k contexts by
+score, and ranks these by distances that are equal in every batch (``ops.distances``). Distances are computed from code
+ids if the search holds them, else from the stored key. The answer is final if the error of the scores cannot have
+hidden a nearer context. Otherwise the search keeps more contexts, and in the end compares all of them. All storages
+that hold code ids return the same answers.
 """
 
 import dataclasses
@@ -32,11 +33,11 @@ from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.patches import Patches
 from arrag_jax.retrieval.ranking import lay_out, unless
 
-SCORE_BYTES = 64 * 2**20  # most bytes that one block's [B, n] scores may take
-COMPARE_BYTES = 4 * 2**20  # most bytes of keys that are compared with at once; more would slow down what never compares
-CHUNK = 32  # neighbouring scores whose best stands for them in the first stage of the top-k
+SCORE_BYTES = 64 * 2**20  # size limit of one block's [B, n] scores
+COMPARE_BYTES = 4 * 2**20  # size limit of the keys compared at once; more slows down searches that never compare
+CHUNK = 32  # neighbouring scores that the first stage of the top-k represents by their maximum
 TPU_RECALL = 0.99  # expected recall of a block's approx_max_k
-WIDER = 8  # how many times more contexts are kept where rounded keys leave too few beyond doubt
+WIDER = 8  # factor by which more contexts are kept if rounded keys leave too few certain ones
 STEPS = 127  # int8 holds a number x as round(127 x)
 
 
@@ -45,23 +46,24 @@ STEPS = 127  # int8 holds a number x as round(127 x)
 class DenseRetriever:
     """``interfaces.Retriever`` without an index; make one with ``create`` or ``of``.
 
-    Equal distances are ordered by stored row: where more than k stored patches share the k-th distance, those of lowest
-    row are returned. On TPUs a block's top-k is ``approx_max_k`` (recall ``TPU_RECALL``); elsewhere it is exact.
+    Equal distances are ordered by stored row: if more than k stored patches share the k-th distance, those with the
+    lowest rows are returned. On TPUs a block's top-k is ``approx_max_k`` (recall ``TPU_RECALL``), elsewhere exact.
 
     Attributes:
-      keys: [U, E] in the storage's type; None where code ids alone are held.
-      codes: int [N], the code each stored patch offers, context by context; -1 at an empty row, never found.
-      codebook: float32 [V, C], rows of unit norm; makes the queries.
-      contexts: uint16 [U, 4], code ids of every unique context; None where each patch has a key of its own.
-      starts: int32 [U + 1], where in ``codes`` the posting list of each context begins; None likewise. A context with
-        an empty list is never found.
-      rows: int32 [N], the posting lists: stored row of each patch; None likewise.
-      kind: of the keys.
-      k: neighbours a query.
-      score_bytes: most bytes that the scores of one block may take.
+      keys: [U, E] in the storage's type; None if only code ids are held.
+      codes: int [N], the next code of each stored patch, grouped by context; -1 marks an empty row, which is never
+        found.
+      codebook: float32 [V, C], rows of unit norm; the queries are computed from it.
+      contexts: uint16 [U, 4], code ids of every unique context; None if each patch has its own key.
+      starts: int32 [U + 1], where the posting list of each context begins in ``codes``; None if ``contexts`` is. A
+        context with an empty list is never found.
+      rows: int32 [N], the posting lists: stored row of each patch; None if ``contexts`` is.
+      kind: the kind of key.
+      k: neighbours per query.
+      score_bytes: size limit of the scores of one block.
     """
 
-    keys: Any  # leaves go untyped: jax also builds this pytree with other things in their place
+    keys: Any  # leaves have no types, because JAX also builds this pytree with other objects as leaves
     codes: Any
     codebook: Any
     kind: KeyKind = dataclasses.field(metadata={"static": True})
@@ -80,10 +82,10 @@ class DenseRetriever:
         k: int,
         score_bytes: int = SCORE_BYTES,
     ) -> "DenseRetriever":
-        """Keys as they are, one a patch, in float32; puts the arrays on the default device.
+        """Returns a search over the given keys, one per patch, in float32; puts the arrays on the default device.
 
         Raises:
-          UserError: k is not in 1..N.
+          UserError: if k is not in 1..N.
         """
         return cls.of(Patches(np.asarray(keys), np.asarray(codes)), codebook, k, "float32", score_bytes)
 
@@ -96,13 +98,13 @@ class DenseRetriever:
         storage: str = "float32",
         score_bytes: int = SCORE_BYTES,
     ) -> "DenseRetriever":
-        """A search over patches; puts the arrays on the default device.
+        """Returns a search over patches; puts the arrays on the default device.
 
         Args:
-          storage: one of the ``storages`` of their kind of key.
+          storage: one of the ``storages`` of the patches' kind of key.
 
         Raises:
-          UserError: k is not in 1..N, or the storage is none of these.
+          UserError: if k is not in 1..N, or the kind of key has no such storage.
         """
         require_k(k, len(patches.codes))
         leaves = jax.tree.map(jnp.asarray, leaves_of(patches, storage))
@@ -110,12 +112,12 @@ class DenseRetriever:
         return cls(codebook=jnp.asarray(codebook, jnp.float32), **static, **leaves)
 
     def with_k(self, k: int) -> "DenseRetriever":
-        """The same search for another number of neighbours; errors as ``create``."""
+        """Returns the same search for another number of neighbours; errors as in ``create``."""
         require_k(k, len(self.codes))
         return dataclasses.replace(self, k=k)
 
     def search(self, context: Int[Array, "B 4"]) -> Neighbors:
-        """Neighbours of B contexts given as code ids; see ``interfaces.Retriever``."""
+        """Returns the neighbours of B contexts given as code ids; see ``interfaces.Retriever``."""
         require_own_process()
         query, complete = self.kind.query(self.codebook, context), self.kind.complete(context)
         scores_of, error = self._scores(query), self._score_error(query)
@@ -126,7 +128,7 @@ class DenseRetriever:
             found = self._ranked(query, jnp.where(complete[:, None] & ~jnp.isneginf(score), unique, self._num_unique))
             if width == self._num_unique:
                 return found, complete | True
-            # no context that was left out is nearer than this
+            # no context that was not kept is nearer than this
             bound = self._distance_of(score.min(1)) - error
             return found, ~complete | jnp.isneginf(score.min(1)) | (found.distance[:, -1] < bound)
 
@@ -140,17 +142,17 @@ class DenseRetriever:
 
     @property
     def _num_unique(self) -> int:
-        """U."""
+        """U, the number of unique contexts (or of keys)."""
         return len(self.contexts if self.keys is None else self.keys)
 
     @property
     def _scale(self) -> int:
-        """How many times larger than they are numbers are held."""
+        """The factor by which the stored keys are scaled."""
         return STEPS if self.keys.dtype == jnp.int8 else 1
 
     @property
     def _widths(self) -> tuple[int, ...]:
-        """How many contexts are kept by their scores: at first, and where these do not suffice."""
+        """How many contexts are kept by score: in the first pass, and in the second if the first is not enough."""
         if self.keys is None or self.keys.dtype == jnp.float32:
             return (self.k + max(16, self.k // 16),)
         width = self.k + max(64, self.k // 4)
@@ -159,7 +161,7 @@ class DenseRetriever:
     def _best_scores(
         self, scores_of: Callable[[Array, int], Array], batch: int, kept: int, once: Array | int
     ) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
-        """The largest scores and their contexts; -inf where there are fewer."""
+        """Returns the ``kept`` largest scores and their contexts; -inf in empty slots."""
         number = self._num_unique
         block = min(number, max(1, self.score_bytes // (4 * batch)))
 
@@ -175,8 +177,8 @@ class DenseRetriever:
         return jax.lax.fori_loop(0, once * -(-number // block), search_block, none)
 
     def _ranked(self, query: Float[Array, "B E"], unique: Int[Array, "B n"]) -> Neighbors:
-        """The first k patches of some contexts; U in empty slots."""
-        unique = jnp.sort(unique)  # of equal distances the top-k takes the first
+        """Returns the k nearest patches of the given contexts; ``unique`` holds U in empty slots."""
+        unique = jnp.sort(unique)  # because the top-k takes the first of equal distances
         held = jnp.minimum(unique, self._num_unique - 1)
         distance = squared_distances(query[:, None], self._keys_of(held))
         distance = jnp.where(unique < self._num_unique, distance, jnp.inf)
@@ -192,7 +194,7 @@ class DenseRetriever:
         limit: Float[Array, " B"],
         once: Int[Array, ""],
     ) -> Neighbors:
-        """Neighbours by the distances of all contexts whose scores are not beyond a limit."""
+        """Returns the neighbours by exact distance among the contexts with an approximate distance up to ``limit``."""
         number, k = self._num_unique, min(self.k, self._num_unique)
         block = min(number, max(1, min(self.score_bytes, COMPARE_BYTES) // (4 * query.size)))
 
@@ -206,7 +208,7 @@ class DenseRetriever:
                 distance = squared_distances(query[:, None], self._keys_of(unique)[None])
                 distance = jnp.where(near, distance, jnp.inf)
                 score, place = exact_top_k(-distance, min(k, block))
-                # earlier blocks come first, so that equal distances stay ordered by context
+                # earlier blocks come first, so that equal distances remain ordered by context
                 score, found = (jnp.concatenate(x, 1) for x in zip(best, (score, place + start), strict=True))
                 score, order = jax.lax.top_k(score, k)
                 return score, jnp.take_along_axis(found, order, 1)
@@ -219,11 +221,11 @@ class DenseRetriever:
         return lay_out(unique, -score, self.k, self.codes, self.starts, self.rows)
 
     def _scores(self, query: Float[Array, "B E"]) -> Callable[[Array, int], Float[Array, "B n"]]:
-        """From the first context and the size of a block to its scores: the nearer, the larger."""
+        """Returns a function from (first context, size) of a block to its scores; the nearest has the largest."""
 
         def looked_up(start: Array, block: int) -> Array:
             contexts = jax.lax.dynamic_slice_in_dim(self.contexts, start, block).astype(jnp.int32)
-            # One query after the other: fused into the top-k, looking up is a hundred times slower on a CPU.
+            # One query at a time, because a lookup fused into the top-k is a hundred times slower on a CPU.
             return jax.lax.map(
                 lambda parts: -sum(jnp.take(x, contexts[:, i], mode="clip") for i, x in enumerate(parts)), table
             )
@@ -240,25 +242,25 @@ class DenseRetriever:
         return multiplied
 
     def _held(self, start: Array, block: int) -> Bool[Array, " n"]:
-        """Which posting lists of a block are not empty."""
+        """Returns which contexts of a block have a patch."""
         if self.starts is None:
             return jax.lax.dynamic_slice_in_dim(self.codes, start, block) >= 0
         return jnp.diff(jax.lax.dynamic_slice_in_dim(self.starts, start, block + 1)) > 0
 
     def _keys_of(self, unique: Int[Array, "*dims"]) -> Float[Array, "*dims E"]:
-        """Keys of contexts, as exactly as what is held of them allows."""
+        """Returns the keys of contexts in float32, as exact as the storage allows."""
         if self.contexts is None:
             return jnp.take(self.keys, unique, axis=0).astype(jnp.float32) / self._scale
         return self.kind.query(self.codebook, jnp.take(self.contexts, unique, axis=0))
 
     def _distance_of(self, score: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
-        """The distances that scores stand for."""
+        """Converts scores to distances."""
         if self.keys is None:
             return -score
         return self.kind.distance(score * (1 / self._scale**2))
 
     def _score_error(self, query: Float[Array, "B E"]) -> Float[Array, " B"] | float:
-        """Most by which ``_distance_of`` scores differs from distances."""
+        """Returns an upper bound of the error of ``_distance_of`` scores."""
         if self.keys is None or self.keys.dtype == jnp.float32:
             return self.kind.score_error(query.shape[1])
 
@@ -269,10 +271,10 @@ class DenseRetriever:
 
 
 def leaves_of(patches: Patches, storage: str) -> dict[str, Any]:
-    """The arrays of ``DenseRetriever`` that depend on the patches, on the host; None where it holds none.
+    """Returns the host arrays of ``DenseRetriever`` that depend on the patches; None for those it does not hold.
 
     Raises:
-      UserError: as ``DenseRetriever.of``.
+      UserError: as in ``DenseRetriever.of``.
     """
     patches.kind.require_storage(storage)
     keys = None if storage == "codes" else _stored(np.asarray(patches.keys[:], np.float32), jnp.dtype(storage))
@@ -282,18 +284,18 @@ def leaves_of(patches: Patches, storage: str) -> dict[str, Any]:
 
 
 def _stored(vectors: Any, dtype: jnp.dtype) -> Any:
-    """Numbers between -1 and 1 in a storage's type."""
+    """Converts numbers between -1 and 1 to a storage's type."""
     return (vectors * STEPS).round().astype(dtype) if dtype == jnp.int8 else vectors.astype(dtype)
 
 
 def require_k(k: int, rows: int) -> None:
-    """Raises UserError unless k neighbours can be had of this many stored patches."""
+    """Raises UserError unless k is in 1..``rows``, the number of stored patches."""
     if not 1 <= k <= rows:
         raise UserError(f"k={k} neighbours asked of {rows} stored patches; choose k between 1 and {rows}")
 
 
 def _top_k(scores: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
-    """The k largest scores and their places, by the fastest means of the platform it is compiled for."""
+    """Returns the k largest scores and their indices, by the fastest method of the target platform."""
     return jax.lax.platform_dependent(
         scores,
         tpu=lambda x: tuple(jax.lax.approx_max_k(x, k, recall_target=TPU_RECALL)),
@@ -302,10 +304,11 @@ def _top_k(scores: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B K"], In
 
 
 def exact_top_k(scores: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
-    """``lax.top_k`` in two stages, equal scores by lower place; 3 to 9 times its speed on a CPU at n = 1e6.
+    """Returns the same as ``lax.top_k``, in two stages; it is 3 to 9 times as fast on a CPU at n = 1e6.
 
-    Of chunks of ``CHUNK`` scores, the k with the largest maxima hold all k largest scores: a score
-    outside them is beaten by the maximum of each. Chunks are then searched in the order of their places.
+    Equal scores are ordered by index. The scores are split into chunks of ``CHUNK``. The k chunks with the largest
+    maxima contain all k largest scores, because each of their maxima is at least any score outside them. These chunks
+    are then searched in the order of their indices.
     """
     batch, n = scores.shape
     if n <= CHUNK * k:

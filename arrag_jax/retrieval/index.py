@@ -1,7 +1,7 @@
-"""ScaNN indexes on disk, beside the datastore they were built from: ``<store>/index-<kind>/``.
+"""ScaNN indexes on disk, in the folder of the datastore from which they are built: ``<store>/index-<kind>/``.
 
-``index.json`` tells from which store (by its fingerprint), over which rows and with which options an index was built,
-the size and SHA-256 of every file, and the SHA-256 of all that it says itself. A whole index appears by one rename.
+``index.json`` records the store (by its fingerprint), the rows and the options of the index, the size and SHA-256 of
+every file, and the SHA-256 of its own content. A complete index is put in place atomically, by one rename.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ MOST_SHARDS = 2**16
 
 @dataclasses.dataclass(frozen=True)
 class IndexedFile:
-    """What a record says of a file."""
+    """An index record's facts about one file."""
 
     bytes: int
     sha256: str
@@ -49,13 +49,13 @@ class IndexedFile:
 
 @dataclasses.dataclass(frozen=True)
 class IndexRecord:
-    """What is read of ``index.json``.
+    """The parsed fields of ``index.json``.
 
     Attributes:
-      entries: unique contexts of each shard.
-      order: of entries; older records do not tell theirs.
-      files: by path below the index's folder, "shard-00000/dataset.npy".
-      sha256: of all the rest.
+      entries: number of unique contexts of each shard.
+      order: the order of the unique contexts; "" in older records.
+      files: path below the index's folder ("shard-00000/dataset.npy") → facts about the file.
+      sha256: hash of all other fields.
     """
 
     index_version: int
@@ -79,21 +79,21 @@ class IndexRecord:
 
 
 def index_directory(store: Datastore, kind: str) -> Path:
-    """Where the index over keys of a kind lies."""
+    """Returns the folder of the index over keys of a kind."""
     return store.directory / f"index-{kind}"
 
 
 def build_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> Path:
-    """Builds and saves the index over a store's keys, replacing another one; returns its directory.
+    """Builds and saves the index over a store's keys, replaces an old one, and returns its directory.
 
     Args:
-      store: whole, not a subset.
-      kind: of key, one of ``KEY_KINDS``.
-      options: all but ``leaves_to_search`` are built in; that can be chosen again at loading.
-      shards: searchers; a sharded search needs one a device along its mesh axis.
+      store: a complete store, not a subset.
+      kind: the kind of key, one of ``KEY_KINDS``.
+      options: fixed by the build, except ``leaves_to_search``, which can be chosen again at loading.
+      shards: number of searchers; a sharded search needs one per device along its mesh axis.
 
     Raises:
-      UserError: the kind is not in the store, ScaNN can't be imported, or the disk is full.
+      UserError: if the store does not hold this kind, ScaNN cannot be imported, or the disk is full.
     """
     with new_index(store, kind, options, shards):
         pass
@@ -102,14 +102,17 @@ def build_index(store: Datastore, kind: str, options: ScannOptions, shards: int 
 
 @contextlib.contextmanager
 def new_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> Iterator[None]:
-    """Builds the index beside the one that is there; on leaving it takes its place. As ``build_index``."""
+    """Builds the index in a temporary folder; on exit it replaces the old one. Arguments as in ``build_index``."""
     with atomic_folder(index_directory(store, kind), "an index", replace=True) as temporary:
         _write_index(temporary, store, kind, options, shards)
         yield
 
 
 def refresh_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> None:
-    """Builds the index where no current one is there, and removes what a killed build left; as ``build_index``."""
+    """Builds the index unless a current one exists; then removes leftovers of a killed build.
+
+    Arguments and errors are those of ``build_index``.
+    """
     if is_current(store, kind, options, shards):
         clear_leftovers(index_directory(store, kind))
     else:
@@ -118,11 +121,11 @@ def refresh_index(store: Datastore, kind: str, options: ScannOptions, shards: in
 
 def _write_index(directory: Path, store: Datastore, kind: str, options: ScannOptions, shards: int) -> None:
     bounds, entries = shard_bounds(store.num_patches, shards), []
-    # one shard's float32 keys at a time: what bounds the memory of a build
+    # only one shard's float32 keys are in memory at a time, which bounds the memory of a build
     for shard, rows in enumerate(progress.bar(bounds, unit="shard", desc=f"indexing {kind} keys")):
         place, patches = directory / _shard_name(shard), stored_patches(store, kind, rows)
         place.mkdir(parents=True)
-        # without relative paths a moved index does not load
+        # an index with absolute paths does not load after it is moved
         build_searcher(patches, options).serialize(str(place), relative_path=True)
         entries.append(len(patches.keys))
     files = {}
@@ -138,7 +141,7 @@ def _shard_name(shard: int) -> str:
 
 
 def is_current(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> bool:
-    """Is there an undamaged index of this store, built with these options, that ScaNN can read?"""
+    """Returns whether there is an undamaged index of this store, built with these options, that ScaNN can read."""
     try:
         entries, numbers = _checked_files(store, kind, options, shards), _numbers(store, kind)
         for shard, number in enumerate(entries):
@@ -159,11 +162,16 @@ def load_index(
     """Loads the searchers of a saved index.
 
     Args:
-      local: the shards that this process searches; None = all. No other one is read.
+      store: the store from which the index was built.
+      kind: the kind of key.
+      k: neighbours per query.
+      options: the options of the build.
+      shards: the number of shards that the index must have.
+      local: the shards that this process searches; None = all. Other shards are not read.
 
     Raises:
-      UserError: no index here, or one of another store, of other options, damaged or that ScaNN cannot read; k out of
-        range.
+      UserError: if there is no index, it belongs to another store or other options, it is damaged, ScaNN cannot read
+        it, or k is out of range.
     """
     local = list(range(shards) if local is None else local)
     entries = _checked_files(store, kind, options, shards, local)
@@ -181,10 +189,12 @@ def load_index(
 
 
 def index_hash(store: Datastore, kind: str) -> str:
-    """SHA-256 over the names and hashes of a saved index's files: equal ones find the same neighbours.
+    """Returns the SHA-256 of the names and hashes of a saved index's files.
+
+    Indexes with equal hashes find the same neighbours.
 
     Raises:
-      UserError: no index here, or its record is damaged.
+      UserError: if there is no index, or its record is damaged.
     """
     mend = f"run: {store.further(f'--config.indexes={kind}')}"
     files = _read_record(index_directory(store, kind), mend).files
@@ -192,12 +202,12 @@ def index_hash(store: Datastore, kind: str) -> str:
 
 
 def _load_searcher(directory: Path, entries: int, numbers: int, mend: str) -> Any:
-    """ScaNN's searcher of a shard.
+    """Loads the ScaNN searcher of a shard.
 
-    ScaNN trusts the shapes and the names that its files give, so they are checked before it sees them.
+    The shapes and file names in the files are checked first, because ScaNN does not check them.
 
     Raises:
-      UserError: files that do not hold so many entries, that name others, or that ScaNN refuses.
+      UserError: if the files do not hold ``entries`` keys, name files elsewhere, or cannot be loaded by ScaNN.
     """
     scann, path = import_scann(), directory
     try:
@@ -208,36 +218,36 @@ def _load_searcher(directory: Path, entries: int, numbers: int, mend: str) -> An
             raise ValueError("it names files outside of its folder")
         path = directory
         return scann.load_searcher(str(directory))
-    except Exception as error:  # numpy and ScaNN raise many kinds for one cause
+    except Exception as error:  # numpy and ScaNN raise many types for the same cause
         reason = " ".join(str(error).split())
         raise UserError(f"index {path} cannot be read by ScaNN ({shown(reason)}); {mend}") from error
 
 
 def _numbers(store: Datastore, kind: str) -> int:
-    """How many numbers a key of the store has."""
+    """Returns the number of numbers (E) in a key of the store."""
     return KEY_KINDS[kind].numbers(store.settings.code_dim)
 
 
 def _require_shape(path: Path, entries: int, numbers: int) -> None:
-    """Raises ValueError unless an array of an index has a row an entry, or is one row of a key's numbers."""
+    """Raises ValueError unless an array of an index has one row per unique context, or is a single key-sized row."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.shape not in ((entries,), (entries, numbers), (numbers,)):
         raise ValueError(f"it has shape {list(array.shape)}, not that of {entries} entries of {numbers} numbers")
 
 
 def saved_shards(store: Datastore, kind: str) -> int:
-    """Shards of the index that is there; 1 where there is none."""
+    """Returns the number of shards of the saved index; 1 if there is none."""
     return max(1, len(list(index_directory(store, kind).glob("shard-*"))))
 
 
 def _identity(store: Datastore, kind: str, options: ScannOptions, entries: list[int]) -> dict:
-    """What an index must agree in with the store and options it is used with."""
+    """Returns the record fields in which an index must agree with the store and the options."""
     bounds = shard_bounds(store.num_patches, len(entries))
     return {
         "index_version": INDEX_VERSION,
         "datastore": store.store_fingerprint,
         "kind": kind,
-        "order": "first patch",  # of entries; older indexes have another one
+        "order": "first patch",  # order of the unique contexts; older indexes have another one
         "rows": store.num_patches,
         "leaves": [num_leaves(number, options) for number in entries],
         "bytes_a_number": [
@@ -249,10 +259,11 @@ def _identity(store: Datastore, kind: str, options: ScannOptions, entries: list[
 def _checked_files(
     store: Datastore, kind: str, options: ScannOptions, shards: int, local: Iterable[int] | None = None
 ) -> tuple[int, ...]:
-    """Entries of each shard of the saved index, once it is the wanted one and (in ``local`` shards) undamaged.
+    """Checks the saved index and returns the number of unique contexts of each shard.
 
     Raises:
-      UserError: it is not; with the mend.
+      UserError: if the index does not fit the store and options, or a file of the ``local`` shards is damaged. The
+        message names the command that repairs it.
     """
     store.require_kind(kind)
     directory, mend = index_directory(store, kind), _mend(store, kind, options, shards)
@@ -273,7 +284,7 @@ def _checked_files(
 
 
 def _mend(store: Datastore, kind: str, options: ScannOptions, shards: int) -> str:
-    """What to run for an index over keys of a kind with these options."""
+    """Returns the advice of error messages: the command that builds the index with these options."""
     usual = dataclasses.asdict(ScannOptions())
     other = {f"scann.{key}": value for key, value in dataclasses.asdict(options).items() if value != usual[key]}
     other |= {"index_shards": shards} if shards > 1 or saved_shards(store, kind) > 1 else {}
@@ -282,7 +293,7 @@ def _mend(store: Datastore, kind: str, options: ScannOptions, shards: int) -> st
 
 
 def fits(store: Datastore, kind: str) -> bool:
-    """Is there an index over just what the store holds, whatever its options?"""
+    """Returns whether there is an index over exactly the patches of the store, with any options."""
     try:
         record = _read_record(index_directory(store, kind), "")
     except UserError:
@@ -291,7 +302,7 @@ def fits(store: Datastore, kind: str) -> bool:
 
 
 def _read_record(directory: Path, mend: str) -> IndexRecord:
-    """What ``index.json`` says; a UserError if it is missing, of another version, or not what was written."""
+    """Reads ``index.json``; raises UserError if it is missing, of another version, or damaged."""
     path = directory / RECORD
     if not path.exists():
         raise UserError(f"{path} is missing; {mend}")
@@ -313,9 +324,9 @@ def _read_record(directory: Path, mend: str) -> IndexRecord:
 def _require_files(
     directory: Path, files: dict[str, IndexedFile], mend: str, shards: tuple[str, ...] | None = None
 ) -> None:
-    """Raises UserError unless an index has just these files and (in shards of these names) with their content."""
+    """Raises UserError unless an index has exactly these files, undamaged (hashes are checked in ``shards`` only)."""
     found = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()} - {RECORD}
-    # ScaNN would unpickle a file of document ids; ours never have one
+    # ScaNN would unpickle a file of document ids; indexes of this project never have one
     if found != set(files) or any(name.endswith(".pkl") for name in found):
         raise UserError(f"index {directory} has missing or foreign files: {sorted(found ^ set(files))}; {mend}")
     for name, facts in files.items():
@@ -325,7 +336,7 @@ def _require_files(
 
 
 def verify_indexes(store: Datastore) -> None:
-    """Raises UserError naming the first file of any of a store's saved indexes that is not what was written."""
+    """Raises UserError if a file of a store's saved indexes is damaged; the message names the first one."""
     for directory in sorted(store.directory.glob("index-*")):
         mend = f"delete {directory} and build it again"
         _require_files(directory, _read_record(directory, mend).files, mend)

@@ -1,4 +1,4 @@
-"""Nearest patches of other images: a search that leaves out what the store holds of the query's own image."""
+"""Leave-one-out search: finds the nearest patches of other images, never those of the query's own image."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,25 +14,25 @@ from arrag_jax.retrieval.patches import no_neighbors, packed
 from arrag_jax.retrieval.scann import ScannRetriever
 from arrag_jax.store.datastore import Datastore
 
-ANSWERS = 2**15  # neighbours asked for in one call of the search: 2048 contexts at k = 16
-WIDER = 4  # how many times more neighbours are asked for where too few are left
+ANSWERS = 2**15  # neighbours requested per call of the search: 2048 contexts at k = 16
+WIDER = 4  # factor by which k grows if too few neighbours remain
 
 
 class LeaveOneOut:
-    """Searches a store on behalf of whole images, none of which is given patches of itself.
+    """Searches a store for all positions of images; an image never gets its own patches as neighbours.
 
-    Left out are the stored images of its name, for the same image encoded in another batch or on another device may
-    differ in a code, and its exact duplicates: those of the same code grid. A context that many cells of the images
-    have is asked for once. Where too few neighbours are left, it is asked for again with ``WIDER`` times the k, until
-    K others remain or the search finds no more.
+    The search excludes stored images with the same name, and stored images with the same code grid (exact duplicates).
+    The name is needed because an image that is encoded in another batch or on another device may differ in a code. A
+    context that occurs at many positions is searched once. If fewer than K neighbours remain, the context is searched
+    again with ``WIDER`` times the k, until K remain or the search finds no more.
     """
 
     def __init__(self, store: Datastore, names: Sequence[str], retriever: DenseRetriever | ScannRetriever):
         """
         Args:
-          store: of at most 2**16 codes.
-          names: of its images, in order.
-          retriever: over that store; its k is K.
+          store: the store to search; its codebook has at most 2**16 codes.
+          names: the names of its images, in order.
+          retriever: a search of that store; its k is K.
         """
         self.numbers: dict[str, int] = {}
         self.stored = np.array([self.numbers.setdefault(name, len(self.numbers)) for name in names], np.int32)
@@ -48,12 +48,12 @@ class LeaveOneOut:
         names: Sequence[str],
         count: Callable[[int], Any] = lambda images: None,
     ) -> Neighbors:
-        """Neighbours of every cell that has a context, [B·M, K], nearest first, as numpy arrays.
+        """Returns the neighbours of every position with a full context, [B·M, K], nearest first, as numpy arrays.
 
         Args:
-          codes: the images' grids.
-          names: of the images; one that no stored image has is fine.
-          count: told of images as they are done; its numbers sum to B.
+          codes: the code grids of the images.
+          names: the names of the images; the store need not hold images with these names.
+          count: called with the number of images finished since its last call; the numbers sum to B.
         """
         context, sums = grid_ops.contexts_of_grids(codes.astype(np.int32)).reshape(-1, 4), self._sums(codes)
         requested = np.array([self.numbers.get(name, -1) for name in names], np.int32)
@@ -72,14 +72,14 @@ class LeaveOneOut:
                 others = _nearest_others(answer, own, self.k)
                 for all_, new in zip(best, others, strict=True):
                     all_[queries] = new
-                # an answer with an empty slot is all that this search will ever find
+                # an answer with an empty slot is complete: a larger k finds no more
                 short.append(queries[(others.id[:, -1] < 0) & (answer.id[:, -1] >= 0)])
             left = np.concatenate(short) if k < self.rows else left[:0]
             k = min(WIDER * k, self.rows)
         return best
 
     def _ask(self, context: Int[np.ndarray, "n 4"], k: int, images: int, count: Callable[[int], Any]) -> Neighbors:
-        """The store's answers, always ``ANSWERS`` slots a call; tells ``count`` of ``images`` in all, evenly."""
+        """Searches the store, ``ANSWERS`` slots per call; spreads ``images`` evenly over the calls of ``count``."""
         if k not in self.retrievers:
             self.retrievers[k] = self.retrievers[self.k].with_k(k)
         found, number, size = [], len(context), max(1, ANSWERS // k)
@@ -98,14 +98,14 @@ class LeaveOneOut:
         sums: UInt64[np.ndarray, " B"],
         image: Int[np.ndarray, " n"],
     ) -> Bool[np.ndarray, "n k"]:
-        """Which stored images have the grid of the query's, ``codes[image]``."""
+        """Returns which stored images have the same grid as the query's image, ``codes[image]``."""
         equal = self.sums[stored] == sums[image][:, None]
-        query, slot = np.nonzero(equal)  # so few that they can be compared in full
+        query, slot = np.nonzero(equal)  # few enough to compare the grids in full
         equal[query, slot] = (self.codes[stored[query, slot]] == codes[image[query]]).all((1, 2))
         return equal
 
     def _sums(self, grids: Integer[np.ndarray, "n H W"]) -> UInt64[np.ndarray, " n"]:
-        """A number a grid that equal grids share and others hardly ever."""
+        """Returns a checksum per grid; equal grids have equal checksums, other grids almost never."""
         return np.array([grid.reshape(-1).astype(np.uint64) @ self.weights for grid in grids])
 
 
@@ -115,7 +115,7 @@ def _search(retriever: DenseRetriever | ScannRetriever, context: Int[jax.Array, 
 
 
 def _nearest_others(found: Neighbors, own: Bool[np.ndarray, "n k"], k: int) -> Neighbors:
-    """The first k slots that are not ``own``; empty ones last."""
+    """Returns the first k slots that are not ``own``; empty slots come last."""
     order = np.argsort(own, axis=1, kind="stable")[:, :k]
     own, code, distance, id_ = (np.take_along_axis(x, order, 1) for x in (own, *found))
     return Neighbors(np.where(own, -1, code), np.where(own, np.inf, distance), np.where(own, -1, id_))

@@ -1,4 +1,4 @@
-"""From a config to a store and its search."""
+"""Opens the store and the search that a config names."""
 
 import contextlib
 import time
@@ -23,18 +23,18 @@ from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.shards import MANIFEST
 
 T = TypeVar("T")
-PATIENCE = 5.0  # seconds in which a writer puts what it has built in place
+PATIENCE = 5.0  # time limit in seconds for a writer to put its new files in place
 TRIES = 5
 
 
 def settled(directory: str | Path, read: Callable[[], T]) -> T:
-    """Returns what ``read`` makes of a store and its indexes, all of one state.
+    """Returns the result of ``read``, which reads a store and its indexes, from one consistent state of the files.
 
-    A store that grows and its new indexes take the place of the old ones in several steps. What is read meanwhile, or
-    cannot be, is read again.
+    When a store grows, its manifest and its indexes are replaced in several steps. If they change during ``read``, or
+    ``read`` fails while another process writes, it is called again.
 
     Raises:
-      UserError: as ``read``, of a store that nobody changes.
+      UserError: as in ``read``, if the store does not change.
     """
     directory = Path(directory)
     for tries in range(TRIES, 0, -1):
@@ -54,7 +54,7 @@ def settled(directory: str | Path, read: Callable[[], T]) -> T:
 
 
 def _state(directory: Path) -> dict[str, bytes]:
-    """What the manifest and the indexes' records say."""
+    """Returns the bytes of the manifest and of the indexes' records."""
     state = {}
     for path in (directory / MANIFEST, *sorted(directory.glob(f"index-*/{RECORD}"))):
         with contextlib.suppress(OSError):
@@ -63,11 +63,11 @@ def _state(directory: Path) -> dict[str, bytes]:
 
 
 def open_store(config: RetrievalConfig, fingerprint: str) -> tuple[Datastore, bool]:
-    """Opens the images of a datastore that a config asks for, and tells whether these are all it holds.
+    """Opens the images of a datastore that a config requests; also returns whether these are all its images.
 
     Raises:
-      UserError: no such store, one of another tokenizer, one whose manifest is not what was written, or not the same in
-        all processes of a run.
+      UserError: if there is no such store, another tokenizer made it, its manifest is damaged, or the processes of a
+        run see different stores.
     """
     store = Datastore.open(config.store)
     require_same({f"{config.store}/manifest.json": store.store_fingerprint}, "store")
@@ -78,7 +78,7 @@ def open_store(config: RetrievalConfig, fingerprint: str) -> tuple[Datastore, bo
 
 
 def index_hash_of(retriever: Retriever | None) -> str:
-    """The hash of the saved index that a search asks (``index.index_hash``); empty where it asks none."""
+    """Returns the hash of the saved index that a retriever uses (``index.index_hash``); "" if it uses none."""
     requested = getattr(retriever, "local", retriever)
     return requested.host.index_hash if isinstance(requested, ScannRetriever) else ""
 
@@ -90,16 +90,17 @@ def load_retriever(
     axis: str = "data",
     batch_axis: str | None = None,
 ) -> tuple[Datastore, Retriever]:
-    """Opens a datastore and its search.
+    """Returns a datastore and its retriever.
 
     Args:
-      config: which store, which keys, which search.
-      fingerprint: of the model's tokenizer, which must have made the store.
-      mesh: spread the store over ``axis`` of this mesh; None: keep it on one device (or one host).
-      batch_axis: mesh axis that queries are sharded over; see ``ShardedRetriever``.
+      config: names the store, the keys and the search.
+      fingerprint: identity of the model's tokenizer, which must have made the store.
+      mesh: shard the store over ``axis`` of this mesh; None = keep it on one device (or one host).
+      axis: the mesh axis over which the store is sharded.
+      batch_axis: the mesh axis over which queries are sharded; see ``ShardedRetriever``.
 
     Raises:
-      UserError: no such store or index, one of another tokenizer, or k larger than the store.
+      UserError: if there is no such store or index, another tokenizer made it, or k exceeds the stored patches.
     """
     require_own_process()
     return settled(config.store, lambda: _load(config, fingerprint, mesh, axis, batch_axis))
@@ -122,6 +123,6 @@ def _load(
     shards, local = (1, [0]) if mesh is None else (mesh.shape[axis], local_shards(mesh, axis))
     if whole:
         host = load_index(store, config.keys, config.k, config.scann, shards, local)
-    else:  # a saved index covers the whole store
+    else:  # a saved index covers all images, not a subset
         host = build_host(patches, store.num_patches, store.codebook, config.k, config.scann, shards, local)
     return store, ScannRetriever.of(host) if mesh is None else shard_scann(host, mesh, axis, batch_axis)

@@ -1,4 +1,4 @@
-"""Neighbour sets of the images that a config names: each image's patches looked up in a store, without itself."""
+"""Builds neighbour sets of the images that a config names, by leave-one-out search of a store."""
 
 import dataclasses
 import sys
@@ -28,10 +28,10 @@ from arrag_jax.store.writer import NO_CAPTION
 
 
 def build(config: NeighborsConfig, directory: Path) -> None:
-    """Builds the neighbour sets of two splits, in ``directory``/train and /valid, or goes on with that.
+    """Builds the neighbour sets of two splits in ``directory``/train and /valid; resumes an unfinished build.
 
     Raises:
-      UserError: as ``load_retriever``, ``ImageSource`` and ``writer.build_neighbor_set``.
+      UserError: as in ``load_retriever``, ``ImageSource`` and ``writer.build_neighbor_set``.
     """
     start, tokenizer = time.perf_counter(), load_tokenizer(config.model)
     store, retriever = load_retriever(config.retrieval, tokenizer.fingerprint)
@@ -50,7 +50,7 @@ def build(config: NeighborsConfig, directory: Path) -> None:
         settings = settings_of(config, store, tokenizer, split, number)
         jobs[folder] = images, dataclasses.replace(settings, origin=origin_of(config.source), beside=source.beside)
     for folder, (_, settings) in jobs.items():
-        require_same_settings(NeighborSet, folder, settings)  # of both, before the first is begun
+        require_same_settings(NeighborSet, folder, settings)  # both are checked before the first build starts
     source.keep_listing()
     encode, name_of = encoder(tokenizer), names_below(config.source)
     leave_one_out = LeaveOneOut(store, names_in(store), retriever)
@@ -68,7 +68,7 @@ def build(config: NeighborsConfig, directory: Path) -> None:
 def settings_of(
     config: NeighborsConfig, store: Datastore, tokenizer: ImageTokenizer, split: str, num_images: int
 ) -> NeighborSettings:
-    """What the set of a split is to hold."""
+    """Returns the settings of a split's neighbour set."""
     search = config.retrieval
     return NeighborSettings(
         fingerprint=store.settings.fingerprint,
@@ -91,7 +91,7 @@ def settings_of(
 
 
 def _say(found: NeighborSet, start: float) -> None:
-    """Says what a set holds."""
+    """Prints what a set holds."""
     size = sum(path.stat().st_size for path in found.directory.iterdir())
     wordless = sum(reason == NO_CAPTION for _, reason in found.bad)
     left_out = told_of([found], f"that cannot be read or have no caption ({wordless:,})")

@@ -1,14 +1,15 @@
-"""What a search goes over: the unique contexts of stored patches, each with the posting list of its patches.
+"""The data that a search runs over: the unique contexts of stored patches, each with the posting list of its patches.
 
-Where equal contexts have equal keys (``KeyKind.unique``), patches are deduplicated: 11.8 million patches of
-``emoji_scenes`` have 353 thousand unique contexts. Each is held once, with a posting list, the stored rows of its
-patches; a search finds contexts and lays out their lists as patches again. Nothing is lost: ids are stored rows, as
-without deduplication. Where keys hardly repeat, every patch stands for a context of its own, and there are no lists.
+If equal contexts have equal keys (``KeyKind.unique``), patches are deduplicated: 11.8 million patches of
+``emoji_scenes`` have 353 thousand unique contexts. Each unique context is held once, with a posting list: the stored
+rows of its patches. A search finds contexts and expands their posting lists to patches. The result is the same as
+without deduplication: ids are stored rows. For kinds of key that hardly repeat, every patch counts as its own context,
+and there are no posting lists.
 
-Every search orders patches by distance, then by stored row. Contexts are numbered in the order of their first patches,
-so that of contexts at one distance the first k hold the k patches of lowest row.
+Every search orders patches by distance, then by stored row. Contexts are numbered in the order of their first patches.
+The first k of several contexts at the same distance therefore hold the k patches with the lowest rows.
 
-Numpy alone: this runs inside host callbacks.
+This module uses only numpy, because it runs inside host callbacks.
 """
 
 import dataclasses
@@ -31,20 +32,20 @@ MOST_ROWS = 2**31 - 1  # ids are int32
 
 @runtime_checkable
 class Keys(Protocol):
-    """Keys that can be had by number: a numpy array, or what makes them from something smaller."""
+    """A sequence of keys: a numpy array, or an object that computes keys from smaller data."""
 
     nbytes: int
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: Any, /) -> np.ndarray:
-        """Float32 [..., E] of an integer array or slice of numbers."""
+        """Returns the keys, float32 [..., E], for an integer array or a slice of numbers."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class KeysOfContexts:
-    """Keys that are the queries of unique contexts, 8 bytes each."""
+    """Keys computed from unique contexts, each held in 8 bytes."""
 
     kind: KeyKind
     contexts: UInt16[np.ndarray, "U 4"]
@@ -55,12 +56,12 @@ class KeysOfContexts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, the codebook aside."""
+        """Bytes held, without the codebook."""
         return self.contexts.nbytes
 
     @functools.cached_property
     def repeated(self) -> Bool[np.ndarray, " V"]:
-        """Which codes' vectors are another code's as well, as ``ops.distances`` has them."""
+        """Which codes share their vector with another code, after the rounding of ``ops.distances``."""
         _, which, count = np.unique(rounded(self.codebook), axis=0, return_inverse=True, return_counts=True)
         return count[which.reshape(-1)] > 1
 
@@ -70,7 +71,7 @@ class KeysOfContexts:
 
 @dataclasses.dataclass(frozen=True)
 class KeysOfRows:
-    """Keys of the stored rows ``[first, first + count)``, made of the images' records."""
+    """Keys of the stored rows ``[first, first + count)``, computed from the images' records."""
 
     kind: KeyKind
     records: np.ndarray
@@ -83,7 +84,7 @@ class KeysOfRows:
 
     @property
     def nbytes(self) -> int:
-        """This part's share of the records."""
+        """Bytes of the records, in proportion to these rows."""
         patches = len(self.records) * len(grid_ops.positions_with_context(*self.records.shape[1:3]))
         return self.records.nbytes * self.count // patches
 
@@ -94,17 +95,19 @@ class KeysOfRows:
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """N stored patches of U unique contexts; where keys hardly repeat, U = N and each patch has a key of its own.
+    """N stored patches with U unique contexts; without deduplication, U = N and each patch has its own key.
+
+    ``contexts``, ``starts``, ``rows`` and ``by_context`` are None without deduplication; a patch's index is then its
+    row.
 
     Attributes:
-      keys: of every unique context.
-      codes: the code each patch offers; context by context, and inside its posting list in stored-row order.
-      kind: of the keys.
-      contexts: code ids of every unique context, in the order of its first patch; None: each patch has its own key.
-      starts: where in ``codes`` and ``rows`` the posting list of each context begins, and the end; None likewise.
-      rows: the posting lists, one after another: stored row of each patch, in the order of ``codes``; None likewise,
-        because it is its place.
-      by_context: the unique contexts in ascending order of ``packed``; None likewise.
+      keys: the keys of the unique contexts.
+      codes: the next code of each patch, grouped by context; within a posting list in order of stored row.
+      kind: the kind of key.
+      contexts: code ids of every unique context, in the order of their first patches.
+      starts: where the posting list of each context begins in ``codes`` and ``rows``; the last item is N.
+      rows: the concatenated posting lists: stored row of each patch, in the order of ``codes``.
+      by_context: numbers of the unique contexts in ascending order of ``packed``.
     """
 
     keys: Keys
@@ -123,13 +126,19 @@ class Patches:
         codebook: Float[np.ndarray, "V C"],
         kind: KeyKind = KEY_KINDS["codebook"],
     ) -> "Patches":
-        """Unique contexts and posting lists of patches, given in stored-row order, of at most 2**16 codes."""
+        """Returns the unique contexts and posting lists of patches.
+
+        Args:
+          contexts, codes: context and next code of each patch, in order of stored row.
+          codebook: at most 2**16 codes.
+          kind: the kind of key.
+        """
         whole = packed(contexts)
         rows = np.argsort(whole, kind="stable").astype(np.int32)
         whole = whole[rows]
         starts = np.flatnonzero(np.concatenate([[True], whole[1:] != whole[:-1], [True]])).astype(np.int32)
         distinct, counts = whole[starts[:-1]], np.diff(starts)
-        order = np.argsort(rows[starts[:-1]])  # of the first patches
+        order = np.argsort(rows[starts[:-1]])  # order of the contexts by first patch
         by_context = np.empty(len(order), np.int32)
         by_context[order] = np.arange(len(order))
         counts, moved = counts[order], starts[order]
@@ -141,14 +150,15 @@ class Patches:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes held by all arrays."""
         arrays = (self.keys, self.codes, self.starts, self.rows, self.by_context)
         return sum(held.nbytes for held in arrays if held is not None)
 
     def own(self, context: Int[np.ndarray, "n 4"]) -> tuple[np.ndarray, np.ndarray]:
-        """The number of exactly each context and that of its patches; (any, 0) where there is none.
+        """Returns, for each query context, the equal unique context and the number of its patches.
 
-        Also 0 where another context may be at distance 0, because two rows of the codebook are equal.
+        The number of patches is 0 if there is no equal context; the first result is then meaningless. It is also 0 if
+        another context may be at distance 0, because two rows of the codebook are equal.
         """
         if self.contexts is None:
             return np.zeros(len(context), np.int32), np.zeros(len(context), np.int32)
@@ -161,10 +171,13 @@ class Patches:
     def lay_out(
         self, unique: Int[np.ndarray, "n m"], distance: Float[np.ndarray, "n m"], k: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The first k patches of each row of unique contexts, by distance and then by stored row.
+        """Expands each row of unique contexts to its first k patches, by distance and then by stored row.
 
         Args:
-          unique: nearest first, and at one distance in ascending order; -1 in empty slots, which come last.
+          unique: numbers of contexts, nearest first; equal distances in ascending order of number; -1 in empty slots,
+            which come last.
+          distance: their distances.
+          k: patches per row.
 
         Returns:
           codes, distances and stored rows, [n, k].
@@ -176,11 +189,11 @@ class Patches:
         else:
             first = self.starts[unique]
             count = np.where(unique >= 0, self.starts[unique + 1] - first, 0).astype(np.int64)
-        equal = np.zeros(unique.shape, bool)  # to the one before
+        equal = np.zeros(unique.shape, bool)  # whether the distance equals the previous one
         equal[:, 1:] = (distance[:, 1:] == distance[:, :-1]) & (unique[:, 1:] >= 0)
         nearer = np.cumsum(count, 1) - count
-        nearer = np.maximum.accumulate(np.where(equal, 0, nearer), 1)  # patches at smaller distances
-        count = np.clip(k - nearer, 0, count)  # more than k in all where contexts at one distance compete
+        nearer = np.maximum.accumulate(np.where(equal, 0, nearer), 1)  # number of patches at smaller distances
+        count = np.clip(k - nearer, 0, count)  # the sum may exceed k if contexts share a distance
         slot = (np.cumsum(count, 1) - count).reshape(-1)
         count = count.reshape(-1)
         source = np.repeat(np.arange(unique.size), count)
@@ -191,7 +204,7 @@ class Patches:
             equal[:, :-1] |= equal[:, 1:]
             tied = np.flatnonzero(equal.reshape(-1)[source])
             order = np.lexsort((self.rows[place[tied]], distance[tied], query[tied]))
-            place[tied] = place[tied[order]]  # queries and distances are in order already
+            place[tied] = place[tied[order]]  # queries and distances are already sorted
         kept = slot < k
         where, place = (query[kept], slot[kept]), place[kept]
         found.code[where], found.distance[where] = self.codes[place], distance[kept]
@@ -200,7 +213,7 @@ class Patches:
 
 
 def no_neighbors(queries: int, k: int) -> Neighbors:
-    """Neighbours of nothing, every slot empty, as numpy arrays that can be written to."""
+    """Returns neighbours with only empty slots, as writable numpy arrays."""
     none = np.full((queries, k), -1, np.int32)
     return Neighbors(none, np.full((queries, k), np.inf, np.float32), none.copy())
 
@@ -208,24 +221,25 @@ def no_neighbors(queries: int, k: int) -> Neighbors:
 def one_key_each(
     keys: Float[np.ndarray, "N E"], codes: Integer[np.ndarray, " N"]
 ) -> Callable[[tuple[int, int]], Patches]:
-    """Patches of keys as they are, by first row and end."""
+    """Returns a function from (first row, end) to patches that have the given keys, without deduplication."""
     return lambda rows: Patches(keys[slice(*rows)], codes[slice(*rows)])
 
 
 def packed(contexts: Integer[np.ndarray, "n 4"]) -> UInt64[np.ndarray, " n"]:
-    """Contexts as one number each: four code ids below 2**16."""
+    """Packs each context, four code ids below 2**16, into one number."""
     return np.ascontiguousarray(contexts, "<u2").view("<u8")[:, 0]
 
 
 def stored_patches(store: Datastore, name: str, rows: tuple[int, int]) -> Patches:
-    """Patches of a part of a store; their rows count from its first.
+    """Returns the patches of a range of stored rows; their own rows count from the first of the range.
 
     Args:
-      name: of the kind of key, one of ``KEY_KINDS``.
+      store: the store to read.
+      name: the kind of key, one of ``KEY_KINDS``.
       rows: first stored row and end.
 
     Raises:
-      UserError: the store does not hold such keys, or more patches than ids can number.
+      UserError: if the store does not hold such keys, or has more patches than int32 ids can number.
     """
     store.require_kind(name)
     if store.num_patches > MOST_ROWS:

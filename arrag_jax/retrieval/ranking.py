@@ -1,4 +1,4 @@
-"""From found contexts to ranked patches, on the device: by distance, and at one distance by stored row."""
+"""Ranks the patches of found contexts on the device, by distance and then by stored row."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,11 +20,14 @@ def lay_out(
     starts: Int[Array, " U1"] | None,
     rows: Int[Array, " N"] | None,
 ) -> Neighbors:
-    """The first k patches of unique contexts.
+    """Expands each row of unique contexts to its first k patches, by distance and then by stored row.
 
     Args:
-      unique: nearest first, and at one distance in ascending order; -1 in empty slots, which come last.
-      codes, starts, rows: as ``DenseRetriever``'s.
+      unique: numbers of contexts, nearest first; equal distances in ascending order of number; -1 in empty slots, which
+        come last.
+      distance: their distances.
+      k: patches per row.
+      codes, starts, rows: as in ``DenseRetriever``.
     """
     short = k - unique.shape[1]
     if starts is None:
@@ -36,12 +39,12 @@ def lay_out(
     count = jnp.where(unique >= 0, jnp.minimum(end - first, k), 0)
     nearer = jnp.cumsum(count, 1) - count
     equal = jnp.pad(distance[:, 1:] == distance[:, :-1], ((0, 0), (1, 0)))
-    nearer = jax.lax.cummax(jnp.where(equal, 0, nearer), axis=1)  # patches at smaller distances
-    count = jnp.clip(k - nearer, 0, count)  # more than k in all where contexts at one distance compete
+    nearer = jax.lax.cummax(jnp.where(equal, 0, nearer), axis=1)  # number of patches at smaller distances
+    count = jnp.clip(k - nearer, 0, count)  # the sum may exceed k if contexts share a distance
     ends = jnp.cumsum(count, 1)
 
     def slots(start: Array) -> tuple[Array, Array, Array]:
-        """Distances, rows and codes of the k slots from ``start`` on."""
+        """Returns the distances, rows and codes of the k slots from ``start`` on."""
         slot = start + jnp.arange(k)
         which = jax.vmap(lambda ends: jnp.searchsorted(ends, slot, side="right"))(ends)
         full = which < unique.shape[1]
@@ -62,13 +65,16 @@ def lay_out(
 
 
 def unless(sure: Bool[Array, " B"], answer: Any, otherwise: Callable[[Any, Array], Any]) -> Any:
-    """An answer where all of it is sure, else what ``otherwise`` makes of it, which is computed only then.
+    """Returns ``answer`` if all rows are sure, else ``otherwise(answer, 1)``, which is computed only then.
 
-    A loop, not a condition: under ``vmap`` a condition would always compute both.
+    This is a ``while_loop``, because under ``vmap`` a ``cond`` would always compute both branches.
 
     Args:
-      otherwise: given the answer, and the number 1, which multiplies the steps of its loops: XLA would compute ahead
-        what seems to depend on nothing here.
+      sure: which rows of the answer are certain.
+      answer: the first answer.
+      otherwise: computes the better answer. Its second argument is the number 1 as a traced value; ``otherwise`` must
+        multiply the number of steps of its loops by it. Without this dependence XLA would move the loops out of the
+        ``while_loop`` and always run them.
     """
 
     def settle(state: tuple[Array, Any]) -> tuple[Array, Any]:

@@ -1,8 +1,9 @@
-"""How good a store's index is: recall against exact search, speed, and bytes.
+"""Measures a store's index: recall against exact search, speed, and bytes.
 
-Queries are contexts that the store does not hold as they are, with the statistics of those it holds: contexts of
-stored grids read from right to left. Recall goes by distance: a patch found is right if it is not farther than the
-K-th of the exact search, so that it does not matter which of several patches at that distance is given.
+The queries are contexts of stored grids mirrored from right to left. The store usually does not hold these contexts,
+but they have the statistics of stored ones. Recall compares distances: a found patch is correct if it is not farther
+than the K-th patch of the exact search. It therefore does not matter which of several patches at that distance is
+found.
 """
 
 import time
@@ -20,35 +21,38 @@ from arrag_jax.retrieval.patches import Patches, packed
 from arrag_jax.retrieval.scann import BY_RULE, HostSearch
 from arrag_jax.store.datastore import Datastore
 
-QUERIES = 256  # whose recall is measured
-TOGETHER = 64  # queries a call when speed is measured
-SECONDS = 2.0  # for which it is measured, at least
+QUERIES = 256  # number of queries in the measurement of recall
+TOGETHER = 64  # queries per call in the measurement of speed
+SECONDS = 2.0  # shortest duration of the measurement of speed
 NEIGHBORS = (10, 2048)  # K of the two recalls; capped at the number of stored patches
-TOLERANCE = 1e-5  # of distances that count as equal
-BLOCK = 2**16  # keys compared with at once
-BLOCK_IMAGES = 4096  # whose contexts are looked through at once
+TOLERANCE = 1e-5  # distances that differ by at most this count as equal
+BLOCK = 2**16  # keys per block of the exact search
+BLOCK_IMAGES = 4096  # images per block of the search for known contexts
 
 
 def indexed(store: Datastore) -> list[str]:
-    """The kinds of key that the store has an index over; where it has none, the kind that one is built over."""
+    """Returns the kinds of key over which the store has an index; if there is no index, the store's first kind."""
     return [kind for kind in store.settings.keys if index_directory(store, kind).exists()] or [store.settings.keys[0]]
 
 
 def report(store: Datastore, options: ScannOptions = BY_RULE, kind: str = "") -> dict[str, float | int]:
-    """Measures a saved index, and writes the figures into the store: ``report.json``, ``report-KIND.json`` of others.
+    """Measures a saved index, writes the figures into the store's folder, and returns them.
+
+    The file is ``report.json`` for the first kind of ``indexed``, and ``report-KIND.json`` for the others.
 
     Args:
-      options: that it was built with.
-      kind: of key; the first of ``indexed`` unless given.
+      store: the store of the index.
+      options: the options of the index.
+      kind: the kind of key; "" = the first kind of ``indexed``.
 
     Returns:
-      recall_at_10, recall_at_2048: share of the K nearest patches found; K is N where that is smaller.
-      queries_per_second: in calls of 64 queries, at K = 10.
-      bytes_per_patch: of memory, by what the search holds: keys, leaves, contexts, lists of patches, codes.
-      num_patches, num_images, num_bad: what the store holds, and the images left out as unreadable.
+      recall_at_10, recall_at_2048: share of the K nearest patches that the index finds; K is at most N.
+      queries_per_second: speed in calls of 64 queries, at K = 10.
+      bytes_per_patch: memory of the search (keys, leaves, contexts, posting lists, codes) per stored patch.
+      num_patches, num_images, num_bad: stored patches and images, and images left out as unreadable.
 
     Raises:
-      UserError: no index here, or one that does not fit or is damaged.
+      UserError: if there is no index, it does not fit, or it is damaged.
     """
     first = indexed(store)[0]
     kind = kind or first
@@ -73,9 +77,10 @@ def report(store: Datastore, options: ScannOptions = BY_RULE, kind: str = "") ->
 
 
 def held_out_contexts(store: Datastore) -> Int[np.ndarray, "n 4"]:
-    """At most ``QUERIES`` contexts of stored grids read from right to left, drawn with a fixed seed.
+    """Returns up to ``QUERIES`` contexts of stored grids mirrored from right to left, sampled with a fixed seed.
 
-    A plain ground reads alike from both sides. So contexts that the store holds are left out, unless it holds all.
+    Contexts that the store holds are left out, unless it holds all of them. Such contexts occur because a uniform
+    background equals its mirror image.
     """
     rng = np.random.default_rng(0)
     images = rng.permutation(store.num_images)[:QUERIES]
@@ -92,7 +97,7 @@ def held_out_contexts(store: Datastore) -> Int[np.ndarray, "n 4"]:
 def kth_distances(
     parts: Iterable[Patches], query: Float[np.ndarray, "n E"], ks: list[int]
 ) -> list[Float[np.ndarray, " n"]]:
-    """Distance of the K-th nearest patch of each query, for each K, by comparing with every key."""
+    """Returns, for each K in ``ks``, each query's distance to its K-th nearest patch, by comparison with every key."""
     most = max(ks)
     near, count = np.full((len(query), 0), np.inf, np.float32), np.zeros((len(query), 0), np.int64)
     for part in parts:
@@ -102,7 +107,7 @@ def kth_distances(
             distance = np.maximum(part.kind.distance(part.kind.scores(query, part.keys[block])), 0)
             near = np.concatenate([near, distance], 1)
             count = np.concatenate([count, np.broadcast_to(members[block], distance.shape)], 1)
-            if near.shape[1] > most:  # as every context has a patch, so many contexts hold the K nearest patches
+            if near.shape[1] > most:  # enough, because every context has at least one patch
                 kept = np.argpartition(near, most - 1, 1)[:, :most]
                 near, count = (np.take_along_axis(x, kept, 1) for x in (near, count))
     order = np.argsort(near, 1)
@@ -111,13 +116,13 @@ def kth_distances(
 
 
 def recall_of(host: HostSearch, context: Int[np.ndarray, "n 4"], kth: Float[np.ndarray, " n"]) -> float:
-    """Share of K neighbours that are not farther than the exact search's K-th."""
+    """Returns the share of K neighbours that are not farther than the exact search's K-th neighbour."""
     found = np.concatenate([host.search(context, np.int32(shard))[1] for shard in host.shards], 1)
     return float((np.sort(found, 1)[:, : host.k] <= kth[:, None] + TOLERANCE).mean())
 
 
 def queries_per_second(host: HostSearch, context: Int[np.ndarray, "n 4"]) -> float:
-    """Queries answered by all shards, in calls of ``TOGETHER``."""
+    """Returns how many queries per second all shards answer, in calls of ``TOGETHER`` queries."""
     calls = [context[first : first + TOGETHER] for first in range(0, len(context), TOGETHER)]
     done, start = 0, time.perf_counter()
     while time.perf_counter() < start + SECONDS:

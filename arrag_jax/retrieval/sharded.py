@@ -1,4 +1,4 @@
-"""Either search, sharded over a mesh axis: each device searches its rows, and the answers are merged."""
+"""Dense or ScaNN search sharded over a mesh axis: each device searches its rows, and the answers are merged."""
 
 import dataclasses
 import functools
@@ -25,17 +25,17 @@ from arrag_jax.retrieval.scann import HostSearch, ScannRetriever, shard_bounds
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class ShardedRetriever:
-    """One retriever a shard as one ``interfaces.Retriever``; make one with ``shard_dense`` or ``shard_scann``.
+    """An ``interfaces.Retriever`` of one retriever per shard; make one with ``shard_dense`` or ``shard_scann``.
 
-    On a mesh a host callback must stand inside ``shard_map``: outside it runs once, on the first device,
-    with the gathered batch.
+    The search runs inside ``shard_map``, because outside of it a host callback on a mesh runs only once, on the first
+    device, with the gathered batch.
 
     Attributes:
-      local: a retriever whose every leaf has a leading axis S, sharded over ``axis``.
+      local: the stacked retrievers: every leaf has a leading axis S, sharded over ``axis``.
       first_row: int32 [S], the row number of each shard's first row; sharded over ``axis``.
-      mesh: where to run.
-      axis: the mesh axis, of size S, that the store is sharded over.
-      batch_axis: the mesh axis that queries are sharded over; None: every device gets all queries.
+      mesh: the mesh of devices.
+      axis: the mesh axis, of size S, over which the store is sharded.
+      batch_axis: the mesh axis over which queries are sharded; None = every device gets all queries.
     """
 
     local: Any
@@ -49,7 +49,7 @@ class ShardedRetriever:
         return self.local.k
 
     def search(self, context: Int[Array, "B 4"]) -> Neighbors:
-        """Neighbours of B contexts given as code ids; see ``interfaces.Retriever``."""
+        """Returns the neighbours of B contexts given as code ids; see ``interfaces.Retriever``."""
         require_own_process()
 
         def search_shard(local: Any, first_row: Array, context: Array) -> Neighbors:
@@ -63,7 +63,7 @@ class ShardedRetriever:
             mesh=self.mesh,
             in_specs=(P(self.axis), P(self.axis), P(self.batch_axis)),
             out_specs=P(self.batch_axis),
-            check_vma=False,  # the merged result is equal on all devices, which the checker can't see
+            check_vma=False,  # the merged result is equal on all devices, but the checker cannot infer that
         )(self.local, self.first_row, context)
 
 
@@ -77,15 +77,16 @@ def shard_dense(
     batch_axis: str | None = None,
     storage: str = "float32",
 ) -> ShardedRetriever:
-    """The search of every key, with the unique contexts spread over a mesh axis.
+    """Returns a dense search with the stored patches sharded over a mesh axis.
 
     Args:
-      patches: from first row and end of a shard to its patches; asked for this process' shards alone.
+      patches: (first row, end) of a shard → its patches; called only for the shards of this process.
       num_rows: N.
-      codebook, k, storage: as ``DenseRetriever.of``.
+      codebook, k, storage: as in ``DenseRetriever.of``.
+      mesh, axis, batch_axis: as in ``ShardedRetriever``.
 
     Raises:
-      UserError: as ``DenseRetriever.of``.
+      UserError: as in ``DenseRetriever.of``.
     """
     require_k(k, num_rows)
     bounds = shard_bounds(num_rows, mesh.shape[axis])
@@ -95,7 +96,7 @@ def shard_dense(
         parts[s], kinds[s] = leaves_of(part, storage), part.kind
     one, kind = next(iter(parts.values())), next(iter(kinds.values()))
     held = [name for name, leaf in one.items() if leaf is not None]
-    # shards are padded to one size, with contexts that have no patches and rows that have no code
+    # All shards need one size. They are padded with contexts without patches, or rows without a code.
     sizes = {name: _largest(max(len(part[name]) for part in parts.values())) for name in held}
 
     def padded(name: str, s: int) -> np.ndarray:
@@ -115,29 +116,31 @@ def shard_dense(
 
 
 def local_shards(mesh: Mesh, axis: str) -> list[int]:
-    """The shards along a mesh axis that devices of this process search."""
+    """Returns the shards along a mesh axis that devices of this process search."""
     shards = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0)
     here = jax.process_index()
     return [s for s, devices in enumerate(shards) if any(d.process_index == here for d in np.ravel(devices))]
 
 
 def _largest(size: int) -> int:
-    """The largest of all processes' numbers."""
+    """Returns the maximum of ``size`` over all processes."""
     return size if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int64(size)).max())
 
 
 def shard_scann(host: HostSearch, mesh: Mesh, axis: str, batch_axis: str | None = None) -> ShardedRetriever:
-    """ScaNN searchers, one a device along a mesh axis.
+    """Returns a search with one ScaNN searcher per device along a mesh axis.
 
     Args:
-      host: of as many shards as the axis is long, with searches for ``local_shards`` (``index.load_index``).
+      host: a search with one shard per device along the axis, and the searchers of ``local_shards``
+        (``index.load_index``).
+      mesh, axis, batch_axis: as in ``ShardedRetriever``.
 
     Raises:
-      UserError: the numbers differ.
+      UserError: if the number of shards is not the size of the axis.
     """
     if len(host.bounds) != mesh.shape[axis]:
         raise UserError(f"an index of {len(host.bounds)} shards does not fit mesh axis {axis!r} of {mesh.shape[axis]}")
-    handle = handles.Handle(host)  # each process has a number of its own
+    handle = handles.Handle(host)  # its number differs between processes
     shard, number = (_stacked(leaf, (), mesh, axis) for leaf in (np.int32, lambda _: np.int32(handle.number)))
     local = ScannRetriever(shard, number, host.k, handle)
     return ShardedRetriever(local, _first_rows(host.bounds, mesh, axis), mesh, axis, batch_axis)
@@ -148,7 +151,7 @@ def _first_rows(bounds: list[tuple[int, int]], mesh: Mesh, axis: str) -> Array:
 
 
 def _stacked(shard: Callable[[int], np.ndarray], shape: tuple[int, ...], mesh: Mesh, axis: str) -> Array:
-    """[S, *shape] over a mesh axis; each process makes the shards of its own devices alone."""
+    """Returns an array [S, *shape] sharded over a mesh axis; each process computes only its own devices' shards."""
     number = mesh.shape[axis]
     return jax.make_array_from_callback(
         (number, *shape),

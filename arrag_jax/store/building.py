@@ -1,9 +1,9 @@
-"""Builds a folder of shards: stop it at any moment, run it again, and the bytes are the same.
+"""Builds a folder of shards. A build that is interrupted at any moment and run again writes the same bytes.
 
-``begun`` opens the build and ends it, ``Build.pending`` gives the shards that are still to be written; the loops over
-them stand in ``writer``. A shard's files appear whole (``files.atomic_write``), the manifest last. ``building.json``
-holds the settings of an unfinished build, so that one with other settings never mixes with it. Several processes take
-the shards in turn.
+``begun`` opens and finishes the build. ``Build.pending`` yields the shards that still have to be written; the loops
+over them are in ``writer``. Each file is written atomically (``files.atomic_write``), and the manifest is written last.
+``building.json`` holds the settings of an unfinished build, so that a build with other settings never mixes with it.
+Several processes can share the shards.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from arrag_jax.store.skipped import SkipLimit, is_bad
 from arrag_jax.store.workers import Workers
 
 BUILDING = "building.json"
-SHARD_SECONDS = 60.0  # most that a shard is given to be finished in after a signal; batch systems wait twice as long
+SHARD_SECONDS = 60.0  # time limit to finish the current shard after a signal; batch systems wait twice as long
 Item = TypeVar("Item")
 
 
@@ -40,19 +40,22 @@ def begun(
     limit: SkipLimit,
     workers: Workers | None = None,
 ) -> Iterator["Build"]:
-    """Begins to build a folder in ``directory``, or goes on with it, or finds it whole; on leaving it is whole.
+    """Yields the build of a folder in ``directory``; the folder is complete when the context exits.
+
+    Starts the build, or resumes an unfinished one. If the folder is already complete, the build has nothing to do.
 
     Args:
-      kind: of folder.
-      directory: made if absent.
-      images: at least ``settings.num_images`` (any, if the folder is whole); the first ones are taken.
+      kind: the kind of folder.
+      directory: where the folder is built; created if absent.
+      images: at least ``settings.num_images`` images, of which the first ones are used; not read if the folder is
+        complete.
       settings: what to build.
       limit: how many images may be bad.
-      workers: the processes that build it together, all on the same file system; None = this one alone.
+      workers: the processes that build the folder together, all on the same file system; None = this process alone.
 
     Raises:
-      UserError: too few images or too many bad ones, another folder or build in the directory (nothing is touched), a
-        disk that is full, or the end of another one of the processes.
+      UserError: if there are too few images or too many bad ones, the directory holds another folder or build (which
+        stays untouched), the disk is full, or another one of the processes has ended.
     """
     workers = workers or Workers(directory, 0, 1)
     if require_same_settings(kind, directory, settings) != "whole":
@@ -67,7 +70,7 @@ def begun(
     with exclusive_lock(directory):
         is_whole = require_same_settings(kind, directory, settings) == "whole"
         if not is_whole and (directory / BUILDING).exists():
-            settings = read_building(kind, directory)  # the records of the run that began it
+            settings = read_building(kind, directory)  # keeps the record fields of the run that started it
         elif not is_whole:
             write_json(directory / BUILDING, dataclasses.asdict(settings))
         build = Build(directory, images, settings, limit, workers, is_whole)
@@ -81,7 +84,7 @@ def begun(
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """A folder that is being built; see ``begun``."""
+    """A build of one folder; see ``begun``."""
 
     directory: Path
     images: EncodedImages
@@ -92,11 +95,11 @@ class Build:
 
     @property
     def leads(self) -> bool:
-        """Is there something to build, and is this the process that writes what belongs to no shard?"""
+        """Whether this process must write the files that belong to no shard (the folder is not complete yet)."""
         return self.workers.leads and not self.is_whole
 
     def pending(self) -> Iterator["Shard"]:
-        """Yields the shards of this process of which a file is not there yet, each to be written by the caller."""
+        """Yields each unfinished shard of this process; the caller writes it before it takes the next one."""
         if self.is_whole:
             return
         own = self.workers.share(range(self.settings.num_shards))
@@ -104,13 +107,13 @@ class Build:
         counts = {number: len(self.settings.shard_images(number)) for number in own}
         for number, bar in in_turn(counts, missing, str(self.directory), self.workers):
             shard = Shard(self, number, bar)
-            # A killed run's file: what was bad then may be good by now.
+            # A killed run may have left this file. An image that was bad then may be readable now.
             shard.bad_file.unlink(missing_ok=True)
             yield shard
             self.require_few_bad()
 
     def require_few_bad(self) -> None:
-        """Raises UserError if more images are known to be bad than is allowed."""
+        """Raises UserError if more images are bad than the limit allows."""
         self.limit.require_few(self.directory, self.settings.num_images)
 
 
@@ -118,30 +121,33 @@ class Shard:
     """A shard that is being written.
 
     Attributes:
-      files: path of each file, by the kind of its content.
-      bad_file: path of the file that lists what is left out; there if anything is.
+      files: kind of content → path of its file.
+      bad_file: path of the file that lists the images left out; it exists only if there are any.
     """
 
     def __init__(self, build: Build, number: int, bar: Bar):
         self.build, self.bar, self.numbers = build, bar, build.settings.shard_images(number)
         self.files = {kind: build.directory / name for kind, name in build.settings.shard_files(number).items()}
         self.bad_file = build.directory / build.settings.bad_file(number)
-        self._left_out: dict[int, str] = {}  # image number → its line in the file of bad ones
+        self._left_out: dict[int, str] = {}  # image number → its line in ``bad_file``
 
     def batches(self) -> Iterator[Batch]:
-        """Yields the shard's images, encoded, without the bad ones, which are noted and counted."""
+        """Yields batches of the shard's encoded images; bad images are left out and recorded."""
         return self.build.images.batches(self.numbers, self.build.settings, self._skip)
 
     def leave_out(self, number: int, reason: str) -> None:
-        """Notes that an image is left out."""
+        """Records that an image is left out, and why."""
         self._left_out[number] = f"{self.build.images.source_id(number)}\t{printable(reason)}"
 
     def count(self, images: int) -> None:
-        """Moves the progress bar on by so many images."""
+        """Advances the progress bar by ``images`` images."""
         self.bar.update(images)
 
     def write_left_out(self) -> list[str]:
-        """Lists what is left out, which is to be done before the shard's last file; returns the ids of the others."""
+        """Writes ``bad_file`` if images are left out, and returns the ids of the images that are kept.
+
+        Call it before the shard's last file is written, because that file marks the shard as done.
+        """
         if self._left_out:
             write_lines(self.bad_file, [self._left_out[number] for number in sorted(self._left_out)])
         return [self.build.images.source_id(number) for number in self.numbers if number not in self._left_out]
@@ -156,12 +162,13 @@ class Shard:
 def in_turn(
     counts: dict[Item, int], missing: Sequence[Item], label: str, workers: Workers
 ) -> Iterator[tuple[Item, Bar]]:
-    """Yields the missing shards, with the progress bar of their images; a signal stops the process between two.
+    """Yields each missing shard with the progress bar of images; a signal stops the process between two shards.
 
     Args:
-      counts: images of each shard of this process, of those that are there too.
-      missing: those to be written.
-      label: what the bar says.
+      counts: number of images of each shard of this process, including the finished shards.
+      missing: the shards that have to be written.
+      label: the text of the progress bar.
+      workers: the processes that share the shards.
     """
     total, left = sum(counts.values()), sum(counts[shard] for shard in missing)
     label += f" (process {workers.index} of {workers.count})" if workers.count > 1 else ""
@@ -176,10 +183,10 @@ def in_turn(
 
 
 def require_same_settings(kind: type[ShardFolder], directory: Path, settings: ShardSettings) -> str:
-    """What lies in the directory: "nothing", "begun" or "whole".
+    """Returns the state of the directory: "nothing", "begun" (an unfinished build) or "whole" (a complete folder).
 
     Raises:
-      UserError: a folder or an unfinished build of other settings, or other files.
+      UserError: if the directory holds a folder or an unfinished build with other settings, or other files.
     """
     state, found = state_of(kind, directory)
     compared = [field.name for field in dataclasses.fields(settings) if field.compare]
@@ -191,29 +198,29 @@ def require_same_settings(kind: type[ShardFolder], directory: Path, settings: Sh
 
 
 def state_of(kind: type[ShardFolder], directory: Path) -> tuple[str, Any]:
-    """What lies in the directory ("nothing", "begun" or "whole"), and its settings (None of nothing).
+    """Returns the state of the directory ("nothing", "begun" or "whole") and its settings (None for "nothing").
 
     Raises:
-      UserError: other files lie there.
+      UserError: if the directory holds other files.
     """
-    # in this order, for another process may finish the build meanwhile
+    # The unfinished build is checked first, because another process may finish it during the checks.
     with contextlib.suppress(FileNotFoundError):
         if not (directory / MANIFEST).exists():
             return "begun", read_building(kind, directory)
     if (directory / MANIFEST).exists():
         return "whole", kind.open(directory).settings
-    # a kill before building.json was renamed may leave its temporary file
+    # Hidden files do not count: a process killed while it wrote building.json leaves a temporary file.
     if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
         raise UserError(f"{directory} holds other files and no {kind.noun}; choose an empty --workdir")
     return "nothing", None
 
 
 def read_building(kind: type[ShardFolder], directory: Path) -> Any:
-    """Settings of the unfinished build in the directory.
+    """Returns the settings of the unfinished build in the directory.
 
     Raises:
-      FileNotFoundError: there is none.
-      UserError: its record is damaged.
+      FileNotFoundError: if there is no unfinished build.
+      UserError: if ``building.json`` is damaged.
     """
     path = directory / BUILDING
     if not path.exists():
@@ -221,19 +228,19 @@ def read_building(kind: type[ShardFolder], directory: Path) -> Any:
     try:
         return parse(kind.settings_class, read_object(path), str(path))
     except UserError as error:
-        if isinstance(error.__cause__, FileNotFoundError):  # another process has finished the build meanwhile
+        if isinstance(error.__cause__, FileNotFoundError):  # another process has just finished the build
             raise error.__cause__ from None
         raise UserError(f"{path} is damaged: {error}; choose another --workdir") from error
 
 
 def missing_shards(directory: Path, settings: ShardSettings) -> list[int]:
-    """The shards of which a file is not there yet."""
+    """Returns the numbers of the shards that lack at least one file."""
     there = {path.name for path in directory.iterdir()}
     return [shard for shard in range(settings.num_shards) if not there.issuperset(settings.shard_files(shard).values())]
 
 
 def write_records(path: Path, records: Iterable[bytes], options: str) -> None:
-    """One ArrayRecord file, whole or not at all; ``options`` as ``ArrayRecordWriter`` takes them."""
+    """Writes one ArrayRecord file atomically; ``options`` is passed to ``ArrayRecordWriter``."""
     with atomic_write(path) as temporary:
         writer = ArrayRecordWriter(str(temporary), options)
         for record in records:
@@ -242,13 +249,13 @@ def write_records(path: Path, records: Iterable[bytes], options: str) -> None:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """A text file of these lines, whole or not at all."""
+    """Writes a UTF-8 text file of these lines atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _manifest(kind: type[ShardFolder], directory: Path, settings: ShardSettings) -> dict[str, Any]:
-    """What the manifest says, after hashing every file."""
+    """Returns the content of the manifest; reads and hashes every file."""
     counts = {name: {"images": 0} for name in settings.other_files}
     for shard in range(settings.num_shards):
         counts |= settings.shard_counts(directory, shard)

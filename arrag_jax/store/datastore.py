@@ -1,22 +1,21 @@
-"""The datastore: code grids on disk, from which keys, next codes and provenance all follow.
+"""The datastore: code grids on disk, from which keys, next codes and provenance are computed.
 
 One directory::
 
-  manifest.json                           what the store is; written last, so a store is whole when it is there
+  manifest.json                           what the store is; written last, so a store that has it is complete
   codebook.npz                            "codebook", float32 [V, C], rows of unit norm
-  codes-00000-of-00004.arrayrecord        one image a record: uint16 little-endian [H, W]
+  codes-00000-of-00004.arrayrecord        one record per image: uint16 little-endian [H, W]
   latents-00000-of-00004.arrayrecord      kind "latent" only: float16 little-endian [H, W, C], rows of unit norm
-  sources-00000-of-00004.txt              one image a line: where it came from ("emoji_scenes/full/store/17",
+  sources-00000-of-00004.txt              one line per image: where it came from ("emoji_scenes/full/store/17",
                                           "holiday/beach.jpg", "shard-17.tar!000123.jpg")
-  captions-00000-of-00004.txt             with captions only: one image a line, what its caption says
-  bad-00000-of-00004.txt                  only where there are any: what could not be read, a tab, and why
-  part-00001/ …                           what was added later, each a store of its own with all of the above
+  captions-00000-of-00004.txt             only in stores with captions: one line per image, its caption
+  bad-00000-of-00004.txt                  only if images were left out: one line per image, its id, a tab and the reason
+  part-00001/ …                           segments added later; each is a store of its own with all of the above
 
-Keys are not stored. A key is the four context cells' vectors side by side (``ops.grid``), which are either
-rows of the codebook (kind "codebook") or the encoder's l2-normalised output before quantisation (kind
-"latent", the official choice: docs/reference.md quirk 19). A 24 x 24 image takes at most 1.15 KB plus its source's
-name, and each file of codes 128 KiB more. Images are numbered without the bad ones, those of a segment after the ones
-before it.
+Keys are not stored. A key is the concatenation of the vectors of the four context positions (``ops.grid``). The vectors
+are rows of the codebook (kind "codebook") or the encoder's l2-normalised output before quantisation (kind "latent", the
+official choice: docs/reference.md quirk 19). A 24 x 24 image takes at most 1.15 KB plus its source's name, and each
+file of codes takes 128 KiB more. Image numbers skip the images left out, and continue from one segment to the next.
 """
 
 import contextlib
@@ -50,22 +49,22 @@ from arrag_jax.store.shards import (
 
 CODEBOOK = "codebook.npz"
 SAME_IN_ALL_SEGMENTS = ("fingerprint", "grid", "codebook_size", "code_dim", "keys", "captions")
-GROW = ("keys", "captions")  # of these a whole store can be given more
-# Files that a whole store can be given later; see ``store.extension``
+GROW = ("keys", "captions")  # settings that can be extended in a complete store
+# Prefixes of the files that can be added to a complete store later; see ``store.extension``
 FURTHER = ("captions-", *(f"{kind.file}-" for kind in KEY_KINDS.values() if kind.file != "codes"))
 
 
 @dataclasses.dataclass(frozen=True)
 class StoreSettings(ShardSettings):
-    """What decides a store's content; ``manifest.json`` holds these fields and its files.
+    """The settings that determine a store's content; ``manifest.json`` holds them.
 
-    Attributes, beside those of every folder of shards:
+    Attributes (besides those of ``ShardSettings``):
       code_dim: C.
-      keys: kinds of key that can be had, of ``KEY_KINDS``.
-      captions: are the images' captions kept?
-      keep_duplicates: were images taken whose content is there already? A record.
-      command: the command that began the build; with ``model``, ``data_dir`` and ``batch_size``, its config's, a record
-        that is never compared.
+      keys: the kinds of key (names in ``KEY_KINDS``) that the store provides.
+      captions: whether the images' captions are stored.
+      keep_duplicates: whether images with equal content are all stored. A record, never compared.
+      command: the command that started the build. A record, like ``model``, ``data_dir`` and ``batch_size`` of its
+        config.
     """
 
     code_dim: int
@@ -95,7 +94,7 @@ class StoreSettings(ShardSettings):
         return (self.grid[0] - 1) * (self.grid[1] - 2)
 
     def shard_files(self, shard: int) -> dict[str, str]:
-        """File name of each kind of content ("codes", "sources", "captions" and "latents" if held) of a shard."""
+        """Returns kind of content → file name for a shard: "codes", "sources", and "captions", "latents" if held."""
         place = self.place(shard)
         files = {"codes": f"codes-{place}.arrayrecord", "sources": f"sources-{place}.txt"}
         if self.captions:
@@ -106,14 +105,14 @@ class StoreSettings(ShardSettings):
 
 @dataclasses.dataclass(frozen=True)
 class Datastore(ShardFolder):
-    """A whole store, opened. Arrays are read on first use and kept; treat them as read-only.
+    """A complete, opened store. Arrays are read on first use and cached; treat them as read-only.
 
-    ``num_images`` is how many images count, the first ones; fewer than stored in a ``subset``.
-    ``settings`` are those of the first segment; all segments have its tokenizer, grid and kinds of key.
+    Only the first ``num_images`` images are visible; in a ``subset`` these are fewer than the stored ones.
+    ``settings`` are those of the first segment; all segments share its tokenizer, grid and kinds of key.
     """
 
     settings: StoreSettings
-    segments: tuple["Datastore", ...] = ()  # what was added later
+    segments: tuple["Datastore", ...] = ()  # the segments added later
 
     noun: ClassVar[str] = "datastore"
     format_version: ClassVar[int] = 1
@@ -126,7 +125,7 @@ class Datastore(ShardFolder):
 
     @classmethod
     def open(cls, directory: str | Path) -> "Datastore":
-        """Opens a store and the segments added to it; as ``ShardFolder.open``."""
+        """Opens a store and its segments; checks and errors as in ``ShardFolder.open``."""
         store = super().open(directory)
         segments = tuple(
             cls._open_segment(store, name, digest) for name, digest in store.manifest.get("parts", {}).items()
@@ -142,21 +141,21 @@ class Datastore(ShardFolder):
             raise UserError(f"{segment.directory} is a segment, but its manifest names others; {cls.rebuild}")
         ours, theirs = store.settings, segment.settings
         differ = [x for x in SAME_IN_ALL_SEGMENTS if x not in GROW and getattr(ours, x) != getattr(theirs, x)]
-        # While keys or captions are added, segments have them before the store says so.
+        # While keys or captions are added, the manifests of the segments name them before the store's does.
         differ += ["keys"] if not set(ours.keys) <= set(theirs.keys) else []
         differ += ["captions"] if ours.captions > theirs.captions else []
         if differ:
             raise UserError(f"{segment.directory} has another {differ[0]} than {store.directory}; {cls.rebuild}")
-        # older stores name a segment by the hash of its manifest
+        # Older stores identify a segment by the hash of its manifest.
         if fingerprint != segment.store_fingerprint and fingerprint != sha256_of(segment.directory / MANIFEST):
             raise UserError(f"{segment.directory} is not the segment that {store.directory} was given; {cls.rebuild}")
         return segment
 
     @functools.cached_property
     def store_fingerprint(self) -> str:
-        """SHA-256 of all that decides the stored patches: two stores share it only if they hold the same ones.
+        """SHA-256 of what determines the stored patches: stores with the same fingerprint hold the same patches.
 
-        Latents and captions, which can be added to a whole store, do not count.
+        Latents and captions do not count, because they can be added to a complete store.
         """
         apart = {field.name for field in dataclasses.fields(self.settings) if not field.compare} | {"keys", "captions"}
         content = {
@@ -167,30 +166,30 @@ class Datastore(ShardFolder):
         return content_hash(content)
 
     def verify(self) -> None:
-        """Checks every file's SHA-256, those of all segments too; as ``ShardFolder.verify``."""
+        """Checks the SHA-256 of every file, including all segments; errors as in ``ShardFolder.verify``."""
         super().verify()
         for segment in self.segments:
             segment.verify()
 
     def subset(self, num_images: int) -> "Datastore":
-        """The store of the first ``num_images`` images; their row numbers stay the same."""
+        """Returns the store of the first ``num_images`` images; their row numbers stay the same."""
         if not 1 <= num_images <= self.num_images:
             raise UserError(f"num_images={num_images}: datastore {self.directory} has 1 to {self.num_images}")
         return dataclasses.replace(self, num_images=num_images)
 
     @property
     def num_patches(self) -> int:
-        """N."""
+        """N, the number of stored patches."""
         return self.num_images * self.settings.patches_per_image
 
     @property
     def num_bad(self) -> int:
-        """Images that could not be read."""
+        """Number of images that could not be read, in all segments."""
         return super().num_bad + sum(segment.num_bad for segment in self.segments)
 
     @property
     def num_duplicates(self) -> int:
-        """Images that were left out because they are there already, those of merged stores too."""
+        """Number of images left out as duplicates, in all segments and during merges."""
         own = super().num_duplicates + self.manifest.get("duplicates", 0)
         return own + sum(segment.num_duplicates for segment in self.segments)
 
@@ -201,21 +200,21 @@ class Datastore(ShardFolder):
 
     @property
     def wholes(self) -> tuple["Datastore", ...]:
-        """The stores that this one consists of, each without segments: itself alone, then what was added."""
+        """The stores that this one consists of, each without segments: the first one, then those added later."""
         return (self.alone, *self.segments)
 
     @property
     def bad(self) -> list[tuple[str, str]]:
-        """What was left out, and why; those of all segments too."""
+        """The (image id, reason) of each image left out, in all segments."""
         return super().bad + [line for segment in self.segments for line in segment.bad]
 
     @functools.cached_property
     def codebook(self) -> Float[np.ndarray, "V C"]:
-        """Rows of unit norm, float32."""
+        """The codebook, float32, rows of unit norm."""
         path, shape = self.directory / CODEBOOK, (self.settings.codebook_size, self.settings.code_dim)
         with self._reading(path):
             content = path.read_bytes()
-            if 4 * math.prod(shape) > len(content):  # it is not compressed
+            if 4 * math.prod(shape) > len(content):  # the file is not compressed
                 raise ValueError(f"it cannot hold {shape[0]} rows of {shape[1]} numbers")
             require_digest(hashlib.sha256(content).hexdigest(), self.files[CODEBOOK])
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
@@ -230,11 +229,11 @@ class Datastore(ShardFolder):
         return self.records("codes")
 
     def codes_of(self, first: int, end: int) -> UInt16[np.ndarray, "n H W"]:
-        """Code grids of the images ``first`` to ``end``; opens only the files that hold some of them."""
+        """Returns the code grids of images ``first`` to ``end`` (exclusive); opens only the files that hold them."""
         return self.records_of("codes", first, end)
 
     def records(self, part: str) -> np.ndarray:
-        """A part's records of all images; see ``records_of``."""
+        """Returns the records of all images and caches them; see ``records_of``."""
         if part not in self._whole:
             self._whole[part] = self.records_of(part, 0, self.num_images)
         return self._whole[part]
@@ -244,13 +243,13 @@ class Datastore(ShardFolder):
         return {}
 
     def records_of(self, part: str, first: int, end: int) -> np.ndarray:
-        """What keys are made of, for the images ``first`` to ``end``.
+        """Returns the records from which keys are computed, for images ``first`` to ``end`` (exclusive).
 
         Args:
-          part: ``KeyKind.file`` of a kind: "codes", or "latents" (unit-norm encoder outputs before quantisation).
+          part: a ``KeyKind.file``: "codes", or "latents" (unit-norm encoder outputs before quantisation).
 
         Raises:
-          UserError: no such part here.
+          UserError: if the store holds no such records.
         """
         kind = next(kind for kind in KEY_KINDS.values() if kind.file == part)
         if part != "codes":
@@ -260,15 +259,15 @@ class Datastore(ShardFolder):
 
     @functools.cached_property
     def sources(self) -> list[str]:
-        """Where each image came from."""
+        """The id of each image: one line that says where it came from."""
         return self._lines("sources")
 
     @functools.cached_property
     def captions(self) -> list[str]:
-        """What each image shows, in words.
+        """The caption of each image.
 
         Raises:
-          UserError: the store was built without them.
+          UserError: if the store was built without captions.
         """
         if not self.settings.captions:
             raise UserError(
@@ -287,12 +286,12 @@ class Datastore(ShardFolder):
             )
 
     def further(self, *flags: str) -> str:
-        """The command that adds to this store what the flags say."""
+        """Returns the shell command that extends this store as the flags say."""
         words = ["python", "-m", "arrag_jax.build_datastore", *flags, f"--workdir={self.directory}"]
         return shlex.join(words)
 
     def _files(self, kind: str, first: int, end: int) -> Iterator[tuple["Datastore", str, slice]]:
-        """The files that hold images ``first`` to ``end``: whose they are, their names, and which images are meant."""
+        """Yields the store, file name and slice within that file for each file with images ``first`` to ``end``."""
         before = 0
         for store in (self, *self.segments):
             for shard in range(store.settings.num_shards):
@@ -304,24 +303,24 @@ class Datastore(ShardFolder):
                 before += images
 
     def _lines(self, kind: str) -> list[str]:
-        """All lines of one kind of content, one an image."""
+        """Returns the lines of one kind of content, one per image."""
         lines: list[str] = []
         for store, name, wanted in self._files(kind, 0, self.num_images):
             lines += store.lines_of(name)[wanted]
         return lines
 
     def _read(self, kind: str, dtype: str, shape: tuple[int, ...], first: int, end: int) -> np.ndarray:
-        """Records of one kind of content as arrays of one shape, [end - first, *shape].
+        """Returns the records of one kind of content as an array [end - first, *shape].
 
-        A record has a hash in its file, which its reader checks. The hash of a file of codes is checked besides where
-        all of it is read: a file of the same size may stand in another's place.
+        The reader checks the hash of each record. When all of a codes file is read, the file's hash is checked too,
+        because a file of the same size may have replaced it.
         """
         whole, done = None, 0
         for store, name, wanted in self._files(kind, first, end):
             path, facts, number = store.directory / name, store.files[name], wanted.stop - wanted.start
             with self._reading(path), contextlib.closing(ArrayRecordReader(str(path))) as reader:
                 require_count(range(reader.num_records()), facts["images"])
-                if whole is None:  # before memory is taken for a grid that the files do not have
+                if whole is None:  # checked before the array is allocated, because the settings may be wrong
                     require_length(reader.read(wanted.start, wanted.start + 1)[0], dtype, shape)
                     whole = np.empty((end - first, *shape), dtype)
                 if kind == "codes" and number == facts["images"]:
@@ -331,13 +330,13 @@ class Datastore(ShardFolder):
                 if kind == "codes" and found.max(initial=0) >= self.settings.codebook_size:
                     raise ValueError(f"it holds code {found.max()}, the codebook {self.settings.codebook_size}")
             done += number
-        whole = np.empty((0, *shape), dtype) if whole is None else whole  # shards of nothing but duplicates hold none
+        whole = np.empty((0, *shape), dtype) if whole is None else whole  # a shard of duplicates alone is empty
         assert done == len(whole) == end - first
         return whole
 
     @property
     def verify_command(self) -> str:
-        """How a user sees what else is damaged."""
+        """The command that checks the whole store for damage."""
         return f"python -m arrag_jax.build_datastore --workdir={self.directory} --verify"
 
     def _reading(self, path: Path) -> contextlib.AbstractContextManager[None]:
@@ -345,6 +344,6 @@ class Datastore(ShardFolder):
 
 
 def require_length(record: bytes, dtype: str, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless a record holds an array of this shape."""
+    """Raises ValueError unless a record has the size of an array of this type and shape."""
     if len(record) != math.prod(shape) * np.dtype(dtype).itemsize:
         raise ValueError(f"its records have {len(record)} bytes, not those of {list(shape)} numbers")

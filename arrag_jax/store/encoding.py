@@ -1,4 +1,4 @@
-"""Images to codes, batch by batch, while the next ones are read."""
+"""Encodes images to codes in batches, while threads read the next images."""
 
 import dataclasses
 import itertools
@@ -16,19 +16,19 @@ from arrag_jax.errors import UserError
 from arrag_jax.store.shards import ShardSettings
 
 READERS = 8  # threads that decode images ahead of the encoder
-# uint8 [B, h, w, 3] → (int [B, H, W] codes, float [B, H, W, C] encoder outputs before quantisation); may answer with
-# arrays that are still being computed
+# uint8 [B, h, w, 3] → (int [B, H, W] codes, float [B, H, W, C] encoder outputs before quantisation); JAX may still be
+# computing the returned arrays
 Encode = Callable[[np.ndarray], tuple[Any, Any]]
-Skip = Callable[[int, BadImage], None]  # takes the number of a bad image, and why it is bad
+Skip = Callable[[int, BadImage], None]  # called with the number of a bad image and the reason
 
 
 class Batch(NamedTuple):
-    """Images that were encoded together.
+    """A batch of encoded images.
 
     Attributes:
-      numbers: of the images in their source.
+      numbers: the images' numbers in their source.
       examples: the images.
-      codes: little-endian.
+      codes: the code grids, little-endian.
       latents: encoder outputs before quantisation.
     """
 
@@ -39,24 +39,28 @@ class Batch(NamedTuple):
 
     @property
     def captions(self) -> list[str]:
-        """The images' captions; a UserError if they have none."""
+        """The images' captions.
+
+        Raises:
+          UserError: if the images have no captions.
+        """
         return [caption_of(example) for example in self.examples]
 
     def of(self, taken: Bool[np.ndarray, " n"]) -> "Batch":
-        """Returns the batch of the taken images alone."""
+        """Returns the batch that holds only the images where ``taken`` is True."""
         numbers, examples = (list(itertools.compress(items, taken)) for items in (self.numbers, self.examples))
         return Batch(numbers, examples, self.codes[taken], self.latents[taken])
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedImages:
-    """The images of a source, as a tokenizer encodes them.
+    """The images of a source and the function that encodes them.
 
     Attributes:
       examples: the images, by number.
-      source_id: image number → one line that tells where it came from.
-      encode: called with exactly ``batch_size`` images; a shard's last batch is padded with zeros. Called again before
-        its last answers are looked at, so that every device has work.
+      source_id: image number → one line that says where the image came from.
+      encode: called with exactly ``batch_size`` images; the last batch of a shard is padded with zeros. It is called
+        for later batches before the results of earlier ones are fetched, so that every device has work.
       batch_size: images per call of ``encode``.
     """
 
@@ -66,7 +70,7 @@ class EncodedImages:
     batch_size: int
 
     def require(self, settings: ShardSettings) -> None:
-        """Raises UserError if there are fewer images than ``settings`` ask for."""
+        """Raises UserError if there are fewer than ``settings.num_images`` images."""
         if len(self.examples) < settings.num_images:
             where = f"{settings.source}/{settings.split}" if settings.split else settings.source
             raise UserError(f"{settings.num_images} images requested of {where}: it has {len(self.examples)}")
@@ -74,14 +78,15 @@ class EncodedImages:
     def batches(self, numbers: Iterable[int], settings: ShardSettings, skip: Skip) -> Iterator[Batch]:
         """Yields the images with these numbers, in order, in batches of up to ``batch_size``.
 
-        Which images share a batch depends on these numbers and on which of them are bad, on nothing else.
+        Which images share a batch depends only on these numbers and on which images are bad.
 
         Args:
-          settings: whose grid and codebook the codes must be of.
+          numbers: the numbers of the images to encode.
+          settings: the codes must fit its grid and codebook size.
           skip: called for every bad image.
 
         Raises:
-          UserError: codes of another grid or outside the codebook, or encoder outputs that are not finite.
+          UserError: if codes have another grid or lie outside the codebook, or encoder outputs are not finite.
         """
         unfinished: deque = deque()
         for read in _in_batches(_read_ahead(self.examples, numbers, self.batch_size, skip), self.batch_size):
@@ -95,7 +100,7 @@ class EncodedImages:
 
 
 def _read_ahead(examples: Examples, numbers: Iterable[int], window: int, skip: Skip) -> Iterator[tuple[int, Example]]:
-    """The good examples in order, with their numbers; ``window`` of them are being read or wait."""
+    """Yields (number, example) of each good image in order; up to ``window`` images are read ahead."""
     waiting = iter(numbers)
     with ThreadPoolExecutor(READERS) as pool:
         ahead = deque((i, pool.submit(examples.__getitem__, i)) for i in itertools.islice(waiting, window))
@@ -111,7 +116,7 @@ def _read_ahead(examples: Examples, numbers: Iterable[int], window: int, skip: S
                 if example is not None:
                     yield number, example
         finally:
-            pool.shutdown(cancel_futures=True)  # where the caller stopped early
+            pool.shutdown(cancel_futures=True)  # the caller may stop early
 
 
 def _in_batches(examples: Iterator[tuple[int, Example]], size: int) -> Iterator[list[tuple[int, Example]]]:
@@ -120,7 +125,7 @@ def _in_batches(examples: Iterator[tuple[int, Example]], size: int) -> Iterator[
 
 
 def _fetched(read: list[tuple[int, Example]], answer: tuple[Any, Any], settings: ShardSettings) -> Batch:
-    """What the encoder has made of a batch, once it is checked."""
+    """Fetches the encoder's results for a batch and checks them."""
     codes, latents = (np.asarray(x)[: len(read)] for x in answer)
     if not np.isfinite(latents).all():
         raise UserError("the tokenizer gave vectors that are not finite; its weights hold NaN or infinite numbers")

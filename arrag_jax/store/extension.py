@@ -1,10 +1,10 @@
-"""Adds to a whole store what it was built without: latents for another kind of key, or the images' captions.
+"""Extends a complete store with what it was built without: latents for another kind of key, or captions.
 
-The source's images are read again, in the batches in which the store was built. Their codes must be the stored ones, so
-that what is added belongs to them; then a shard's new files appear, each whole. They count once the manifests name
-them: first those of the segments, the store's own last. Killed at any moment, the same call goes on with the next
-shard, and readers have the store as it was until it has all. Codes, indexes and the store's fingerprint stay as they
-are.
+The source's images are encoded again, in the same batches as in the build. Their codes must equal the stored codes,
+because this proves that the new data belongs to the same images. The new files of each shard are then written
+atomically. They become visible when the manifests name them: the manifests of the segments are written first, the
+store's own manifest last. If the process is killed, the same call continues with the next shard; until the end, readers
+see the store as it was. Codes, indexes and the store's fingerprint do not change.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ from arrag_jax.store.skipped import read_lines
 from arrag_jax.store.workers import Workers
 from arrag_jax.store.writer import items_of, write_file
 
-# Settings of a segment, and whether captions are wanted → its source's images, and the number of each by its id.
+# (settings of a segment, whether captions are needed) → (images of its source, image id → image number)
 Reader = Callable[[StoreSettings, bool], tuple[EncodedImages, Mapping[str, int]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Job:
-    """One shard of one segment, and its settings with all that is wanted."""
+    """One shard of one segment to extend; ``wanted`` are the segment's settings after the extension."""
 
     segment: Datastore
     wanted: StoreSettings
@@ -41,18 +41,18 @@ class _Job:
 
     @property
     def files(self) -> dict[str, str]:
-        """Names of the shard's new files."""
+        """The shard's new files: kind of content → file name."""
         held = self.segment.settings.shard_files(self.shard)
         return {kind: name for kind, name in self.wanted.shard_files(self.shard).items() if kind not in held}
 
     @property
     def absent(self) -> dict[str, str]:
-        """Those of them that are not there yet."""
+        """The new files that do not exist yet: kind of content → file name."""
         return {kind: name for kind, name in self.files.items() if not (self.segment.directory / name).is_file()}
 
     @property
     def ids(self) -> list[str]:
-        """Where the shard's images came from."""
+        """The ids of the shard's images."""
         return read_lines(self.segment.directory / self.segment.settings.shard_files(self.shard)["sources"])
 
     @property
@@ -64,7 +64,11 @@ class _Job:
 
 
 def all_keys(held: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """The kinds of key of both; in the wanted order where that names all."""
+    """Returns the union of the kinds of key.
+
+    The order is ``held`` if it has the same kinds, ``wanted`` if that has all kinds of ``held``, else ``held`` followed
+    by the new kinds.
+    """
     if set(wanted) == set(held):
         return held
     return wanted if set(held) <= set(wanted) else (*held, *(kind for kind in wanted if kind not in held))
@@ -73,23 +77,25 @@ def all_keys(held: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[str, ...]:
 def extend(
     store: Datastore, keys: tuple[str, ...], captions: bool, read: Reader, workers: Workers | None = None
 ) -> Datastore:
-    """Adds what the store or a segment of it lacks of these keys and captions, or goes on with that.
+    """Adds the missing keys and captions to a store and its segments, and returns the extended store.
+
+    If an earlier call was interrupted, this call resumes it.
 
     Args:
-      store: whole.
-      keys, captions: all that it is to hold; what it holds already stays.
-      read: opens the images of a segment's source. The tokenizer that made the store encodes them; batches of the
-        build's size give the bytes of a store that is built with all at once.
-      workers: the processes that do it together; None = this one alone.
+      store: a complete store.
+      keys, captions: what the store holds afterwards, in addition to what it holds already.
+      read: opens the images of a segment's source. The tokenizer that made the store must encode them. With the batch
+        size of the build, the bytes equal those of a store that was built with everything at once.
+      workers: the processes that share the work; None = this process alone.
 
     Raises:
-      UserError: an image is gone or gives other codes now, another process writes to the store, or the disk is full.
+      UserError: if an image is gone or has other codes now, another process writes to the store, or the disk is full.
     """
     workers = workers or Workers(store.directory, 0, 1)
     with exclusive_lock(store.directory) if workers.leads else contextlib.nullcontext():
         jobs = _jobs(store, keys, captions)
         counts = {jobs[place]: len(jobs[place].ids) for place in workers.share(range(len(jobs)))}
-        opened = None  # one segment's source at a time: the list of a folder may be long
+        opened = None  # only one segment's source is open at a time, because the list of a folder may be long
         for job, bar in in_turn(counts, [job for job in counts if job.absent], f"adding to {store.directory}", workers):
             if opened is not job.segment:
                 opened, source = job.segment, read(job.segment.settings, "captions" in job.files)
@@ -107,7 +113,7 @@ def _holds(settings: StoreSettings, keys: tuple[str, ...], captions: bool) -> bo
 
 
 def _jobs(store: Datastore, keys: tuple[str, ...], captions: bool) -> list[_Job]:
-    """All shards, the segments' first and the store's own last."""
+    """Returns the jobs of all shards: those of the segments first, those of the store's own shards last."""
     jobs = []
     for segment in (*store.segments, store.alone):
         both = {"keys": all_keys(segment.settings.keys, keys), "captions": captions or segment.settings.captions}
@@ -117,7 +123,7 @@ def _jobs(store: Datastore, keys: tuple[str, ...], captions: bool) -> list[_Job]
 
 
 def _write_shard(job: _Job, images: EncodedImages, numbers: Mapping[str, int], bar: Bar) -> None:
-    """Writes the new files of one shard, once its images have given the stored codes again."""
+    """Writes the new files of one shard after checking that its images still have the stored codes."""
     ids, place = job.ids, f"{job.segment.directory} (source {job.segment.settings.source})"
     gone = [id_ for id_ in ids if id_ not in numbers]
     if gone:
@@ -149,9 +155,9 @@ def _write_shard(job: _Job, images: EncodedImages, numbers: Mapping[str, int], b
 
 
 def _write_manifests(store: Datastore, jobs: list[_Job]) -> None:
-    """Writes the segments' manifests, then the store's own: what was there keeps its hashes, what is new gets them."""
+    """Writes the segments' manifests, then the store's own; old files keep their hashes, new files are hashed."""
     names = {segment.directory.name: segment.store_fingerprint for segment in store.segments}
-    if names != store.manifest.get("parts", {}):  # stores made before named segments by the bytes of their manifests
+    if names != store.manifest.get("parts", {}):  # older stores identify segments by the hash of their manifests
         write_manifest(store.directory, {**content_of(store.manifest), "parts": names})
     by_part: dict[Path, list[_Job]] = {}
     for job in jobs:

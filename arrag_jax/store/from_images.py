@@ -1,4 +1,4 @@
-"""Stores from the images that a config names: built, added to, and given what they lack."""
+"""Builds and extends stores from the images that a config names."""
 
 import dataclasses
 import sys
@@ -36,9 +36,11 @@ from arrag_jax.store.workers import Workers
 def with_what_is_held(
     config: DatastoreConfig, directory: Path, tokenizer: ImageTokenizer, workers: Workers, append: bool
 ) -> DatastoreConfig:
-    """The config with all kinds of key (and the captions) of a whole store in the directory, once that has its own.
+    """Returns the config with all kinds of key (and the captions) of the complete store in ``directory``.
 
-    What the store lacks is added to it, unless images are to be appended: their kinds must then be among the store's.
+    If the store lacks kinds of key or captions of the config, this function first adds them to the store. With
+    ``append`` it adds nothing; the config's kinds of key are then replaced by the store's if these contain them. Where
+    the directory holds no complete store, the config is returned as it is.
     """
     state, found = state_of(Datastore, directory)
     if state != "whole":
@@ -70,17 +72,21 @@ def build(
     keep_duplicates: bool = False,
     whole: Datastore | None = None,
 ) -> Datastore | None:
-    """The store of the config's images, built by all processes; None if there are none to take.
+    """Builds the store of the config's images with all processes; returns None if there are no images to store.
 
     Args:
-      keep_duplicates: take images of equal content all; of a build that was begun, as it was begun.
-      whole: the store that this one is to be a segment of; what it holds or left out is not taken.
+      config: names the images and the settings.
+      directory: where the store is built.
+      tokenizer: encodes the images.
+      workers: the processes that share the work.
+      keep_duplicates: store all images of equal content; an unfinished build keeps the value that it started with.
+      whole: the store that the new one becomes a segment of; images that it holds or left out are not stored again.
     """
 
     def state() -> tuple[str, StoreSettings | None]:
         return state_of(Datastore, directory)
 
-    if not workers.leads:  # the first process makes the data set, or lists the folder
+    if not workers.leads:  # the first process prepares the data set, or lists the folder
         workers.wait_until(lambda: state()[0] != "nothing" or workers.leader_has_left())
         if state()[0] == "nothing":
             return None
@@ -118,10 +124,18 @@ def add(
     keep_duplicates: bool = False,
     prepare: Callable[[Datastore], AbstractContextManager] | None = None,
 ) -> Datastore:
-    """The store with those of the config's images that it did not hold, as one more segment.
+    """Adds the config's images that the store does not hold yet as a new segment; returns the store.
 
     Args:
-      prepare: as ``segments.add_segment``.
+      config: names the images and the settings.
+      directory: the store's folder.
+      tokenizer: encodes the images.
+      workers: the processes that share the work.
+      keep_duplicates: as in ``build``.
+      prepare: as in ``segments.add_segment``.
+
+    Raises:
+      UserError: if the tokenizer or settings do not fit the store, or another addition is unfinished.
     """
     store = Datastore.open(directory)
     store.require_tokenizer(tokenizer.fingerprint)
@@ -139,7 +153,11 @@ def add(
 
 
 def names_not_to_take(store: Datastore, keep_duplicates: bool) -> tuple[set[str], set[str]]:
-    """Names of what the store holds or left out, and of what it passed over, which may be read by now."""
+    """Returns the names of the images that are not taken again, and of those that the store passed over.
+
+    The first set has the images that the store holds or left out. The second set is separate, because an image that was
+    passed over may be readable now.
+    """
     left_out = names_left_out(store)
     passed_over = {name for name, reason in left_out if reason.startswith(PASSED_OVER)}
     known = {*names_in(store), *(name for name, _ in left_out)} - passed_over
@@ -149,23 +167,23 @@ def names_not_to_take(store: Datastore, keep_duplicates: bool) -> tuple[set[str]
 
 
 def counts_of(store: Datastore) -> SkippedCounts:
-    """How many images a store went through, and how many of them were bad."""
+    """Returns how many images a store went through, and how many of them were bad."""
     return SkippedCounts(store.num_images + store.num_duplicates + store.num_bad, store.num_bad)
 
 
 def spelt_alike(config: DatastoreConfig, known: Collection[StoreSettings]) -> DatastoreConfig:
-    """The config, its source spelt as in the first of these settings that mean the same file or folder by theirs."""
+    """Returns the config with its source spelt as in the first of ``known`` that names the same file or folder."""
     spelt = next((x.source for x in known if is_same_source(x, config.source)), config.source)
     return dataclasses.replace(config, source=spelt)
 
 
 def split_of(config: DatastoreConfig) -> str:
-    """The split of a data set; files have none."""
+    """Returns the split of a data set; "" for a folder or tar, which has no splits."""
     return config.split if is_data_set(config.source) else ""
 
 
 def settings_of(config: DatastoreConfig, tokenizer: ImageTokenizer, num_images: int) -> StoreSettings:
-    """What the store of the first images of the config's source is to hold."""
+    """Returns the settings of a store of the first ``num_images`` images of the config's source."""
     return StoreSettings(
         fingerprint=tokenizer.fingerprint,
         grid=tokenizer.grid,
@@ -186,16 +204,16 @@ def settings_of(config: DatastoreConfig, tokenizer: ImageTokenizer, num_images: 
 
 
 def recorded_config(directory: Path) -> dict[str, Any]:
-    """The fields of the config of the store in ``directory``, without indexes, as it was built.
+    """Returns the config fields with which the store in ``directory`` was built; ``indexes`` is empty.
 
     Raises:
-      UserError: there is no whole store.
+      UserError: if there is no complete store.
     """
     if not (directory / MANIFEST).is_file():
         raise UserError(f"missing --config (see --help): {directory} holds no datastore whose settings could be taken")
     settings = Datastore.open(directory).settings
     known = {"model": settings.model, "split": settings.split, "data_dir": settings.data_dir}
-    known = {key: value for key, value in known.items() if value}  # stores made before recorded none
+    known = {key: value for key, value in known.items() if value}  # older stores recorded none
     return known | {
         "source": settings.source,
         "batch_size": settings.batch_size or DatastoreConfig.batch_size,

@@ -1,4 +1,4 @@
-"""Images that go through a model's tokenizer: what the commands that encode a source share."""
+"""Opens image sources and encodes images with a tokenizer; shared by all commands that encode images."""
 
 import itertools
 from collections import Counter
@@ -21,29 +21,29 @@ from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.encoding import Encode
 from arrag_jax.store.shards import ShardFolder, ShardSettings
 
-LISTING = ".listing.jsonl"  # in the folder of an unfinished build: the images as they were when it was begun
+LISTING = ".listing.jsonl"  # in the folder of an unfinished build: the images as they were when the build started
 
 
 class ImageSource:
-    """Where a command takes its images from: a data set, a folder or a tar.
+    """An image source of a command: a data set, a folder or a tar.
 
-    A folder is listed when what is made of it is begun, and the list kept until that is whole: what is added to the
-    folder meanwhile is not taken, what is taken away or changed is a bad image.
+    A folder or tar is listed when the build starts, and the list is kept until the build is complete. Images that are
+    added to the folder during the build are ignored; images that are removed or changed count as bad images.
 
     Args:
-      name: as ``DatastoreConfig.source``.
+      name: as in ``DatastoreConfig.source``.
       data_dir: where TFDS keeps data sets.
-      captions: must it have captions?
-      tokenizer: tells the size.
-      state: of what is made of the images, "nothing", "begun" or "whole"; what is whole needs none.
-      listing: file for the list.
-      copies: take files of equal bytes (and caption) all; else the first one alone.
+      captions: whether the images must have captions.
+      tokenizer: sets the size of the images.
+      state: state of the build: "nothing", "begun" or "whole". A complete ("whole") build reads no images.
+      listing: path of the file that keeps the list.
+      copies: take all files of equal bytes (and caption); if False, only the first of them.
 
     Attributes:
-      beside: how many files of each ending hold no image, as listed.
+      beside: ending → number of listed files with that ending that hold no image.
 
     Raises:
-      UserError: the source is not there, or has no captions where they are asked for.
+      UserError: if the source does not exist, or has no captions although they are required.
     """
 
     def __init__(
@@ -66,15 +66,15 @@ class ImageSource:
                 self.entries = without_copies(sources.root_of(name), self.entries)
 
     def images(self, split: str = "", known: Collection[str] = (), passed_over: Collection[str] = ()) -> Images:
-        """The images of a split.
+        """Returns the images of a split.
 
         Args:
-          split: of a data set; of the files a slice of "train", which are all of them ("": all).
+          split: a split of a data set. For files, a slice of "train", which holds all of them; "" = all.
           known: names (``names_below``) of images to leave out.
-          passed_over: names to leave out of those that are passed over still.
+          passed_over: names of images to leave out if they are still passed over.
 
         Raises:
-          UserError: no such split, an empty one, or images that do not fit the tokenizer.
+          UserError: if there is no such split, it is empty, or its images do not fit the tokenizer.
         """
         size = self.tokenizer.image_size
         if self.state == "whole":
@@ -89,43 +89,44 @@ class ImageSource:
         return Subset(images, [i for i in range(len(images)) if images.source_id(i) not in known])
 
     def keep_listing(self) -> None:
-        """Writes the list, if there is one to begin with."""
+        """Writes the list to its file if a build of files is about to start."""
         if self.state == "nothing" and self.entries:
             self.listing.parent.mkdir(parents=True, exist_ok=True)
             sources.save_listing(self.listing, self.entries, self.beside)
 
 
 def origin_of(source: str) -> str:
-    """The whole path of a folder or tar, without links; "" of a data set."""
+    """Returns the absolute path of a folder or tar, with links resolved; "" for a data set."""
     return "" if is_data_set(source) else str(Path(source).resolve())
 
 
 def is_same_source(settings: ShardSettings, source: str) -> bool:
-    """Whether what these settings describe was made of this source, however it is spelled and from wherever."""
+    """Returns whether these settings describe the same source, however its path is spelt."""
     if settings.origin and not is_data_set(source):
         return settings.origin == origin_of(source)
     return sources.spelt_alike(source, [settings.source]) == settings.source
 
 
 def names_below(source: str) -> Callable[[str], str]:
-    """From the id of an image of this source to a name that no other image has, by whatever source it is found.
+    """Returns a function from the id of an image of this source to a name that is unique across sources.
 
-    A data set's ids are such names; a file's path below the source becomes its whole path.
+    The name of a data set's image is its id. The name of a file is the absolute path of the source's root and then the
+    id, so that a file has the same name in every source that contains it.
     """
     below = "" if is_data_set(source) else f"{sources.root_of(source).resolve()}/"
     return lambda id_: f"{below}{id_}"
 
 
 def names_in(store: Datastore) -> list[str]:
-    """The names of a store's images, in order."""
+    """Returns the names (``names_below``) of a store's images, in order."""
     name_of = itertools.chain.from_iterable(
         itertools.repeat(names_below(x.settings.found_in), x.num_images) for x in store.wholes
     )
-    return [name(id_) for name, id_ in zip(name_of, store.sources, strict=False)]  # of a subset the first alone
+    return [name(id_) for name, id_ in zip(name_of, store.sources, strict=False)]  # a subset has fewer sources
 
 
 def names_left_out(store: Datastore) -> list[tuple[str, str]]:
-    """The name of each image that a store left out, and why."""
+    """Returns (name, reason) for each image that a store left out."""
     found = []
     for part in store.wholes:
         name_of = names_below(part.settings.found_in)
@@ -134,13 +135,13 @@ def names_left_out(store: Datastore) -> list[tuple[str, str]]:
 
 
 def told_of(folders: Sequence[ShardFolder], bad: str, duplicates: int = 0) -> str:
-    """What a closing line says of the files that gave no image; "" if there are none.
+    """Returns the part of a command's last line that counts files without an image; "" if there are none.
 
     Args:
-      folders: of one thing; those of one source were listed one after another, so that the last one counts what lies
-        beside the images.
-      bad: what to call those that cannot be read.
-      duplicates: how many were left out.
+      folders: the segments of one store, or one other folder. Where several have the same source, the counts of
+        files that are not images come from the last one, because it was listed last.
+      bad: the noun for images that cannot be read.
+      duplicates: the number of duplicates left out.
     """
     number = sum(folder.num_bad for folder in folders)
     passed = [id_ for folder in folders for id_, reason in folder.bad if reason.startswith(PASSED_OVER)]
@@ -158,16 +159,16 @@ def told_of(folders: Sequence[ShardFolder], bad: str, duplicates: int = 0) -> st
 
 
 def _counted(counts: Mapping[str, int]) -> str:
-    """Counts by ending, the most frequent first."""
+    """Returns the counts per file ending as text, the most frequent first."""
     return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda x: (-x[1], x[0])))
 
 
 def encoder(tokenizer: ImageTokenizer) -> Encode:
-    """Codes and latents of uint8 images by this tokenizer, one batch after another on each local device in turn.
+    """Returns a function that encodes a batch of uint8 images to codes and latents; it uses the local devices in turn.
 
-    A batch is encoded by one device, so that its codes are the same on any number of them.
+    One device encodes a whole batch, so that the codes do not depend on the number of devices.
     """
-    graph, state = nnx.split(tokenizer)  # once: it takes a tenth of a small tokenizer's time
+    graph, state = nnx.split(tokenizer)  # only once, because it takes a tenth of a small tokenizer's encoding time
     turns = itertools.cycle([(device, jax.device_put(state, device)) for device in jax.local_devices()])
 
     def encode(images: np.ndarray) -> tuple[Any, Any]:
@@ -184,7 +185,10 @@ def _encode(graph, state, images):
 
 
 def reconstruct(model: ImageTokenizer, images: UInt8[np.ndarray, "N h w 3"]) -> UInt8[np.ndarray, "N h w 3"]:
-    """Images through the tokenizer and back, a hundred at a time: the best that codes can look."""
+    """Returns the images encoded and decoded by the tokenizer, 100 images per batch.
+
+    This is the upper bound of image quality that a grid of codes can reach.
+    """
     parts = []
     for start in range(0, len(images), 100):
         codes, latents = model.encode_images(from_uint8(images[start : start + 100]))

@@ -1,13 +1,13 @@
-"""A neighbour set: images as codes, with the codes of each cell's nearest stored patches, looked up ahead.
+"""A neighbour set: the codes of images, and for each position the precomputed codes of its nearest stored patches.
 
-FAiD trains on it, so that no search stands in the training loop. One directory::
+FAiD trains on it, so that the training loop needs no search. One directory::
 
-  manifest.json                              what the set is; written last, so a set is whole when it is there
-  neighbors-00000-of-00006.arrayrecord       one image a record
-  bad-00000-of-00006.txt                     only where there are any: what could not be read, a tab, and why
+  manifest.json                              what the set is; written last, so a set that has it is complete
+  neighbors-00000-of-00006.arrayrecord       one record per image
+  bad-00000-of-00006.txt                     only if images were left out: one line per image, id, a tab, the reason
 
-A record is little-endian uint16 [T] codes and [T, K] neighbours as code + 1 (0 = empty), then the caption in
-UTF-8. A 12 x 12 grid with K = 16 has 4.9 KB and its caption, before compression.
+A record is little-endian uint16: codes [T], then neighbours [T, K] as code + 1 (0 = empty), then the caption in UTF-8.
+With a 12 x 12 grid and K = 16, a record has 4.9 KB plus its caption before compression.
 """
 
 import bisect
@@ -32,15 +32,15 @@ MOST_NEIGHBORS = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class NeighborSettings(ShardSettings):
-    """What decides a set's content; ``manifest.json`` holds these fields and its files.
+    """The settings that determine a set's content; ``manifest.json`` holds them.
 
-    Attributes, beside those of every folder of shards:
-      k: neighbours a position.
-      keys, search, scann: how they were searched; see ``config.RetrievalConfig``.
+    Attributes (besides those of ``ShardSettings``):
+      k: neighbours per position.
+      keys, search, scann: how the neighbours were searched; see ``config.RetrievalConfig``.
       datastore: fingerprint of the store that was searched.
-      store_images: how many of its images, the first ones.
-      storage: what a dense search held of a key; "" of ScaNN, and of sets made before this was recorded.
-      store, command: folder of the store and the command that began the build; records, never compared.
+      store_images: number of images searched, the first ones of the store.
+      storage: the number format in which a dense search held keys; "" for ScaNN and for sets older than this field.
+      store, command: the store's folder, and the command that started the build. Records, never compared.
     """
 
     k: int
@@ -61,13 +61,13 @@ class NeighborSettings(ShardSettings):
         in_range("store_images", self.store_images, 0, MOST_IMAGES)
 
     def shard_files(self, shard: int) -> dict[str, str]:
-        """File name of a shard's one kind of content, "neighbors"."""
+        """Returns kind of content → file name for a shard; the only kind is "neighbors"."""
         return {"neighbors": f"neighbors-{self.place(shard)}.arrayrecord"}
 
 
 @dataclasses.dataclass(frozen=True)
 class NeighborSet(ShardFolder):
-    """A whole set, opened: a random-access source for Grain, read from any number of threads."""
+    """A complete, opened set: a random-access source for Grain; any number of threads may read it."""
 
     settings: NeighborSettings
 
@@ -82,66 +82,69 @@ class NeighborSet(ShardFolder):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """[H, W]."""
+        """Height and width of the code grids, [H, W]."""
         return self.settings.grid
 
     @property
     def codebook_size(self) -> int:
-        """V."""
+        """V, the number of codes in the codebook."""
         return self.settings.codebook_size
 
     @property
     def k(self) -> int:
-        """Neighbours a cell."""
+        """Neighbours per position."""
         return self.settings.k
 
     def __len__(self) -> int:
         return self.num_images
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """An image: "codes" int32 [T], "neighbors" int32 [T, K] nearest first (-1 = empty), "caption"."""
+        """Returns image ``i``: "codes" int32 [T], "neighbors" int32 [T, K] nearest first (-1 = empty), "caption"."""
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
         with reading(self._file_of(i), "", self.rebuild):
             codes, neighbors, caption = from_record(self._records[i], self.grid[0] * self.grid[1], self.k)
             if codes.max() >= self.codebook_size or neighbors.max() >= self.codebook_size:
                 raise ValueError(f"image {i} has codes outside a codebook of {self.codebook_size}")
-            if "\0" in caption:  # numbers that the settings do not know of
+            if "\0" in caption:  # the record holds more numbers than the settings say
                 raise ValueError(f"image {i} has more numbers than {self.grid} and k={self.k} tell")
         return {"codes": codes, "neighbors": neighbors, "caption": caption}
 
     def verify(self) -> None:
-        """Checks every file's SHA-256, and that records have the shape that the settings tell."""
+        """Checks every file's SHA-256, and that the first record has the shape given by the settings."""
         super().verify()
         if len(self):
             self[0]
 
     def _file_of(self, i: int) -> Path:
-        """The file that holds an image."""
+        """Returns the path of the file that holds image ``i``."""
         return self.directory / self._names[bisect.bisect_right(self._ends, i)]
 
     @functools.cached_property
     def _names(self) -> list[str]:
-        """Names of the shards' files."""
+        """The names of the shards' files, in order."""
         return [self.settings.shard_files(shard)["neighbors"] for shard in range(self.settings.num_shards)]
 
     @functools.cached_property
     def _ends(self) -> list[int]:
-        """The image behind the last one of each shard."""
+        """For each shard, the number of its last image plus one."""
         return list(itertools.accumulate(self.files[name]["images"] for name in self._names))
 
     @functools.cached_property
     def _records(self) -> ArrayRecordDataSource:
-        """All shards as one; it opens a file on first use, under a lock."""
+        """The records of all shards; a file is opened on first use, under a lock."""
         return ArrayRecordDataSource([str(self.directory / name) for name in self._names])
 
 
 def to_record(codes: Integer[np.ndarray, " T"], neighbors: Int[np.ndarray, "T K"], caption: bytes) -> bytes:
-    """An image's record; codes from 0 and neighbours from -1, both below ``MOST_CODES``; a caption in UTF-8."""
+    """Returns an image's record.
+
+    Codes are in [0, ``MOST_CODES``), neighbours in [-1, ``MOST_CODES``); the caption is UTF-8.
+    """
     return codes.astype("<u2").tobytes() + (neighbors + 1).astype("<u2").tobytes() + caption
 
 
 def from_record(record: bytes, positions: int, k: int) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, "T K"], str]:
-    """Codes int32 [T], neighbours int32 [T, K] and the caption of a record of so many cells."""
+    """Returns codes int32 [T], neighbours int32 [T, K] and the caption of a record; T is ``positions``."""
     numbers = np.frombuffer(record, "<u2", positions * (1 + k)).astype(np.int32)
     return numbers[:positions], numbers[positions:].reshape(positions, k) - 1, record[2 * numbers.size :].decode()

@@ -1,11 +1,10 @@
-"""Stores of several segments: images added to a whole store, and stores merged into one.
+"""Stores of several segments: adds images to a complete store, and merges stores.
 
-A segment is a store of its own in a folder ``part-00001`` of the first one, whose manifest names it with its
-fingerprint. Nothing that is whole is ever written again but that manifest, which is replaced in one step.
+A segment is a store of its own in a folder ``part-00001`` of the first one, whose manifest names the segment and its
+fingerprint. Complete files are never rewritten, except this manifest, which is replaced atomically.
 
-Of stores that are merged each image is taken once, from the first that holds it (``identity``); duplicates within one
-store stay. A segment that others share images with is written anew without them, the other segments are copied byte by
-byte.
+A merge takes each image once, from the first store that holds it (``identity``); duplicates within one store stay. A
+segment that shares images with an earlier store is rewritten without them. The other segments are copied byte by byte.
 """
 
 import contextlib
@@ -30,20 +29,22 @@ from arrag_jax.store.shards import MANIFEST, content_of, facts_of, write_manifes
 from arrag_jax.store.skipped import counts_of, read_bad
 from arrag_jax.store.writer import write_file
 
-MERGING = ".merging.json"  # in the folder of an unfinished merge: the fingerprints of what is merged
-_OF_WHOLE = ("parts", "sha256", "merged", "keep_duplicates", "duplicates")  # in the manifest of a store's first segment
+MERGING = ".merging.json"  # in the folder of an unfinished merge: the fingerprints of the merged stores
+_OF_WHOLE = ("parts", "sha256", "merged", "keep_duplicates", "duplicates")  # manifest fields that a merge does not copy
 
 
 def next_segment(store: Datastore) -> Path:
-    """Folder of the first segment that the store does not hold yet; perhaps begun or whole already."""
+    """Returns the folder of the store's next segment; it may already hold a build that is not added yet."""
     return require_within(store.directory, store.directory / _segment_name(len(store.segments) + 1))
 
 
 def require_fits(store: Datastore, settings: StoreSettings, other: Datastore | None = None) -> None:
-    """Raises UserError unless images of these settings can be a segment of the store.
+    """Raises UserError unless images with these settings can be a segment of the store.
 
     Args:
-      other: the store that has these settings, where it is there already.
+      store: the store that receives the segment.
+      settings: the settings of the segment.
+      other: the store that has these settings, if it exists already.
     """
     for name in SAME_IN_ALL_SEGMENTS:
         ours, theirs = getattr(store.settings, name), getattr(settings, name)
@@ -55,7 +56,7 @@ def require_fits(store: Datastore, settings: StoreSettings, other: Datastore | N
 
 
 def _mend(name: str, *both: tuple[Datastore | None, Any]) -> str:
-    """The words that follow on "keep the two apart" where a command makes them fit."""
+    """Returns the end of the error message: the commands that make the two fit, or "" if no command can."""
     if name == "keys":
         union = tuple(dict.fromkeys(kind for _, held in both for kind in held))
         flag, lacking = f"--config.keys={','.join(union)}", [x for x, held in both if set(held) < set(union)]
@@ -70,18 +71,21 @@ def _mend(name: str, *both: tuple[Datastore | None, Any]) -> str:
 def add_segment(
     store: Datastore, segment: Path, prepare: Callable[[Datastore], contextlib.AbstractContextManager] | None = None
 ) -> Datastore:
-    """Adds a whole segment to the store's manifest.
+    """Adds a complete segment to the store's manifest and returns the extended store.
 
     Args:
-      prepare: given the store as it will be, builds what belongs to it (its indexes) aside; left right after the
-        manifest is written, it puts that in place. Readers have the old store with the old indexes until then.
+      store: the store that receives the segment.
+      segment: the segment's folder.
+      prepare: called with the extended store. On entry the context builds the store's new indexes in another place; it
+        exits right after the manifest is written, and then moves the indexes into place. Until then, readers see the
+        old store with the old indexes.
 
     Raises:
-      UserError: the segment is not whole or does not fit, or another process writes to the store.
+      UserError: if the segment is incomplete or does not fit, or another process writes to the store.
     """
     whole = Datastore.open(segment)
     require_fits(store, whole.settings)
-    store.require_manifest()  # what is written anew would get a hash that fits
+    store.require_manifest()  # else a damaged manifest would get a new, valid hash
     content = content_of(store.manifest)
     content["parts"] = {**content.get("parts", {}), segment.name: whole.store_fingerprint}
     grown = dataclasses.replace(
@@ -99,11 +103,11 @@ def add_segment(
 
 
 class _Taken(NamedTuple):
-    """What a merge takes of a segment; ``same`` names for each image the same one before it, None if it is taken."""
+    """What a merge takes from a segment; ``same`` names each image's duplicate in an earlier store (None = taken)."""
 
     segment: Datastore
     same: list[str | None]
-    reported: frozenset[tuple[str, str]]  # what stores before it list as left out
+    reported: frozenset[tuple[str, str]]  # the images that earlier stores list as left out
 
     @property
     def is_whole(self) -> bool:
@@ -115,13 +119,15 @@ class _Taken(NamedTuple):
 
 
 def merge(stores: list[Datastore], directory: str | Path, keep_duplicates: bool = False) -> Datastore:
-    """Copies stores, one after another, into one in ``directory``; run again to continue.
+    """Merges stores into one in ``directory`` and returns it; an interrupted merge continues when called again.
 
     Args:
-      keep_duplicates: take the images that several stores hold as often.
+      stores: the stores to merge, in order.
+      directory: the folder of the merged store.
+      keep_duplicates: take an image from every store that holds it, not only from the first one.
 
     Raises:
-      UserError: they differ in tokenizer, grid or kinds of key, or the directory holds something else.
+      UserError: if the stores differ in tokenizer, grid, kinds of key or captions, or the directory holds other files.
     """
     directory = Path(directory)
     for store in stores:
@@ -157,7 +163,7 @@ def _require_same_merge(record: Path, merged: dict[str, Any]) -> None:
 
 
 def _taken(stores: list[Datastore], keep_duplicates: bool) -> Iterator[_Taken]:
-    """What is taken of each segment of each store, in order."""
+    """Yields what is taken from each segment of each store, in order."""
     contents, names, reported = [np.zeros(0, np.uint64)], [], frozenset()
     for store in stores:
         known, before = KnownContents(np.concatenate(contents), list(names)), reported
@@ -173,7 +179,7 @@ def _taken(stores: list[Datastore], keep_duplicates: bool) -> Iterator[_Taken]:
 
 
 def _copy(taken: list[_Taken], directory: Path, merged: dict[str, Any]) -> None:
-    """Copies every file that is not there yet, then writes the manifests, the first segment's last."""
+    """Writes every file that does not exist yet, then the manifests of the segments, then the store's own."""
     contents: dict[Path, dict[str, Any]] = {}
     jobs: list[tuple[Path, Callable[[Path], Any]]] = []
     rewritten: list[tuple[_Taken, Path]] = []
@@ -209,14 +215,14 @@ def _copier(source: Path) -> Callable[[Path], None]:
 
 
 class _Shard(NamedTuple):
-    """A shard of a segment that is written anew: its files, images, those taken, and the lines of what is left out."""
+    """A shard of a rewritten segment: its files, its old images, the images taken, and the lines of those left out."""
 
     files: dict[str, str]
     images: range
     new: list[int]
     bad_file: str
     left_out: list[tuple[str, str]]
-    reported: int  # how many more are left out, which a store before lists
+    reported: int  # number of other images left out, which an earlier store lists
 
 
 def _shards(taken: _Taken) -> Iterator[_Shard]:
@@ -233,7 +239,7 @@ def _shards(taken: _Taken) -> Iterator[_Shard]:
 
 
 def _writers(taken: _Taken) -> dict[str, Callable[[Path], None]]:
-    """What writes each file of the shards of a segment, without the images that are not taken."""
+    """Returns file name → function that writes the file with only the images taken, for a rewritten segment."""
     writers = {}
     for shard in _shards(taken):
         for kind, name in shard.files.items():
@@ -245,7 +251,7 @@ def _writers(taken: _Taken) -> dict[str, Callable[[Path], None]]:
 
 
 def _write_new(segment: Datastore, kind: str, shard: _Shard, target: Path) -> None:
-    """Writes one file of a shard."""
+    """Writes one file of a shard with only the images taken."""
     if kind in (key.file for key in KEY_KINDS.values()):
         grids = segment.records_of(kind, shard.images.start, shard.images.stop)
         write_file(target, kind, [grids[number - shard.images.start].tobytes() for number in shard.new])
@@ -255,7 +261,7 @@ def _write_new(segment: Datastore, kind: str, shard: _Shard, target: Path) -> No
 
 
 def _facts(taken: _Taken, target: Path) -> dict[str, dict[str, Any]]:
-    """What the manifest says of the files of a segment that was written anew."""
+    """Returns the manifest's facts about the files of a rewritten segment."""
     counts = {name: {"images": 0} for name in taken.segment.settings.other_files}
     for shard in _shards(taken):
         count = {"images": len(shard.new)} | ({"told": shard.reported} if shard.reported else {})

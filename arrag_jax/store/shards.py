@@ -1,7 +1,7 @@
-"""A folder of shards and its manifest: what a datastore and a neighbour set have in common.
+"""A folder of shards and its manifest, the common base of a datastore and a neighbour set.
 
-``manifest.json`` is written last, so that a folder is whole when it is there; it tells what the folder holds, and
-the size and SHA-256 of every other file and of its own content. How one is built stands in ``building``.
+``manifest.json`` is written last, so that a folder that has it is complete. It says what the folder holds, the size and
+SHA-256 of every other file, and the SHA-256 of its own content. ``building`` builds such folders.
 """
 
 import contextlib
@@ -30,20 +30,20 @@ Folder = TypeVar("Folder")
 
 @dataclasses.dataclass(frozen=True)
 class ShardSettings:
-    """Base of the frozen dataclasses that say what a folder holds; all their fields stand in its manifest.
+    """Base of the frozen dataclasses that say what a folder holds; the manifest stores all their fields.
 
-    Fields made with ``compare=False`` are records: two builds may differ in them.
+    Fields with ``compare=False`` are records: two builds of the same folder may differ in them.
 
     Attributes:
-      fingerprint: of the tokenizer that made the codes.
+      fingerprint: identity of the tokenizer that made the codes.
       grid: [H, W].
       codebook_size: V.
-      num_images: images gone through, all shards together; the bad ones are left out.
-      shard_size: images a shard; the last may hold fewer.
-      source, split: the dataset the images came from.
-      origin: where files were found, as a whole path without links; "" of a data set and of folders made before it was
-        recorded. A record.
-      beside: how many files of each ending were found that hold no image. A record.
+      num_images: number of images that all shards process together, including those that are left out.
+      shard_size: images per shard; the last shard may have fewer.
+      source, split: the source of the images, and its split.
+      origin: absolute path of the folder or tar, with links resolved; "" for a data set and for folders older than this
+        field. A record.
+      beside: ending → number of files found that hold no image. A record.
       other_files: names of the files that belong to no shard.
     """
 
@@ -69,7 +69,7 @@ class ShardSettings:
 
     @property
     def found_in(self) -> str:
-        """Where its files were found, as exactly as is known; the name of a data set."""
+        """The absolute path of the source's files if it was recorded, else ``source``."""
         return self.origin or self.source
 
     @property
@@ -77,19 +77,19 @@ class ShardSettings:
         return -(-self.num_images // self.shard_size)
 
     def shard_images(self, shard: int) -> range:
-        """Numbers of the images that a shard goes through."""
+        """Returns the numbers of the images that a shard processes."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
 
     def shard_files(self, shard: int) -> dict[str, str]:
-        """File name of each kind of content of a shard; a shard is done when all are there."""
+        """Returns kind of content → file name for a shard; the shard is done when all these files exist."""
         raise NotImplementedError
 
     def bad_file(self, shard: int) -> str:
-        """Name of the file that tells which images of a shard are bad; there if any are."""
+        """Returns the name of the file that lists the images left out of a shard; it exists only if there are any."""
         return BAD_FILES.replace("*", self.place(shard))
 
     def shard_counts(self, directory: Path, shard: int) -> dict[str, dict[str, int]]:
-        """What the manifest says of a shard that is done: images in each file, in the file of bad ones how many."""
+        """Returns file name → counts for a finished shard, as the manifest stores them; see ``FileFacts``."""
         path = directory / self.bad_file(shard)
         left_out = [reason for _, reason in read_bad(path)] if path.exists() else []
         counts = {"images": len(self.shard_images(shard)) - len(left_out)}
@@ -97,13 +97,13 @@ class ShardSettings:
         return files | ({path.name: counts_of(left_out)} if left_out else {})
 
     def place(self, shard: int) -> str:
-        """How a shard is numbered in its files' names."""
+        """Returns the number of a shard as its file names spell it."""
         return f"{shard:05d}-of-{self.num_shards:05d}"
 
 
 @dataclasses.dataclass(frozen=True)
 class FileFacts:
-    """What a manifest says of a file: size, hash, how many images it holds, and how many it lists as left out."""
+    """A manifest's facts about one file: size, hash, number of images it holds, and numbers of images left out."""
 
     sha256: str
     bytes: int
@@ -111,7 +111,7 @@ class FileFacts:
     bad: int = 0
     passed_over: int = 0
     duplicates: int = 0
-    told: int = 0  # left out, and listed by the store that this one was merged behind
+    told: int = 0  # images left out that an earlier store of the same merge lists
 
     def __post_init__(self):
         for name in ("bytes", "images", "told", *LEFT_OUT):
@@ -120,19 +120,19 @@ class FileFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What is read of ``manifest.json``; a folder's ``settings_class`` is the schema of its ``settings``."""
+    """The parsed fields of ``manifest.json``; a folder's ``settings_class`` is the schema of ``settings``."""
 
     settings: Any
     files: dict[str, FileFacts]
     parts: dict[str, str] = dataclasses.field(default_factory=dict)  # folder of each segment → its fingerprint
-    sha256: str = ""  # of all the rest; absent in the oldest ones
+    sha256: str = ""  # hash of all other fields; absent in the oldest manifests
 
     def __post_init__(self):
         for name in (*self.files, *self.parts):
             require_inside(name)
 
     def require_files_of(self, settings: ShardSettings) -> None:
-        """Raises UserError unless the files are those of a folder of these settings, with as many images."""
+        """Raises UserError unless the files and their image counts match the settings."""
         if settings.num_shards > len(self.files):
             raise UserError(f"files: {len(self.files)} files cannot be {settings.num_shards} shards")
         for name in settings.other_files:
@@ -154,13 +154,13 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class ShardFolder:
-    """A whole folder, opened.
+    """A complete, opened folder.
 
     Attributes:
-      directory: where it lies.
+      directory: the path of the folder.
       settings: what it holds.
-      manifest: all that ``manifest.json`` says.
-      num_images: how many images count, the first ones.
+      manifest: the content of ``manifest.json``.
+      num_images: number of visible images, the first ones of the folder.
     """
 
     directory: Path
@@ -168,19 +168,19 @@ class ShardFolder:
     manifest: dict[str, Any]
     num_images: int
 
-    noun: ClassVar[str]  # what messages call it
+    noun: ClassVar[str]  # the name of this kind of folder in messages
     format_version: ClassVar[int]
     settings_class: ClassVar[type[ShardSettings]]
-    command: ClassVar[str]  # that builds one
-    rebuild: ClassVar[str]  # how a user mends a damaged one
+    command: ClassVar[str]  # the command that builds one
+    rebuild: ClassVar[str]  # advice for a damaged folder, in messages
 
     @classmethod
     def open(cls: type[Folder], directory: str | Path) -> Folder:
         """Opens a folder after checking its manifest and the size of every file.
 
         Raises:
-          UserError: no such folder here, an unfinished one, another format, a manifest that contradicts itself, or a
-            missing or truncated file.
+          UserError: if there is no such folder, it is unfinished or of another format, its manifest contradicts itself,
+            or a file is missing or has the wrong size.
         """
         directory = Path(local_path(directory, cls.noun))
         path = directory / MANIFEST
@@ -209,36 +209,36 @@ class ShardFolder:
 
     @classmethod
     def count_images(cls, settings: ShardSettings, manifest: dict[str, Any]) -> int:
-        """Images in the folder's own shards, without the bad ones."""
+        """Returns the number of images in the folder's own shards, without those left out."""
         names = [next(iter(settings.shard_files(shard).values())) for shard in range(settings.num_shards)]
         return sum(manifest["files"][name]["images"] for name in names)
 
     @property
     def files(self) -> dict[str, dict]:
-        """Name → {"sha256", "bytes", "images"} of every file but the manifest."""
+        """Name → {"sha256", "bytes", "images"} for every file except the manifest."""
         return self.manifest["files"]
 
     @property
     def num_bad(self) -> int:
-        """Images that could not be read."""
+        """Number of images that could not be read."""
         return sum(facts.get("bad", 0) for facts in self.files.values())
 
     @property
     def num_duplicates(self) -> int:
-        """Images that were left out because they are there already."""
+        """Number of images left out as duplicates."""
         return sum(facts.get("duplicates", 0) for facts in self.files.values())
 
     @property
     def bad(self) -> list[tuple[str, str]]:
-        """What was left out (what could not be read, what was passed over, duplicates), and why."""
+        """The (image id, reason) of each image left out: unreadable ones, ones passed over, and duplicates."""
         names = [name for name, facts in self.files.items() if "bad" in facts]
         return [bad_line(line) for name in names for line in self.lines_of(name)]
 
     def lines_of(self, name: str) -> list[str]:
-        """The lines of one of the folder's text files, whose hash is checked.
+        """Returns the lines of one of the folder's text files after checking the file's hash.
 
         Raises:
-          UserError: the file is not what was written.
+          UserError: if the file is damaged.
         """
         path, facts = self.directory / name, self.files[name]
         with reading(path, self.verify_command, self.rebuild):
@@ -250,14 +250,14 @@ class ShardFolder:
 
     @property
     def verify_command(self) -> str:
-        """How a user sees what else is damaged; "" where no command tells."""
+        """The command that checks the whole folder for damage; "" if there is none."""
         return ""
 
     def verify(self) -> None:
-        """Checks every file's SHA-256 (reads them all).
+        """Checks the SHA-256 of every file; reads all of them.
 
         Raises:
-          UserError: naming the first file whose content is not what was written.
+          UserError: if a file is damaged; the message names the first one.
         """
         self.require_manifest()
         for name, facts in self.files.items():
@@ -267,12 +267,12 @@ class ShardFolder:
                 )
 
     def require_manifest(self) -> None:
-        """Raises UserError unless the manifest is what was written, by its own hash (the oldest ones have none)."""
+        """Raises UserError if the manifest's content does not match its own hash (the oldest manifests have none)."""
         if self.manifest.get("sha256", content_hash(self.manifest)) != content_hash(self.manifest):
             raise UserError(f"{self.directory / MANIFEST} is damaged: it is not what was written; {self.rebuild}")
 
     def require_tokenizer(self, fingerprint: str) -> None:
-        """Raises UserError unless the tokenizer with this fingerprint made the codes."""
+        """Raises UserError unless a tokenizer with this fingerprint made the codes."""
         if fingerprint != self.settings.fingerprint:
             own = shown(self.settings.fingerprint)[1:-1]
             raise UserError(
@@ -283,36 +283,42 @@ class ShardFolder:
 
     @functools.cached_property
     def store_fingerprint(self) -> str:
-        """SHA-256 of the manifest: two folders share it only if they hold the same bytes."""
+        """SHA-256 of the manifest; folders with equal fingerprints hold the same bytes."""
         return sha256_of(self.directory / MANIFEST)
 
 
 def require_inside(name: str) -> None:
-    """Raises UserError unless a name is that of a file or folder directly inside the folder that names it."""
+    """Raises UserError unless ``name`` is a plain name, without a path, of a file or folder inside this folder."""
     if name in ("", ".", "..") or len(name.encode()) > 255 or "/" in name or not name.isprintable():
         raise UserError(f"files: {shown(name)} is not the name of a file inside this folder")
 
 
 def require_count(found: Sized, expected: int) -> None:
-    """Raises ValueError unless a file holds as many images as its manifest says."""
+    """Raises ValueError unless a file holds the number of images that its manifest says."""
     if len(found) != expected:
         raise ValueError(f"it holds {len(found)} images, not {expected}")
 
 
 def require_digest(digest: str, facts: dict[str, Any]) -> None:
-    """Raises ValueError unless a file's SHA-256 is the manifest's."""
+    """Raises ValueError unless a file's SHA-256 equals the one in the manifest."""
     if digest != facts["sha256"]:
         raise ValueError("its SHA-256 is not the manifest's")
 
 
 @contextlib.contextmanager
 def reading(path: Path, verify: str, rebuild: str) -> Iterator[None]:
-    """Turns what a damaged file raises into one line: it, what tells of more (``verify``, "" = nothing), the mend."""
+    """Turns the exceptions of reading a damaged file into a UserError of one line.
+
+    Args:
+      path: the file that is read; the message names it.
+      verify: the command that shows further damage; "" if there is none.
+      rebuild: the advice at the end of the message.
+    """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # each reader has its own
+    except Exception as error:  # each reader raises other exceptions
         if is_of_the_machine(error):
             raise
         see = f"to see what else is, run: {verify}; " if verify else ""
@@ -320,20 +326,20 @@ def reading(path: Path, verify: str, rebuild: str) -> Iterator[None]:
 
 
 def facts_of(path: Path, counts: Mapping[str, int]) -> dict[str, Any]:
-    """What the manifest says of a file, with these counts of ``FileFacts``; reads all of it."""
+    """Returns the manifest's facts about a file, with these counts of ``FileFacts``; reads the whole file."""
     return {"sha256": sha256_of(path), "bytes": path.stat().st_size, **counts}
 
 
 def content_of(manifest: dict[str, Any]) -> dict[str, Any]:
-    """All that a manifest says but its own hash."""
+    """Returns the manifest without its own hash."""
     return {key: value for key, value in manifest.items() if key != "sha256"}
 
 
 def content_hash(manifest: dict[str, Any]) -> str:
-    """Hex SHA-256 of ``content_of`` a manifest."""
+    """Returns the hex SHA-256 of a manifest's content without its own hash."""
     return hashlib.sha256(json.dumps(content_of(manifest), sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(directory: Path, content: dict[str, Any]) -> None:
-    """Writes ``manifest.json`` with its hash; what was not whole before now is."""
+    """Writes ``manifest.json`` with its hash; this marks the folder as complete."""
     write_json(directory / MANIFEST, {**content, "sha256": content_hash(content)})

@@ -1,8 +1,8 @@
-"""The images that a build leaves out: the files that list them, and how many of them may be unreadable.
+"""The images that a build leaves out: the files that list them, and the limit of bad images.
 
-A shard's file lists one image a line: the image, a tab, and why it is left out. A bad image, which cannot be read,
-counts in what is allowed. What is passed over, and duplicates of images that are there, are listed alike and are no bad
-images.
+The file of a shard has one line per image: its id, a tab, and the reason. A bad image cannot be read, and counts
+towards the limit. Images that are passed over and duplicates of stored images are listed in the same file, but are not
+bad images.
 """
 
 import dataclasses
@@ -13,39 +13,39 @@ from arrag_jax.data.examples import DUPLICATE, PASSED_OVER, most_bad
 from arrag_jax.errors import UserError
 
 BAD_FILES = "bad-*.txt"
-LEFT_OUT = ("bad", "passed_over", "duplicates")  # what a manifest counts in such a file
+LEFT_OUT = ("bad", "passed_over", "duplicates")  # the counts that a manifest holds for such a file
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file of ours, each of which ends in a newline."""
+    """Returns the lines of a text file in which every line ends in a newline."""
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def read_bad(path: Path) -> list[tuple[str, str]]:
-    """Image and reason from each line of a file of bad images."""
+    """Returns (image id, reason) for each line of a file of images left out."""
     return [bad_line(line) for line in read_lines(path)]
 
 
 def bad_line(line: str) -> tuple[str, str]:
-    """Image and reason from a line of a file of bad images."""
+    """Returns (image id, reason) from one line of a file of images left out."""
     name, _, reason = line.partition("\t")
     return name, reason
 
 
 def counts_of(reasons: list[str]) -> dict[str, int]:
-    """What the manifest says of a file of bad images with these reasons; what is passed over and duplicates apart."""
+    """Returns the manifest's counts for a file of images left out: bad ones, ones passed over, and duplicates."""
     passed, same = (sum(reason.startswith(kind) for reason in reasons) for kind in (PASSED_OVER, DUPLICATE))
     counts = {"images": 0, "bad": len(reasons) - passed - same}
     return counts | {name: count for name, count in (("passed_over", passed), ("duplicates", same)) if count}
 
 
 def is_bad(reason: str) -> bool:
-    """Whether an image that is left out for this reason cannot be read."""
+    """Returns whether an image that is left out for this reason is a bad image."""
     return not reason.startswith((PASSED_OVER, DUPLICATE))
 
 
 class SkippedCounts(NamedTuple):
-    """Images gone through, without what is passed over, and the bad ones among them."""
+    """The number of images processed, without those passed over, and the number of bad ones among them."""
 
     images: int
     bad: int
@@ -53,12 +53,12 @@ class SkippedCounts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SkipLimit:
-    """How many images of a build may be bad.
+    """The limit of bad images in a build.
 
     Attributes:
-      max_bad_fraction: share of bad images above which the build fails.
-      min_bad: so many do not fail it; see ``data.examples.most_bad``.
-      elsewhere: images of the store that the built one is to be a segment of; they count in that share.
+      max_bad_fraction: the build fails if a larger share of the images is bad.
+      min_bad: this many bad images are allowed even if their share is larger; see ``data.examples.most_bad``.
+      elsewhere: counts of the store that receives the new segment; they are included in the share.
     """
 
     max_bad_fraction: float = 0.0
@@ -70,7 +70,12 @@ class SkipLimit:
             raise UserError(f"max_bad_fraction={self.max_bad_fraction} is outside [0, 1]")
 
     def require_few(self, directory: Path, num_images: int) -> None:
-        """Raises UserError if the files of bad images in ``directory``, which goes through so many, list too many."""
+        """Raises UserError if the files in ``directory`` list too many bad images.
+
+        Args:
+          directory: the folder of the build.
+          num_images: number of images that the build processes.
+        """
         left_out = [line for path in sorted(directory.glob(BAD_FILES)) for line in read_bad(path)]
         bad = [(name, reason) for name, reason in left_out if is_bad(reason)]
         found = len(bad) + self.elsewhere.bad
@@ -87,4 +92,4 @@ class SkipLimit:
             )
 
 
-NO_BAD = SkipLimit()  # not one image may be bad
+NO_BAD = SkipLimit()  # no image may be bad

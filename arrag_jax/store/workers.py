@@ -1,8 +1,8 @@
-"""Several processes, perhaps on several hosts, that fill one folder together.
+"""Lets several processes, possibly on several hosts, fill one folder together.
 
-Each keeps a hidden file in the folder that changes every second. So a process that waits for another one sees whether
-it lives, however long the work takes: no clock is compared, no network is needed beside the shared folder, and one that
-was killed ends the others with one line instead of hanging them.
+Each process writes a heartbeat to a hidden file of the folder every second. A process that waits for another one thus
+sees whether that one is alive, however long the work takes. This needs no common clock, and no network except the
+shared folder. If a process is killed, the others end with a one-line error instead of waiting forever.
 """
 
 import contextlib
@@ -16,41 +16,42 @@ from arrag_jax import signals
 from arrag_jax.errors import UserError
 from arrag_jax.processes import require_partner
 
-BEAT = 1.0  # seconds between two signs of life
-SILENCE = 30.0  # seconds without one after which a process counts as dead
+BEAT = 1.0  # seconds between two heartbeats
+SILENCE = 30.0  # timeout: seconds without a heartbeat after which a process counts as dead
 AGAIN = "run the same command again, in all processes, to continue"
-STOPPING = " stopping"  # ends the sign of a process that was told to end
-STOP_SECONDS = 90.0  # most that such a process waits for the others: they finish their shards
+STOPPING = " stopping"  # suffix of the heartbeat of a process that is stopping after a signal
+STOP_SECONDS = 90.0  # time limit for a stopping process to wait until the others finish their shards
 
 
 class Workers:
     """This process among those that fill a folder; see ``workers_in``.
 
     Attributes:
-      index: of this process.
-      count: of all processes.
+      directory: the folder.
+      index: number of this process, from 0.
+      count: number of processes.
     """
 
     def __init__(self, directory: Path, index: int, count: int):
         self.directory, self.index, self.count = directory, index, count
         self._seen = {other: (self._sign_of(other), None) for other in range(count)}
-        self._before = {other: sign for other, (sign, _) in self._seen.items()}  # what a killed run may have left
+        self._before = {other: sign for other, (sign, _) in self._seen.items()}  # may be left by a killed run
         self._stopping = False
 
     @property
     def leads(self) -> bool:
-        """Is this the process that writes what there is only one of?"""
+        """Whether this process is the leader: it alone writes the files that belong to no shard."""
         return self.index == 0
 
     def share(self, items: range) -> range:
-        """The items that are this process's own."""
+        """Returns the items that this process handles."""
         return items[self.index :: self.count]
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Returns once the condition holds.
+        """Waits until the condition holds.
 
         Raises:
-          UserError: another process has ended or given no sign of life for ``SILENCE`` seconds.
+          UserError: if another process has ended, or has had no heartbeat for ``SILENCE`` seconds.
         """
         started = time.monotonic()
         while not condition():
@@ -60,20 +61,23 @@ class Workers:
             time.sleep(BEAT / 10)
 
     def leader_has_left(self) -> bool:
-        """Was the first process here, and is no more?"""
+        """Returns whether the leader had a heartbeat and has removed it since."""
         return self._seen[0][1] is not None and self._sign_of(0) is None
 
     def wait_for_leader_to_leave(self) -> None:
-        """Returns once the first process has left, however silent: building an index may stop its threads."""
+        """Waits until the leader has removed its heartbeat.
+
+        There is no timeout, because the leader's heartbeat thread may stop while it builds an index.
+        """
         while self._sign_of(0) is not None:
             self.check()
             require_partner(0)
             time.sleep(BEAT)
 
     def check(self) -> None:
-        """Raises ``signals.Stop`` where this process or another one was told to end.
+        """Raises ``signals.Stop`` if this process or another one must stop.
 
-        Takes note of the others' signs, so that the silence of one that dies counts from then on.
+        Also records the heartbeats of the others, from which their timeouts are measured.
         """
         signals.check()
         if any(self._stops(other) for other in self._others):
@@ -82,7 +86,7 @@ class Workers:
             self._note(other)
 
     def stop(self) -> None:
-        """Tells the others that this process stops, and waits until they do, too: at most ``STOP_SECONDS``."""
+        """Announces that this process stops, and waits up to ``STOP_SECONDS`` until the others stop too."""
         self._stopping = True
         signals.settle()
         give_up = time.monotonic() + STOP_SECONDS
@@ -90,7 +94,7 @@ class Workers:
             self._stops(other) or self._sign_of(other) in (None, self._before[other]) for other in self._others
         ):
             time.sleep(BEAT / 10)
-        time.sleep(2 * BEAT)  # they read this one's sign before it goes
+        time.sleep(2 * BEAT)  # gives the others time to read this heartbeat before it is removed
 
     @property
     def _others(self) -> set[int]:
@@ -101,7 +105,7 @@ class Workers:
         return sign is not None and sign.endswith(STOPPING) and sign != self._before[other]
 
     def _note(self, other: int) -> bool:
-        """Takes note of a process' sign of life; is it a new one?"""
+        """Records the heartbeat of a process and returns whether it has changed."""
         sign = self._sign_of(other)
         new = sign is not None and sign != self._seen[other][0]
         if new:
@@ -137,10 +141,10 @@ class Workers:
 
 @contextlib.contextmanager
 def workers_in(directory: str | Path, index: int = 0, count: int = 1) -> Iterator[Workers]:
-    """The processes that fill ``directory`` together, of which this is number ``index`` of ``count``.
+    """Yields the workers that fill ``directory`` together; this process is number ``index`` of ``count``.
 
-    One process alone leaves no trace in the folder; several make it where it is absent. Signs that killed processes
-    left there are removed once the work is done.
+    A single process writes no heartbeat and does not create the folder; several processes create it if it is absent.
+    Heartbeat files of killed processes are removed when the work is done.
     """
     directory = Path(directory)
     if count == 1:
@@ -149,7 +153,7 @@ def workers_in(directory: str | Path, index: int = 0, count: int = 1) -> Iterato
         return
     directory.mkdir(parents=True, exist_ok=True)
     workers, stop = Workers(directory, index, count), threading.Event()
-    workers._file(index).unlink(missing_ok=True)  # a killed run's: no sign of this process
+    workers._file(index).unlink(missing_ok=True)  # a killed run may have left it
     thread = threading.Thread(target=workers._give_signs, args=(stop,), daemon=True)
     thread.start()
     try:
@@ -166,7 +170,7 @@ def workers_in(directory: str | Path, index: int = 0, count: int = 1) -> Iterato
 
 
 def _remove_signs(directory: Path, members: range) -> None:
-    """Removes the signs of processes that are not among the members, and so do not live."""
+    """Removes the heartbeat files of processes that are not members, because those are dead."""
     for path in directory.glob(".process-*"):
         number = path.name.removeprefix(".process-")
         if number.isdecimal() and int(number) not in members:

@@ -1,4 +1,4 @@
-"""Builds the two kinds of folder of shards, a datastore and a neighbour set: the loops over what is to be written."""
+"""Builds the two kinds of folder of shards, a datastore and a neighbour set: the loops over shards and batches."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,14 +22,14 @@ from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings, to_recor
 from arrag_jax.store.skipped import NO_BAD, SkipLimit
 from arrag_jax.store.workers import Workers
 
-# Codes have spare bits (10 to 14 of 16 are in use), which zstd finds; where there are none it adds next to nothing.
-# Grouped, for ArrayRecord adds 9 bytes a record else; it adds 128 KiB a file in any case, so that a store stays within
-# 5 % of 2 bytes a code from 2.5 MiB of codes on whatever they are, and from 0.3 MiB on if 9 bits of 16 are in use.
+# zstd removes the unused bits of codes (10 to 14 of 16 are in use); without unused bits it adds next to nothing.
+# Records are grouped, because ArrayRecord otherwise adds 9 bytes per record. It always adds 128 KiB per file. A store
+# thus takes at most 5 % more than 2 bytes per code from 2.5 MiB of codes on, or from 0.3 MiB if 9 of 16 bits are used.
 RECORD_OPTIONS = "group_size:512,zstd"
-# One record a group, as random access wants it; 3 to 4 times smaller than uncompressed, for neighbours agree.
+# One record per group gives fast random access. zstd makes it 3 to 4 times smaller, because neighbours often agree.
 NEIGHBOR_RECORD_OPTIONS = "group_size:1,zstd"
 NO_CAPTION = "it has no caption"
-# int [B, H, W] codes, where the images came from, what to tell of images done → [B·M, K]
+# (int [B, H, W] codes, ids of the images, callback that counts finished images) → neighbours [B·M, K]
 Search = Callable[[np.ndarray, Sequence[str], Callable[[int], Any]], Neighbors]
 
 
@@ -42,15 +42,15 @@ def build_datastore(
     workers: Workers | None = None,
     known: KnownContents | None = None,
 ) -> Datastore:
-    """Builds the store in ``directory``, or goes on with it, or finds it whole.
+    """Builds the store in ``directory`` and returns it; resumes an unfinished build, and keeps a complete store.
 
     Args:
+      directory, images, settings, limit, workers: as in ``building.begun``.
       codebook: rows of unit norm.
-      known: contents that are left out as duplicates; None = whatever comes is taken.
-      others: as ``building.begun``.
+      known: contents that are left out as duplicates; None = every image is stored.
 
     Raises:
-      UserError: a code outside the codebook; else as ``building.begun``.
+      UserError: if a code lies outside the codebook, or as in ``building.begun``.
     """
     directory = Path(directory)
     _require_codebook(codebook, settings)
@@ -77,19 +77,19 @@ def build_neighbor_set(
     settings: NeighborSettings,
     limit: SkipLimit = NO_BAD,
 ) -> NeighborSet:
-    """Builds the set in ``directory``, or goes on with it, or finds it whole.
+    """Builds the set in ``directory`` and returns it; resumes an unfinished build, and keeps a complete set.
 
-    A shard's images are searched for together, which is quicker the more they are. All depends on the shard
-    alone, so that a resumed build gives the same bytes as long as ``search`` gives the same answers (a ScaNN
-    tree made anew does not: it starts at random). An image without a caption is a bad one: FAiD learns from both.
+    All images of a shard are searched together, because large searches are faster. The result depends only on the
+    shard, so that a resumed build writes the same bytes as long as ``search`` gives the same answers. An image without
+    a caption is a bad image, because FAiD trains on images and captions.
 
     Args:
-      images: with "caption" beside "image".
-      search: of the store and by the means that ``settings`` tell.
-      others: as ``building.begun``.
+      directory, settings, limit: as in ``building.begun``.
+      images: examples with "image" and "caption".
+      search: must search the store and use the options that ``settings`` name.
 
     Raises:
-      UserError: a code outside the codebook; else as ``building.begun``.
+      UserError: if a code lies outside the codebook, or as in ``building.begun``.
     """
     directory = Path(directory)
     images = EncodedImages(_Captioned(images.examples), images.source_id, images.encode, images.batch_size)
@@ -109,7 +109,7 @@ def build_neighbor_set(
 
 
 def items_of(kind: str, batch: Batch) -> list[bytes] | list[str]:
-    """What a batch puts into a shard's file of this kind of content: ``KeyKind.file`` or "captions"."""
+    """Returns a batch's items for a shard's file of this kind of content: a ``KeyKind.file`` or "captions"."""
     for key in KEY_KINDS.values():
         if key.file == kind:
             return [record.tobytes() for record in key.records(batch.codes, batch.latents)]
@@ -117,7 +117,7 @@ def items_of(kind: str, batch: Batch) -> list[bytes] | list[str]:
 
 
 def write_file(path: Path, kind: str, items: Iterable[bytes] | Iterable[str]) -> None:
-    """Writes a file of a store's shard, whole or not at all: records that keys are made of, else lines."""
+    """Writes one file of a store's shard atomically: ArrayRecord for a ``KeyKind.file``, else a text file."""
     if kind in (key.file for key in KEY_KINDS.values()):
         building.write_records(path, items, RECORD_OPTIONS)
     else:
@@ -137,7 +137,7 @@ def _write_codebook(path: Path, codebook: np.ndarray) -> None:
 
 
 def _without_known(batch: Batch, known: KnownContents, shard: Shard) -> Batch:
-    """The images of a batch that are none of the known; the shard leaves out the others."""
+    """Returns the batch without the known images; the shard records those as duplicates."""
     captions = batch.captions if "captions" in shard.files else None
     names = known.find(digests(batch.codes, captions))
     for number, name in zip(batch.numbers, names, strict=True):
@@ -147,7 +147,7 @@ def _without_known(batch: Batch, known: KnownContents, shard: Shard) -> Batch:
 
 
 class _Captioned:
-    """Examples with their captions as they are kept; those without one are bad."""
+    """Examples with captions as they are stored; an example without a caption is a bad image."""
 
     def __init__(self, examples: Examples):
         self.examples = examples
@@ -164,7 +164,12 @@ class _Captioned:
 
 
 def neighbors_of_positions(code: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Codes [B·M, K] of the cells that have a context → int32 [B, T, K] of all cells, -1 in the others."""
+    """Returns the neighbours of all positions, int32 [B, T, K]; -1 at positions without a full context.
+
+    Args:
+      code: codes [B·M, K] of the M positions per image that have a full context.
+      grid: [H, W].
+    """
     positions = grid_ops.positions_with_context(*grid)
     found = np.full((len(code) // len(positions), grid[0] * grid[1], code.shape[1]), -1, np.int32)
     found[:, positions] = code.reshape(-1, len(positions), code.shape[1])
