@@ -43,8 +43,8 @@ def sweep(pipeline: Pipeline, source: Sequence[Mapping[str, Any]], out: Path) ->
         )  # fmt: skip
         page = grids.heat_map(
             gain, [f"{w:g}" for w in WEIGHTS], [f"{t:g}" for t in TEMPERATURES],
-            title=f"gain in bits a code, reduction: {reduction}, K = {k}", row_name="weight", column_name="temperature",
-            form="{:+.4f}",
+            title=f"gain in bits per code, reduction: {reduction}, K = {k}",
+            row_name="weight", column_name="temperature", form="{:+.4f}",
         )  # fmt: skip
         grids.save(out / f"sweep_{reduction}_k{k}.png", page)
         best = np.unravel_index(gain.argmax(), gain.shape)
@@ -52,7 +52,7 @@ def sweep(pipeline: Pipeline, source: Sequence[Mapping[str, Any]], out: Path) ->
         records.append({"reduction": reduction, "k": k, "gain": gain.tolist()})
     settings = {"plain": plain, "weights": WEIGHTS, "temperatures": TEMPERATURES, "maps": records}
     write_json(out / "sweep.json", settings)
-    return grids.table(["reduction", "K", "best weight", "best temperature", "gain in bits a code"], rows, digits=4)
+    return grids.table(["reduction", "K", "best weight", "best temperature", "gain in bits per code"], rows, digits=4)
 
 
 def scaling(pipeline: Pipeline, source: Sequence[Mapping[str, Any]]) -> str:
@@ -65,4 +65,4 @@ def scaling(pipeline: Pipeline, source: Sequence[Mapping[str, Any]]) -> str:
         scored = score_scenes(pipeline.model, look_up(pipeline.model, pipeline.text, examples, retriever))
         plain, daid = bits_per_code(scored, Plain()), bits_per_code(scored, pipeline.policy("daid"))
         rows.append([size, store.num_patches, plain, daid, plain - daid])
-    return grids.table(["stored images", "patches", "plain", "DAiD", "gain in bits a code"], rows, digits=4)
+    return grids.table(["stored images", "patches", "plain", "DAiD", "gain in bits per code"], rows, digits=4)

@@ -17,7 +17,7 @@ def bits_table(bits: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the methods' bits per code, and how far they lie below the baseline, as a table in Markdown."""
     nothing = {"mean": None, "std": None}
     return grids.table(
-        ["bits a code", "mean", "spread", "below plain", "spread"],
+        ["bits per code", "mean", "spread", "below plain", "spread"],
         [[name, row["mean"], row["std"], *row.get("gain", nothing).values()] for name, row in bits.items()],
         digits=4,
     )
