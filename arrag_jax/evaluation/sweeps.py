@@ -1,4 +1,4 @@
-"""Bits per code over the settings of DAiD, and over the size of the store."""
+"""Bits per code as a function of DAiD's settings, and of the size of the store."""
 
 import dataclasses
 import itertools
@@ -16,7 +16,7 @@ from arrag_jax.figures import grids
 from arrag_jax.files import write_json
 from arrag_jax.retrieval.load import load_retriever
 
-SPLIT = "valid"  # settings are chosen on it
+SPLIT = "valid"  # the split on which settings are chosen
 NEEDED = ("plain", "daid")  # the methods that a pipeline must have
 WEIGHTS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # λ of the sweep
 TEMPERATURES = (0.001, 0.003, 0.01, 0.03, 0.1)  # τ of the sweep
@@ -26,7 +26,7 @@ NEIGHBORS = (16, 128, 1024)  # K of the sweep
 def sweep(pipeline: Pipeline, source: Sequence[Mapping[str, Any]], out: Path) -> str:
     """Returns a table of the best settings: gain in bits per code over λ and τ, for each K and reduction.
 
-    Writes ``sweep.json`` and the heat maps ``sweep_REDUCTION_kK.png``.
+    Also writes ``sweep.json`` and the heat maps ``sweep_REDUCTION_kK.png``.
     """
     config = dataclasses.replace(pipeline.config.retrieval, k=max(NEIGHBORS))
     _, retriever = load_retriever(config, pipeline.store.settings.fingerprint)
@@ -56,7 +56,7 @@ def sweep(pipeline: Pipeline, source: Sequence[Mapping[str, Any]], out: Path) ->
 
 
 def scaling(pipeline: Pipeline, source: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a table of the gain in bits per code as the store grows to its full size."""
+    """Returns a table of the gain in bits per code for growing parts of the store, up to the whole store."""
     config, total = pipeline.config.retrieval, pipeline.store.num_images
     examples, rows = [source[i] for i in range(len(source))], []
     for size in sorted({total // 4**i for i in range(5)} - {0}):
