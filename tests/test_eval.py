@@ -78,7 +78,7 @@ def test_eval_writes_its_figures_and_true_scenes_score_best(config, tmp_path, ca
     assert objects["true"]["mean"] == 1.0
     for row in objects.values():
         assert row["mean"] == pytest.approx(np.mean(list(row["families"].values())))
-    assert "bits a code" in capsys.readouterr().out
+    assert "bits per code" in capsys.readouterr().out
     run_eval(dataclasses.replace(config, methods=("daid",)), tmp_path / "alone", 12, split="test")
     alone = json.loads((tmp_path / "alone" / "results.json").read_text())
     assert alone["bits_per_code"]["daid"] == {name: bits["daid"][name] for name in ("mean", "std")}

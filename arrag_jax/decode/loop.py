@@ -1,8 +1,9 @@
-"""The decode loop: prefill, then one ``lax.scan`` over the cells of the grid, for every method.
+"""Samples code grids: one prefill, then one ``lax.scan`` over the positions of the grid, for every method.
 
-A cell: context → search → policy's features → backbone step → guidance → policy's mixture → draw.
-The search depends on codes drawn before this cell alone, so nothing orders it against the backbone's
-step unless the policy feeds the neighbours into it. The loop knows no model and no index.
+Each position runs these steps: context → search → policy's features → backbone step → guidance → policy's mixture →
+sampled code. The search needs only codes that were sampled before this position. It therefore does not wait for the
+backbone's step, unless the policy feeds the neighbours into that step. The loop depends on no particular model or
+index.
 """
 
 import operator
@@ -30,17 +31,17 @@ from arrag_jax.ops.sampling import draw, guide, truncate
 
 
 class SampleOutput(NamedTuple):
-    """Drawn grids and their provenance.
+    """Sampled code grids, and where each code came from.
 
     Attributes:
-      codes: drawn codes, raster order.
-      log_p: log-probability with which each was drawn (mixture, truncation and temperature included).
-      log_p_model: the same under the model's distribution before the policy: their difference is how
-        much the retrieval moved the draw.
-      source: stored row of the nearest neighbour that holds the drawn code; -1 = it was not retrieved.
-      rank: its place among the neighbours, 0 = nearest; -1 likewise.
-      distance: its squared L2 distance; +inf likewise.
-      log_probs: of every code, the distribution each was drawn from; None unless asked for.
+      codes: sampled codes in raster order.
+      log_p: log-probability with which each code was sampled. It includes mixture, truncation and temperature.
+      log_p_model: the same under the model's distribution, before the policy. The difference of the two is the effect
+        of retrieval.
+      source: stored row of the nearest neighbour that holds the sampled code; -1 if no neighbour holds it.
+      rank: rank of that neighbour, 0 = nearest; -1 if no neighbour holds the code.
+      distance: squared L2 distance of that neighbour; +inf if no neighbour holds the code.
+      log_probs: the whole distribution from which each code was sampled; None unless requested.
     """
 
     codes: Int[Array, "B T"]
@@ -63,14 +64,15 @@ def decode(
     on_position: Callable[[Any], None] | None = None,
     return_log_probs: bool = False,
 ) -> SampleOutput:
-    """Draws B grids; traceable, to be jitted by the caller.
+    """Samples B grids. The function can be traced; the caller jits it.
 
     Args:
-      model: a ``BlendingBackbone``, already ``fused``, where the policy blends.
+      model: a ``BlendingBackbone`` that is already ``fused`` if the policy blends.
       cond, uncond: from ``Backbone.check_condition`` and ``unconditional``; ``uncond`` is None without guidance.
-      retriever: None only for a policy that uses no retrieval.
-      keys: one a picture.
-      on_position: traced with the cell's number as cells are done (a call of the host, say).
+      retriever: may be None only for a policy that uses no retrieval.
+      keys: one random key per image.
+      on_position: called during tracing with the number of each finished position, e.g. to insert a host callback.
+      return_log_probs: also return the whole distribution at each position.
     """
     height, width = model.grid
     positions, batch = height * width, len(keys)
@@ -108,7 +110,7 @@ def decode(
 
 
 def _record(code, log_p, log_p_model, neighbors) -> SampleOutput:
-    """What is kept of one cell: [B] each."""
+    """Returns what is kept of one position; each field has the shape [B]."""
     hit = neighbors.code == code[:, None]
     found, rank = jnp.any(hit, axis=1), jnp.argmax(hit, axis=1)  # the first hit is the nearest
     at = lambda x, i: jnp.take_along_axis(x, i[:, None], 1)[:, 0]  # noqa: E731
@@ -124,21 +126,28 @@ def _record(code, log_p, log_p_model, neighbors) -> SampleOutput:
 
 @jax.jit(static_argnames=("graph", "sampling", "return_log_probs"))
 def _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, listener, return_log_probs):
-    """``decode``, compiled; ``listener`` is the number of the handle of a host function, or None."""
+    """Runs ``decode``, compiled. ``listener`` is the number of a host function's handle, or None."""
     model = nnx.merge(graph, state)
     on_position = None if listener is None else lambda position: jax.debug.callback(_tell, listener, position)
     return decode(model, cond, uncond, policy, retriever, keys, sampling, on_position, return_log_probs)
 
 
 def _tell(listener: Any, position: Any) -> None:
-    """Calls the host function of a number, if it is still there."""
+    """Calls the host function with this number if its handle still exists."""
     on_position = handles.look_up(listener)
     if on_position is not None:
         on_position(position)
 
 
 def image_keys(seed: ArrayLike, batch: int) -> Key[Array, " batch"]:
-    """A key a picture: from a seed a picture, or from one seed and the picture's place in the batch."""
+    """Returns one random key per image.
+
+    Args:
+      seed: one seed per image, or one seed for all; then the key depends on the image's place in the batch, too.
+
+    Raises:
+      UserError: if ``seed`` is not an integer, or the number of seeds is not the number of images.
+    """
     seeds = np.asarray(seed)
     if seeds.ndim > 1 or not np.issubdtype(seeds.dtype, np.integer):
         raise UserError(f"seed = {seed!r} must be a whole number, or one a prompt")
@@ -150,7 +159,11 @@ def image_keys(seed: ArrayLike, batch: int) -> Key[Array, " batch"]:
 
 
 def require_blenders(model: Backbone, retriever: Retriever, neighbors: int | None = None) -> None:
-    """Raises UserError unless the model has blenders and the search gives them enough neighbours (None: its own)."""
+    """Raises UserError unless the model has blenders and the search returns enough neighbours for them.
+
+    Args:
+      neighbors: how many neighbours are blended; None = the model's own number.
+    """
     blended = getattr(model, "blended_neighbors", 0)
     if not blended:
         raise UserError("this checkpoint has no FAiD blenders; decode it with --method plain or daid")
@@ -160,7 +173,7 @@ def require_blenders(model: Backbone, retriever: Retriever, neighbors: int | Non
 
 
 def _number(name: str, value: Any) -> Any:
-    """A number of Python's, which can be hashed, of any library's; None stays None."""
+    """Returns a number of any library as a Python number, which can be hashed; None stays None."""
     try:
         return value if value is None else operator.index(value) if name == "top_k" else float(value)
     except (TypeError, ValueError) as error:
@@ -168,7 +181,11 @@ def _number(name: str, value: Any) -> Any:
 
 
 def _sampling(model: Backbone, numbers: dict[str, Any], greedy: bool) -> SamplingConfig:
-    """The settings that ``sample`` is given; a UserError where they cannot be."""
+    """Returns the settings of ``sample`` as a ``SamplingConfig``.
+
+    Raises:
+      UserError: if a setting is invalid.
+    """
     sampling = SamplingConfig(**{name: _number(name, value) for name, value in numbers.items()}, greedy=greedy)
     if sampling.top_k is not None and sampling.top_k > model.codebook_size:
         raise UserError(f"top_k = {sampling.top_k} is more than the {model.codebook_size} codes there are")
@@ -192,24 +209,24 @@ def sample(
     grid: ArrayLike = None,
     return_log_probs: bool = False,
 ) -> SampleOutput:
-    """Draws one picture a prompt.
+    """Generates one code grid per prompt.
 
     Args:
       model: a Backbone that is an ``nnx.Module``.
-      condition: the model's condition, e.g. (ids, mask) or class labels int [B]; or its first array, e.g. prompt ids
-        int [B, L], BOS … image-start, with prompt_mask beside it: 1 where a real token stands (None = everywhere).
-      policy: ``Plain()`` if None. retriever: needed by a policy that uses retrieval.
+      condition: the model's condition, e.g. (ids, mask) or class labels int [B]. It may also be the condition's first
+        array alone, e.g. prompt ids int [B, L] from BOS to image-start; ``prompt_mask`` is then the second one.
+      policy: ``Plain()`` if None. retriever: required by a policy that uses retrieval.
       cfg_scale, temperature, top_k, top_p, greedy: see ``config.SamplingConfig``.
-      seed: one integer a picture: then it depends on its prompt and seed alone, not on its batch. Or one for all:
-        then on its place in the batch as well.
-      on_position: host function called with the number of each finished cell.
-      mesh: splits the batch over its axis "data", the model is copied to every device; None = one device. Every
-        process calls this with the same arguments, and gets all pictures. The retriever must live on the mesh, too.
-      grid: height and width in codes; None = the model's. return_log_probs: keep whole distributions, [B, T, V], too.
+      seed: one integer per image, or one integer for all. With one per image, an image depends only on its prompt and
+        seed. With one for all, it also depends on the image's place in the batch.
+      prompt_mask: 1 where ``condition`` holds a real token; None = everywhere.
+      on_position: host function that is called with the number of each finished position.
+      mesh: the batch is split over its axis "data", and every device gets a copy of the model. Every process calls this
+        function with the same arguments and gets all grids. The retriever must be on the mesh, too. None = one device.
+      grid: height and width in codes; None = the model's. return_log_probs: also return the distributions [B, T, V].
 
     Raises:
-      UserError: if parts that belong together are missing or do not fit; in a process that was forked after JAX had
-        been used, which would hang.
+      UserError: if parts are missing or do not fit together, or if the process was forked after JAX had been used.
     """
     require_own_process()
     model = model if grid is None else model.with_grid(grid)

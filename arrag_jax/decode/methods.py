@@ -1,4 +1,4 @@
-"""The methods that ``generate`` and ``eval`` draw with: one table from a name to a model, a policy and a search."""
+"""The sampling methods of ``generate`` and ``eval``: one table from a name to a model, a policy and a search."""
 
 import dataclasses
 import enum
@@ -11,7 +11,7 @@ from arrag_jax.interfaces import DecodePolicy
 
 
 class Kind(enum.Enum):
-    """The models that a ``DrawConfig`` names."""
+    """A model that a ``DrawConfig`` names."""
 
     BASE = "model"  # the value is the config's key
     LORA = "lora_model"
@@ -19,23 +19,23 @@ class Kind(enum.Enum):
 
 
 class Search(enum.Enum):
-    """Where a method looks for neighbours."""
+    """The set of stored images in which a method searches for neighbours."""
 
     NONE = enum.auto()
-    STORE = enum.auto()  # in the whole store
-    CAPTIONS = enum.auto()  # in the stored images whose captions are nearest to the prompt
+    STORE = enum.auto()  # the whole store
+    CAPTIONS = enum.auto()  # the stored images whose captions are nearest to the prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """How a method draws.
+    """How a method samples images.
 
     Attributes:
-      model: which model it needs.
-      policy: returns its decode policy under a config.
-      search: where it looks for neighbours.
-      images: returns how many images ``Search.CAPTIONS`` is limited to; None with another search.
-      by_default: whether it is drawn where no method is asked for.
+      model: the model that the method needs.
+      policy: returns the method's decode policy for a config.
+      search: where the method searches for neighbours.
+      images: returns the number of images to which ``Search.CAPTIONS`` is limited; None for another search.
+      by_default: whether the method is used when no method is requested.
     """
 
     model: Kind
@@ -46,7 +46,7 @@ class Method:
 
     @property
     def limited(self) -> bool:
-        """Whether the search is limited to images that the prompt's words choose."""
+        """Whether the search is limited to the images that the prompt selects by their captions."""
         return self.search is Search.CAPTIONS
 
 
@@ -58,8 +58,8 @@ def _caption_daid(config: DrawConfig) -> Daid:
     return _daid(config.caption.daid)
 
 
-BASELINE = "plain"  # what the other methods are compared with
-# In the order in which they are drawn. Characters of a name: a to z and "+", because it is part of file names.
+BASELINE = "plain"  # the method with which the others are compared
+# The order is the order of sampling. A name uses only a to z and "+", because it becomes part of file names.
 METHODS = {
     BASELINE: Method(Kind.BASE, lambda c: Plain()),
     "static": Method(Kind.BASE, _caption_daid, Search.CAPTIONS, lambda c: c.caption.static_images, by_default=False),
@@ -72,14 +72,14 @@ METHODS = {
 
 
 def chosen_methods(names: tuple[str, ...], kinds: set[Kind]) -> tuple[str, ...]:
-    """Returns the methods of these names in the order of ``METHODS``.
+    """Returns the names of the requested methods in the order of ``METHODS``.
 
     Args:
-      names: what is asked for; () = all that are drawn by default.
-      kinds: the models that there are.
+      names: the requested names; () = all methods that are used by default.
+      kinds: the models that are available.
 
     Raises:
-      UserError: a name that is unknown, or a method whose model there is not.
+      UserError: if a name is unknown, or if the model of a method is not available.
     """
     able = [name for name, method in METHODS.items() if method.model in kinds]
     for name in names:

@@ -1,4 +1,4 @@
-"""What retrieval does to drawing: nothing (``Plain``), a mixed distribution (``Daid``), blended features (``Faid``)."""
+"""The decode policies: no retrieval (``Plain``), a mixed distribution (``Daid``) or blended features (``Faid``)."""
 
 import dataclasses
 from typing import Any
@@ -17,26 +17,26 @@ from arrag_jax.ops.sampling import mix, neighbor_log_probs
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """The model alone."""
+    """The policy without retrieval: samples from the model alone."""
 
     uses_retrieval = False
     blends = False
 
     def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> None:
-        """Nothing for the backbone."""
+        """Returns None: the backbone gets no features."""
 
     def log_probs(
         self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
     ) -> Float[Array, "B V"]:
-        """The model's distribution."""
+        """Returns the model's distribution unchanged."""
         return log_p
 
 
 @dataclasses.dataclass(frozen=True)
 class Daid:
-    """Distribution-level mixing, training-free: p = (1 − λ) p_model + λ p_retrieved.
+    """The policy that mixes distributions, without training: p = (1 − λ) p_model + λ p_retrieved.
 
-    Source: docs/reference.md "DAiD". λ and τ are leaves of the pytree: a sweep over them compiles once.
+    Source: docs/reference.md "DAiD". λ and τ are leaves of the pytree, so a sweep over them compiles once.
 
     Attributes:
       weight: λ in [0, 1].
@@ -44,17 +44,18 @@ class Daid:
       reduction: "max" (the paper) or "sum"; see ``ops.sampling.neighbor_log_probs``.
 
     Raises:
-      UserError: λ outside [0, 1], τ ≤ 0 or not finite (of tracers nothing is known), or an unknown rule.
+      UserError: if λ is outside [0, 1], if τ ≤ 0 or is not finite, or if the reduction is unknown. Tracers are not
+        checked, because they have no value yet.
     """
 
-    weight: Any  # a number or an array of them, one a row of a ``vmap``; untyped, because tracers are numbers, too
+    weight: Any  # a number, or an array with one number per row of a ``vmap``; Any, because it may be a tracer
     temperature: Any
     reduction: str = "max"
     uses_retrieval = True
     blends = False
 
     def __post_init__(self):
-        DaidConfig(reduction=self.reduction)  # which refuses what cannot be
+        DaidConfig(reduction=self.reduction)  # raises if it is invalid
         for name in ("weight", "temperature"):
             value = getattr(self, name)
             if isinstance(value, jax.core.Tracer):
@@ -63,19 +64,22 @@ class Daid:
                 DaidConfig(**{name: number})
 
     def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> None:
-        """Nothing for the backbone."""
+        """Returns None: the backbone gets no features."""
 
     def log_probs(
         self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
     ) -> Float[Array, "B V"]:
-        """The mixture, in cells that have a context and rows that have a neighbour."""
+        """Returns the mixture.
+
+        Rows without a neighbour, and all rows where the position has no context, keep the model's distribution.
+        """
         log_q = neighbor_log_probs(neighbors, log_p.shape[1], self.temperature, self.reduction)
         found = jnp.any(neighbors.code >= 0, axis=1)
         return mix(log_p, log_q, self.weight, found & has_context)
 
 
 def _unflattened(reduction: str, numbers: tuple[Any, Any]) -> Daid:
-    """A ``Daid`` of leaves that may be anything: gradients, shapes, tracers. So they are not checked."""
+    """Returns a ``Daid`` without checking its leaves, because JAX also puts gradients, shapes and tracers there."""
     policy = object.__new__(Daid)
     for name, value in (("weight", numbers[0]), ("temperature", numbers[1]), ("reduction", reduction)):
         object.__setattr__(policy, name, value)
@@ -96,13 +100,13 @@ jax.tree_util.register_pytree_with_keys(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Faid:
-    """Feature-level blending: the backbone's blenders take the nearest neighbours' features.
+    """The policy that blends features: the backbone's blenders receive the features of the nearest neighbours.
 
-    Source: docs/reference.md "FAiD". The backbone must have been trained with them.
+    Source: docs/reference.md "FAiD". The backbone must have been trained with its blenders.
 
     Attributes:
-      mixture: what becomes of the distribution afterwards: ``Plain()``, or a ``Daid`` for both at once.
-      neighbors: how many of the search's are blended; None = as many as the model was trained with.
+      mixture: the policy for the distribution that follows: ``Plain()``, or a ``Daid`` to combine both.
+      neighbors: how many of the retrieved neighbours are blended; None = as many as in the model's training.
     """
 
     mixture: Plain | Daid = Plain()
@@ -113,11 +117,11 @@ class Faid:
     def features(
         self, model: BlendingBackbone, neighbors: Neighbors, has_context: Bool[Array, ""]
     ) -> Float[Array, "B K D"]:
-        """Features of the nearest neighbours; zeros where a slot is empty."""
+        """Returns the features of the nearest neighbours; zeros where a slot is empty."""
         return model.retrieved_features(neighbors.code[:, : self.neighbors or model.blended_neighbors])
 
     def log_probs(
         self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
     ) -> Float[Array, "B V"]:
-        """The mixture's."""
+        """Returns the distribution that ``mixture`` makes of the model's."""
         return self.mixture.log_probs(log_p, neighbors, has_context)

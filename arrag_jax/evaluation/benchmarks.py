@@ -1,4 +1,4 @@
-"""The benchmarks that ``eval`` measures on, by name; each one lives in a folder of its own."""
+"""The benchmarks of ``eval``, by name; each benchmark has a folder of its own."""
 
 import pkgutil
 
@@ -6,8 +6,8 @@ from arrag_jax.config import DataSetConfig
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import Benchmark
 
-# From a name to a class that takes a ``DataSetConfig`` and one of its ``splits``. A class is imported when it is asked
-# for, so that a benchmark may need packages that the others do not.
+# From a name to a class that takes a ``DataSetConfig`` and one of its ``splits``. A class is imported at its first use,
+# so that a benchmark may need packages that the others do not.
 BENCHMARKS = {
     "emoji_scenes": "arrag_jax.evaluation.emoji.benchmark:EmojiScenes",
 }
@@ -17,7 +17,7 @@ def open_benchmark(name: str, data: DataSetConfig, split: str = "test") -> Bench
     """Returns a benchmark over a split of its data.
 
     Raises:
-      UserError: an unknown benchmark, or a split that it does not have.
+      UserError: if the benchmark is unknown, or does not have this split.
     """
     if name not in BENCHMARKS:
         raise UserError(f"--benchmark={name!r} is unknown; choose one of {', '.join(BENCHMARKS)}")
@@ -28,10 +28,10 @@ def open_benchmark(name: str, data: DataSetConfig, split: str = "test") -> Bench
 
 
 def prompts_of(data: DataSetConfig, number: int) -> list[str]:
-    """Returns the first ``number`` test prompts of the benchmark that a data set belongs to.
+    """Returns the first ``number`` test prompts of the benchmark to which a data set belongs.
 
     Raises:
-      UserError: it belongs to none.
+      UserError: if the data set belongs to no benchmark.
     """
     name = data.name.partition("/")[0]
     if number and name not in BENCHMARKS:

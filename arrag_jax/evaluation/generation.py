@@ -1,4 +1,4 @@
-"""Draws prompts into a folder: what ``generate`` does."""
+"""Generates images from prompts into a folder; the implementation of ``generate``."""
 
 import contextlib
 import itertools
@@ -20,8 +20,8 @@ from arrag_jax.figures.canvas import upscale
 from arrag_jax.figures.grids import labelled_grid
 from arrag_jax.files import exclusive_lock
 
-AUTO, SIDE = "auto", 144  # pixels: the side towards which small pictures are enlarged
-GRID_ROWS = 64  # prompts in grid.png, the first ones: it is held in memory, and a longer one is hard to look at
+AUTO, SIDE = "auto", 144  # pixels: small images are enlarged to at most this side
+GRID_ROWS = 64  # grid.png shows only the first prompts, because it is held in memory and must stay readable
 
 
 def generate(
@@ -33,14 +33,18 @@ def generate(
     scale: int | str,
     provenance: bool = True,
 ) -> None:
-    """Draws prompts with every method (or ``method`` alone), same seeds, into a folder; goes on where it was.
+    """Generates images from prompts into a folder, with all methods or with ``method`` alone.
+
+    All methods use the same seeds. If the folder holds an unfinished run with the same settings, that run is continued.
 
     Args:
-      num_test_prompts: how many prompts of the config's data set are drawn after the others.
-      scale: how many times images are enlarged; ``AUTO``: to about ``SIDE`` pixels.
+      num_test_prompts: how many prompts of the config's data set are added to ``prompt``.
+      scale: integer factor by which images are enlarged; ``AUTO``: to about ``SIDE`` pixels.
+      provenance: also write a provenance page per image, for methods that retrieve.
 
     Raises:
-      UserError: a scale below 1, no prompt or a bad one, or as ``open_pipeline`` and ``RunFolder``.
+      UserError: if the scale is below 1, if there is no prompt or an invalid one, or as ``open_pipeline`` and
+        ``RunFolder``.
     """
     if scale != AUTO and not (str(scale).isdecimal() and int(scale) >= 1):
         raise UserError(f"--scale={scale} must be at least 1, or {AUTO}")
@@ -49,9 +53,9 @@ def generate(
         raise UserError('nothing to draw; give at least one --prompt "…" or --test_prompts=N')
     pipeline = open_pipeline(config, [method] if method else [])
     scale = max(1, SIDE // max(pipeline.model.image_size)) if scale == AUTO else int(scale)
-    pipeline.text.length(prompt)  # so that a bad prompt is said before anything is drawn
+    pipeline.text.length(prompt)  # reports a bad prompt before anything is drawn
     names = [name_of(i, name) for name in pipeline.methods for i in range(len(prompt))]
-    if jax.process_index() > 0:  # all draw, one writes
+    if jax.process_index() > 0:  # all processes generate, process 0 writes
         draw_missing(pipeline, prompt, missing_for_all(None, len(names)), None)
         return
     out = Path(workdir)
@@ -73,24 +77,29 @@ def generate(
 
 
 def name_of(number: int, method: str) -> str:
-    """Returns the name of a prompt's picture by a method."""
+    """Returns the name of the image of a prompt by a method."""
     return f"{number:02d}_{method}"
 
 
 def missing_for_all(missing: np.ndarray | None, count: int) -> np.ndarray:
-    """Returns in every process of the run what the first one knows: which of ``count`` pictures are missing.
+    """Returns, in every process of the run, which of ``count`` images are missing.
 
-    The others give None.
+    Args:
+      missing: known by process 0; None in all other processes, which receive it from process 0.
     """
     known = np.zeros(count, np.int64) if missing is None else missing.astype(np.int64)
     return known.astype(bool) if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(known).astype(bool)
 
 
 def draw_missing(pipeline: Pipeline, prompts: list[str], missing: np.ndarray, folder: RunFolder | None) -> None:
-    """Draws the pictures that are missing and writes them into the folder (None: another process does), in batches.
+    """Generates the missing images in batches, and writes them to the folder.
+
+    Args:
+      missing: one flag per image: all prompts of the first method, then of the next one.
+      folder: None = another process writes.
 
     Raises:
-      signals.Stop: after the batch in which a signal comes.
+      signals.Stop: after the batch in which a signal arrives.
     """
     seeds, steps = pipeline.config.seed + np.arange(len(prompts)), itertools.count(1)
     with signals.held("batch") as point:
@@ -104,7 +113,7 @@ def draw_missing(pipeline: Pipeline, prompts: list[str], missing: np.ndarray, fo
 def write(
     pipeline: Pipeline, prompts: list[str], method: str, batch: Batch, wanted: np.ndarray, folder: RunFolder
 ) -> None:
-    """Writes the wanted pictures of a batch, with their pages where they were retrieved."""
+    """Writes the wanted images of a batch, and their provenance pages if the method retrieves."""
     settings = folder.settings
     told = settings["provenance"] and pipeline.policy(method).uses_retrieval
     for place, number in enumerate(batch.numbers.tolist()):
@@ -116,7 +125,7 @@ def write(
 
 
 def finish(pipeline: Pipeline, prompts: list[str], folder: RunFolder) -> None:
-    """Writes the grid of the first pictures and the records of all, and prints the methods' shares."""
+    """Writes the grid of the first images and all provenance records; prints the mean shares of each method."""
     rows = [
         (text, [folder.picture(name_of(i, method)) for method in pipeline.methods])
         for i, text in enumerate(prompts[:GRID_ROWS])

@@ -1,4 +1,4 @@
-"""Held-out likelihood in bits a code: teacher-forced, plain or under a policy, as kNN-LM reports perplexity."""
+"""Held-out likelihood in bits per code: teacher-forced, without or with a policy, as kNN-LM reports perplexity."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,12 +17,12 @@ from arrag_jax.ops.neighbors import Neighbors, empty_neighbors
 
 
 class Found(NamedTuple):
-    """B held-out scenes as codes, with their neighbours: looked up once for every model and policy.
+    """B held-out scenes as codes with their neighbours; one search serves every model and policy.
 
     Attributes:
-      condition: what the model draws the scenes under.
-      codes: of the scenes.
-      neighbors: of every cell, B·T rows; empty where a cell has no context.
+      condition: the condition of the model for these scenes.
+      codes: codes of the scenes.
+      neighbors: neighbours of every position, B·T rows; empty for a position without a context.
     """
 
     condition: Condition
@@ -31,7 +31,7 @@ class Found(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What the policies need of B scenes, one row a cell (n = B·T): computed once, mixed many times."""
+    """The inputs of a policy for B scenes, one row per position (n = B·T); computed once and used for many mixtures."""
 
     codes: Int[Array, " n"]
     log_p: Float[Array, "n V"]
@@ -46,12 +46,12 @@ def look_up(
     batch_size: int = 50,
     limit: Callable[[list[str]], Retriever | None] | None = None,
 ) -> list[Found]:
-    """Codes and neighbours of held-out scenes, in batches, with a progress bar.
+    """Returns codes and neighbours of held-out scenes, in batches; shows a progress bar.
 
     Args:
       examples: scenes with "image" uint8 [h, w, 3] and "caption" bytes.
-      retriever: None leaves every neighbour list empty.
-      limit: gives the retriever of a batch from its captions, in place of ``retriever``.
+      retriever: None = every neighbour list is empty.
+      limit: returns the retriever for the captions of a batch; it replaces ``retriever``.
     """
     graph, state = nnx.split(tokenizer)
     captions = [example["caption"].decode() for example in examples]
@@ -75,10 +75,10 @@ def _look_up(graph, state, pixels, retriever):
 
 
 def score_scenes(model: Backbone, found: Sequence[Found], blend: bool = False) -> list[Scored]:
-    """Teacher-forced distributions of scenes that were looked up, with a progress bar.
+    """Returns the teacher-forced distributions of scenes from ``look_up``; shows a progress bar.
 
     Args:
-      blend: give the neighbours to FAiD's blenders, too.
+      blend: also give the neighbours to FAiD's blenders.
     """
     graph, state = nnx.split(model)
     bar = progress.bar(found, desc="scoring", unit="batch")
@@ -95,7 +95,7 @@ def _score(graph, state, found, blend):
 
 
 def bits_per_code(scored: Sequence[Scored], policy: DecodePolicy, k: int | None = None) -> float:
-    """Mean −log2 p of the true codes under a policy, over all cells, those without a context included.
+    """Returns the mean −log2 p of the true codes under a policy, over all positions, also those without a context.
 
     Args:
       k: use only the k nearest neighbours; None = all that were retrieved.
@@ -107,6 +107,6 @@ def bits_per_code(scored: Sequence[Scored], policy: DecodePolicy, k: int | None 
 @jax.jit(static_argnums=2)
 def _bits(part: Scored, policy: DecodePolicy, k: int | None) -> Float[Array, ""]:
     nearest = jax.tree.map(lambda x: x[:, :k], part.neighbors)
-    # Cells without a context have empty neighbour lists, which a policy leaves alone.
+    # Positions without a context have empty neighbour lists, so a policy does not change their distributions.
     log_p = policy.log_probs(part.log_p, nearest, jnp.asarray(True))
     return -jnp.take_along_axis(log_p, part.codes[:, None], 1).sum() / jnp.log(2.0)

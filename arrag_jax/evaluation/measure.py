@@ -1,4 +1,4 @@
-"""Measures the methods of a config on a benchmark: what ``eval`` does."""
+"""Measures the methods of a config on a benchmark; the implementation of ``eval``."""
 
 import dataclasses
 import functools
@@ -22,9 +22,9 @@ from arrag_jax.files import require_writable, write_json
 from arrag_jax.interfaces import Benchmark, ImageBatch
 from arrag_jax.store.images import reconstruct
 
-PARTS = 3  # parts of the held-out examples; the spread of the likelihood is that over the parts
-SEED_STEP = 1_000_003  # from one repeat's seeds to the next one's: no image shares its key with one of another repeat
-BLOCK = 100  # true images scored at once
+PARTS = 3  # parts of the held-out examples; the spread of the likelihood is the spread over these parts
+SEED_STEP = 1_000_003  # added to the seeds in each repeat, so that no two images of different repeats share a key
+BLOCK = 100  # true images that are scored at once
 
 
 def evaluate(
@@ -37,16 +37,16 @@ def evaluate(
     sweep: bool,
     scaling: bool,
 ) -> None:
-    """Measures on a benchmark and prints tables; writes results.json, or what ``sweeps`` gives, into a folder.
+    """Measures methods on a benchmark, prints tables, and writes results.json, or the files of ``sweeps``, to a folder.
 
     Args:
-      config: which models and which store; its mesh must be one device.
-      num_prompts: prompts that are drawn in each repeat; 0 = measure the likelihood alone.
-      num_scenes: held-out examples whose likelihood is measured.
-      sweep, scaling: do what ``sweeps`` does instead, on the validation split.
+      config: models and store; its mesh must be one device.
+      num_prompts: number of prompts in each repeat; 0 = measure the likelihood alone.
+      num_scenes: number of held-out examples whose likelihood is measured.
+      sweep, scaling: run these functions of ``sweeps`` instead, on the validation split.
 
     Raises:
-      UserError: a flag that cannot be, an unknown benchmark, or as ``open_pipeline``.
+      UserError: if a flag is invalid, if the benchmark is unknown, or as ``open_pipeline``.
     """
     signals.begins_anew()
     opened = open_benchmark(benchmark, config.data, split)
@@ -75,7 +75,7 @@ def evaluate(
 
 
 def measure(pipeline: Pipeline, benchmark: Benchmark, split: str, num_prompts: int, num_scenes: int) -> dict[str, Any]:
-    """Returns all figures of results.json."""
+    """Returns all metrics of results.json."""
     prompts = benchmark.prompts(num_prompts) if num_prompts else []
     return {
         "bits_per_code": likelihoods(pipeline, benchmark.held_out(num_scenes)),
@@ -90,16 +90,17 @@ def measure(pipeline: Pipeline, benchmark: Benchmark, split: str, num_prompts: i
 
 
 def likelihoods(pipeline: Pipeline, source: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns each method's bits per code of held-out examples, mean and spread over ``PARTS`` parts of them.
+    """Returns each method's bits per code of held-out examples, as mean and spread over ``PARTS`` parts of them.
 
-    "gain" is how far they lie below the baseline, where that is measured, too. Fewer examples than parts: nothing.
+    "gain" is how far they are below the baseline, if the baseline is measured, too. With fewer examples than parts, the
+    result is empty.
     """
     bits = {method: [] for method in pipeline.methods}
     for number in range(PARTS if len(source) >= PARTS else 0):
-        # Consecutive examples: every PARTS-th one may be of a few kinds alone, because kinds may take turns.
+        # Parts are consecutive examples: if kinds of examples alternate, every PARTS-th one holds only a few kinds.
         part = range(number * len(source) // PARTS, (number + 1) * len(source) // PARTS)
         examples = [source[i] for i in part]
-        found, scored = {}, {}  # methods share what one search found, and one model's distributions with it
+        found, scored = {}, {}  # methods share results of the same search, and distributions of the same model
         for method in pipeline.methods:
             model, policy = pipeline.model_of(method), pipeline.policy(method)
             search = method if METHODS[method].limited else ""
@@ -117,7 +118,7 @@ def likelihoods(pipeline: Pipeline, source: Sequence[Mapping[str, Any]]) -> dict
 
 
 def scores(pipeline: Pipeline, benchmark: Benchmark, prompts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns the scores of each method, and before them those of true images and their reconstructions, if any."""
+    """Returns the scores of each method, preceded by the scores of true images and of their reconstructions, if any."""
     rows = {}
     if benchmark.true_images(np.arange(1)) is not None:
         decoded = functools.partial(reconstruct, pipeline.model)
@@ -129,7 +130,7 @@ def scores(pipeline: Pipeline, benchmark: Benchmark, prompts: Sequence[str]) -> 
 
 
 def drawn(pipeline: Pipeline, method: str, prompts: Sequence[str], repeats: int) -> Iterator[Iterator[ImageBatch]]:
-    """Yields for each repeat the batches of images of all prompts, which are drawn while they are read."""
+    """Yields for each repeat an iterator over the batches of images; it generates them when it is read."""
     for repeat in range(repeats):
         seeds = pipeline.config.seed + repeat * SEED_STEP + np.arange(len(prompts))
         yield (ImageBatch(batch.numbers, batch.images) for batch in pipeline.draw(prompts, method, seeds))

@@ -1,14 +1,15 @@
-"""A copy audit: how much of a drawn picture comes in a run from one stored image.
+"""Measures copies: how much of a generated image equals one stored image over connected positions.
 
-A *run* is a set of cells of the picture, joined by their sides, that equal the cells of one stored image at one
-displacement, and that hold at least ``RUN`` different codes: a flat ground, which equals that of any image, is no copy.
+A *run* is a set of positions that are connected by their sides and whose codes equal those of one stored image at one
+displacement. It holds at least ``RUN`` different codes. A plain background does not count as a copy, because it
+equals the background of any image.
 """
 
 import numpy as np
 from jaxtyping import Bool, Int, Integer
 
-RUN = 8  # different codes; a sprite of emoji_scenes has 16 cells, a square of 3 x 3 cells up to 9
-BLOCK_IMAGES = 4096  # stored images compared at once
+RUN = 8  # different codes; a sprite of emoji_scenes covers 16 positions, and 3 x 3 positions hold up to 9 codes
+BLOCK_IMAGES = 4096  # stored images that are compared at once
 
 
 def copied_runs(
@@ -17,18 +18,18 @@ def copied_runs(
     shift: Int[np.ndarray, "M 2"],
     least: int = RUN,
 ) -> Bool[np.ndarray, "R H W"]:
-    """The picture's runs from any of M stored images, as masks of its cells; they may overlap.
+    """Returns the image's runs from any of M stored images, as masks over the positions; they may overlap.
 
     Args:
-      grid: the picture's codes.
-      stored: the images' codes.
-      shift: rows and columns by which each image is moved before it is laid over the picture.
-      least: different codes that make cells a run.
+      grid: codes of the image.
+      stored: codes of the stored images.
+      shift: rows and columns by which each stored image is moved before the comparison.
+      least: minimum number of different codes in a run.
     """
     runs = [np.zeros((0, *grid.shape), bool)]
     for codes, (down, right) in zip(stored, shift, strict=True):
         equal = grid == _moved(codes, int(down), int(right))
-        while len(np.unique(grid[equal])) >= least:  # else no part of it is a run
+        while len(np.unique(grid[equal])) >= least:  # with fewer codes, no part of it is a run
             part = _joined(equal, divmod(int(equal.argmax()), equal.shape[1]))
             if len(np.unique(grid[part])) >= least:
                 runs.append(part[None])
@@ -37,13 +38,13 @@ def copied_runs(
 
 
 def equal_in_place(grid: Integer[np.ndarray, "H W"], stored: Integer[np.ndarray, "n H W"]) -> Int[np.ndarray, " n"]:
-    """How many cells of the picture each stored image has at the same place."""
+    """Returns, for each stored image, how many positions have the same code as the image."""
     starts = range(0, len(stored), BLOCK_IMAGES)
     return np.concatenate([(stored[i : i + BLOCK_IMAGES] == grid[None]).sum((1, 2)) for i in starts])
 
 
 def _moved(codes: Integer[np.ndarray, "H W"], down: int, right: int) -> Int[np.ndarray, "H W"]:
-    """An image's codes moved down and to the right; -1 where none of its cells comes to lie."""
+    """Returns the codes of an image moved down and to the right; -1 where no code is moved to."""
     moved = np.full(codes.shape, -1)
     (height, width), rows, columns = codes.shape, max(down, 0), max(right, 0)
     part = codes[max(-down, 0) : max(height - rows, 0), max(-right, 0) : max(width - columns, 0)]
@@ -52,7 +53,7 @@ def _moved(codes: Integer[np.ndarray, "H W"], down: int, right: int) -> Int[np.n
 
 
 def _joined(equal: Bool[np.ndarray, "H W"], start: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
-    """The cells of ``equal`` that are joined by their sides with one of them."""
+    """Returns the positions of ``equal`` that are connected by their sides to ``start``."""
     part, edge = np.zeros_like(equal), [start]
     while edge:
         row, column = edge.pop()

@@ -1,9 +1,9 @@
-"""Origins of drawn codes: which stored images hold the patches that a picture's codes were found in.
+"""Origins of sampled codes: the stored images that hold the patches in which a generated image's codes were found.
 
-A search returns one stored patch per code, and where many are equally near it returns the first that was stored. So a
-patch's *copies*, all stored patches of the same context and the same code, are counted here, and each has an equal part
-of the credit. A patch that more than one in ``COMMON`` of the images hold is *common ground*, such as a plain
-background: it tells nothing about where a picture came from, and nobody has credit for it.
+A search returns one stored patch per code; among equally near patches, it returns the first that was stored.
+Therefore this module counts a patch's *copies*, which are all stored patches with the same context and the same code.
+Each copy gets an equal part of the credit. A patch that more than one in ``COMMON`` images hold is *common ground*,
+such as a plain background. It says nothing about the origin of an image, and no image gets credit for it.
 """
 
 from typing import NamedTuple
@@ -15,19 +15,20 @@ from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval.patches import packed
 
 COMMON = 20
-BLOCK_IMAGES = 4096  # stored images looked through at once
+BLOCK_IMAGES = 4096  # stored images that are processed at once
 
 
 class Origins(NamedTuple):
-    """Where each cell's code was found; T cells in raster order, n stored images.
+    """The origin of the code at each position; T positions in raster order, n stored images.
 
     Attributes:
-      copies: stored patches equal to the one that was found; 0 where none was found.
-      images: stored images that hold at least one of them.
-      image: of these images the one with the most credit in the whole picture (of equal ones the first); -1 = none.
-      position: the first cell of that image that holds it; -1 likewise.
-      common: is the patch common ground?
-      credit: every image's part of the picture, in cells: each cell's copies share one, common ground aside.
+      copies: number of stored patches equal to the retrieved one; 0 if none was retrieved.
+      images: number of stored images that hold at least one of them.
+      image: among these images, the one with the most credit in the whole generated image (ties: the first); -1 = none.
+      position: the first position of that image that holds the patch; -1 = none.
+      common: whether the patch is common ground.
+      credit: each image's part of the generated image, in positions. The copies of each position share one unit; common
+        ground is excluded.
     """
 
     copies: Int[np.ndarray, " T"]
@@ -43,12 +44,12 @@ def origins(
     stored: Integer[np.ndarray, "n H W"],
     searched: Int[np.ndarray, " M"] | None = None,
 ) -> Origins:
-    """Returns the origins of a picture's cells.
+    """Returns the origins of an image's positions.
 
     Args:
-      rows: stored row of the neighbour that holds each cell's code; -1 = none does.
+      rows: stored row of the neighbour that holds each position's code; -1 = none.
       stored: codes of all stored images.
-      searched: numbers of the images that the search was limited to; None = all.
+      searched: numbers of the images to which the search was limited; None = all.
     """
     height, width = stored.shape[1:]
     found = rows >= 0
@@ -73,7 +74,7 @@ def origins(
 
 
 class _Held(NamedTuple):
-    """Patches that images hold, one row per pair: patch, image, how often, and the first cell."""
+    """Patches that images hold, one row per pair: patch, image, number of copies, and first position."""
 
     patch: Int[np.ndarray, " m"]
     image: Int[np.ndarray, " m"]
@@ -82,14 +83,14 @@ class _Held(NamedTuple):
 
 
 def _whole(context: Integer[np.ndarray, "m 4"], code: Integer[np.ndarray, " m"]) -> Integer[np.ndarray, "m 2"]:
-    """Patches as two numbers each: the context's four codes, of 16 bits, and the code."""
+    """Returns patches as two integers each: the context's four codes of 16 bits, and the code."""
     return np.stack([packed(context), code.astype(np.uint64)], 1)
 
 
 def _held(
     patch: Integer[np.ndarray, "m 2"], stored: Integer[np.ndarray, "n H W"], numbers: Int[np.ndarray, " M"]
 ) -> _Held:
-    """Which of the images ``numbers`` hold which of the patches (in ascending order)."""
+    """Returns which of the images ``numbers`` hold which of the patches (in ascending order)."""
     contexts = np.unique(patch[:, 0])
     code_bits = np.uint64(16)
     keys = (np.searchsorted(contexts, patch[:, 0]).astype(np.uint64) << code_bits) | patch[:, 1]

@@ -1,4 +1,4 @@
-"""From a ``DrawConfig`` to pictures: what ``generate`` and ``eval`` have in common."""
+"""Loads models and store from a ``DrawConfig`` and generates images; shared by ``generate`` and ``eval``."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,16 +24,16 @@ from arrag_jax.retrieval.captions import CaptionIndex, LimitedRetriever
 from arrag_jax.retrieval.load import index_hash_of, load_retriever, open_store
 from arrag_jax.store.datastore import Datastore
 
-LARGE_MODEL = 10**8  # parameters from which drawing a picture takes minutes on a CPU
+LARGE_MODEL = 10**8  # parameters; with more, one image takes minutes on a CPU
 
 
 class Batch(NamedTuple):
-    """Pictures that were drawn together.
+    """Images that were generated together.
 
     Attributes:
-      numbers: of their prompts.
+      numbers: numbers of their prompts.
       images: their pixels.
-      drawn: how they came about, one row a picture.
+      drawn: their sampled codes and provenance, one row per image.
     """
 
     numbers: Int[np.ndarray, " n"]
@@ -42,30 +42,33 @@ class Batch(NamedTuple):
 
 
 class PositionBar:
-    """A progress bar over cells; one object serves all batches, so that the compiled loop can call it."""
+    """A progress bar over positions.
+
+    One object serves all batches, because the compiled loop calls it.
+    """
 
     def __init__(self):
         self.bar = None
 
     def __call__(self, position: Any) -> None:
-        """One more cell of the whole batch is drawn."""
+        """Advances the bar by one position of the whole batch."""
         if self.bar is not None:
             self.bar.update()
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A model, its tuned relatives, their prompt encoder and, where a method needs it, a store with its search.
+    """A model, its tuned variants, their prompt encoder and, if a method needs it, a store with its search.
 
     Attributes:
-      methods: what was asked for, in the order of ``METHODS``.
-      model: the base, which is the tokenizer of all.
+      methods: the requested methods, in the order of ``METHODS``.
+      model: the base model, whose tokenizer all methods use.
       tuned: the models of the other methods, by method.
-      store: None if no method asked for retrieves.
-      retriever: over the whole store; None if no method asked for searches that.
-      captions: of the store; None if no method asked for reads them.
+      store: None if no requested method retrieves.
+      retriever: searches the whole store; None if no requested method does this.
+      captions: the store's captions; None if no requested method reads them.
       mesh: None = one device.
-      folders: of the methods' models, by method.
+      folders: folders of the methods' models, by method.
     """
 
     config: DrawConfig
@@ -81,19 +84,19 @@ class Pipeline:
     bar: PositionBar = dataclasses.field(default_factory=PositionBar)
 
     def policy(self, method: str) -> DecodePolicy:
-        """The policy that a method's name stands for."""
+        """Returns the policy of a method."""
         return METHODS[method].policy(self.config)
 
     def model_of(self, method: str) -> ImageModel:
-        """The model that a method draws with."""
+        """Returns the model that a method uses."""
         return self.tuned.get(method, self.model)
 
     def index_hash(self, method: str = "") -> str:
-        """The hash of the saved index that a method (or any) searches; empty where it searches none."""
+        """Returns the hash of the saved index that a method (or any method) searches; empty if it searches none."""
         return "" if method and METHODS[method].limited else index_hash_of(self.retriever)
 
     def retriever_for(self, method: str, prompts: Sequence[str]) -> Retriever | None:
-        """What a method searches while it draws these prompts."""
+        """Returns the retriever that a method uses for these prompts."""
         if not METHODS[method].limited:
             return self.retriever
         config, images = self.config.retrieval, self.images_for(method, prompts)
@@ -105,10 +108,10 @@ class Pipeline:
         return self.captions.nearest(prompts, METHODS[method].images(self.config))
 
     def reports_every_position(self, method: str) -> bool:
-        """Whether a method's decode loop tells the host of every cell, for the progress bar.
+        """Returns whether a method's decode loop calls the host at every position, for the progress bar.
 
-        JAX keeps no program that calls the host for the next run. So a loop does where it calls anyway, to search, or
-        where drawing takes far longer than compiling.
+        JAX's persistent cache does not keep a program that calls the host. Therefore a loop calls it only if it calls
+        the host anyway, to search, or if generating takes far longer than compiling.
         """
         on_host = METHODS[method].search is Search.STORE and self.config.retrieval.search == "scann"
         size = sum(value[...].size for value in parameters(self.model_of(method)).values())
@@ -121,13 +124,13 @@ class Pipeline:
         seeds: Int[np.ndarray, " N"],
         wanted: Bool[np.ndarray, " N"] | None = None,
     ) -> Iterator[Batch]:
-        """Pictures of prompts, batch by batch of ``config.batch_size``, and how they came about.
+        """Yields generated images with their provenance, in batches of ``config.batch_size`` prompts.
 
-        An image depends on its prompt, method and seed alone. Shows a progress bar over the positions, which moves with
-        each of them or batch by batch: see ``reports_every_position``.
+        An image depends only on its prompt, method and seed. A progress bar over the positions advances at every
+        position or at every batch: see ``reports_every_position``.
 
         Args:
-          wanted: a batch without a wanted picture is left out; None = all are wanted.
+          wanted: batches without a wanted image are skipped; None = all are wanted.
         """
         ways, positions = 1 if self.mesh is None else self.mesh.shape["data"], int(np.prod(self.model.grid))
         size = -(-min(self.config.batch_size, len(prompts)) // ways) * ways
@@ -139,7 +142,7 @@ class Pipeline:
         with progress.bar(wanted=leads, total=total, desc=f"drawing {method}", unit="cell") as bar:
             self.bar.bar = bar
             for numbers in batches:
-                # The last batch is filled up with its own rows over again, so that one shape is compiled.
+                # The last batch is padded with its own rows, so that only one shape is compiled.
                 rows, keep = np.resize(numbers, size), len(numbers)
                 drawn_here = [prompts[i] for i in rows]
                 result = sample(
@@ -159,12 +162,12 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = ()) -> Pipeline:
     """Loads what the methods need, and checks that it belongs together.
 
     Args:
-      config: what to load, and the mesh to draw on.
-      methods: of ``METHODS``; none = the config's, and where it names none, those drawn by default that its models
-        can do.
+      config: what to load, and the mesh to use.
+      methods: names from ``METHODS``; none = the config's methods. If the config names none either, all default methods
+        that its models can do.
 
     Raises:
-      UserError: a method that they can't do, a checkpoint that can't be read, a store of another tokenizer, …
+      UserError: if the models cannot do a method, a checkpoint cannot be read, a store belongs to another tokenizer, …
     """
     mesh = make_mesh(config.mesh)
     mesh = mesh if mesh.size > 1 else None

@@ -1,4 +1,4 @@
-"""Where drawn pictures came from: a figure and a record a picture, from what the decode loop kept of each draw."""
+"""The origins of generated images: a figure and a record per image, computed from the output of the decode loop."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,34 +17,37 @@ from arrag_jax.interfaces import DecodePolicy
 from arrag_jax.nn.vq import to_uint8
 from arrag_jax.ops.grid import image_and_position
 
-THUMBNAILS = 5  # stored images shown beside a picture
+THUMBNAILS = 5  # number of stored images on a page
 
 
 def page_and_record(
     pipeline: Pipeline, method: str, prompt: str, image: UInt8[np.ndarray, "h w 3"], drawn: SampleOutput
 ) -> tuple[UInt8[np.ndarray, "_ _ 3"], dict[str, Any]]:
-    """Returns the page of one picture (fields of ``drawn``: [T]), and its record.
+    """Returns the page and the record of one image (fields of ``drawn``: [T]).
 
-    Thumbnails are the store's own codes decoded by the model, so that no original file is needed. Keys of a record:
+    The model decodes the thumbnails from the stored codes, so no original image file is needed. Keys of a record:
 
-      prompt, method: what was drawn.
-      index: hash of the ScaNN index that was searched (``retrieval.index.index_hash``); empty where none was.
-      share_retrieved: expected share of the draws that the retrieved distribution made, not the model (see
-        ``share_of_draws``); null where nothing is mixed, as with FAiD alone.
-      share_among_neighbors: share of the positions whose code is among the neighbours, whoever drew it.
-      share_common: share of the positions whose code is there on common ground (see ``evaluation.origins``).
-      share_copied: share of the positions that lie in a run that equals one stored image (``evaluation.memorization``),
-        looked for in the images and at the displacements of the cells' neighbours, and in the image nearest in place.
-      share_largest_copy: share of the cells in the largest of these runs.
-      nearest_in_place: the stored image that equals the picture in most cells at the same place: "image", its number;
-        "source", where it came from; "share_equal".
-      sources: the images that hold most of the cells' patches, common ground aside, most first: "image", "source",
-        "cells" shown as this image's, and "credit": its part of the cells when all equal patches share a cell alike.
-      positions: one a cell in raster order. "code"; "rank" among the neighbours (0 = nearest), squared L2 "distance",
-        stored "image" and "image_cell" of the nearest neighbour that holds the code, all null if none does. "copies":
-        stored patches of the same context and code, in so many "images", of which the one named has most credit;
-        "common": are these too many to tell anything? "retrieved": probability that retrieval made the draw, or null.
-        "log_p" of the draw; "log_p_moved", less what it was before retrieval: null if the model never draws the code.
+      prompt, method: inputs of the image.
+      index: hash of the searched ScaNN index (``retrieval.index.index_hash``); empty if none was searched.
+      share_retrieved: expected share of the codes that were sampled from the retrieved distribution, not from the
+        model's (see ``share_of_draws``); null if the method mixes nothing, such as FAiD alone.
+      share_among_neighbors: share of the positions whose code is among the neighbours, whichever distribution it was
+        sampled from.
+      share_common: share of the positions whose code is among them on common ground (see ``evaluation.origins``).
+      share_copied: share of the positions in a run that equals one stored image (``evaluation.memorization``). Runs are
+        searched in the images and at the displacements of the neighbours, and in the image nearest in place.
+      share_largest_copy: share of the positions in the largest of these runs.
+      nearest_in_place: the stored image that equals the generated one at most positions: "image", its number; "source",
+        its origin; "share_equal", the share of equal positions.
+      sources: the images with the most positions, common ground excluded, in descending order: "image"; "source";
+        "cells", the number of positions shown as this image's; and "credit", its part of the positions when all equal
+        patches share a position equally.
+      cells: one item per position in raster order. "code"; "rank" among the neighbours (0 = nearest), squared L2
+        "distance", stored "image" and "image_cell" of the nearest neighbour with this code, all null if there is none.
+        "copies": number of stored patches with the same context and code, in "images" different images; "image" is the
+        one of them with the most credit. "common": whether these are too many to be informative. "retrieved":
+        probability that the code was sampled from the retrieved distribution, or null. "log_p" of the code;
+        "log_p_moved", the same minus its value before retrieval, null if the model alone never samples the code.
     """
     studied = _study(pipeline, method, prompt, drawn)
     record = {"prompt": prompt, "method": method, "index": pipeline.index_hash(method)}
@@ -60,12 +63,12 @@ def page_and_record(
 
 
 class Studied(NamedTuple):
-    """What is known of a picture's cells beside what was drawn.
+    """Facts about an image's positions in addition to the sampled codes.
 
     Attributes:
       stored: codes of all stored images.
-      sources: where they came from.
-      origins: of the cells.
+      sources: origins of the stored images.
+      origins: origins of the positions.
       retrieved: see ``share_of_draws``.
     """
 
@@ -83,11 +86,12 @@ def _study(pipeline: Pipeline, method: str, prompt: str, drawn: SampleOutput) ->
 
 
 def share_of_draws(drawn: SampleOutput, policy: DecodePolicy) -> Float[np.ndarray, "*n"] | None:
-    """Returns each draw's probability to have come from the retrieved part of the mixture, not from the model's.
+    """Returns the probability that each code was sampled from the retrieved part of the mixture, not from the model's.
 
-    A draw from p = (1 − λ) p_model + λ p_retrieved is one from either, by a coin of weight λ. Given the code c, the
-    coin showed p_retrieved with probability λ p_retrieved(c) / p(c) = 1 − (1 − λ) p_model(c) / p(c): 0 when λ = 0, 1
-    when λ = 1, and 0 in cells where nothing was mixed. FAiD's features act on p_model: no share of a draw is theirs.
+    Sampling from p = (1 − λ) p_model + λ p_retrieved is the same as choosing p_retrieved with probability λ, p_model
+    otherwise, and sampling from the chosen one. Given the code c, p_retrieved was chosen with probability
+    λ p_retrieved(c) / p(c) = 1 − (1 − λ) p_model(c) / p(c). This is 0 if λ = 0, 1 if λ = 1, and 0 at positions without
+    a mixture. FAiD's features change p_model itself, so they have no share of their own.
 
     Args:
       drawn: fields of any shape.
@@ -109,11 +113,11 @@ def image_record(
     found: Origins | None = None,
     retrieved: Float[np.ndarray, " T"] | None = None,
 ) -> dict[str, Any]:
-    """Returns the record of one picture (fields of ``drawn``: [T]), drawn from these stored images.
+    """Returns the record of one image (fields of ``drawn``: [T]) that was generated with these stored images.
 
     Args:
-      found: the origins; None = looked for in all images.
-      retrieved: of ``share_of_draws``.
+      found: the origins; None = they are searched in all images.
+      retrieved: result of ``share_of_draws``.
 
     See ``page_and_record`` for its keys.
     """
@@ -139,9 +143,9 @@ def image_record(
 
 
 def _most_credited(found: Origins, sources: Sequence[str]) -> list[dict[str, Any]]:
-    """The images that most cells are shown as coming from."""
+    """Returns the images that are shown as the origin of the most positions."""
     images, positions = np.unique(found.image[(found.copies > 0) & ~found.common], return_counts=True)
-    order = np.lexsort((images, -positions))[:THUMBNAILS]  # as the page has it
+    order = np.lexsort((images, -positions))[:THUMBNAILS]  # the same order as on the page
     return [
         {
             "image": int(images[place]),
@@ -173,7 +177,7 @@ def _cell(
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
-    """Returns the records' shares in one line, the mean over the pictures."""
+    """Returns one line with the means of the records' shares over the images."""
 
     def mean(share: str) -> str:
         return f"{np.mean([record[share] for record in records]):.1%}"
@@ -194,7 +198,10 @@ def _runs(
     nearest: int,
     stored: Integer[np.ndarray, "n H W"],
 ) -> Bool[np.ndarray, "R H W"]:
-    """A picture's runs from the images of its origins, at their displacements, and from the image nearest in place."""
+    """Returns an image's runs of copied codes.
+
+    They are searched in the images and at the displacements of its neighbours, and in the image nearest in place.
+    """
     height, width = stored.shape[1:]
     here = np.flatnonzero(image >= 0)
     down, right = here // width - position[here] // width, here % width - position[here] % width
@@ -204,7 +211,10 @@ def _runs(
 
 
 def _stored_images(pipeline: Pipeline, images: Sequence[int]) -> dict[int, UInt8[np.ndarray, "h w 3"]]:
-    """At most ``THUMBNAILS`` stored images, by number; decoded as a batch of just so many: one shape is compiled."""
+    """Returns at most ``THUMBNAILS`` stored images by number.
+
+    The batch is padded to this size, so that only one shape is compiled.
+    """
     rows = np.resize(np.asarray(images, np.int64), THUMBNAILS)
     codes = pipeline.store.codes[rows].reshape(THUMBNAILS, -1).astype(np.int32)
     pictures = np.asarray(to_uint8(pipeline.model.decode_codes(codes, *pipeline.model.grid)))

@@ -1,4 +1,4 @@
-"""The figure that shows where one drawn picture came from: panels side by side."""
+"""The figure that shows the origins of one generated image, as panels side by side."""
 
 from collections.abc import Mapping
 
@@ -22,12 +22,12 @@ from arrag_jax.figures.canvas import (
 )
 from arrag_jax.figures.lettering import shortened, text_size
 
-NOT_FOUND, COMMON_GROUND = -1, -2  # in a map of sources
-OTHER_COLOR = (70, 70, 70)  # found in an image outside the legend
-STRONGEST = 0.75  # share of the colour where the retrieval moved the draw most
-LEAST_RANGE = 0.1  # of log p: smaller moves than this stay pale, even where they are a picture's largest
-PANEL = 288  # pixels; smaller pictures are enlarged towards it
-NAMES = 210  # pixels for the name of a stored image
+NOT_FOUND, COMMON_GROUND = -1, -2  # special values in ``source``
+OTHER_COLOR = (70, 70, 70)  # for stored images that are not in the legend
+STRONGEST = 0.75  # share of the colour at the largest effect of retrieval
+LEAST_RANGE = 0.1  # of log p: smaller changes stay pale, even if they are the largest in the image
+PANEL = 288  # pixels; smaller images are enlarged to at most this side
+NAMES = 210  # maximum width in pixels of the name of a stored image
 
 
 def provenance_page(
@@ -39,27 +39,31 @@ def provenance_page(
     scale: int | None = None,
     top: int = 5,
 ) -> RGBImage:
-    """Returns a drawn picture; each cell's origin; how far retrieval moved each draw; the stored images beside it.
+    """Returns a figure with up to four panels: the image, its origins, the effect of retrieval, the stored images.
 
-    Origin: a cell whose patch a stored image holds is framed and tinted in that image's colour; common ground, which
-    very many images hold, keeps its own colours without a frame; what no neighbour holds is greyed.
-    Moved: orange where retrieval made the drawn code likelier, blue where less likely; the strongest colour stands for
-    the largest finite change of the picture (at least ``LEAST_RANGE``), and for codes that the model alone could not
-    have drawn.
-    The legend shows the ``top`` sources by number of positions (ties: the lower id), then what is left.
+    Origins: a position whose patch a stored image holds is framed and tinted in that image's colour. Common ground,
+    which very many images hold, keeps its own colours without a frame. A position whose code no neighbour holds is
+    grey.
+
+    Effect: orange where retrieval made the sampled code more likely, blue where it made it less likely. The
+    strongest colour stands for the largest finite change in the image (at least ``LEAST_RANGE``), and for codes that
+    the model alone could not have sampled.
+
+    The legend shows the ``top`` sources by number of positions (ties: the lower id), then the number of the
+    remaining positions.
 
     Args:
-      image: the drawn picture; its sides are multiples of the grid's.
-      source: id of the stored image that each position is shown as coming from, ``NOT_FOUND`` or ``COMMON_GROUND``.
-      moved: log-probability of each draw, less what it was before retrieval; +inf: the model could not have drawn it.
-        None: the method mixes nothing, and there is no such panel.
-      sources: id → thumbnail, at least of the sources that the legend shows.
-      names: id → where that image came from, likewise; long ones are shortened in the middle.
-      scale: whole factor by which the picture is enlarged; None = the one that brings it nearest below ``PANEL``.
-      top: sources in the legend, at most ``len(PALETTE)``.
+      image: the generated image; its sides are multiples of the grid's sides.
+      source: id of the stored image shown as the origin of each position, or ``NOT_FOUND`` or ``COMMON_GROUND``.
+      moved: log-probability of each sampled code minus its value before retrieval; +inf: the model could not have
+        sampled it. None: the method mixes no distributions, and this panel is left out.
+      sources: id → thumbnail, at least for the sources in the legend.
+      names: id → the name of that image's source, likewise; long names are shortened in the middle.
+      scale: integer factor by which the image is enlarged; None = the largest one up to ``PANEL`` pixels.
+      top: number of sources in the legend, at most ``len(PALETTE)``.
 
     Raises:
-      ValueError: if the picture does not divide into the grid, ``top`` is too large, or a thumbnail is missing.
+      ValueError: if the image does not divide into the grid, ``top`` is too large, or a thumbnail is missing.
     """
     (height, width), (rows, columns) = image.shape[:2], source.shape
     if height % rows or width % columns:
@@ -88,11 +92,11 @@ def provenance_page(
 
 
 def _range(moved: Float[np.ndarray, "H W"]) -> str:
-    """From the least to the largest change, zero included, in two digits."""
+    """Returns the smallest and the largest change, including zero, as text with two digits."""
     return f"{min(0.0, float(moved.min())):.2g} to {max(0.0, float(moved.max())):+.2g}"
 
 
-Shown = Mapping[int, tuple[tuple[int, int, int], int]]  # source image → its colour and number of cells
+Shown = Mapping[int, tuple[tuple[int, int, int], int]]  # source image → its colour and number of positions
 
 
 def _most_used(source: Int[np.ndarray, "H W"], top: int) -> Shown:
@@ -102,7 +106,7 @@ def _most_used(source: Int[np.ndarray, "H W"], top: int) -> Shown:
 
 
 def _place(position: tuple[int, int], image: RGBImage, scale: int, grid: tuple[int, int]) -> tuple[slice, slice]:
-    """The pixels of a cell in the enlarged picture."""
+    """Returns the pixels of a position in the enlarged image."""
     steps = [scale * side // positions for side, positions in zip(image.shape[:2], grid, strict=True)]
     return tuple(slice(i * step, (i + 1) * step) for i, step in zip(position, steps, strict=True))
 
@@ -130,14 +134,14 @@ def _changes(image: RGBImage, scale: int, moved: Float[np.ndarray, "H W"]) -> RG
 
 
 def _largest(values: Float[np.ndarray, "H W"]) -> float:
-    """The largest finite value; 0 if there is none."""
+    """Returns the largest finite value; 0 if there is none."""
     return float(values[np.isfinite(values)].max(initial=0.0))
 
 
 def _legend(
     shown: Shown, sources: Mapping[int, RGBImage], names: Mapping[int, str], source: Int[np.ndarray, "H W"], height: int
 ) -> RGBImage:
-    """Thumbnails in their colour's frame with their cells and names, then the cells that are left."""
+    """Returns the framed thumbnails with their counts and names, then the counts of the remaining positions."""
     frame, line, told = 3, text_size("Ag")[1] + 6, sum(count for _, count in shown.values())
     rest = [
         (OTHER_COLOR, f"other images: {int((source >= 0).sum()) - told}"),

@@ -1,8 +1,8 @@
-"""The folder that a run of ``generate`` fills: it goes on where it was, and shows one run alone.
+"""The output folder of ``generate``. It can be continued after an interruption, and it holds the files of one run only.
 
-``run.json`` holds what is drawn and, once all is there, the SHA-256 of every file. Until then ``.parts`` holds one
-record per picture, which is written after the picture itself. So a run that was ended at any moment knows what it has,
-and a run of other settings removes what the one before it has left.
+``run.json`` holds the settings of the run and, once the run is complete, the SHA-256 of every file. Until then,
+``.parts`` holds one record per image, which is written after the image itself. A run that was interrupted at any moment
+can therefore find out which images are complete. A run with other settings removes the files of the previous run.
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ from arrag_jax.retrieval.index import index_directory
 RECORD, PARTS = "run.json", ".parts"
 GRID, PROVENANCE = "grid.png", "provenance.json"
 VERSION = 1
-NAME = re.compile(r"\d{2,}_[a-z+]+")  # of a picture; nothing else is ever removed
+NAME = re.compile(r"\d{2,}_[a-z+]+")  # name of an image; other files are never removed
 
 
 def settings_of(pipeline: Pipeline, prompts: Sequence[str], scale: int, provenance: bool) -> dict[str, Any]:
-    """Returns all that the files of a run depend on; the size of a batch is not among it."""
+    """Returns all settings that the files of a run depend on. The batch size is not one of them."""
     config = pipeline.config
     return {
         "prompts": list(prompts),
@@ -51,7 +51,7 @@ def settings_of(pipeline: Pipeline, prompts: Sequence[str], scale: int, provenan
 
 
 def texts_of(settings: Mapping[str, Any], number: int, method: str) -> dict[str, str]:
-    """Returns the text chunks of a picture: prompt, seed, method, model and store (with what tells them apart)."""
+    """Returns the PNG text chunks of an image: prompt, seed, method, and model and store with their hashes."""
     facts = settings["methods"][method]
     return {
         "prompt": settings["prompts"][number],
@@ -62,7 +62,7 @@ def texts_of(settings: Mapping[str, Any], number: int, method: str) -> dict[str,
 
 
 def _method(pipeline: Pipeline, method: str) -> dict[str, Any]:
-    """What a method draws with."""
+    """Returns the model, store and settings that a method uses."""
     folder, policy, config = pipeline.folders[method], pipeline.policy(method), pipeline.config
     facts = {"model": folder, "model_sha256": _sha256_of_model(folder)}
     if not policy.uses_retrieval:
@@ -78,7 +78,7 @@ def _method(pipeline: Pipeline, method: str) -> dict[str, Any]:
 
 
 def _sha256_of_model(folder: str) -> str:
-    """Of a model folder's config, weights and text tokenizer."""
+    """Returns the hash of a model folder's config, weights and text tokenizer."""
     digest = hashlib.sha256()
     for path in files_of(folder):
         digest.update(f"{path.name} {sha256_of(path)}\n".encode())
@@ -86,28 +86,29 @@ def _sha256_of_model(folder: str) -> str:
 
 
 class RunFolder:
-    """A folder of pictures called NN_METHOD; one process writes to it.
+    """A folder of images named NN_METHOD; only one process writes to it.
 
     Attributes:
-      directory: where.
-      settings: of this run.
-      names: of its pictures, in the order of ``provenance.json``.
-      complete: whether all was there when the run began.
-      earlier: keys of the settings in which the run that was there before differs; () = there was none.
+      directory: the folder.
+      settings: settings of this run.
+      names: names of its images, in the order of ``provenance.json``.
+      complete: whether all files existed when this run began.
+      earlier: names of the settings in which a previous run in this folder differs; () = there was none.
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any], names: Sequence[str]):
         self.directory, self.names = directory, list(names)
-        self.settings = json.loads(json.dumps(settings))  # as they are read back: tuples become lists
+        self.settings = json.loads(json.dumps(settings))  # the same form as after reading: tuples become lists
         self.earlier: tuple[str, ...] = ()
         self.complete = False
         self._parts = directory / PARTS
 
     def begin(self) -> set[str]:
-        """Returns the names of the pictures that are whole already; removes the files of a run of other settings.
+        """Returns the names of the images that are already complete; removes the files of a run with other settings.
 
         Raises:
-          UserError: ``run.json`` is damaged, or is not of ``generate``; or ``.parts`` is a link that leads out.
+          UserError: if ``run.json`` is damaged or was not written by ``generate``, or if ``.parts`` is a link that
+            leads out of the folder.
         """
         require_within(self.directory, self._parts)
         record = self._read_record()
@@ -116,7 +117,7 @@ class RunFolder:
             if files is not None and self._are_whole(files):
                 self.complete = True
                 return set(self.names)
-            if files is not None:  # somebody has changed a finished run
+            if files is not None:  # a file of a complete run was changed or removed
                 self._reopen(files)
         else:
             if record is not None:
@@ -137,7 +138,7 @@ class RunFolder:
         page: RGBImage | None,
         record: dict[str, Any] | None,
     ) -> None:
-        """Writes a picture with its text chunks and, where there are such, its page and record of provenance."""
+        """Writes an image with its text chunks and, if given, its provenance page; then writes its record."""
         info = PngInfo()
         for key, text in texts.items():
             info.add_text(key, text)
@@ -148,20 +149,20 @@ class RunFolder:
         write_json(self._parts / f"{name}.json", {"files": hashes, "record": record})
 
     def picture(self, name: str) -> RGBImage:
-        """Returns a picture that was written, as it was drawn."""
+        """Returns an image that was written, at its original size before enlargement."""
         scale = self.settings["scale"]
         with Image.open(self.directory / f"{name}.png") as image:
             return np.asarray(image)[::scale, ::scale]
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yields the pictures' records of provenance, in their order."""
+        """Yields the provenance records of the images, in the order of the images."""
         for name in self.names:
             record = self._part(name)["record"]
             if record is not None:
                 yield record
 
     def finish(self, grid: RGBImage) -> None:
-        """Writes the grid and the records, and says that the run is whole."""
+        """Writes the grid and the provenance records, and marks the run as complete."""
         save(self.directory / GRID, grid)
         files, count = {GRID: sha256_of(self.directory / GRID)}, 0
         with atomic_write(self.directory / PROVENANCE) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -179,7 +180,7 @@ class RunFolder:
         shutil.rmtree(self._parts, ignore_errors=True)
 
     def _part(self, name: str) -> dict[str, Any]:
-        """What is known of a picture; no files where it is not whole."""
+        """Returns the record of an image; its dict of files is empty if the image is not complete."""
         try:
             part = read_json(self._parts / f"{name}.json")
         except UserError:
@@ -193,7 +194,10 @@ class RunFolder:
         return all(path.is_file() and sha256_of(path) == digest for path, digest in paths.items())
 
     def _reopen(self, files: dict[str, str]) -> None:
-        """Makes a finished run an unfinished one: parts of the pictures that are still whole."""
+        """Turns a complete run into an incomplete one.
+
+        Writes a record for each image whose provenance record is still known, or that has none.
+        """
         folder_in(self.directory, PARTS)
         told, known = [name for name in self.names if f"provenance_{name}.png" in files], {}
         if told and self._are_whole({PROVENANCE: files.get(PROVENANCE, "")}):

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: state and data position together in one step directory, written in the background.
+"""Checkpoints of a run: state and data position together in one directory per step, written in the background.
 
-Orbax writes a step under a temporary name and renames it when whole, so a kill at any moment leaves
-either the whole step or none of it. Frozen weights are no part of a checkpoint: ``base.json`` names them.
-The data position is one for all processes (``make_loader``), so that a run may go on with another number of them.
+Orbax writes a step under a temporary name and renames it when it is complete. A kill at any moment therefore leaves
+either the complete step or nothing of it. Frozen weights are not part of a checkpoint; ``base.json`` identifies them.
+All processes share one data position (``make_loader``), so a run may continue with another number of processes.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ from arrag_jax.training.sums import digest_of, read_sums, require_finite, requir
 
 State = TypeVar("State")
 asyncio_log = getLogger("asyncio")
-KEEP = 2  # the newest, and the one before it in case the newest is damaged; the best one is kept besides
+KEEP = 2  # the newest, and the one before it in case the newest is damaged; the best one is kept in addition
 
-# Keys that may differ between a run and its continuation: they change when, where or how long, not what, or its sample
-# grids alone. A run that has a checkpoint of its own no longer reads init_from. Folders may move: base.json knows what
-# was in them. Prompts are padded to prompt_length.
+# Keys that may differ between a run and its continuation. They change when, where or how long the run trains, or only
+# its sample images, but not what it trains. init_from is not read once the run has its own checkpoint. Folders may
+# move, because base.json identifies their content. prompt_length only changes the padding of prompts.
 FREE_KEYS = (
     "steps", "log_every", "eval_every", "checkpoint_every", "mesh", "init_from", "data.data_dir", "data.eval_examples",
     "data.max_bad_fraction", "data.min_bad",
@@ -45,11 +45,15 @@ FREE_KEYS = (
 
 
 class Checkpoints:
-    """The checkpoints under one run's workdir: the newest ones, and the best of all that were judged."""
+    """The checkpoints in one run's workdir: the newest ones, and the best of all that were evaluated."""
 
     def __init__(self, workdir: Path, best_metric: tuple[str, str]):
-        """``best_metric``: the held-out metric that says which is best, and whether "min" or "max" of it."""
-        logging.set_verbosity(logging.ERROR)  # orbax logs a page a save
+        """Opens the checkpoints of ``workdir``.
+
+        Args:
+          best_metric: the held-out metric that selects the best checkpoint, and whether its "min" or its "max" is best.
+        """
+        logging.set_verbosity(logging.ERROR)  # otherwise orbax logs a page per save
         self._directory = folder_in(workdir, "checkpoints").resolve()
         best = _best(best_metric)
         by_metric = BestN(
@@ -67,9 +71,12 @@ class Checkpoints:
     def save(
         self, step: int, state: Any, data: grain.DatasetIterator, metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Starts to save; the arrays are copied before this returns, the files are written after. Once a step.
+        """Starts a save, if this step is not saved yet.
 
-        ``metrics``: the held-out metrics of this state; None where it was not judged.
+        The arrays are copied before this returns; the files are written later.
+
+        Args:
+          metrics: the held-out metrics of this state; None if it was not evaluated.
         """
         if step not in self._manager.all_steps():
             position = data.get_state()
@@ -80,14 +87,16 @@ class Checkpoints:
             self._manager.save(step, args=args, metrics=metrics)
 
     def best_step(self) -> int | None:
-        """Step of the best checkpoint of those with metrics; None where there is none."""
+        """Returns the step of the best checkpoint among those with metrics; None if there is none."""
         return self._manager.best_step()
 
     def restore(self, state: State, data: grain.DatasetIterator) -> State | None:
-        """The newest saved state, laid out as ``state`` is; moves ``data`` to its place. None: no checkpoint.
+        """Returns the newest saved state, laid out as ``state`` is; None if there is no checkpoint.
+
+        Also moves ``data`` to the saved position.
 
         Raises:
-          UserError: where the checkpoint is damaged or is another model's.
+          UserError: if the checkpoint is damaged or belongs to another model.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -105,33 +114,35 @@ class Checkpoints:
         return saved["state"]
 
     def wait(self) -> None:
-        """Returns when every save is whole on disk."""
+        """Returns when every save is complete on disk."""
         self._manager.wait_until_finished()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_) -> None:
-        self._manager.close()  # waits for the saves under way
+        self._manager.close()  # waits for pending saves
 
 
 def read_params(
     workdir: Path, params: PyTree, best_metric: tuple[str, str], named: str = "init_from", last: bool = False
 ) -> tuple[int, PyTree]:
-    """Trained parameters of another run, which may still go on: those of its best checkpoint, else of its last.
+    """Returns trained parameters of another run: those of its best checkpoint, or of its last one if none has metrics.
+
+    The other run may still be in progress.
 
     Args:
-      workdir: of that run.
-      params: arrays of the shapes expected; the result is laid out as they are.
+      workdir: workdir of the other run.
+      params: arrays with the expected shapes; the result is laid out as they are.
       best_metric: as for ``Checkpoints``.
-      named: what gave the workdir, for messages.
-      last: take the last one in any case.
+      named: name of the flag or key that gave the workdir, for messages.
+      last: use the last checkpoint in any case.
 
     Returns:
-      The checkpoint's step, and the moving average of its parameters where it has one, else the parameters.
+      The checkpoint's step, and the moving average of its parameters if it has one, else the parameters.
 
     Raises:
-      UserError: no run there, a damaged checkpoint, or parameters of other names or shapes.
+      UserError: if there is no run, a checkpoint is damaged, or its parameters have other names or shapes.
     """
     directory = (workdir / "checkpoints").resolve()
     step = None
@@ -164,7 +175,7 @@ def read_params(
 
 
 def _require_metrics(directory: Path) -> None:
-    """Raises UserError unless the metrics by which the best checkpoint is chosen are what was saved."""
+    """Raises UserError unless the metrics that select the best checkpoint are the ones that were saved."""
     for file in sorted(directory.glob("*/metrics/metrics")):
         path = file.parent.parent
         with _reading(path, "delete that folder to go on without it"):
@@ -174,23 +185,23 @@ def _require_metrics(directory: Path) -> None:
 
 
 def newest_step(workdir: Path) -> int | None:
-    """The step of the newest checkpoint of the run in ``workdir``; None where it has none."""
+    """Returns the step of the newest checkpoint of the run in ``workdir``; None if it has none."""
     steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
     return max(steps, default=None)
 
 
 @contextlib.contextmanager
 def claimed(workdir: Path, config: TrainConfig, base: dict[str, str]) -> Iterator[None]:
-    """Holds the workdir for this run; writes ``config.json`` and ``base.json``.
+    """Locks the workdir for this run, and writes ``config.json`` and ``base.json``.
 
-    Where a run has left a checkpoint there, they must be the same.
+    If a run has left a checkpoint there, config and base must be the same as its own.
 
     Args:
-      base: identity of what frozen weights come from, by name.
+      base: identity of the origin of frozen weights, by name.
 
     Raises:
-      UserError: another run is at work there; or naming what differs, where it changes what is trained; or a file
-        that is damaged.
+      UserError: if another run uses the workdir; if config or base differ in what changes the training (the message
+        names the difference); or if a file is damaged.
     """
     if jax.process_index():
         _check_records(workdir, config, base)
@@ -205,16 +216,19 @@ def claimed(workdir: Path, config: TrainConfig, base: dict[str, str]) -> Iterato
 
 
 def read_config(workdir: Path) -> TrainConfig:
-    """The config of the run in ``workdir``.
+    """Returns the config of the run in ``workdir``.
 
     Raises:
-      UserError: the file is damaged, or of a version whose keys were others.
+      UserError: if the file is damaged, or comes from a version with other keys.
     """
     return parse(TrainConfig, _read_record(workdir, {}), str(workdir / "config.json"))
 
 
 def _check_records(workdir: Path, config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
-    """The config as it is written, once nothing contradicts it. A run that has kept no step contradicts nothing."""
+    """Returns the config as it is to be written, after a comparison with the recorded one.
+
+    Nothing is compared if the run has saved no step.
+    """
     new = json.loads(json.dumps(dataclasses.asdict(config), default=lambda value: value.to_dict()))
     if not any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*")):
         return new
@@ -230,7 +244,7 @@ def _check_records(workdir: Path, config: TrainConfig, base: dict[str, str]) -> 
 
 
 def require_base(workdir: Path, base: dict[str, str]) -> None:
-    """Raises UserError where the run in ``workdir`` has other frozen weights (``Task.base``), naming what differs."""
+    """Raises UserError if the run in ``workdir`` has other frozen weights (``Task.base``); it names the difference."""
     differ = differences(_read_json(workdir / "base.json", base), base)
     if differ:
         raise UserError(
@@ -240,7 +254,10 @@ def require_base(workdir: Path, base: dict[str, str]) -> None:
 
 
 def _best(best_metric: tuple[str, str]) -> dict[str, Any]:
-    """Orbax's options for it. A checkpoint that lacks the metric, or has NaN there, is the worst of all."""
+    """Returns Orbax's options for the best checkpoint.
+
+    A checkpoint whose metric is missing or NaN counts as the worst.
+    """
     name, mode = best_metric
     worst = math.inf if mode == "min" else -math.inf
 
@@ -253,15 +270,15 @@ def _best(best_metric: tuple[str, str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _reading(path: Path, mend: str) -> Iterator[None]:
-    """Whatever goes wrong while the checkpoint at ``path`` is read becomes a UserError."""
+    """Turns any error while the checkpoint at ``path`` is read into a UserError."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # orbax, tensorstore and json raise many kinds for one cause
+    except Exception as error:  # orbax, tensorstore and json raise many types for one cause
         if is_of_the_machine(error):
             raise
-        # the other reads that were under way fail alike, and asyncio would print a traceback of each
+        # pending reads fail for the same reason, and asyncio would print a traceback for each
         asyncio_log.setLevel("CRITICAL")
         reason = str(error).strip().splitlines()
         raise UserError(
@@ -271,13 +288,16 @@ def _reading(path: Path, mend: str) -> Iterator[None]:
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    """Shape of each leaf by path."""
+    """Returns the shape of each leaf by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _read_record(workdir: Path, absent: dict[str, Any]) -> dict[str, Any]:
-    """The config of the run in ``workdir``, or ``absent``; "data.name" in the record of an earlier version is read."""
+    """Returns the config of the run in ``workdir``, or ``absent``.
+
+    In a record of an earlier version, "data.name" is renamed to "data.source".
+    """
     record = _read_json(workdir / "config.json", absent)
     data = record.get("data")
     if isinstance(data, dict) and "name" in data:
@@ -286,7 +306,7 @@ def _read_record(workdir: Path, absent: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_json(path: Path, absent: dict[str, Any]) -> dict[str, Any]:
-    """The object in a file, or ``absent`` where there is no such file."""
+    """Returns the object in a JSON file, or ``absent`` if there is no such file."""
     try:
         return read_object(path) if path.exists() else absent
     except UserError as error:
@@ -298,7 +318,7 @@ def _free(key: str) -> bool:
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} → {"a.b": 1}."""
+    """Returns a flat dict: {"a": {"b": 1}} → {"a.b": 1}."""
     flat = {}
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

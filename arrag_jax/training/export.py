@@ -1,4 +1,7 @@
-"""A run's checkpoint as a model folder: of a run that was killed before its export, or the best one of any."""
+"""Exports a checkpoint of a run as a model folder.
+
+This serves for a run that was killed before its own export, or for the best checkpoint of any run.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +16,7 @@ from arrag_jax.training.tasks import make_task
 
 
 def summary(workdir: Path) -> str:
-    """One line about a run that has ended: the held-out figures of its export, and where that is."""
+    """Returns one line about a finished run: the held-out metrics of its export, and the export's folder."""
     folder = workdir / "export"
     manifest = read_json(folder / "manifest.json")
     figures = ", ".join(f"{name} {value:g}" for name, value in manifest["figures"].items())
@@ -25,17 +28,18 @@ def export_run(workdir: Path, target: Path, last: bool = False) -> int:
 
     Args:
       target: a new folder.
-      last: the last checkpoint, not the best one.
+      last: export the last checkpoint instead of the best one.
 
     Raises:
-      UserError: no whole checkpoint there, or the folders that the run's config names are not those it began with.
+      UserError: if there is no complete checkpoint, or if the content of the folders that the run's config names has
+        changed since the run started.
     """
     config = read_config(workdir)
     return export_checkpoint(make_task(config), config, workdir, target, last)
 
 
 def export_checkpoint(task: Task, config: TrainConfig, workdir: Path, target: Path, last: bool = False) -> int:
-    """``export_run`` of a task that is at hand, with the config of its run."""
+    """Does the same as ``export_run`` for a task object, with the config of its run."""
     require_base(workdir, task.base())
     config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=1))
     mesh = make_mesh(config.mesh)

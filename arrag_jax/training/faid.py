@@ -1,6 +1,6 @@
-"""FAiD's fine-tuning: adapters learn, on images with their neighbours looked up ahead, beside a frozen base.
+"""FAiD's fine-tuning: adapters are trained on images with precomputed neighbours, while the base model is frozen.
 
-With ``blend`` off the same LoRA and head are trained without retrieval: the control that says what blending is worth.
+With ``blend`` off, the same LoRA and head are trained without retrieval. This control shows what blending adds.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from arrag_jax.store.neighbor_set import NeighborSet
 from arrag_jax.training.loop import Batch, SampleImages, Scalars
 from arrag_jax.training.shared import BITS, in_batches, mean_bits, rows_of_a_device, write_manifest
 
-PICTURES = 8  # prompts of a sample grid
+PICTURES = 8  # number of prompts for the sample images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +48,19 @@ class FaidOptions(Settings):
 
     Attributes:
       base: checkpoint folder of the model whose weights are frozen.
-      neighbors: folder that ``build_neighbors`` made, with its sets "train" and "valid". Where they hold more a cell
-        than the blenders take, training sees others of them every epoch, at random; held-out figures and drawing have
-        the nearest.
-      retrieval: the search that sample grids are drawn with.
+      neighbors: folder that ``build_neighbors`` has written, with its sets "train" and "valid". If they hold more
+        neighbours per position than the blenders take, training uses a new random choice of them in every epoch;
+        held-out metrics and sample images use the nearest ones.
+      retrieval: search settings of the sample images.
       blend: False trains LoRA and head alone, without retrieval.
-      faid: where blenders sit; K must not exceed that of the neighbour sets, and equals it where training is to see
-        the nearest alone.
-      start_silent: blenders start by adding nothing, where the official ones start as a disturbance.
-      caption_dropout: share of prompts replaced by the unconditional one, for guidance; blenders are silent there.
-      prompt_length: tokens; a longer caption is an error.
-      daid, sampling: of sample grids.
+      faid: where the blenders are. K must not exceed the K of the neighbour sets; if both are equal, training uses only
+        the nearest neighbours.
+      start_silent: True initialises the blenders so that they add nothing at first; the official initialisation
+        disturbs the model at first.
+      caption_dropout: share of prompts that are replaced by the unconditional one, for guidance; blenders add nothing
+        there.
+      prompt_length: tokens per prompt; a longer caption is an error.
+      daid, sampling: settings of the sample images.
     """
 
     base: LocalPath
@@ -81,14 +83,14 @@ class FaidOptions(Settings):
 
 
 def mark_adapters(model: TunableModel, blenders: bool = True) -> None:
-    """Makes LoRA, head and (unless told otherwise) blenders ``Adapter``, all else ``Frozen``, in place."""
+    """Turns LoRA, head and (if ``blenders`` is true) blenders into ``Adapter``, all else into ``Frozen``, in place."""
     for part in model.adapters(blenders):
         retype(part, Adapter)
     freeze(model)
 
 
 class FaidTask:
-    """Next-code prediction by LoRA (q, v), blenders with their norms, and the head; all else is frozen."""
+    """Next-code prediction; trains LoRA (q, v), blenders with their norms, and the head. Everything else is frozen."""
 
     trainable = Adapter
     best_metric = ("bits_per_code", "min")
@@ -103,7 +105,7 @@ class FaidTask:
             raise UserError(f"config.options.base={options.base} holds a kind of model that cannot be tuned here")
         self.sets = {name: NeighborSet.open(Path(options.neighbors) / name) for name in ("train", "valid")}
         for neighbors in self.sets.values():
-            neighbors.verify()  # training reads them whole, in an order in which no hash can be checked
+            neighbors.verify()  # training reads them in random order, in which no hash can be checked
         self.daid = Daid(**dataclasses.asdict(options.daid))
         if options.blend:
             for neighbors in self.sets.values():
@@ -121,7 +123,7 @@ class FaidTask:
                 )
 
     def init_model(self, rngs: nnx.Rngs) -> TunableModel:
-        """The base, frozen but for its head, with fresh blenders and LoRA."""
+        """Returns the base with fresh blenders and LoRA; all base weights but the head are frozen."""
         options = self.options
         model = load_model(options.base, self.config.compute_dtype)
         if not isinstance(model, TunableModel):
@@ -138,7 +140,7 @@ class FaidTask:
         return model
 
     def base(self) -> dict[str, str]:
-        """The base's weights, its text tokenizer and both neighbour sets."""
+        """Returns the hashes of the base's weights, its text tokenizer and both neighbour sets."""
         folder = Path(self.options.base)
         files = {tensor.file for tensor in stored_tensors(folder).values()}
         files |= {checkpoint_folder(folder) / "tokenizer.json"}
@@ -162,10 +164,10 @@ class FaidTask:
         return {"prompt_ids": ids, "prompt_mask": mask, "codes": example["codes"], "neighbors": neighbors}
 
     def train_source(self) -> grain.MapDataset:
-        """Codes with prompts and neighbours; K of those stored, others in another order every epoch.
+        """Returns codes with prompts and neighbours; each epoch takes another random choice of K stored neighbours.
 
         Raises:
-          UserError: a caption that cannot be a prompt.
+          UserError: if a caption cannot be a prompt.
         """
         stored = self.sets["train"]
         leads = jax.process_index() == 0
@@ -175,13 +177,13 @@ class FaidTask:
         return source.random_map(lambda example, rng: self._example(example, rng.permutation(stored.k)))
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """The first ``data.eval_examples`` of the validation set, each with its nearest neighbours."""
+        """Yields batches of the first ``data.eval_examples`` of the validation set, with the nearest neighbours."""
         stored = self.sets["valid"]
         count = min(len(stored), self.config.data.eval_examples)
         return in_batches(stored, count, batch_size, self._example)
 
     def loss(self, model: TunableModel, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
-        """Mean cross-entropy of the codes, in nats; some prompts are dropped for guidance."""
+        """Returns the mean cross-entropy of the codes, in nats; some prompts are dropped for guidance."""
         caption_key, dropout_key = jax.random.split(key)
         ids, mask = batch["prompt_ids"], batch["prompt_mask"]
         kept = ~jax.random.bernoulli(caption_key, self.options.caption_dropout, (len(ids),))
@@ -199,19 +201,20 @@ class FaidTask:
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["codes"]).mean(), gates
 
     def after_update(self, model: TunableModel, key: Array) -> None:
-        """Nothing to mend."""
+        """Does nothing."""
 
     def eval_metrics(self, model: TunableModel, batch: Batch) -> Scalars:
-        """Held-out bits a code, prompts given."""
+        """Returns the held-out bits per code, given the prompts."""
         return {"bits_per_code": self._cross_entropy(model, batch)[0] * BITS}
 
     def sample_callback(self) -> Callable[[TunableModel], SampleImages]:
-        """Draws the same prompts and seeds every time: the base plain and with DAiD, the tuned model before and now.
+        """Returns a function that generates images from the same prompts and seeds at each call.
 
-        Before: with fresh blenders and LoRA, also in a run that began from ``init_from``.
+        Its columns are the base alone, the base with DAiD, and the tuned model before and now. "Before" has fresh
+        blenders and LoRA, also in a run that started from ``init_from``.
 
         Raises:
-          UserError: no such store or index, or one of another tokenizer.
+          UserError: if the store or index is missing, or belongs to another tokenizer.
         """
         policy, name = (Faid(), "FAiD") if self.options.blend else (Plain(), "LoRA")
         retriever = load_retriever(self.options.retrieval, self.sets["train"].settings.fingerprint)[1]
@@ -226,7 +229,7 @@ class FaidTask:
 
         def draw_samples(model: TunableModel) -> SampleImages:
             if not unchanging:
-                # Fresh LoRA adds nothing, so that without blending this is the base.
+                # Fresh LoRA adds nothing, so without blending this model equals the base.
                 start = self.init_model(nnx.Rngs(self.config.seed))
                 unchanging.extend(drawn(start, way) for way in (Plain(), self.daid, policy))
             columns = [*unchanging, drawn(model, policy)]
@@ -237,7 +240,7 @@ class FaidTask:
         return draw_samples
 
     def export(self, model: TunableModel, directory: Path, run: dict[str, Any]) -> None:
-        """The tuned model in the published layout, LoRA merged, bfloat16, with the held-out figure of just that."""
+        """Writes the tuned model in the published layout, with merged LoRA, in bfloat16, and its held-out metric."""
         model.merge_lora()
         save_model(model, directory, "bfloat16")
         self.text.save(directory)

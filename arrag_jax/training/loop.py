@@ -1,8 +1,8 @@
 """The one training loop: mesh → model → optimizer → restore → steps → evaluate → export.
 
-What is trained is a ``Task``; this file knows no model. The step is a pure function of a state and a
-batch, and its randomness a function of (seed, step) alone, so that a run killed at any moment and
-started again ends with the same bits as one left alone.
+A ``Task`` says what is trained; this file knows no model. The step is a pure function of a state and a batch, and its
+randomness depends only on (seed, step). Therefore a run that is killed at any moment and started again ends with the
+same bits as a run that was never interrupted.
 """
 
 import dataclasses
@@ -37,85 +37,95 @@ from arrag_jax.training.metrics import Journal, training_minutes
 from arrag_jax.training.optimizer import make_optimizer, make_schedule
 from arrag_jax.training.start import params_of
 
-Batch = Mapping[str, Any]  # arrays whose first axis is the batch's
+Batch = Mapping[str, Any]  # arrays whose first axis is the batch axis
 Scalars = dict[str, Float[Array, ""]]
 SampleImages = dict[str, UInt8[np.ndarray, "h w 3"]]  # by name; may be empty
 
 
 @runtime_checkable
 class Task(Protocol):
-    """What is trained, on what, and how it is judged."""
+    """A training task: the model, its data, its loss and its metrics."""
 
-    trainable: type  # the nnx.Variable subclass that gets gradients and optimizer state
-    best_metric: tuple[str, str]  # the held-out metric by which the best checkpoint is kept, and its "min" or "max"
-    tokens: int  # that one training example costs, for the pace
+    trainable: type  # the nnx.Variable subclass that has gradients and optimizer state
+    best_metric: tuple[str, str]  # the held-out metric that selects the best checkpoint, and "min" or "max"
+    tokens: int  # tokens per training example, for the tokens per second
 
     def init_model(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The model at step 0, from scratch or from a checkpoint; the same on every process.
+        """Returns the model at step 0, from scratch or from a checkpoint; it is the same on every process.
 
-        Its ``Frozen`` variables are kept out of the run's checkpoints: a resumed run takes them from here.
+        The run's checkpoints do not contain its ``Frozen`` variables; a resumed run takes them from this method again.
         """
         ...
 
     def base(self) -> dict[str, str]:
-        """Identity (a hash) of what each set of frozen weights comes from, by name; {} where nothing is frozen.
+        """Returns the identity (a hash) of the origin of each set of frozen weights, by name; {} if nothing is frozen.
 
-        A run whose base has changed is not continued.
+        A run is not continued if its base has changed.
         """
         ...
 
     def train_source(self) -> Any:
-        """A grain.MapDataset or random-access source (len, []) of dicts of numpy arrays, one example each."""
+        """Returns a grain.MapDataset or random-access source (len, []) of dicts of numpy arrays, one per example."""
         ...
 
     def eval_batches(self, batch_size: int) -> Iterable[Batch]:
-        """Held-out batches, the same at every call and on every process."""
+        """Returns the held-out batches; they are the same at every call and on every process."""
         ...
 
     def loss(self, model: nnx.Module, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
-        """Loss and metrics. May write non-trainable variables of the model: the step carries them on."""
+        """Returns the loss and metrics of a batch.
+
+        It may write non-trainable variables of the model; the step keeps their new values.
+        """
         ...
 
     def after_update(self, model: nnx.Module, key: Array) -> None:
-        """Edits the model after the optimizer, inside the jitted step (dead-code revival); may do nothing."""
+        """Edits the model after the optimizer's update, inside the jitted step, e.g. revives dead codes."""
         ...
 
     def eval_metrics(self, model: nnx.Module, batch: Batch) -> Scalars:
-        """Metrics of one held-out batch, jitted; means over its examples, for the loop averages them so."""
+        """Returns the metrics of one held-out batch; the loop jits it.
+
+        Each metric must be a mean over the batch's examples, because the loop averages the batches by their sizes.
+        """
         ...
 
     def sample_callback(self) -> Callable[[nnx.Module], SampleImages]:
-        """What draws the sample grids of an evaluation; called before the first step, and finds all that it needs."""
+        """Returns the function that generates the sample images of an evaluation.
+
+        The loop calls this method before the first step; it opens everything that the function needs.
+        """
         ...
 
     def export(self, model: nnx.Module, directory: Path, run: dict[str, Any]) -> None:
-        """Writes the weights in the product's own layout into an empty directory.
+        """Writes the weights in the project's own layout into an empty directory.
 
-        ``run`` says where they come from, for a manifest: see ``origin``.
+        ``run`` describes the origin of the weights, for a manifest: see ``origin``.
         """
         ...
 
 
 class TrainState(NamedTuple):
-    """All that a step may change; pure dicts of arrays, keyed by the path in the model."""
+    """Everything that a step may change: pure dicts of arrays, keyed by the path in the model."""
 
-    step: Int[Array, ""]  # steps done
+    step: Int[Array, ""]  # number of finished steps
     params: PyTree  # the trainable variables, float32
     rest: PyTree  # every other variable that is not Frozen
     optimizer: PyTree
-    ema: PyTree  # moving average of params; None where ema_decay is 0
+    ema: PyTree  # moving average of params; None if ema_decay is 0
 
 
 def train(config: TrainConfig, task: Task, workdir: Path) -> None:
-    """Trains the task to ``config.steps``, from the newest checkpoint in ``workdir`` where there is one.
+    """Trains the task up to ``config.steps``, from the newest checkpoint in ``workdir`` if there is one.
 
-    Leaves in ``workdir``: config.json, base.json, checkpoints/, metrics.jsonl, tensorboard/, pictures/ and, at the
-    end, export/ with the last weights (the best ones: ``arrag_jax.convert``). SIGTERM finishes the step, saves and
-    exits with code 0; SIGINT does the same and raises ``signals.Stop``. Either sent twice acts at once.
+    Writes to ``workdir``: config.json, base.json, checkpoints/, metrics.jsonl, tensorboard/, pictures/ and, at the end,
+    export/ with the last weights. (``arrag_jax.convert`` exports the best ones.) After SIGTERM, the run finishes its
+    step, saves it and exits with code 0. After SIGINT, it does the same and raises ``signals.Stop``. A second signal
+    ends the program at once.
 
     Raises:
-      UserError: for a workdir of another run or in use, a damaged checkpoint, a mesh that does not fit, an
-        ``init_from`` of another model, or a loss or gradient that is no longer finite.
+      UserError: if the workdir belongs to another run or is in use, a checkpoint is damaged, the mesh does not fit,
+        ``init_from`` names another model, or a loss or gradient is no longer finite.
     """
     mesh = make_mesh(config.mesh)
     check_batch_size(config.batch_size, mesh, config.accumulate)
@@ -128,7 +138,7 @@ def train(config: TrainConfig, task: Task, workdir: Path) -> None:
 
 
 def take_steps(config: TrainConfig, task: Task, workdir: Path, mesh: Mesh) -> nnx.Module:
-    """From the newest checkpoint to ``config.steps``, evaluated and saved on the way; the model as it is exported."""
+    """Trains from the newest checkpoint to ``config.steps``, evaluates and saves; returns the model to export."""
     with Checkpoints(workdir, task.best_metric) as checkpoints, signals.held("step") as point:
         optimizer = make_optimizer(config.optimizer, config.steps)
         graph, frozen, state = init_state(task, optimizer, config, mesh)
@@ -151,7 +161,7 @@ def take_steps(config: TrainConfig, task: Task, workdir: Path, mesh: Mesh) -> nn
                     held_out, pictures = evaluate(state)
                     journal.evaluated(step, held_out, pictures)
                 if step % config.checkpoint_every == 0 or held_out is not None or stopping:
-                    journal.flush()  # so that nothing is saved that a number which is not finite has touched
+                    journal.flush()  # raises at a number that is not finite, before the state is saved
                     checkpoints.save(step, state, data, held_out)
                 if stopping and not last:
                     checkpoints.wait()
@@ -162,7 +172,7 @@ def take_steps(config: TrainConfig, task: Task, workdir: Path, mesh: Mesh) -> nn
 def init_state(
     task: Task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
 ) -> tuple[nnx.GraphDef, PyTree, TrainState]:
-    """The model's static graph, its frozen variables and the state at step 0, laid out over the mesh."""
+    """Returns the model's static graph, its frozen variables and the state at step 0, laid out over the mesh."""
     graph, params, frozen, rest = _split(task.init_model(nnx.Rngs(config.seed)), task.trainable)
     params = _cast(params, "float32")
     state = TrainState(
@@ -178,7 +188,10 @@ def init_state(
 def resume_or_start(
     state: TrainState, data: grain.DatasetIterator, checkpoints: Checkpoints, task: Task, config: TrainConfig
 ) -> TrainState:
-    """The run's own newest checkpoint, else a start from ``init_from``, else from scratch; says which on stderr."""
+    """Returns the state of the run's newest checkpoint, else a state from ``init_from``, else ``state`` itself.
+
+    Prints on stderr which of the three it is.
+    """
     resumed = checkpoints.restore(state, data)
     if resumed is not None:
         state, words = resumed, f"continuing at step {int(resumed.step)}"
@@ -195,7 +208,7 @@ def resume_or_start(
 def make_train_step(
     task: Task, graph: nnx.GraphDef, optimizer: optax.GradientTransformation, config: TrainConfig
 ) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, Scalars]]:
-    """The jitted step of a state, the frozen variables and a batch of microbatches. The state is donated."""
+    """Returns the jitted step: (state, frozen variables, microbatches) → (state, metrics). The state is donated."""
     schedule = make_schedule(config.optimizer, config.steps)
 
     def loss_of(params: PyTree, frozen: PyTree, rest: PyTree, batch: Batch, key: Array):
@@ -221,11 +234,11 @@ def make_train_step(
 def mean_gradient(
     loss_of: Callable, params: PyTree, frozen: PyTree, rest: PyTree, batch: Batch, key: Array
 ) -> tuple[PyTree, Scalars, PyTree]:
-    """Gradient and metrics, each the mean over microbatches, and ``rest`` as the last of them leaves it.
+    """Returns gradient and metrics, each the mean over the microbatches, and ``rest`` after the last microbatch.
 
     Args:
-      loss_of: of (params, frozen, rest, microbatch, key), giving loss and (metrics, rest).
-      batch: arrays whose first axis counts the microbatches, which are worked off one after the other.
+      loss_of: function of (params, frozen, rest, microbatch, key) that returns the loss and (metrics, rest).
+      batch: arrays whose first axis counts the microbatches; they are processed one after the other.
     """
     gradient = jax.grad(loss_of, has_aux=True)
     parts = len(next(iter(batch.values())))
@@ -246,7 +259,7 @@ def mean_gradient(
 def make_evaluation(
     task: Task, graph: nnx.GraphDef, frozen: PyTree, config: TrainConfig, mesh: Mesh
 ) -> Callable[[TrainState], tuple[dict[str, float], SampleImages]]:
-    """A function from a state to its held-out metrics ("eval/name") and its pictures."""
+    """Returns a function from a state to its held-out metrics ("eval/name") and its sample images."""
     batches, draw_samples = list(task.eval_batches(config.batch_size // config.accumulate)), task.sample_callback()
 
     @jax.jit
@@ -265,7 +278,7 @@ def make_evaluation(
 
 
 def mean_over_examples(metrics_of: Callable[[Batch], Scalars], batches: Iterable[Batch]) -> dict[str, float]:
-    """Means over all examples of what ``metrics_of`` gives as means over each batch's."""
+    """Returns means over all examples; ``metrics_of`` returns the means over one batch's examples."""
     totals, examples = {}, 0
     for batch in batches:
         rows = len(next(iter(batch.values())))
@@ -275,7 +288,11 @@ def mean_over_examples(metrics_of: Callable[[Batch], Scalars], batches: Iterable
 
 
 def export(task: Task, model: nnx.Module, directory: Path, run: dict[str, Any], replace: bool = False) -> None:
-    """The task's export into ``directory``, which is whole or absent; ``replace``: what stands there, as a whole."""
+    """Writes the task's export into ``directory``, atomically: the directory is complete or absent.
+
+    Args:
+      replace: replace an existing directory, as a whole.
+    """
     if jax.process_index() == 0:
         with atomic_folder(directory, "an export", replace) as temporary:
             task.export(model, temporary, run)
@@ -283,7 +300,7 @@ def export(task: Task, model: nnx.Module, directory: Path, run: dict[str, Any], 
 
 
 def origin(workdir: Path, config: TrainConfig, step: int) -> dict[str, Any]:
-    """Where the weights of this step come from: command, step, training_minutes, config."""
+    """Returns the origin of the weights of this step: command, step, training_minutes, config."""
     return {
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "step": step,
@@ -293,29 +310,29 @@ def origin(workdir: Path, config: TrainConfig, step: int) -> dict[str, Any]:
 
 
 def averaged_params(state: TrainState) -> PyTree:
-    """The parameters to evaluate and export: the moving average where there is one."""
+    """Returns the parameters to evaluate and export: the moving average if there is one."""
     return state.params if state.ema is None else state.ema
 
 
 def whole_model(graph: nnx.GraphDef, params: PyTree, frozen: PyTree, rest: PyTree, mesh: Mesh) -> nnx.Module:
-    """The model whole on one device of each process: any code may use it there."""
+    """Returns the complete model on one device of each process, so that any code may use it there."""
     everywhere = put_everywhere((params, frozen, rest), mesh)
     return nnx.merge(graph, *jax.tree.map(lambda leaf: leaf.addressable_data(0), everywhere))
 
 
 def _split(model: nnx.Module, trainable: type) -> tuple[nnx.GraphDef, PyTree, PyTree, PyTree]:
-    """Graph, trainable, frozen and all other variables; the latter as pure dicts."""
+    """Returns the graph, and the trainable, frozen and all other variables as pure dicts."""
     graph, *states = nnx.split(model, trainable, Frozen, ...)
     return graph, *map(nnx.to_pure_dict, states)
 
 
 def _cast(params: PyTree, dtype: str) -> PyTree:
-    """Floating arrays in another precision."""
+    """Returns the parameters with floating arrays cast to ``dtype``."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
 
 
 def leave(step: int) -> NoReturn:
-    """Ends the program after the save; says how to go on."""
+    """Ends the program after the save, and prints how to continue."""
     if signals.received() == signal.SIGINT:
         raise signals.Stop(signal.SIGINT)
     print(f"\nstopped and saved at step {step}; run the same command again to continue", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Where the figures of a run go: a progress bar, ``metrics.jsonl``, TensorBoard files and pictures."""
+"""Outputs of a run's metrics: a progress bar, ``metrics.jsonl``, TensorBoard files and sample images."""
 
 import contextlib
 import json
@@ -23,26 +23,32 @@ from arrag_jax.errors import UserError
 from arrag_jax.figures.grids import save
 from arrag_jax.files import atomic_write, folder_in
 
-SHOWN_EXAMPLES = 8  # of a batch that gave a number which is not finite
-WATCHED = {"loss": "the loss", "grad_norm": "the gradient's norm"}  # a step in which one is not finite is the last
+SHOWN_EXAMPLES = 8  # number of examples named in a message about a loss that is not finite
+WATCHED = {"loss": "the loss", "grad_norm": "the gradient's norm"}  # a run ends if one of them is not finite
 
 
 class Journal:
-    """Follows a run step by step. The figures of a step are fetched when the next is under way.
+    """Follows a run step by step.
 
-    So the device never waits for the host. A log line holds the means since the line before it; its pace leaves out
-    the first step of a process, which compiles, where the line holds others. Only process 0 writes and shows anything;
-    every process stops at a loss or gradient that is not finite.
+    The metrics of a step are fetched when the next step has been dispatched, so the device never waits for the host. A
+    log line holds the means since the previous line. Its pace leaves out the first step of a process, which includes
+    compilation, unless that is the only step of the line. Only process 0 writes and shows anything. Every process
+    stops at a loss or gradient that is not finite.
     """
 
     def __init__(self, config: TrainConfig, tokens: int, workdir: Path, done: int):
-        """Opens the journal of a run that has ``done`` steps behind it; an example is ``tokens`` tokens."""
+        """Opens the journal of a run.
+
+        Args:
+          tokens: number of tokens per example.
+          done: number of steps that are already finished.
+        """
         self._log_every, self._steps = config.log_every, config.steps
         self._step_tokens = tokens * config.batch_size
         self._pending: tuple[int, Mapping[str, jax.Array], Int[np.ndarray, " B"]] | None = None
         self._window: list[dict[str, float]] = []
-        self._seconds, self._mark = 0.0, time.monotonic()  # the window's time so far, up to when
-        self._first: float | None = None  # seconds of this process's first step, which compiles
+        self._seconds, self._mark = 0.0, time.monotonic()  # time of the window so far, and its end
+        self._first: float | None = None  # seconds of this process's first step, which includes compilation
         leads = jax.process_index() == 0
         self._writer = MetricWriter(workdir, done) if leads else None
         self._bar = progress.bar(wanted=leads, total=config.steps, initial=done, unit="step")
@@ -56,18 +62,19 @@ class Journal:
             self._writer.close()
 
     def step_done(self, step: int, metrics: Mapping[str, jax.Array], examples: Int[np.ndarray, " B"]) -> None:
-        """Takes note of a step just dispatched, and writes down the one before it.
+        """Records a step that has just been dispatched, and writes the step before it.
 
-        ``examples`` are the numbers of this process's examples in the source.
+        Args:
+          examples: the numbers of this process's examples in the source.
         """
         self.flush()
         self._pending = step, metrics, examples
 
     def flush(self) -> None:
-        """Waits for the last step and writes it down.
+        """Waits for the last step and writes it.
 
         Raises:
-          UserError: where its loss or its gradient is not finite.
+          UserError: if its loss or its gradient is not finite.
         """
         if self._pending is None:
             return
@@ -91,7 +98,7 @@ class Journal:
             self._write_window(step)
 
     def evaluated(self, step: int, metrics: Mapping[str, float], pictures: Mapping[str, np.ndarray]) -> None:
-        """Writes down what an evaluation after ``flush`` gave; its time does not count as the steps'."""
+        """Writes the results of an evaluation after ``flush``; its time is not counted as time of the steps."""
         if self._writer:
             self._writer.scalars(step, metrics)
             self._writer.pictures(step, pictures)
@@ -100,7 +107,7 @@ class Journal:
     def _write_window(self, step: int) -> None:
         means = {name: float(np.mean([values[name] for values in self._window])) for name in self._window[-1]}
         steps, seconds = len(self._window), self._seconds
-        if self._first and steps > 1:  # a pace of steps that do not compile
+        if self._first and steps > 1:  # the pace leaves out compilation
             steps, seconds = steps - 1, seconds - self._first
         self._first = 0.0
         pace = steps / seconds
@@ -115,10 +122,10 @@ class Journal:
 
 
 class MetricWriter:
-    """Writes one run's scalars and pictures. Later lines of an interrupted run are dropped on resumption."""
+    """Writes one run's scalars and sample images. A resumed run first deletes the lines of later steps."""
 
     def __init__(self, workdir: Path, step: int):
-        """Opens the files to go on after ``step`` (0: a new run)."""
+        """Opens the files to continue after ``step``; 0 = a new run."""
         self._pictures = folder_in(workdir, "pictures")
         path = workdir / "metrics.jsonl"
         _drop_lines_after(path, step)
@@ -126,7 +133,7 @@ class MetricWriter:
         self._tensorboard = TensorBoardFile(folder_in(workdir, "tensorboard"), step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One JSON line {"step": …, name: value} and one TensorBoard point a name."""
+        """Writes one JSON line {"step": …, name: value}, and one TensorBoard point per name."""
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
         for name, value in values.items():
@@ -134,7 +141,7 @@ class MetricWriter:
         self._tensorboard.flush()
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Each uint8 [H, W, 3] picture as ``pictures/step_XXXXXX_name.png`` and in TensorBoard."""
+        """Writes each uint8 [H, W, 3] image as ``pictures/step_XXXXXX_name.png`` and to TensorBoard."""
         for name, picture in pictures.items():
             save(self._pictures / f"step_{step:06d}_{name}.png", picture)
             self._tensorboard.add(step, summary=summary.image(name, picture, dataformats="HWC"))
@@ -146,23 +153,24 @@ class MetricWriter:
 
 
 class TensorBoardFile(EventsWriter):
-    """Events for TensorBoard, written by whoever adds them.
+    """Writes TensorBoard events in the calling thread.
 
-    tensorboardX's ``SummaryWriter`` leaves that to a thread: a full disk ends it, and the run then waits for ever.
+    tensorboardX's ``SummaryWriter`` writes in a thread of its own. A full disk ends that thread, and the run then waits
+    for ever.
     """
 
     def __init__(self, folder: Path, step: int):
-        """A new file in ``folder``; TensorBoard forgets what older ones hold of later steps than ``step``."""
+        """Creates a new file in ``folder``; TensorBoard then ignores events after ``step`` in older files."""
         super().__init__(str(folder / "events"))
         self.add(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, step: int, **content: Any) -> None:
-        """One event: ``summary=…`` or ``session_log=…``."""
+        """Writes one event: ``summary=…`` or ``session_log=…``."""
         self.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 def peak_memory_gib() -> float:
-    """Most memory in use at once so far: of the fullest local device where jax tells, else of this process."""
+    """Returns the peak memory in GiB: of the fullest local device if JAX reports it, else of this process."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [of_device["peak_bytes_in_use"] for of_device in stats if "peak_bytes_in_use" in of_device]
     if peaks:
@@ -172,7 +180,10 @@ def peak_memory_gib() -> float:
 
 
 def training_minutes(workdir: Path, step: int) -> float:
-    """Time spent in steps up to this one, restarts too, evaluations and compiling not, by ``metrics.jsonl``."""
+    """Returns the minutes spent in steps up to this one, computed from ``metrics.jsonl``.
+
+    Steps of all restarts count; evaluations and compilation do not.
+    """
     seconds, before = 0.0, 0
     for _, values in _whole_lines(workdir / "metrics.jsonl"):
         pace = values.get("steps_per_second")
@@ -183,13 +194,16 @@ def training_minutes(workdir: Path, step: int) -> float:
 
 
 def _named(examples: Int[np.ndarray, " B"]) -> str:
-    """ "examples 3, 77, …": the first of them by number."""
+    """Returns a text with the numbers of the first examples, such as ``examples 3, 77, …``."""
     shown = ", ".join(str(number) for number in examples[:SHOWN_EXAMPLES])
     return f"examples {shown}{', …' if len(examples) > SHOWN_EXAMPLES else ''}"
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a run's metrics and what they say; what a kill has cut short or damage has spoilt is left out."""
+    """Yields the complete lines of a run's metrics, with their values.
+
+    Lines that a kill has cut off or that are damaged are skipped.
+    """
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         with contextlib.suppress(ValueError, RecursionError):
             values = json.loads(line)
@@ -198,9 +212,9 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Keeps the whole lines of steps up to ``step``; a line cut short by a kill goes too."""
+    """Keeps the complete lines of steps up to ``step``, and deletes all others."""
     if not path.exists():
-        path.unlink(missing_ok=True)  # a link to nothing, which would be written through
+        path.unlink(missing_ok=True)  # a dangling link, through which the file would be written elsewhere
         return
     kept = [line for line, values in _whole_lines(path) if values["step"] <= step]
     with atomic_write(path) as temporary:

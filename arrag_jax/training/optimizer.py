@@ -1,4 +1,4 @@
-"""From OptimizerConfig to an optax chain: clip by global norm → AdamW on one schedule."""
+"""The optimizer of an OptimizerConfig, as an optax chain: clip by global norm → AdamW with one schedule."""
 
 import optax
 
@@ -6,7 +6,7 @@ from arrag_jax.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from 0, constant, then linear to 1 % over the last share of the steps."""
+    """Returns the learning rate by step: linear from 0, constant, linear to 1 % over the last share of the steps."""
     peak, decay = config.learning_rate, round(config.decay_fraction * steps)
     warmup = min(config.warmup_steps, steps - decay)
     parts, ends = [optax.constant_schedule(peak)], []
@@ -18,6 +18,6 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The chain for a pure dict of trainable arrays."""
+    """Returns the optax chain for a pure dict of trainable arrays."""
     update = optax.adamw(make_schedule(config, steps), config.b1, config.b2, weight_decay=config.weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)

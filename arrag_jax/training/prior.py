@@ -1,4 +1,4 @@
-"""Training the prior: the language model over the tokenizer's codes."""
+"""The task that trains the prior: the language model over the tokenizer's codes."""
 
 import contextlib
 import dataclasses
@@ -43,11 +43,11 @@ from arrag_jax.training.shared import (
 class PriorOptions(Settings):
     """Settings of the prior."""
 
-    preset: str  # of models.registry.preset_of
-    tokenizer: LocalPath  # export folder of a tokenizer run
-    caption_dropout: float = 0.1  # share of prompts replaced by the unconditional one, for guidance
-    prompt_length: int = 16  # tokens; a longer caption is an error
-    cfg_scale: float = 2.0  # of the pictures drawn while training
+    preset: str  # name of a model preset; see models.registry.preset_of
+    tokenizer: LocalPath  # export folder of a tokenizer's training run
+    caption_dropout: float = 0.1  # share of prompts that are replaced by the unconditional one, for guidance
+    prompt_length: int = 16  # tokens per prompt; a longer caption is an error
+    cfg_scale: float = 2.0  # guidance scale of the sample images
 
     def __post_init__(self):
         preset_of(self.preset)
@@ -59,10 +59,10 @@ class PriorOptions(Settings):
 
 
 class PriorTask:
-    """Next-code prediction. Images are encoded inside the step, by the frozen tokenizer.
+    """Next-code prediction. The frozen tokenizer encodes the images inside the step.
 
-    The vocabulary is the words of the training split's captions, or all words of the source where it knows them. Words
-    that only held-out captions have are left out of their prompts.
+    The vocabulary is the set of words in the training split's captions, or all words of the source if it declares them.
+    Words that occur only in held-out captions are removed from their prompts.
     """
 
     trainable = nnx.Param
@@ -74,16 +74,16 @@ class PriorTask:
         self.tokens = math.prod(self.shape.grid)
         self.tokenizer = load_tokenizer(options.tokenizer)
         self.images = RunImages(config.data, self.shape.image_size, lambda caption: bool(self._prompt(caption)))
-        self.words = None  # while the captions that give them are read
+        self.words = None  # no word is removed while the vocabulary is collected
         self.words = frozenset(self._vocabulary())
         self.text = self.fresh.text(self.words)
-        self.images.require_splits()  # before anything is written
+        self.images.require_splits()  # fails before anything is written
         if self.images.source.words is None:
             for images in (self.images.train, self.images.held_out):
                 self._require_short_prompts(images)
 
     def init_model(self, rngs: nnx.Rngs) -> ImageModel:
-        """A fresh language model around the given tokenizer, whose codebook its code embedding starts from."""
+        """Returns a new language model with the given tokenizer; its code embedding starts from the codebook."""
         options = self.options
         try:
             return self.fresh.prior(self.shape, self.tokenizer, self.text, options.prompt_length, rngs)
@@ -92,17 +92,17 @@ class PriorTask:
             raise UserError(f"{given} is of another shape than preset {options.preset}: {error}") from error
 
     def base(self) -> dict[str, str]:
-        """The frozen tokenizer, and which images and captions it learns from."""
+        """Returns the identity of the frozen tokenizer and of the training images and captions."""
         return {"tokenizer": self.tokenizer.fingerprint, **self.images.identity()}
 
     def _vocabulary(self) -> Iterable[str]:
-        """The words of the source, else those of the training split's captions."""
+        """Returns the words of the source, or else those of the training split's captions."""
         if self.images.source.words is not None:
             return self.images.source.words
         return (word for _, caption in _captions(self.images.train) for word in words_in(caption))
 
     def _prompt(self, caption: str) -> str:
-        """The words of a caption that are in the vocabulary."""
+        """Returns the words of a caption that are in the vocabulary."""
         return " ".join(word for word in words_in(caption) if self.words is None or word in self.words)
 
     def _example(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -120,15 +120,15 @@ class PriorTask:
             )
 
     def train_source(self) -> grain.MapDataset:
-        """Images with their prompts."""
+        """Returns the training images with their prompts."""
         return grain.MapDataset.source(self.images.train).map(self._example)
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """The first ``eval_examples`` of the held-out split."""
+        """Yields batches of the first ``eval_examples`` images of the held-out split."""
         return self.images.held_out_batches(batch_size, self._example)
 
     def loss(self, model: ImageModel, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
-        """Mean cross-entropy of the codes, in nats; some prompts are dropped for guidance."""
+        """Returns the mean cross-entropy of the codes, in nats; some prompts are dropped for guidance."""
         ids, mask = batch["prompt_ids"], batch["prompt_mask"]
         dropped = jax.random.bernoulli(key, self.options.caption_dropout, (len(ids),))
         empty, _ = model.unconditional((ids, mask))
@@ -141,14 +141,14 @@ class PriorTask:
         return optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
 
     def after_update(self, model: ImageModel, key: Array) -> None:
-        """Nothing to mend."""
+        """Does nothing."""
 
     def eval_metrics(self, model: ImageModel, batch: Batch) -> Scalars:
-        """Held-out bits a code, prompts given."""
+        """Returns the held-out bits per code, given the prompts."""
         return {"bits_per_code": self._cross_entropy(model, batch, (batch["prompt_ids"], batch["prompt_mask"])) * BITS}
 
     def sample_callback(self) -> Callable[[ImageModel], SampleImages]:
-        """Draws twelve held-out prompts with the same seeds every time."""
+        """Returns a function that generates images from twelve held-out prompts, with the same seeds at each call."""
         batch = next(self.eval_batches(12))
 
         def draw_samples(model: ImageModel) -> SampleImages:
@@ -162,7 +162,10 @@ class PriorTask:
         return draw_samples
 
     def export(self, model: ImageModel, directory: Path, run: dict[str, Any]) -> None:
-        """The whole model as a folder, language model in bfloat16, with the held-out figures of just that."""
+        """Writes the complete model as a folder, with its language model in bfloat16.
+
+        The held-out metrics in its manifest are those of the written model.
+        """
         save_model(model, directory, "bfloat16")
         model = load_model(directory)
         self.text.save(directory)
@@ -172,7 +175,7 @@ class PriorTask:
 
 
 def _captions(images: ReadableImages) -> Iterator[tuple[str, str]]:
-    """Ids and captions of images, without those that are known to be unreadable."""
+    """Yields ids and captions of images, without images that are known to be unreadable."""
     for number in range(len(images)):
         with contextlib.suppress(BadImage):
             yield images.images.source_id(number), images.images.caption(number)

@@ -1,4 +1,4 @@
-"""What the tasks have in common: held-out batches, figures of a tokenizer, the manifest of an export."""
+"""Code that several tasks share: held-out batches, metrics of a tokenizer, and the manifest of an export."""
 
 import functools
 import itertools
@@ -27,17 +27,17 @@ from arrag_jax.nn.vq import from_uint8
 from arrag_jax.progress import tell
 from arrag_jax.training.loop import Batch, Task, mean_over_examples
 
-BITS = 1 / math.log(2)  # in a nat
+BITS = 1 / math.log(2)  # bits per nat
 
 
 class RunImages:
-    """The images that a run learns from and is judged on; each split is opened when it is asked for first.
+    """The images for training and evaluation of a run; each split is opened at its first use.
 
     Args:
-      data: which ones.
+      data: the source and its splits.
       size: height and width in pixels.
-      is_prompt: tells of a caption whether it can be a prompt; an image without one is left out. None = captions are
-        not read. Sources that know their words have a prompt for every image.
+      is_prompt: says whether a caption can be a prompt; an image without such a caption is left out. None = captions
+        are not read. In sources that declare their words, every image has a prompt.
     """
 
     def __init__(self, data: DataConfig, size: tuple[int, int], is_prompt: Callable[[str], bool] | None = None):
@@ -45,7 +45,7 @@ class RunImages:
         self.source = open_source(data.source, data.data_dir, size, is_prompt is not None, "config.data.source")
 
     def require_splits(self) -> None:
-        """Raises UserError unless both splits are there. A set that is built on demand is not looked at."""
+        """Raises UserError unless both splits exist. A data set that is built on demand is not checked."""
         if self.source.identity:
             _ = self.train, self.held_out
 
@@ -60,7 +60,11 @@ class RunImages:
         return self._open(self._data.eval_split)
 
     def held_out_batches(self, batch_size: int, example: Callable[[Any], Batch]) -> Iterator[Batch]:
-        """Yields batches of what ``example`` makes of the readable ones among the first ``eval_examples`` images."""
+        """Yields batches of ``example(image)`` for the readable images among the first ``eval_examples``.
+
+        Raises:
+          UserError: if none of them can be read.
+        """
         count, found = self._data.eval_examples, 0
         readable = self.held_out.first(count)
         while rows := [example(each) for each in itertools.islice(readable, batch_size)]:
@@ -70,7 +74,10 @@ class RunImages:
             raise UserError(f"none of the first {count:,} held-out images can be read; raise config.data.eval_examples")
 
     def identity(self) -> dict[str, str]:
-        """What ``Task.base`` says of the images, lest a run be continued on others; {} where their name tells that."""
+        """Returns the identity of the images for ``Task.base``, so that a run is not continued on other images.
+
+        Returns {} if the name of the source already identifies them.
+        """
         return {"data": self.source.identity} if self.source.identity else {}
 
     def _open(self, split: str) -> ReadableImages:
@@ -86,7 +93,7 @@ class RunImages:
         return ReadableImages(images, self._data.max_bad_fraction, self._data.min_bad)
 
     def _is_taken(self, images: Images, number: int) -> bool:
-        """Whether an image has a prompt, or is a bad one, which whoever reads it counts."""
+        """Returns whether an image has a prompt; True for an unreadable image, because its reader counts it later."""
         try:
             return self._is_prompt(images.caption(number))
         except BadImage:
@@ -94,36 +101,36 @@ class RunImages:
 
 
 def rows_of_a_device(config: TrainConfig) -> int:
-    """Examples that one device has at once in training: what its memory is known to hold."""
+    """Returns how many examples one device holds at once in training, because these are known to fit its memory."""
     return max(1, config.batch_size // (config.accumulate * make_mesh(config.mesh).size))
 
 
 def in_batches(source: Any, count: int, batch_size: int, example: Callable[[Any], Batch]) -> Iterator[Batch]:
-    """Batches of what ``example`` makes of the first ``count`` of a source; the last may be smaller."""
+    """Yields batches of ``example(source[i])`` for the first ``count`` examples; the last batch may be smaller."""
     for start in range(0, count, batch_size):
         yield stacked([example(source[i]) for i in range(start, min(start + batch_size, count))])
 
 
 def stacked(rows: Sequence[Batch]) -> Batch:
-    """A batch of examples."""
+    """Returns the batch that stacks the examples."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def mean_bits(task: Task, model: Backbone, batches: Iterable[Batch]) -> float:
-    """A task's held-out bits a code, over all examples."""
+    """Returns a task's held-out bits per code, the mean over all examples."""
     graph, state = nnx.split(model)
     metrics_of = jax.jit(lambda state, batch: task.eval_metrics(nnx.merge(graph, state), batch))
     return mean_over_examples(functools.partial(metrics_of, state), batches)["bits_per_code"]
 
 
 def psnr(decoded: Float[Array, "B h w 3"], images: Float[Array, "B h w 3"]) -> Float[Array, ""]:
-    """Mean peak signal-to-noise ratio, in dB, of pictures in [-1, 1] decoded from codes."""
+    """Returns the mean peak signal-to-noise ratio, in dB, of decoded images; both arguments are in [-1, 1]."""
     error = jnp.mean((decoded - images) ** 2, axis=(1, 2, 3))
     return jnp.mean(10 * jnp.log10(4.0 / jnp.maximum(error, 1e-10)))
 
 
 def tokenizer_figures(model: ImageTokenizer, batches: Iterable[Batch]) -> dict[str, float]:
-    """PSNR in dB, and the share of codes that occur, over batches of held-out images."""
+    """Returns the PSNR in dB and the share of codes that occur, over batches of held-out images."""
     used, total, count = np.zeros(model.codebook_size, bool), 0.0, 0
     for batch in batches:
         images = from_uint8(batch["image"])
@@ -135,14 +142,14 @@ def tokenizer_figures(model: ImageTokenizer, batches: Iterable[Batch]) -> dict[s
 
 
 def made_by(folder: str) -> dict[str, Any]:
-    """What a model folder's own manifest says of its training; {} where it has none."""
+    """Returns what a model folder's own manifest says about its training; {} if it has no manifest."""
     path = checkpoint_folder(Path(folder)) / manifest.MANIFEST
     content = read_object(path) if path.is_file() else {}
     return {key: content[key] for key in ("command", "training_minutes", "hardware", "config") if key in content}
 
 
 def write_manifest(directory: Path, model: ImageTokenizer, run: dict[str, Any], **figures: float) -> None:
-    """``manifest.json``: what a checkpoint reached, where it comes from, and the hashes of its files."""
+    """Writes ``manifest.json``: a checkpoint's metrics, its origin, and the hashes of its files."""
     content = {
         "figures": {name: round(value, 4) for name, value in figures.items()},
         "tokenizer_fingerprint": model.fingerprint,

@@ -1,4 +1,4 @@
-"""The parameters that a run starts from where its config names a model: those of another run, or of a model folder."""
+"""The parameters from which a run starts if its config names a model: those of another run, or of a model folder."""
 
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,29 @@ from arrag_jax.training.checkpoint import read_params
 
 
 def params_of(place: str, params: PyTree, best_metric: tuple[str, str]) -> tuple[PyTree, str]:
-    """Trained parameters, laid out as ``params`` are, and words that say where they come from.
+    """Returns trained parameters, laid out as ``params`` are, and a text that describes their origin.
 
     Args:
-      place: ``TrainConfig.init_from``: the workdir of a run, or a model folder (an export, what ``convert`` wrote).
-      params: the run's own at step 0.
+      place: ``TrainConfig.init_from``: the workdir of a run, or a model folder (an export, or what ``convert`` writes).
+      params: the run's own parameters at step 0.
       best_metric: as for ``training.checkpoint.Checkpoints``.
 
     Raises:
-      UserError: neither is there, or it holds parameters of another model.
+      UserError: if ``place`` is neither, or holds parameters of another model.
     """
     folder = wherever(Path(place))
-    if (folder / "config.json").is_file() and not (folder / "base.json").is_file():  # which every run's workdir has
+    if (folder / "config.json").is_file() and not (folder / "base.json").is_file():  # every run's workdir has base.json
         return _of_folder(folder, params), f"starting from the weights in {folder}"
     step, found = read_params(folder, params, best_metric)
     return found, f"starting from step {step} of {folder}"
 
 
 def _of_folder(folder: Path, params: PyTree) -> PyTree:
-    """The parameters of these paths and shapes from the weights of a model folder."""
+    """Returns the parameters from the weights of a model folder, with the paths and shapes of ``params``.
+
+    Raises:
+      UserError: if a parameter is missing there or has another shape.
+    """
     family = family_in(folder)
     layout, stored = family.layout_of(read_json(folder)), stored_tensors(folder, family.files)
     leaves = {_dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
@@ -60,7 +64,7 @@ def _of_folder(folder: Path, params: PyTree) -> PyTree:
 
 
 def _like(leaf: jax.Array, value: np.ndarray) -> jax.Array:
-    """The numbers in a leaf's dtype, over the devices that it is spread over."""
+    """Returns the value in a leaf's dtype, sharded over the same devices as the leaf."""
     value = np.ascontiguousarray(value.astype(leaf.dtype))
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda place: value[place])
 

@@ -1,10 +1,11 @@
-"""Sums over a checkpoint's arrays, saved beside them: Orbax and TensorStore give stored arrays no hash of their own.
+"""Checksums of a checkpoint's arrays, saved with them, because Orbax and TensorStore store arrays without a hash.
 
-The elements' bits are summed along the last axis and along all the others; each of these sums is taken times an odd
-number that follows from its place, and the products are summed, all modulo 2^32. A change of one element always changes
-the first of both numbers, and so does any exchange of rows or, of the second, of columns; other damage escapes with a
-chance of about 2^-32 or less. Integers may be added up in any order, so arrays are summed where they lie, shard by
-shard, and the sums are the same over any mesh.
+The bits of the elements are summed along the last axis, and separately along all other axes. Each of these sums is
+multiplied by an odd number that depends on its index, and the products are added, all modulo 2^32. This gives two
+checksums per array. A change of one element always changes the first checksum. An exchange of two rows also changes
+the first, an exchange of two columns the second. Other damage goes undetected with a probability of about 2^-32 or
+less. Integer sums do not depend on the order of addition. Arrays are therefore summed where they are, shard by shard,
+and the checksums are the same on any mesh.
 """
 
 import dataclasses
@@ -22,15 +23,15 @@ from jaxtyping import Array, PyTree, Shaped, UInt32
 from arrag_jax.json_files import read_object
 from arrag_jax.parsing import parse
 
-WEIGHT = 2 * 1327217885  # even, so that one more is odd; and far from a power of two
+WEIGHT = 2 * 1327217885  # even, so that a multiple plus 1 is odd; far from a power of two
 
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """What is saved beside a checkpoint.
+    """The checksums that are saved with a checkpoint.
 
     Attributes:
-      state: both sums of each array, by path.
+      state: both checksums of each array, by path.
       data, metrics: SHA-256 of the data position and of the metrics, as JSON.
     """
 
@@ -40,42 +41,47 @@ class Sums:
 
 
 def sums_of(state: PyTree, data: Any, metrics: Mapping[str, float] | None) -> Sums:
-    """The sums of all that a checkpoint holds; every process of a run has to call it."""
+    """Returns the checksums of everything in a checkpoint; every process of a run must call it."""
     return Sums(sums_of_arrays(state), digest_of(data), digest_of(metrics))
 
 
 def sums_of_arrays(tree: PyTree) -> dict[str, tuple[int, int]]:
-    """Both sums of each array, by path."""
+    """Returns both checksums of each array, by path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    sums = jax.device_get([_sums(_plain(leaf)) for _, leaf in leaves])  # all are under way before the first is fetched
+    sums = jax.device_get([_sums(_plain(leaf)) for _, leaf in leaves])  # all are dispatched before the first is fetched
     return {name: (int(pair[0]), int(pair[1])) for name, pair in zip(names, sums, strict=True)}
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 of a value as JSON."""
+    """Returns the SHA-256 of a value as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=float).encode()).hexdigest()
 
 
 def read_sums(path: Path) -> Sums | None:
-    """The sums in a checkpoint's folder; None in one from before there were any.
+    """Returns the checksums in a checkpoint's folder; None if an earlier version without checksums wrote it.
 
     Raises:
-      UserError: they are damaged.
+      UserError: if they are damaged.
     """
     file = path / "sums" / "metadata"
     return parse(Sums, read_object(file), str(file)) if file.is_file() else None
 
 
 def require_same(expected: Mapping[str, tuple[int, int]], tree: PyTree, prefix: str = "") -> None:
-    """Raises ValueError naming the first array that is not what was saved; ``prefix`` is the tree's own path."""
+    """Raises ValueError with the name of the first array that differs from the saved one.
+
+    Args:
+      expected: both checksums of each saved array, by path.
+      prefix: path of ``tree`` itself.
+    """
     for name, found in sums_of_arrays(tree).items():
         if expected.get(prefix + name) != found:
             raise ValueError(f"{prefix}{name} is not what was saved")
 
 
 def require_finite(tree: PyTree) -> None:
-    """Raises ValueError naming the first array that holds NaN or an infinity."""
+    """Raises ValueError with the name of the first array that holds NaN or an infinity."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -83,13 +89,16 @@ def require_finite(tree: PyTree) -> None:
 
 
 def _plain(leaf: Any) -> Shaped[Array, "..."]:
-    """A leaf as an array of numbers: random keys have a type of their own."""
+    """Returns a leaf as an array of numbers, because random keys have a type of their own."""
     leaf = jnp.asarray(leaf)
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
 def _sums(x: Shaped[Array, "..."]) -> Any:
-    """Both sums of an array, on its devices; on a CPU by numpy, which takes a quarter of XLA's time there."""
+    """Returns both checksums of an array, computed on its devices.
+
+    On a CPU they are computed by numpy, which takes a quarter of XLA's time there.
+    """
     x = x.reshape(1) if x.ndim == 0 else x
     if jax.default_backend() == "cpu" and x.is_fully_addressable:
         bits = np.ascontiguousarray(x).view(f"uint{8 * x.dtype.itemsize}")
@@ -104,7 +113,7 @@ def _on_devices(x: Shaped[Array, "..."]) -> UInt32[Array, " 2"]:
 
 
 def _folded(numpy: Any, bits: Any) -> Any:
-    """The sums of unsigned integers, by ``numpy`` or ``jax.numpy``."""
+    """Returns both checksums of unsigned integers, computed by ``numpy`` or ``jax.numpy``."""
 
     def weighed(part: Any) -> Any:
         weights = numpy.arange(part.size, dtype=np.uint32) * np.uint32(WEIGHT) + np.uint32(1)

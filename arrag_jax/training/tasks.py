@@ -1,4 +1,4 @@
-"""What can be trained: from a config's ``task`` to its task object."""
+"""The tasks that can be trained: from a config's ``task`` to its task object."""
 
 from arrag_jax.config import TrainConfig
 from arrag_jax.parsing import parse
@@ -15,10 +15,10 @@ TASKS = {
 
 
 def make_task(config: TrainConfig) -> Task:
-    """The task that a config names.
+    """Returns the task that a config names.
 
     Raises:
-      UserError: for options that the task does not have, or that cannot be.
+      UserError: if the task does not have an option, or if its value is invalid.
     """
     task, options = TASKS[config.task]
     return task(config, parse(options, config.options, "config.options"))

@@ -1,4 +1,4 @@
-"""Training the VQ tokenizer."""
+"""The task that trains the VQ tokenizer."""
 
 import dataclasses
 import math
@@ -28,13 +28,13 @@ from arrag_jax.training.shared import RunImages, psnr, rows_of_a_device, tokeniz
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerOptions(Settings):
-    """Shape and loss weights of the tokenizer, and when a code counts as dead."""
+    """Settings of the tokenizer: its preset, its loss weights, and when a code counts as dead."""
 
-    preset: str  # of models.registry.preset_of
-    commitment: float = 0.25  # pulls latents to their codes
-    codebook: float = 1.0  # pulls codes to their latents
-    usage_decay: float = 0.98  # of the running share of cells a code takes
-    dead_below: float = 0.02  # a code that takes less than this share of 1/V moves to a spare latent
+    preset: str  # name of a model preset; see models.registry.preset_of
+    commitment: float = 0.25  # weight of the loss that pulls latents to their codes
+    codebook: float = 1.0  # weight of the loss that pulls codes to their latents
+    usage_decay: float = 0.98  # decay of the moving average of each code's share of the positions
+    dead_below: float = 0.02  # a code with a usage below this, times 1/V, is dead and is replaced by a spare latent
 
     def __post_init__(self):
         preset_of(self.preset)
@@ -46,9 +46,9 @@ class TokenizerOptions(Settings):
 
 
 class TokenizerTask:
-    """VQ autoencoder: squared error of pixels, commitment, and revival of dead codes.
+    """Trains a VQ autoencoder with squared pixel error and commitment loss, and revives dead codes.
 
-    No perceptual loss: the packaged LPIPS weights come as a pickle, which this project does not read.
+    There is no perceptual loss, because the published LPIPS weights are a pickle file, and this project reads none.
     """
 
     trainable = nnx.Param
@@ -59,31 +59,31 @@ class TokenizerTask:
         shape = preset_of(options.preset)[1]
         self.tokens = math.prod(shape.grid)
         self.images = RunImages(config.data, shape.image_size)
-        self.images.require_splits()  # before anything is written
+        self.images.require_splits()  # fails before anything is written
 
     def init_model(self, rngs: nnx.Rngs) -> VQImages:
-        """A model that holds its tokenizer alone."""
+        """Returns a model that contains only the tokenizer."""
         training, shape = preset_of(self.options.preset)
         return training.tokenizer(shape, rngs)
 
     def base(self) -> dict[str, str]:
-        """Nothing is frozen; which images it learns from."""
+        """Returns the identity of the training images; nothing is frozen."""
         return self.images.identity()
 
     def train_source(self) -> grain.MapDataset:
-        """Images of the training split."""
+        """Returns the images of the training split."""
         return grain.MapDataset.source(self.images.train).map(_image_alone)
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """The first ``eval_examples`` of the held-out split."""
+        """Yields batches of the first ``eval_examples`` images of the held-out split."""
         return self.images.held_out_batches(batch_size, _image_alone)
 
     def loss(self, model: VQImages, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
-        """Reconstruction + codebook + commitment loss; notes which codes are used."""
+        """Returns reconstruction + codebook + commitment loss; also updates the usage of the codes."""
         vq, images = model.vq, from_uint8(batch["image"])
         codes, latents = vq.encode(images)
         quantised = vq.codebook[codes]
-        # The decoder sees the code; the encoder gets the decoder's gradient as if nothing had been rounded.
+        # Straight-through estimator: the decoder gets the code, the encoder gets the decoder's gradient.
         decoded = vq.decode(latents + jax.lax.stop_gradient(quantised - latents))
         reconstruction = jnp.mean((decoded - images) ** 2)
         to_latents = jnp.mean((quantised - jax.lax.stop_gradient(latents)) ** 2)
@@ -102,20 +102,20 @@ class TokenizerTask:
         vq.spare[...] = jax.lax.stop_gradient(flat[picks])
 
     def after_update(self, model: VQImages, key: Array) -> None:
-        """Moves dead codes to latents of this batch, which the loss has noted."""
+        """Replaces dead codes with latents of this batch, which the loss has stored."""
         vq = model.vq
         dead = vq.usage[...] < self.options.dead_below / vq.config.codebook_size
         vq.codes[...] = jnp.where(dead[:, None], vq.spare[...], vq.codes[...])
         vq.usage[...] = jnp.where(dead, 1.0 / vq.config.codebook_size, vq.usage[...])
 
     def eval_metrics(self, model: VQImages, batch: Batch) -> Scalars:
-        """Mean PSNR in dB of the pictures as they would be saved (clipped to [-1, 1])."""
+        """Returns the mean PSNR in dB of the reconstructions, clipped to [-1, 1] as in a saved image."""
         images = from_uint8(batch["image"])
         codes, latents = model.encode_images(images)
         return {"psnr": psnr(model.decode_codes(codes, *latents.shape[1:3]), images)}
 
     def sample_callback(self) -> Callable[[VQImages], SampleImages]:
-        """Shows held-out images above their reconstructions."""
+        """Returns a function that shows held-out images above their reconstructions."""
         images = next(self.eval_batches(12))["image"]
 
         def draw_samples(model: VQImages) -> SampleImages:
@@ -125,7 +125,7 @@ class TokenizerTask:
         return draw_samples
 
     def export(self, model: VQImages, directory: Path, run: dict[str, Any]) -> None:
-        """The tokenizer as a model folder, with its held-out figures."""
+        """Writes the tokenizer as a model folder, with its held-out metrics."""
         save_model(model, directory)
         figures = tokenizer_figures(model, self.eval_batches(rows_of_a_device(self.config)))
         write_manifest(directory, model, run, **figures)

@@ -1,4 +1,4 @@
-"""The benchmark ``emoji_scenes``: scenes as prompts, whose images are scored by the sprites in them."""
+"""The benchmark ``emoji_scenes``: its prompts describe scenes, and images are scored by the sprites in them."""
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,26 +28,26 @@ class EmojiScenes:
         self._scene = functools.cache(functools.partial(scene, split))
 
     def prompts(self, number: int) -> Sequence[str]:
-        """Returns the captions of the first scenes; there is no end to them."""
+        """Returns the captions of the first scenes; any number of them can be requested."""
         return [scene.caption for scene in self._scenes(range(number))]
 
     def true_images(self, numbers: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n 48 48 3"]:
-        """Returns the scenes themselves."""
+        """Returns the rendered scenes."""
         return np.stack([render(scene) for scene in self._scenes(numbers.tolist())])
 
     def held_out(self, number: int) -> Sequence[Mapping[str, Any]]:
-        """Returns the first scenes of the split as the data set has them.
+        """Returns the first scenes of the split, in the form of the data set.
 
         Raises:
-          UserError: the data set holds fewer.
+          UserError: if the data set holds fewer.
         """
         return load_source(self._data.name, f"{self._split}[:{number}]", self._data.data_dir)
 
     def score(self, repeats: Iterable[Iterable[ImageBatch]]) -> dict[str, Any]:
         """Returns the object score: mean and spread over the repeats, and the means of some groups of prompts.
 
-        "families": by family; "held_out_pairs" and "other_prompts": of prompts with and without pairs that training
-        leaves out, null if there are no such prompts.
+        "families": the mean of each family. "held_out_pairs" and "other_prompts": the means of prompts with and without
+        pairs that training leaves out; null if there are no such prompts.
         """
         right, scenes = [], []
         for batches in repeats:
@@ -70,7 +70,7 @@ class EmojiScenes:
         }
 
     def table(self, scores: Mapping[str, Mapping[str, Any]]) -> str:
-        """Returns one row for each method: mean, spread and the groups of prompts."""
+        """Returns a table with one row per method: mean, spread and the groups of prompts."""
         columns = ["object score", "mean", "spread", *FAMILIES, "other prompts", "held-out pairs"]
         rows = [
             [

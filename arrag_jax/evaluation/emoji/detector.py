@@ -1,13 +1,15 @@
-"""Finds the sprites of ``emoji_scenes`` in a picture by template matching: nothing is trained.
+"""Finds the sprites of ``emoji_scenes`` in an image by template matching; nothing is trained.
 
-Every sprite (class x tint x size) is laid on every position of the picture. The match is a normalised correlation in
-RGB of what stands out from the ground: the ground g is the mean of the picture under the transparent part of the
-sprite, weights 1 - a with a the alpha, and with P the picture's pixels in the box and C the sprite's
+Every sprite (class x tint x size) is compared with the image at every place. The match is a normalised correlation
+in RGB of the differences from the background colour. The background colour g is the mean of the image under the
+transparent part of the sprite, with weights 1 - a, where a is the alpha. P are the image's pixels in the box, C the
+sprite's:
 
-    score = <P - g, a (C - g)> / (|P - g| |a (C - g)|),
+    score = <P - g, a (C - g)> / (|P - g| |a (C - g)|).
 
-1 for a rendered sprite, 0 for plain ground. (To subtract the mean instead, as is usual, makes a pale red ground match
-a red heart.) All sums over pixels are linear in P or in its square, so that each size is one matrix product.
+The score is 1 for a rendered sprite and 0 for a plain background. (If the mean were subtracted instead, as is usual, a
+pale red background would match a red heart.) All sums over pixels are linear in P or in its square, so each size is one
+matrix product.
 """
 
 import functools
@@ -22,15 +24,15 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from arrag_jax.data.emoji import scenes
 
-THRESHOLD = 0.65  # true sprites score 0.84 and more even when blurred, chance matches seldom 0.65
-_MAX_DETECTIONS = 8  # in a picture
-_MAX_OVERLAP = 0.1  # of two detections' boxes, as a part of the smaller
-_NOISE = 4.0  # grey levels; contrast below it is no sprite
-_BATCH = 16  # pictures matched at once: their patches take some 100 MB
+THRESHOLD = 0.65  # true sprites score at least 0.84 even if blurred; chance matches seldom reach 0.65
+_MAX_DETECTIONS = 8  # per image
+_MAX_OVERLAP = 0.1  # of the boxes of two detections, as a share of the smaller box
+_NOISE = 4.0  # grey levels; a lower contrast does not count as a sprite
+_BATCH = 16  # images that are matched at once; their patches take about 100 MB
 
 
 class Detection(NamedTuple):
-    """A sprite found: class name, tint (None: natural colours), box in pixels, score up to 1."""
+    """A detected sprite: class name, tint (None: natural colours), box in pixels, score up to 1."""
 
     name: str
     colour: str | None
@@ -39,10 +41,13 @@ class Detection(NamedTuple):
 
 
 class _Bank(NamedTuple):
-    """All sprites of one size s as kernels, n = 3 s s; looks are (class, tint) pairs, masks are classes' alphas."""
+    """All sprites of one size s as kernels, n = 3 s s.
+
+    Looks are (class, tint) pairs; masks are the alphas of the classes.
+    """
 
     colours: Float[Array, "n looks"]  # a C
-    alphas: Float[Array, "n masks_channels"]  # a, once a channel
+    alphas: Float[Array, "n masks_channels"]  # a, once per channel
     mask_of_look: Int[Array, " looks"]
     alpha_sum: Float[Array, "1 masks"]  # sums of a and of a² over the s s pixels
     alpha_square_sum: Float[Array, "1 masks"]
@@ -52,20 +57,20 @@ class _Bank(NamedTuple):
 
 
 class _Templates(NamedTuple):
-    """Everything matching needs: a bank for each size, and which candidate places overlap too much."""
+    """The constants of the matching: a bank for each size, and which pairs of places overlap too much."""
 
     banks: tuple[_Bank, ...]
     clash: Bool[Array, "places places"]
 
 
 def detect(pictures: UInt8[np.ndarray, "B 48 48 3"]) -> list[list[Detection]]:
-    """The sprites in each picture, best first; at most eight, no two of which overlap by more than a tenth."""
+    """Returns the sprites in each image, best first: at most eight, and no two overlap by more than a tenth."""
     looks, boxes, found = _looks(), _boxes(), []
     for start in range(0, len(pictures), _BATCH):
         batch = pictures[start : start + _BATCH]
-        padded = np.zeros((_BATCH, *pictures.shape[1:]), np.uint8)  # one shape, one compilation
+        padded = np.zeros((_BATCH, *pictures.shape[1:]), np.uint8)  # padding, so that only one shape is compiled
         padded[: len(batch)] = batch
-        with jax.default_matmul_precision("highest"):  # accelerators round products to 8-10 bits otherwise
+        with jax.default_matmul_precision("highest"):  # by default, accelerators round products to 8-10 bits
             peaks = _match(padded, _templates())
         rows = zip(*(np.asarray(part) for part in peaks), strict=True)
         for score, look, place in itertools.islice(rows, len(batch)):
@@ -78,7 +83,7 @@ def detect(pictures: UInt8[np.ndarray, "B 48 48 3"]) -> list[list[Detection]]:
 def _match(
     pictures: UInt8[np.ndarray | Array, "B 48 48 3"], templates: _Templates
 ) -> tuple[Float[Array, "B peaks"], Int[Array, "B peaks"], Int[Array, "B peaks"]]:
-    """Score, look and place of each picture's best peaks; a place is a row of ``_boxes``."""
+    """Returns score, look and place of each image's best peaks; a place is a row of ``_boxes``."""
     scores = [
         _scores(pictures.astype(jnp.float32), bank, size)
         for bank, size in zip(templates.banks, scenes.SIZES, strict=True)
@@ -96,7 +101,7 @@ def _match(
 
 
 def _scores(pictures: Float[Array, "B 48 48 3"], bank: _Bank, size: int) -> Float[Array, "B places looks"]:
-    """The match of every sprite of a size at every position, in raster order."""
+    """Returns the match of every sprite of a size at every place, in raster order."""
     steps = scenes.SIDE - size + 1
     rows = jnp.stack([pictures[:, y : y + steps] for y in range(size)], -2)
     patches = jnp.stack([rows[:, :, x : x + steps] for x in range(size)], -2)
@@ -129,7 +134,7 @@ def _looks() -> list[tuple[str, str | None]]:
 
 
 def _boxes() -> list[scenes.Box]:
-    """Every place of every size, in the order of the matches."""
+    """Returns every place of every size, in the order of the matches."""
 
     def of_size(size: int) -> Iterator[scenes.Box]:
         corners = range(scenes.SIDE - size + 1)

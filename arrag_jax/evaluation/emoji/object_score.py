@@ -1,7 +1,8 @@
-"""Object score of pictures of ``emoji_scenes``: does a picture show what its caption says, by GenEval's rules?
+"""Object score of images for ``emoji_scenes``: whether an image shows what its caption says, by GenEval's rules.
 
-GenEval (Ghosh et al., NeurIPS 2023), here with an exact detector. Sprites that the caption does not name are not
-held against a picture, except that counting is strict. Where no colour is named, any colour of the class counts.
+Source: GenEval (Ghosh et al., NeurIPS 2023), here with an exact detector. Sprites that the caption does not name do not
+count against an image, except that counting is strict. If the caption names no colour, any colour of the class is
+right.
 """
 
 from collections.abc import Sequence
@@ -16,24 +17,24 @@ from arrag_jax.evaluation.emoji.detector import Detection, detect
 
 
 def object_score(pictures: UInt8[np.ndarray, "B 48 48 3"], scenes: Sequence[Scene]) -> dict[str, Any]:
-    """Scores each picture against the scene that its prompt came from.
+    """Returns the score of each image against the scene of its prompt.
 
     Returns:
-      ``right``: bool[B], one verdict a picture; ``families``: the mean of each family that occurs;
-      ``overall``: the mean of those means, GenEval's overall score when all six occur.
+      ``right``: bool[B], one verdict per image; ``families``: the mean of each family that occurs;
+      ``overall``: the mean of these means, which is GenEval's overall score if all six families occur.
 
     Raises:
-      UserError: no pictures, or not one scene a picture.
+      UserError: if there are no images, or not one scene per image.
     """
     right = verdicts(pictures, scenes)
     return {"right": right, **family_scores(right, scenes)}
 
 
 def verdicts(pictures: UInt8[np.ndarray, "B 48 48 3"], scenes: Sequence[Scene]) -> Bool[np.ndarray, " B"]:
-    """Returns for each picture whether it shows what its scene's caption says.
+    """Returns for each image whether it shows what its scene's caption says.
 
     Raises:
-      UserError: no pictures, or not one scene a picture.
+      UserError: if there are no images, or not one scene per image.
     """
     if not len(pictures) or len(pictures) != len(scenes):
         raise UserError(
@@ -43,14 +44,14 @@ def verdicts(pictures: UInt8[np.ndarray, "B 48 48 3"], scenes: Sequence[Scene]) 
 
 
 def family_scores(right: Bool[np.ndarray, " B"], scenes: Sequence[Scene]) -> dict[str, Any]:
-    """Returns "families" and "overall" of ``object_score`` from one verdict for each scene."""
+    """Returns "families" and "overall" of ``object_score`` from one verdict per scene."""
     families = np.array([scene.family for scene in scenes])
     means = {family: float(right[families == family].mean()) for family in FAMILIES if family in families}
     return {"families": means, "overall": float(np.mean(list(means.values())))}
 
 
 def is_right(found: Sequence[Detection], scene: Scene) -> bool:
-    """Do the detections of a picture, best first, satisfy the caption of a scene?"""
+    """Returns whether the detections of an image, best first, satisfy the caption of a scene."""
     if scene.family == "counting":
         name = scene.sprites[0].name
         return sum(detection.name == name for detection in found) == len(scene.sprites)
@@ -60,5 +61,5 @@ def is_right(found: Sequence[Detection], scene: Scene) -> bool:
     ]
     if None in best:
         return False
-    # As GenEval does, the relation is asked of the best detection of each class.
+    # As in GenEval, only the best detection of each class is checked for the relation.
     return scene.relation is None or scene.relation in relations(best[0].box, best[1].box)
