@@ -1,8 +1,8 @@
 """Computes checksums of large arrays at memory speed. They detect accidental damage, but not a deliberate change.
 
 The bytes of an array are arranged in rows of 8192 words of 64 bits. The checksum is the SHA-256 of the sums of all
-rows and of all columns, modulo 2^64. A change of one, two or three words always changes the checksum. Any other damage stays
-undetected with a probability of about 2^-64. A SHA-256 of all bytes takes several times longer, about as long as
+rows and of all columns, modulo 2^64. A change of one, two or three words always changes the checksum. Any other damage
+stays undetected with a probability of about 2^-64. A SHA-256 of all bytes takes several times longer, about as long as
 loading them.
 """
 

@@ -284,7 +284,7 @@ def _open_up(config: ConfigDict, config_class: type) -> None:
             if isinstance(config[name], ConfigDict):
                 _open_up(config[name], hint)
         elif name in config and type(None) in typing.get_args(hint):
-            config[name] = FieldReference(config[name], field_type=object)  # accepts any literal, because parse checks the type
+            config[name] = FieldReference(config[name], field_type=object)  # any literal; parse checks the type
 
 
 def _override(config: ConfigDict, config_class: type, argv: list[str]) -> tuple[ConfigDict, list[str]]:
@@ -320,7 +320,7 @@ def _split_lists(config: ConfigDict, config_class: type) -> None:
             and texts
             and all(isinstance(x, str) for x in texts)
         ):
-            del config[name]  # the config may have the type text for it
+            del config[name]  # because its type may be text
             config[name] = tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
 
 

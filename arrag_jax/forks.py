@@ -1,4 +1,4 @@
-"""Refuses work in a forked child process, where JAX would wait forever, because its threads exist only in the parent."""
+"""Refuses work in a forked child process, where JAX would wait forever for threads that exist only in the parent."""
 
 import os
 import sys

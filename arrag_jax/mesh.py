@@ -22,8 +22,8 @@ from arrag_jax.processes import start_distributed as start_distributed
 
 BATCH = P(("data", "fsdp"))
 
-# The first rule applies whose pattern occurs in a leaf's path ("params/layers/0/mlp/up/kernel") and whose split fits the
-# leaf's shape. Optimizer state is placed like its parameter, because its path contains the parameter's path.
+# The first rule applies whose pattern occurs in a leaf's path ("params/layers/0/mlp/up/kernel") and whose split fits
+# the leaf's shape. Optimizer state is placed like its parameter, because its path contains the parameter's path.
 SHARDING_RULES: tuple[tuple[str, P], ...] = (
     (r"codebook", P()),  # it is small, and every search reads all of it
     (r"embed\w*/embedding$", P(None, "fsdp")),  # splits the width, because rows are gathered by id
@@ -63,8 +63,8 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """Returns how one leaf is split over the mesh.
 
-    A rule of ``SHARDING_RULES`` comes first. Without one, the largest axis that "fsdp" divides is split. Otherwise, and if
-    the leaf is small or has fewer than two axes, the leaf is replicated.
+    A rule of ``SHARDING_RULES`` comes first. Without one, the largest axis that "fsdp" divides is split. Otherwise, and
+    if the leaf is small or has fewer than two axes, the leaf is replicated.
     """
     ways = mesh.shape["fsdp"]
     if ways == 1 or len(shape) < 2 or np.prod(shape) < SMALLEST_SHARDED:
@@ -96,14 +96,14 @@ def put_state(state: PyTree, mesh: Mesh) -> PyTree:
 
 
 def put_rows(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Splits the rows of arrays over "data" and replicates them along "fsdp"; every process must hold all rows."""
+    """Splits the rows of arrays over "data"; replicated along "fsdp". Every process must hold all rows."""
     return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, P("data"))), tree)
 
 
 def _put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
     if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.device_put(leaf, sharding)
-    data = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)  # device_put fails for keys in several processes
+    data = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)  # key arrays fail in several processes
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
 
 

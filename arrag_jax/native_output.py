@@ -68,7 +68,8 @@ def hushed() -> Iterator[None]:
     """While open, and if the console is quiet, drops info and warning lines of C++ libraries.
 
     The libraries write to file descriptor 2, which is a temporary file while this is open. On exit its other lines,
-    including errors, are written to the terminal. ``sys.stderr`` and the lines of ``signals`` always reach the terminal.
+    including errors, are written to the terminal. ``sys.stderr`` and the lines of ``signals`` always reach the
+    terminal.
     """
     if _log is not None or not console.is_quiet():
         yield
