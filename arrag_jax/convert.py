@@ -5,8 +5,8 @@ python -m arrag_jax.convert --source runs/faid --target checkpoints/faid_best
 
 Reads the published layouts, the layouts that ``transformers`` saves, this package's own folders, and the --workdir of
 arrag_jax.train. From a workdir it reads the best checkpoint, or with --last the newest one. Writes this package's own
-layout, or another one that --to names, such as janus for the published layout. The bytes of tensors do not change,
-unless a LoRA is merged into them. A training run is written in the same form as its own export.
+layout, or the published layout that --to names, such as janus. The bytes of tensors do not change, unless a LoRA is
+merged into them. A training run is written in the same form as its own export.
 """
 
 from pathlib import Path

@@ -63,6 +63,6 @@ def score_error(numbers: int, parts: int) -> float:
     """
     unit = 2.0**-24
     summed = 2 * numbers * unit * parts  # the absolute values of the products sum to at most ``parts``
-    norms = 2 * parts * (numbers / parts + 6) * unit  # error of both norms, because values were divided by rounded norms
+    norms = 2 * parts * (numbers / parts + 6) * unit  # error of both norms, which are rounded
     grid = 4 * parts**0.5 * numbers**0.5 * 2.0**-BITS  # the square root of the largest distance is 2·sqrt(parts)
     return summed + norms + grid + 4 * parts * unit
