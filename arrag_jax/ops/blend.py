@@ -11,8 +11,9 @@ The window's term can be computed in two ways, which give the same value:
   Staged: every tap of the first kernel is multiplied with the whole map, the products are shifted and summed, and the
   second kernel is applied. This takes 2(k² − 1) matrix products per position and hop.
 
-  Composed: the two kernels are first multiplied with each other, which gives one matrix per live offset: 4 for hop 1,
-  12 for hop 2, 24 for hop 3, shared by all hops. The composition itself costs D rows per pair of kernel taps.
+  Composed: the two kernels are first multiplied with each other. This gives one matrix per live offset, that is, per
+  offset drawn before the centre: 4 for hop 1, 12 for hop 2, 24 for hop 3, shared by all hops. The composition itself
+  costs D rows per pair of kernel taps.
 
 ``cheaper_composed`` decides which way costs less. Decoding always composes, because it uses the same kernels for every
 position.

@@ -68,7 +68,7 @@ def neighbor_log_probs(
     """
     batch, _ = neighbors.code.shape
     score = -neighbors.distance / temperature
-    code = jnp.where(neighbors.code < 0, codebook_size, neighbors.code)  # this index is out of range, so empty slots are dropped
+    code = jnp.where(neighbors.code < 0, codebook_size, neighbors.code)  # out of range, hence dropped
     rows = jnp.arange(batch)[:, None]
     if reduction == "max":
         total = jnp.full((batch, codebook_size), -jnp.inf).at[rows, code].max(score, mode="drop")
