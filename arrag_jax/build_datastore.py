@@ -10,7 +10,9 @@ python -m arrag_jax.build_datastore --config.keys=codebook,latent --config.index
 
 The last command adds keys and an index to an existing datastore. Without --config, the settings that the datastore was
 built with apply. Captions can be added in the same way (--config.captions=True). The source must still exist,
-unchanged. --report measures the index: recall compared with exact search, queries per second, and bytes per patch.
+unchanged.
+
+--report measures the index: recall compared with exact search, queries per second, and bytes per patch.
 
 If you run it again with the same flags, it continues where it stopped, or says that nothing is left to do. Several
 processes share the work (JAX_COORDINATOR_ADDRESS and so on, see launch/); --workdir must then be on a file system that

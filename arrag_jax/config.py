@@ -186,7 +186,7 @@ class DatastoreConfig(Settings):
     data_dir: LocalPath = "data"  # folder where TFDS keeps data sets; a missing data set is built there
     num_images: int = 0  # number of images to store, the first ones; 0 = all
     max_bad_fraction: float = 0.01  # share of unreadable images above which the build fails
-    min_bad: int = 10  # so many unreadable images are always tolerated, up to one in twenty (or one image)
+    min_bad: int = 10  # always tolerates so many unreadable images, but at most one in twenty (or one image)
     batch_size: int = 64  # images that a device encodes together
     shard_size: int = 16_384  # images per file
     keys: tuple[str, ...] = ("codebook",)  # kinds of key to store: "codebook", "latent" (8 times the size)

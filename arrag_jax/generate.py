@@ -10,7 +10,7 @@ Images are written batch by batch, and ``run.json`` records the run. If you run 
 where it stopped. A different command replaces the images of the previous run.
 
 Methods that retrieve also write one provenance page per image, ``provenance_NN_METHOD.png``. The page shows which
-stored images hold the retrieved patches, and how much retrieval changed each draw. ``provenance.json`` holds the same
+stored images hold the drawn patches, and how much retrieval changed each draw. ``provenance.json`` holds the same
 data as numbers, and a copy audit; for its keys see ``evaluation.provenance.page_and_record``. ``--noprovenance`` turns
 both off.
 """

@@ -94,7 +94,7 @@ def heat_map(
     column_name: str = "",
     form: str = "{:.2f}",
 ) -> RGBImage:
-    """Returns a table of numbers as an image; a cell's colour shows its value, from dark (smallest) to bright (largest).
+    """Returns a table of numbers as an image; the colour of a cell shows its value, from dark (smallest) to bright.
 
     Args:
       values: the numbers; NaN = not measured, drawn as an empty grey cell.
