@@ -1,4 +1,4 @@
-"""Builds a datastore from images and a tokenizer, and its ScaNN indexes; adds to one, merges and verifies them.
+"""Builds a datastore and its ScaNN indexes from images and a tokenizer; also appends, merges, verifies and measures.
 
 python -m arrag_jax.build_datastore --config configs/emoji_datastore.py --workdir runs/store
 python -m arrag_jax.build_datastore --config configs/folder_datastore.py --config.source=photos --workdir runs/photos
@@ -8,12 +8,15 @@ python -m arrag_jax.build_datastore --workdir runs/photos --verify
 python -m arrag_jax.build_datastore --workdir runs/photos --report
 python -m arrag_jax.build_datastore --config.keys=codebook,latent --config.indexes=latent --workdir runs/photos
 
-The last adds keys and an index to a datastore that is there: with no --config its own settings count, as they were when
-it was built. Captions (--config.captions=True) can be added alike. The source must still be there, unchanged.
---report measures the index: recall against exact search, queries a second, bytes a patch.
-Run again with the same flags, it goes on where it stopped, and says so when nothing is left to do. Started as several
-processes (JAX_COORDINATOR_ADDRESS and so on, see launch/) it shares the work; --workdir is then on a file system that
-all of them see.
+The last command adds keys and an index to an existing datastore. Without --config, the settings that the datastore was
+built with apply. Captions can be added in the same way (--config.captions=True). The source must still exist,
+unchanged.
+
+--report measures the index: recall compared with exact search, queries per second, and bytes per patch.
+
+If you run it again with the same flags, it continues where it stopped, or says that nothing is left to do. Several
+processes share the work (JAX_COORDINATOR_ADDRESS and so on, see launch/); --workdir must then be on a file system that
+all processes can access.
 """
 
 from collections.abc import Collection
@@ -38,9 +41,9 @@ def run(
     report: bool = False,
     keep_duplicates: bool = False,
 ) -> None:
-    """Builds the datastore that the config describes, in --workdir; run again to continue."""
+    """Builds the datastore of the config in --workdir, or does what a flag requests; run it again to continue."""
     if jax.process_index() > 0 and (merge or verify or report):
-        return  # the first process does these alone
+        return  # process 0 alone does these
     if sum(map(bool, (append, merge, verify, report))) > 1:
         raise UserError("--append, --merge, --verify and --report exclude one another; give one of them")
     directory = Path(workdir)

@@ -1,10 +1,11 @@
-"""Looks up the neighbours of training and validation images, which FAiD is trained on.
+"""Searches for the neighbours of training and validation images, which FAiD's training reads.
 
 python -m arrag_jax.build_neighbors --config configs/emoji_neighbors.py --workdir runs/neighbors
 python -m arrag_jax.build_neighbors --config configs/janus_pro_1b_neighbors.py --config.source=pairs --workdir runs/own
 
-Images come from whatever ``build_datastore`` takes, with captions; a folder is listed once, when the sets are begun.
-Run again with the same flags, it goes on where it stopped, and says so when nothing is left to do.
+Every source that ``build_datastore`` accepts is valid if its images have captions. The files of a folder are listed
+only once, on the first run. If you run it again with the same flags, it continues where it stopped, or says that
+nothing is left to do.
 """
 
 from pathlib import Path
@@ -15,7 +16,7 @@ from arrag_jax.retrieval.neighbor_sets import build
 
 
 def run(config: NeighborsConfig, workdir: str) -> None:
-    """Looks up the neighbours of two splits, in --workdir/train and --workdir/valid; run again to continue."""
+    """Writes the neighbours of two splits to --workdir/train and --workdir/valid; run it again to continue."""
     build(config, Path(workdir))
 
 

@@ -1,6 +1,6 @@
-"""The console command ``arrag``: the package's commands under one name.
+"""Defines the console command ``arrag``, which runs every command of the package.
 
-``arrag COMMAND ARGUMENTS`` is ``python -m arrag_jax.MODULE ARGUMENTS``, with the modules of ``COMMANDS``.
+``arrag COMMAND ARGUMENTS`` does the same as ``python -m arrag_jax.MODULE ARGUMENTS``; ``COMMANDS`` lists the modules.
 """
 
 import runpy
@@ -12,7 +12,7 @@ from arrag_jax import console, errors
 
 
 class Command(NamedTuple):
-    """A command: its module, and what it does."""
+    """A command of ``arrag``: its module, and a description for the help."""
 
     module: str
     about: str
@@ -38,7 +38,7 @@ arrag COMMAND --help tells a command's arguments, arrag --version the version.
 
 
 def main() -> None:
-    """Runs the command that the first argument names, as if its module had been started; the console script."""
+    """Runs the command that the first argument names; the entry point of the console script."""
     errors.start_command()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help", "--version"):
@@ -51,7 +51,7 @@ def main() -> None:
     module = f"arrag_jax.{COMMANDS[name].module}"
     errors.call_commands({command.module: f"arrag {name}" for name, command in COMMANDS.items()})
     sys.argv = [module, *arguments]
-    sys.orig_argv = [sys.executable, "-m", *sys.argv]  # what a training run records as its command
+    sys.orig_argv = [sys.executable, "-m", *sys.argv]  # a training run records this as its command
     runpy.run_module(module, run_name="__main__")
 
 

@@ -1,6 +1,6 @@
-"""What every command does first: flags, one strict config, errors in one line, the compilation cache.
+"""Starts every command: parses flags and the config, reports errors in one line, sets up the compilation cache.
 
-A command is a function ``main(config, **flags)``; see ``arrag_jax/train.py`` for the shortest one.
+A command is a function ``main(config, **flags)``; ``arrag_jax/train.py`` is the shortest example.
 """
 
 import contextlib
@@ -36,22 +36,22 @@ OVERRIDE = re.compile(r"--?(no)?config\.")
 
 
 class Flag(NamedTuple):
-    """One flag of a command; its type is its default's (str, int, float, bool; () = may be given several times)."""
+    """One flag of a command, of its default's type: str, int, float or bool; () = a string that can be repeated."""
 
     help: str
-    default: Any = REQUIRED  # left out: a required string
-    path: bool = False  # of a file or folder: must be local, and ~ is expanded
+    default: Any = REQUIRED  # REQUIRED = a string that the user must give
+    path: bool = False  # the flag is the path of a local file or folder; ~ is expanded
 
 
 PROGRESS = Flag("show progress bars, which appear on a terminal alone; --noprogress: not", True)
 VERBOSE = Flag("show what libraries log, their bars and their advice", False)
-OWN = {"progress": PROGRESS, "verbose": VERBOSE}  # flags that each process of a run may have as it likes
+OWN = {"progress": PROGRESS, "verbose": VERBOSE}  # flags that may differ between the processes of one run
 CONFIG = Flag(
     "config file, path.py or path.py:argument, or the name of a shipped one; --config.key=value overrides a key",
     path=True,
 )
 OPTIONAL_CONFIG = CONFIG._replace(default="")
-Recorded = Callable[[dict[str, Any]], dict[str, Any]]  # from the flags' values to a config that a workdir records
+Recorded = Callable[[dict[str, Any]], dict[str, Any]]  # from the flags' values to the config stored in a workdir
 
 
 def main_with_config(
@@ -64,20 +64,19 @@ def main_with_config(
 ) -> None:
     """Runs a command from the command line and exits.
 
-    Reads ``--config path.py`` (with overrides ``--config.key=value``) into the frozen dataclass
-    ``config_class``, and the named flags beside it (--noprogress and --verbose are every command's); then calls
-    ``main(config, **flags)``, or ``main(**flags)`` for a command without a config. A flag named "config"
-    with a default of "" makes the config one that may be left out; ``main`` then gets None, unless there are overrides,
-    which are then of the config that ``recorded`` makes of the flags' values. Bad flags, bad configs and every other
-    ``UserError`` print one line and exit with code 2, and so do failures of the file system and of memory; else
-    ``main``'s result is the exit code.
+    Reads ``--config path.py``, with overrides ``--config.key=value``, into the frozen dataclass ``config_class``, and
+    reads the named flags; every command also has --noprogress and --verbose. Then calls ``main(config, **flags)``, or
+    ``main(**flags)`` for a command without a config. The result of ``main`` is the exit code. A ``UserError``, such as
+    a bad flag or a bad config, prints one line and exits with code 2. So do failures of the file system or of memory.
+
+    A flag named "config" with the default "" makes the config optional. Without a config ``main`` gets None; if there
+    are overrides, they change the config that ``recorded`` returns for the flags' values.
 
     Args:
-      processes: whether a run may have several of them: "together" if each needs all others all the time, "apart" if
-        not, as ``start_distributed`` has it; "": one alone. Several are started before ``main`` is called, and have
-        a flag ``--wait`` more.
-      sections: the dataclasses of the sections that the config leaves free: by section, the key that chooses one, and
-        the choices.
+      processes: whether several processes can share a run: "together" if each needs all others all the time, "apart"
+        if not (see ``start_distributed``), "" if only one process is allowed. Several processes meet before ``main``
+        is called, and the command gets a flag ``--wait``.
+      sections: for each section that the config leaves free: the key that chooses its dataclass, and the choices.
     """
     if processes:
         flags["wait"] = Flag("of several processes: seconds in which all must have come", WAIT)
@@ -96,7 +95,7 @@ def main_with_config(
                 _require_place(name, path)
             enable_compilation_cache()
             result = main(*arguments, **values)
-        except Exception as error:  # wherever it comes from: data sets, checkpoints, metrics, pictures
+        except Exception as error:  # any library may be the source: data sets, checkpoints, metrics, images
             if console.is_closed(error):
                 raise BrokenPipeError from error
             said = _explained(error, values.get("workdir"), *arguments)
@@ -112,7 +111,7 @@ def main_with_config(
 
 
 def _start(processes: str, flags: dict[str, Any], config: Any = None) -> None:
-    """Meets the other processes of the run, if any; takes "wait" out of the flags."""
+    """Connects to the other processes of the run, if there are any; removes "wait" from the flags."""
     if processes:
         wait = flags.pop("wait")
         start_distributed(wait=wait, settings=_settings(config, flags), together=processes == "together")
@@ -121,7 +120,7 @@ def _start(processes: str, flags: dict[str, Any], config: Any = None) -> None:
 
 
 def _settings(config: Any, flags: dict[str, Any]) -> dict[str, Any]:
-    """Every key of a config and every flag by name: what all processes of a run must have in common."""
+    """Returns every config key and flag by name, with its value; these must be equal in all processes of a run."""
     flat = {f"--{name}": value for name, value in flags.items() if name not in OWN}
 
     def add(section: Mapping[str, Any], prefix: str) -> None:
@@ -137,14 +136,14 @@ def _settings(config: Any, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that a second run does not compile them again.
+    """Stores compiled programs on disk, so that a second run does not compile them again.
 
-    The folder is ``JAX_COMPILATION_CACHE_DIR`` where that is set, else ``~/.cache/arrag_jax/xla``. Where there is no
-    home folder, or none that can be written, nothing is kept.
+    The folder is ``JAX_COMPILATION_CACHE_DIR`` if that is set, else ``~/.cache/arrag_jax/xla``. Nothing is stored if
+    there is no home folder, or if it cannot be written.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    with contextlib.suppress(OSError, RuntimeError):  # the latter: no HOME, and no entry in the password file
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no HOME, and no entry in the password file
         folder = Path.home() / ".cache" / "arrag_jax" / "xla"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
@@ -154,7 +153,7 @@ def enable_compilation_cache() -> None:
 def _paths(
     flags: dict[str, Flag], values: dict[str, Any], sections: Sections, config: Any = None
 ) -> Iterator[tuple[str, str]]:
-    """Name and value of every path that is given."""
+    """Yields the name and value of every path that the flags or the config give."""
     for name, flag in flags.items():
         if _is_path(name, flag) and name in values:
             given = values[name] if isinstance(values[name], list) else [values[name]]
@@ -167,7 +166,7 @@ def _paths(
 
 
 def _require_place(name: str, path: str) -> None:
-    """Raises UserError if the system cannot look at a path, or if a --workdir is no folder and cannot become one."""
+    """Raises UserError if the system cannot access a path, or if --workdir is not a folder and cannot be created."""
     place = Path(path).absolute()
     try:
         os.stat(place)
@@ -175,18 +174,18 @@ def _require_place(name: str, path: str) -> None:
         if os.path.islink(place):
             raise UserError(f"{name}={path} is a link that leads to nothing; mend it, or give another path") from None
         if name != "--workdir":
-            return  # who needs it says so
+            return  # the code that needs the file reports this
         place = next(parent for parent in place.parents if parent.exists())
         if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
             raise UserError(f"cannot make {name}={path}: {place} cannot be written; choose another --workdir") from None
-    except OSError as error:  # a loop of links, a name that is too long, …
+    except OSError as error:  # for example a loop of links, or a name that is too long
         raise UserError(refused(name, path, error)) from error
     if name == "--workdir" and not place.is_dir():
         raise UserError(f"{name}={path} cannot be a folder: {place} is none; choose another --workdir")
 
 
 def _explained(error: Exception, workdir: str | None, config: Any = None) -> str | None:
-    """What to say of a failure of the file system or of memory; None of other errors."""
+    """Returns the message for a failure of the file system or of memory; None for any other error."""
     if isinstance(error, UserError):
         return None
     if not tells_of_memory(error):
@@ -205,7 +204,7 @@ def _parse(
     recorded: Recorded | None,
     flags: dict[str, Flag],
 ) -> dict[str, Any]:
-    """The flags' values by name, "config" among them; prints the help and exits when asked for it."""
+    """Returns the flags' values by name, including "config"; if --help is given, prints the help and exits."""
     values = absl_flags.FlagValues()
     values.set_gnu_getopt()
     define = {bool: absl_flags.DEFINE_bool, int: absl_flags.DEFINE_integer, float: absl_flags.DEFINE_float}
@@ -217,7 +216,7 @@ def _parse(
         define.get(type(default), absl_flags.DEFINE_string)(name, default, flag.help, flag_values=values)
     if {"-h", "-help", "--help", "-helpfull", "--helpfull"} & set(argv[1:]):
         text = inspect.unwrap(main).__globals__.get("__doc__") or main.__doc__ or ""
-        about_flags = values.get_help(include_special_flags=False).partition(":\n")[2]  # after the module's name
+        about_flags = values.get_help(include_special_flags=False).partition(":\n")[2]  # drops the module's name
         print(as_called(f"{text.strip()}\n\nflags:\n{about_flags}"))
         if config_class is not None:
             print(keys_text(config_class, sections))
@@ -257,7 +256,7 @@ def _local(given: str | list[str], name: str) -> str | list[str]:
 
 
 def _load(value: str, config_class: type) -> ConfigDict:
-    """What ``get_config`` of a config file returns, ready for overrides."""
+    """Returns the config that ``get_config`` of a config file returns, ready for overrides."""
     path, _, argument = value.partition(":")
     path = config_file(path)
     try:
@@ -277,7 +276,7 @@ def _load(value: str, config_class: type) -> ConfigDict:
 
 
 def _open_up(config: ConfigDict, config_class: type) -> None:
-    """Gives a config an empty section for each one left out, and lets None be given to the keys that may be None."""
+    """Adds an empty section for each one that is left out, and lets overrides set optional keys to None."""
     for name, hint in typing.get_type_hints(config_class).items():
         if dataclasses.is_dataclass(hint):
             if name not in config:
@@ -285,18 +284,18 @@ def _open_up(config: ConfigDict, config_class: type) -> None:
             if isinstance(config[name], ConfigDict):
                 _open_up(config[name], hint)
         elif name in config and type(None) in typing.get_args(hint):
-            config[name] = FieldReference(config[name], field_type=object)  # any literal; parse checks its type
+            config[name] = FieldReference(config[name], field_type=object)  # any literal; parse checks the type
 
 
 def _override(config: ConfigDict, config_class: type, argv: list[str]) -> tuple[ConfigDict, list[str]]:
-    """The config after its ``--config.key=value`` arguments, and the arguments that are left."""
+    """Returns the config with the ``--config.key=value`` arguments applied, and the remaining arguments."""
     for argument in argv[1:]:
         if OVERRIDE.match(argument):
             _prepare(config, argument)
     values = absl_flags.FlagValues()
     values.set_gnu_getopt()
     try:
-        # Unknown keys are let in here; parse names them, with the nearest known one.
+        # Unknown keys are accepted here, because parse reports them together with the nearest known key.
         config_flags.DEFINE_config_dict(
             "config", config, flag_values=values, lock_config=False, accept_new_attributes=True, sys_argv=argv
         )
@@ -308,7 +307,7 @@ def _override(config: ConfigDict, config_class: type, argv: list[str]) -> tuple[
 
 
 def _split_lists(config: ConfigDict, config_class: type) -> None:
-    """Makes lists of texts such as "codebook,latent" where the class has lists; flags take one for a list of one."""
+    """Splits texts such as "codebook,latent" into tuples, for fields that are tuples; absl does not split them."""
     for name, hint in typing.get_type_hints(config_class).items():
         value = config.get(name)
         if dataclasses.is_dataclass(hint) and isinstance(value, ConfigDict):
@@ -321,15 +320,15 @@ def _split_lists(config: ConfigDict, config_class: type) -> None:
             and texts
             and all(isinstance(x, str) for x in texts)
         ):
-            del config[name]  # whose type may be text
+            del config[name]  # because its type may be text
             config[name] = tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
 
 
 def _prepare(config: ConfigDict, argument: str) -> None:
-    """Makes way for an override ``--config.section.key=value``.
+    """Prepares the config for an override ``--config.section.key=value``.
 
     Raises:
-      UserError: it is not of that form, or the config has no such section.
+      UserError: if the argument does not have that form, or the config has no such section.
     """
     path = argument.partition("=")[0]
     names = path.split(".")[1:]
@@ -340,4 +339,4 @@ def _prepare(config: ConfigDict, argument: str) -> None:
     if not isinstance(config, ConfigDict):
         raise UserError(f"unknown section in {path!r}; overrides are written --config.section.key=value")
     if hasattr(ConfigDict, names[-1]) and names[-1] in config:
-        del config[names[-1]]  # "keys" is a method as well, which flags would take for the value that is there
+        del config[names[-1]]  # absl would read the method of this name, such as "keys"

@@ -1,8 +1,8 @@
-"""Every setting, as frozen dataclasses that refuse what cannot be.
+"""Defines every setting as a field of a frozen dataclass; a dataclass raises ``UserError`` if a value is not valid.
 
-A config file in ``configs/`` returns a ``ConfigDict`` whose keys are exactly the fields of one of them (fields with a
-default may be left out); it is read once, at the edge (``arrag_jax.parsing``), and nothing further in ever asks a
-config for a key by name.
+A config file in ``configs/`` returns a ``ConfigDict`` whose keys are the fields of one of these dataclasses. Fields
+that have a default may be left out. ``arrag_jax.parsing`` reads the config once, when the command starts. All other
+code uses the dataclasses. ``--help`` prints the comment of each field.
 """
 
 import dataclasses
@@ -29,24 +29,29 @@ def _given_source(source: str) -> None:
 
 
 def _seed(value: int) -> None:
-    """Of an order or a draw: jax and grain take 32 bits of it, and no sign."""
+    """Raises UserError unless a seed is an unsigned 32-bit integer, because jax and grain accept no other seeds."""
     if not 0 <= value < 2**32:
         raise UserError(f"seed={value} is outside [0, 2^32)")
 
 
 def _below_one(name: str, value: float) -> None:
-    """Of the decay of a running mean: at 1 it would never move."""
+    """Raises UserError unless the decay of a running mean is in [0, 1); with 1 the mean would never change."""
     if not 0 <= value < 1:
         raise UserError(f"{name}={value} is outside [0, 1)")
 
 
-# Numbers that are finite and yet make infinities of float32 logits and distances are refused, too.
+# Finite values beyond these limits are refused, because they turn float32 logits or distances into infinities.
 LEAST_TEMPERATURE = 1e-30
 MOST_GUIDANCE = 1e6
 
 
 def require_temperature(name: str, value: float, mend: str = "") -> None:
-    """Raises UserError unless logits or distances can be divided by a temperature."""
+    """Raises UserError unless ``value`` is a temperature that logits or distances can be divided by.
+
+    Args:
+      name: the temperature's name in the message.
+      mend: text that is appended to the message.
+    """
     if not value > 0:
         raise UserError(f"{name} = {value} must be above 0{mend}")
     if value < LEAST_TEMPERATURE:
@@ -54,32 +59,32 @@ def require_temperature(name: str, value: float, mend: str = "") -> None:
 
 
 def require_guidance(value: float | None) -> None:
-    """Raises UserError unless logits can be guided by this scale (None: they are not)."""
+    """Raises UserError unless ``value`` is a usable scale of classifier-free guidance; None = no guidance."""
     if value is not None:
         _in_range("cfg_scale", value, -MOST_GUIDANCE, MOST_GUIDANCE)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSetConfig(Settings):
-    """Which data set."""
+    """The data set to use."""
 
-    name: str = "emoji_scenes/full"  # TFDS name, with its config
-    data_dir: LocalPath = "data"  # where TFDS keeps it; built there when absent
+    name: str = "emoji_scenes/full"  # TFDS name of the data set, with its TFDS config
+    data_dir: LocalPath = "data"  # folder where TFDS keeps data sets; a missing data set is built there
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Settings):
-    """Where a training run's examples come from: whatever a datastore can be built from."""
+    """The source of a training run's examples; every source that a datastore accepts is valid."""
 
-    source: LocalPath = "emoji_scenes/full"  # as ``DatastoreConfig.source``; task "prior" reads its captions, too
-    data_dir: LocalPath = "data"  # where TFDS keeps it; built there when absent
-    # Of a data set its splits, or slices of them such as "train[:1000]". The images of a folder or a tar, in the order
-    # of their paths, are one split, "train", sliced alike: "train[:-512]" and "train[-512:]"
-    train_split: str = "train"  # examples that are learned from
-    eval_split: str = "valid"  # examples that the run is judged on
-    eval_examples: int = 512  # how many of them at most, the first ones
-    max_bad_fraction: float = 0.01  # share of a split's images that cannot be read above which the run ends
-    min_bad: int = 10  # as ``DatastoreConfig.min_bad``
+    source: LocalPath = "emoji_scenes/full"  # a source as in ``DatastoreConfig.source``; task "prior" needs captions
+    data_dir: LocalPath = "data"  # folder where TFDS keeps data sets; a missing data set is built there
+    # Split of a data set, or a slice of one such as "train[:1000]". A folder or a tar has one split, "train", with the
+    # images in the order of their paths; it can be sliced, too: "train[:-512]", "train[-512:]".
+    train_split: str = "train"  # The run trains on these examples.
+    eval_split: str = "valid"  # split or slice of held-out examples, written as train_split
+    eval_examples: int = 512  # maximum number of held-out examples; the first ones are used
+    max_bad_fraction: float = 0.01  # share of unreadable images in a split above which the run stops
+    min_bad: int = 10  # number of unreadable images that is always tolerated, as in ``DatastoreConfig.min_bad``
 
     def __post_init__(self):
         _given_source(self.source)
@@ -90,15 +95,15 @@ class DataConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Settings):
-    """An optax chain: clip by global norm → AdamW on a warm-up / hold / decay schedule."""
+    """The optimizer, an optax chain: clip by global norm, then AdamW with a warm-up / hold / decay schedule."""
 
-    learning_rate: float = 1e-3  # after the warm-up and before the decay
-    warmup_steps: int = 100  # first steps, in which the rate rises linearly from 0
-    decay_fraction: float = 0.3  # last share of the steps, in which the rate falls linearly to 1 %
-    weight_decay: float = 0.0  # of AdamW
-    b1: float = 0.9  # of AdamW: decay of the mean of gradients
-    b2: float = 0.99  # of AdamW: decay of the mean of squared gradients
-    clip_norm: float = 1.0  # gradients of a larger global norm are scaled down to it
+    learning_rate: float = 1e-3  # learning rate between the warm-up and the decay
+    warmup_steps: int = 100  # number of first steps in which the learning rate rises linearly from 0
+    decay_fraction: float = 0.3  # share of the steps, at the end, in which the learning rate falls linearly to 1 %
+    weight_decay: float = 0.0  # AdamW's weight decay
+    b1: float = 0.9  # AdamW's decay of the running mean of gradients
+    b2: float = 0.99  # AdamW's decay of the running mean of squared gradients
+    clip_norm: float = 1.0  # maximum global norm of the gradients; larger gradients are scaled down to it
 
     def __post_init__(self):
         for name in ("learning_rate", "warmup_steps", "weight_decay"):
@@ -112,31 +117,32 @@ class OptimizerConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Settings):
-    """Shape of the device mesh; -1 = every device that is left."""
+    """Shape of the device mesh; -1 on one axis takes all remaining devices."""
 
-    data: int = -1  # batch over this axis
-    fsdp: int = 1  # large parameters over this one
+    data: int = -1  # devices that the batch is split over; -1 = all remaining devices
+    fsdp: int = 1  # devices that large parameters are split over; -1 = all remaining devices
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Settings):
-    """One training run. ``task`` picks the task object, ``options`` are that task's own fields."""
+    """One training run. ``task`` chooses the task; ``options`` holds the settings of that task."""
 
-    task: str  # what is trained: "tokenizer" | "prior" | "faid"
-    steps: int  # updates, from the first one on
-    batch_size: int  # examples a step, over all devices and microbatches
-    options: Any  # keys of the task's own; parsed by the task into its dataclass
-    data: DataConfig = DataConfig()  # task "faid" takes its examples from its options, and reads eval_examples alone
+    task: str  # what to train: "tokenizer" | "prior" | "faid"
+    steps: int  # total number of updates, including those before a resume
+    batch_size: int  # examples per step, over all devices and microbatches
+    options: Any  # settings of the task; the task parses them into its own dataclass
+    data: DataConfig = DataConfig()  # task "faid" reads only eval_examples; its options name its examples
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
-    seed: int = 0  # of initial parameters, of the order of examples and of each step
-    log_every: int = 20  # steps between lines of figures
-    eval_every: int = 500  # steps between evaluations on held-out examples
-    checkpoint_every: int = 500  # steps between checkpoints; an evaluation makes one, too
-    ema_decay: float = 0.0  # 0 = off; else the exported weights are the moving average
-    accumulate: int = 1  # microbatches a step; memory falls with it, the update stays that of the whole batch
-    compute_dtype: str = "float32"  # of the trained parameters in the loss: "float32" | "bfloat16"
-    # Workdir of another run, whose best checkpoint gives the parameters to start from, or a model folder with them
+    seed: int = 0  # seed of the initial parameters, the order of examples and the random numbers of each step
+    log_every: int = 20  # steps between two lines of metrics
+    eval_every: int = 500  # steps between two evaluations on held-out examples
+    checkpoint_every: int = 500  # steps between two checkpoints; each evaluation also saves one
+    ema_decay: float = 0.0  # decay of the moving average of the weights, which is then exported; 0 = no average
+    accumulate: int = 1  # microbatches per step; more of them need less memory, and the update stays the same
+    compute_dtype: str = "float32"  # dtype of the trained parameters in the loss: "float32" | "bfloat16"
+    # Where the initial parameters come from: a model folder, or the workdir of another run, whose best checkpoint is
+    # used. Empty = random initial parameters.
     init_from: LocalPath = ""
 
     def __post_init__(self):
@@ -150,16 +156,16 @@ class TrainConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class ScannOptions(Settings):
-    """How a ScaNN index is built and searched; 0 = by the rule, measured on 1e5 to 1e7 patches.
+    """Settings to build and search a ScaNN index; 0 = chosen by a rule that was measured on 1e5 to 1e7 patches.
 
-    The rules go by entries: stored patches, those of equal context counted once (``retrieval.patches``).
-    Only ``leaves_to_search`` can be changed without building the index again.
+    The rules depend on the number of unique contexts, each of which the index holds once (see ``retrieval.patches``).
+    ``leaves_to_search`` is the only setting that can change without building the index again.
     """
 
-    exhaustive_below: int = 20_000  # with fewer entries there is no tree: every key is scored, results are exact
-    leaves: int = 0  # of the tree; by the rule 2·sqrt(entries)
-    leaves_to_search: int = 0  # leaves whose members are scored; see ``retrieval.scann.num_leaves_to_search``
-    bytes_a_number: int = 0  # 4 (float32) | 1 (int8; a tree alone); by the rule 4 where entries are few
+    exhaustive_below: int = 20_000  # with fewer unique contexts than this, every key is scored and results are exact
+    leaves: int = 0  # leaves of the search tree; 0 = 2·sqrt(unique contexts)
+    leaves_to_search: int = 0  # leaves that a search scores; 0 = see ``retrieval.scann.num_leaves_to_search``
+    bytes_a_number: int = 0  # bytes per number of a key: 4 (float32) | 1 (int8, needs a tree); 0 = by the rule
 
     def __post_init__(self):
         for name in ("exhaustive_below", "leaves", "leaves_to_search"):
@@ -170,23 +176,25 @@ class ScannOptions(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class DatastoreConfig(Settings):
-    """One datastore and its indexes."""
+    """Settings to build one datastore and its indexes."""
 
     model: LocalPath  # checkpoint folder that holds the tokenizer
-    # folder of images and tars, one .tar, "emoji_scenes/full", or any set that TFDS has prepared as ArrayRecord files:
-    source: LocalPath  # "tfds:NAME[/config][:version]"
-    split: str = "store"  # of a TFDS data set
-    data_dir: LocalPath = "data"  # where TFDS keeps it; built there when absent
-    num_images: int = 0  # the first ones; 0 = all
-    max_bad_fraction: float = 0.01  # share of images that cannot be read above which the build fails
-    min_bad: int = 10  # so many never fail it while they are at most one in twenty, or one in all
-    batch_size: int = 64  # images a device encodes together
-    shard_size: int = 16_384  # images a file
-    keys: tuple[str, ...] = ("codebook",)  # kinds of key that can be had: "codebook", "latent" (8 times the size)
-    captions: bool = False  # keep the images' captions (of files: the .txt or .json beside each), to search by them
-    indexes: tuple[str, ...] = ("codebook",)  # kinds of key to build a ScaNN index over
-    # Searchers an index, one a device of a search sharded over a mesh. Building holds the keys of one at a time in
-    index_shards: int = 1  # float32, 128 bytes an entry (1.3 GB for 10^7), beside what ScaNN makes of them
+    # Where the images come from: a folder of images and tars, one .tar file, "emoji_scenes/full", or a data set that
+    # TFDS has prepared as ArrayRecord files, written "tfds:NAME[/config][:version]".
+    source: LocalPath
+    split: str = "store"  # split of a TFDS data set
+    data_dir: LocalPath = "data"  # folder where TFDS keeps data sets; a missing data set is built there
+    num_images: int = 0  # number of images to store, the first ones; 0 = all
+    max_bad_fraction: float = 0.01  # share of unreadable images above which the build fails
+    min_bad: int = 10  # always tolerates so many unreadable images, but at most one in twenty (or one image)
+    batch_size: int = 64  # images that a device encodes together
+    shard_size: int = 16_384  # images per file
+    keys: tuple[str, ...] = ("codebook",)  # kinds of key to store: "codebook", "latent" (8 times the size)
+    captions: bool = False  # store captions, to search by them; an image file's caption is a .txt or .json beside it
+    indexes: tuple[str, ...] = ("codebook",)  # kinds of key to build a ScaNN index for
+    # Searchers per index; a search that is sharded over a mesh needs one per device. The build holds the float32 keys
+    # of one searcher in memory: 128 bytes per unique context (1.3 GB for 10^7), plus what ScaNN makes of them.
+    index_shards: int = 1
     scann: ScannOptions = ScannOptions()
 
     def __post_init__(self):
@@ -202,16 +210,14 @@ class DatastoreConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalConfig(Settings):
-    """Which datastore is searched, and how."""
+    """The datastore to search, and how to search it."""
 
     store: LocalPath  # folder of the datastore
-    k: int = 16  # neighbours a cell
-    keys: str = "codebook"  # "codebook" | "latent"
-    search: str = "scann"  # "scann" (host) | "dense" (device, exact)
-    storage: str = (
-        "float32"  # what "dense" holds of a key: "float32" | "bfloat16"; of codebook keys "codes" | "int8" too
-    )
-    num_images: int = 0  # only the first ones; 0 = all. A ScaNN index over fewer is built in memory
+    k: int = 16  # neighbours per position
+    keys: str = "codebook"  # kind of key to search by: "codebook" | "latent"
+    search: str = "scann"  # where the search runs: "scann" (on the host) | "dense" (on the device, exact)
+    storage: str = "float32"  # how "dense" stores keys: "float32" | "bfloat16"; for codebook keys also "codes" | "int8"
+    num_images: int = 0  # search only the first images; 0 = all. A ScaNN index over fewer images is built in memory
     scann: ScannOptions = ScannOptions()
 
     def __post_init__(self):
@@ -224,20 +230,20 @@ class RetrievalConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class NeighborsConfig(Settings):
-    """Neighbours of a training and a validation split, looked up ahead."""
+    """Settings to find the neighbours of a training split and a validation split before training."""
 
     model: LocalPath  # checkpoint folder that holds the tokenizer
     retrieval: RetrievalConfig
-    # Of a data set its splits, or TFDS slices of them such as "store[60000:84000]". The images of a folder or a tar, in
-    # the order of their paths, are one split, "train", sliced alike: "train[:-512]" and "train[-512:]"
+    # Training images: a split of a data set, or a TFDS slice of one such as "store[60000:84000]". A folder or a tar has
+    # one split, "train", with the images in the order of their paths; it can be sliced, too: "train[:-512]".
     train_split: str
-    valid_split: str  # as train_split; held-out images
-    source: LocalPath = "emoji_scenes/full"  # as ``DatastoreConfig.source``; with captions
-    data_dir: LocalPath = "data"  # where TFDS keeps it; built there when absent
-    max_bad_fraction: float = 0.01  # share of images without caption or that cannot be read above which a set fails
-    min_bad: int = 10  # as ``DatastoreConfig.min_bad``
-    batch_size: int = 64  # images encoded together
-    shard_size: int = 4096  # images a file; they are searched for together
+    valid_split: str  # held-out images, written as train_split
+    source: LocalPath = "emoji_scenes/full"  # a source with captions, as in ``DatastoreConfig.source``
+    data_dir: LocalPath = "data"  # folder where TFDS keeps data sets; a missing data set is built there
+    max_bad_fraction: float = 0.01  # share of images without a caption or unreadable above which a split fails
+    min_bad: int = 10  # number of bad images that is always tolerated, as in ``DatastoreConfig.min_bad``
+    batch_size: int = 64  # images that are encoded together
+    shard_size: int = 4096  # images per file; the images of one file are searched together
 
     def __post_init__(self):
         for name in ("batch_size", "shard_size"):
@@ -249,11 +255,11 @@ class NeighborsConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class DaidConfig(Settings):
-    """Distribution-level mixing; see ``decode.policies.Daid``."""
+    """Settings of DAiD, which mixes the neighbours' distribution into the model's; see ``decode.policies.Daid``."""
 
-    weight: float = 0.1  # λ
-    temperature: float = 0.05  # τ, squared L2
-    reduction: str = "max"  # "max" (the paper) | "sum"
+    weight: float = 0.1  # λ, the share of the neighbours' distribution, in [0, 1]
+    temperature: float = 0.05  # τ, in units of squared L2 distance
+    reduction: str = "max"  # how copies of one code count: "max" (the nearest copy only, as in the paper) | "sum" (all)
 
     def __post_init__(self):
         if not 0 <= self.weight <= 1:
@@ -265,10 +271,10 @@ class DaidConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class CaptionConfig(Settings):
-    """DAiD over the stored images alone whose captions are nearest to the prompt; see ``retrieval.captions``."""
+    """Settings of DAiD over those stored images whose captions are nearest to the prompt (``retrieval.captions``)."""
 
-    images: int = 256  # that method "caption" searches
-    static_images: int = 4  # that method "static" does
+    images: int = 256  # stored images that method "caption" searches
+    static_images: int = 4  # stored images that method "static" searches
     daid: DaidConfig = DaidConfig()
 
     def __post_init__(self):
@@ -278,13 +284,13 @@ class CaptionConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig(Settings):
-    """How the model's distribution is made and drawn from; static in the compiled decode loop.
+    """Settings that turn the model's logits into drawn codes; they are static in the compiled decode loop.
 
     Attributes:
-      cfg_scale: guidance; None = off (and no unconditional rows are computed).
-      temperature: of the model's logits after guidance, > 0.
-      top_k, top_p: truncation of the model's distribution, before retrieval is mixed in; None = off.
-      greedy: take the most probable code instead of drawing.
+      cfg_scale: scale of classifier-free guidance; None = off, and no unconditional rows are computed.
+      temperature: temperature of the model's logits after guidance, above 0.
+      top_k, top_p: truncation of the model's distribution before retrieval is mixed in; None = off.
+      greedy: take the most probable code instead of drawing one.
     """
 
     cfg_scale: float | None = 2.0
@@ -304,21 +310,21 @@ class SamplingConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class DrawConfig(Settings):
-    """What ``generate`` and ``eval`` draw with."""
+    """Settings of ``generate`` and ``eval``."""
 
-    model: LocalPath  # checkpoint folder; draws "plain" and "daid"
+    model: LocalPath  # checkpoint folder of the model; methods "plain" and "daid" use it
     retrieval: RetrievalConfig  # where neighbours come from
-    faid_model: LocalPath = ""  # folder of one tuned from it with blenders; draws "faid" and "faid+daid". "" = model
-    lora_model: LocalPath = ""  # folder of one tuned without blenders; draws "lora"
-    dtype: str = "float32"  # of the models' parameters: "float32" | "bfloat16"; the tokenizer stays in float32
+    faid_model: LocalPath = ""  # checkpoint folder for "faid" and "faid+daid", fine-tuned with blenders; empty = model
+    lora_model: LocalPath = ""  # checkpoint folder for "lora", fine-tuned without blenders
+    dtype: str = "float32"  # dtype of the models' parameters: "float32" | "bfloat16"; the tokenizer stays in float32
     daid: DaidConfig = DaidConfig()
     caption: CaptionConfig = CaptionConfig()
-    methods: tuple[str, ...] = ()  # what is drawn when no --method is given; () = all but those that search by caption
+    methods: tuple[str, ...] = ()  # methods to draw without --method; () = all except those that search by caption
     sampling: SamplingConfig = SamplingConfig()
-    data: DataSetConfig = DataSetConfig()  # what eval measures on, and whose prompts --test_prompts draws
-    mesh: MeshConfig = MeshConfig()  # generate's: the batch over "data", the store's patches over "fsdp"
-    batch_size: int = 32  # pictures drawn together
-    seed: int = 0  # of the first picture; the next ones have the next seeds
+    data: DataSetConfig = DataSetConfig()  # the data set of eval, and of the prompts that --test_prompts draws
+    mesh: MeshConfig = MeshConfig()  # mesh of generate: "data" splits the batch, "fsdp" the store's patches
+    batch_size: int = 32  # images drawn together
+    seed: int = 0  # seed of the first image; each further image uses the next seed
 
     def __post_init__(self):
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))

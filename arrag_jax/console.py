@@ -1,4 +1,7 @@
-"""The console as a command finds it: without UTF-8, closed before the command ends, or not there at all."""
+"""Makes output safe on any console: one without UTF-8, one that is closed early, or none at all.
+
+It also keeps the log messages of libraries off the console.
+"""
 
 import contextlib
 import errno
@@ -10,42 +13,42 @@ from collections.abc import Iterator
 
 from absl import logging as absl_logging
 
-CLOSED = 141  # exit code of a program that SIGPIPE ends, as shells give it
+CLOSED = 141  # exit code that shells report for a program that SIGPIPE has ended
 UNWRITABLE = 2
-LOST = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # what the file says that stdout is sent into
+LOST = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # errors of a file that stdout is redirected to
 _quiet = False
 
 
 def quiet(wanted: bool) -> None:
-    """Keeps what libraries report of their own work off the console, or (False) lets all of it through.
+    """Hides the log messages of libraries if ``wanted``, else shows all of them.
 
-    Errors always pass. Until the first call libraries behave as they do without this package.
+    Errors are always shown. Before the first call libraries log as they do without this package.
     """
     global _quiet
     _quiet = wanted
     absl_logging.set_verbosity(absl_logging.ERROR if wanted else absl_logging.INFO)
-    logging.getLogger("jax._src.xla_bridge").addFilter(_is_no_advice)  # which adds the same filter once
+    logging.getLogger("jax._src.xla_bridge").addFilter(_is_no_advice)  # adding the same filter again has no effect
 
 
 def is_quiet() -> bool:
-    """Is what libraries report kept off the console?"""
+    """Returns whether the log messages of libraries are hidden."""
     return _quiet
 
 
 def _is_no_advice(record: logging.LogRecord) -> bool:
-    """False for JAX's advice on a CPU machine, that an accelerator "may be present"; failures of one pass."""
+    """Returns False for JAX's hint on a CPU machine that an accelerator "may be present", else True."""
     return not (_quiet and "may be present on this machine" in record.getMessage())
 
 
 @contextlib.contextmanager
 def without_prints() -> Iterator[None]:
-    """While open, drops what a library prints on stdout, where the console is quiet."""
+    """While open, and if the console is quiet, drops what a library prints on stdout."""
     with contextlib.redirect_stdout(io.StringIO()) if _quiet else contextlib.nullcontext():
         yield
 
 
 def prepare() -> None:
-    """Lets stdout and stderr take any text: what their encoding lacks is written as an escape ("\\u03bb")."""
+    """Makes stdout and stderr accept any text; characters outside their encoding become escapes ("\\u03bb")."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell (2>&-)
@@ -56,10 +59,10 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def written_out() -> Iterator[None]:
-    """Writes out what was printed before the program ends, and ends it quietly where nobody reads it any more.
+    """Flushes stdout and stderr on exit, and handles a stdout that cannot be written.
 
-    A reader that has closed its end of the pipe (``| head``) is no error of the command: exit code 141. Where stdout
-    cannot be written for another reason (a full disk), one line says so.
+    If the reader has closed the pipe, as in ``| head``, the program ends without a message and with exit code 141. If
+    stdout cannot be written for another reason, such as a full disk, one line reports it.
     """
     try:
         try:
@@ -79,16 +82,16 @@ def written_out() -> Iterator[None]:
 
 
 def is_closed(error: BaseException | None) -> bool:
-    """Tells whether an error, or what it was raised from, is that nobody reads the output any more."""
+    """Returns whether an error, or an error that caused it, is a closed output pipe."""
     while error is not None:
-        if isinstance(error, BrokenPipeError) or "BrokenPipeError" in str(error):  # jax tells it in text alone
+        if isinstance(error, BrokenPipeError) or "BrokenPipeError" in str(error):  # jax gives only the text
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 def _drop_unwritten() -> None:
-    """Sends the streams that cannot be written into nothing, so that the interpreter's end does not fail on them."""
+    """Redirects streams that cannot be written to the null device, so that the interpreter can exit without errors."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -3,9 +3,10 @@
 python -m arrag_jax.convert --source checkpoints/published --target checkpoints/janus-pro-1b
 python -m arrag_jax.convert --source runs/faid --target checkpoints/faid_best
 
-Reads models as they are published or as ``transformers`` saves them, our own folders, and the --workdir of
-arrag_jax.train: its best checkpoint, or with --last its newest. Writes ours, or with --to janus the published layout.
-Bytes of tensors stay as they are, unless a LoRA is merged into them; a run is written as its own export is.
+Reads the published layouts, the layouts that ``transformers`` saves, this package's own folders, and the --workdir of
+arrag_jax.train. From a workdir it reads the best checkpoint, or with --last the newest one. Writes this package's own
+layout, or the published layout that --to names, such as janus. The bytes of tensors do not change, unless a LoRA is
+merged into them. A training run is written in the same form as its own export.
 """
 
 from pathlib import Path
@@ -34,7 +35,7 @@ def run(source: str, target: str, to: str, merge_lora: bool, last: bool) -> None
 
 
 def _export(source: str, target: str, to: str, merge_lora: bool, last: bool) -> None:
-    from arrag_jax.training.export import export_run  # here, for it takes as long to import as a conversion
+    from arrag_jax.training.export import export_run  # imported here, because the import takes as long as a conversion
 
     if to != "ours" or not merge_lora:
         raise UserError(f"--source={source} is a training run: export it without --to and --nomerge_lora first")

@@ -1,10 +1,11 @@
-"""Builds a small datastore and draws with it, plain and with retrieval.
+"""Builds a small datastore and draws images with it, with and without retrieval.
 
 python -m arrag_jax.demo
 python -m arrag_jax.demo --workdir=/tmp/demo
 
-Leaves in --workdir: ``pictures/grid.png``, the datastore in ``store`` and the scenes it is built from in ``data``. It
-runs ``COMMANDS`` one after another, and needs nothing but this package. Run again, it goes on where it stopped.
+Writes into --workdir: the images and their overview ``grid.png`` in ``pictures``, the datastore in ``store``, and the
+scenes that it is built from in ``data``. The demo needs no files except this package. If you run it again, it continues
+where it stopped.
 """
 
 import runpy
@@ -13,7 +14,7 @@ import sys
 from arrag_jax import console, progress, signals
 from arrag_jax.command import Flag, main_with_config
 
-# Module and arguments; "{}" is --workdir.
+# Module and arguments of each command to run; "{}" stands for --workdir.
 COMMANDS = (
     (
         "build_datastore",
@@ -34,21 +35,21 @@ COMMANDS = (
 
 
 def run(workdir: str) -> None:
-    """Builds a store of 12,000 scenes in --workdir and draws 8 prompts with it, by two methods."""
+    """Builds a datastore of 12,000 scenes in --workdir, and draws 8 prompts with two methods."""
     own = ["--noprogress"] * (not progress.wanted()) + ["--verbose"] * (not console.is_quiet())
     for module, *words in COMMANDS:
         _run(module, [*(word.replace("{}", workdir) for word in words), *own])
 
 
 def _run(module: str, arguments: list[str]) -> None:
-    """Runs a command of the package in this process; raises SystemExit where it fails."""
+    """Runs a command of the package in this process; raises SystemExit if it fails."""
     sys.argv = [f"arrag_jax.{module}", *arguments]
     try:
         runpy.run_module(f"arrag_jax.{module}", run_name="__main__")
     except SystemExit as end:
         if end.code:
             raise
-    signals.begin()  # this command has not ended
+    signals.begin()  # the inner command has recorded its end, but the demo continues
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Errors a user can mend: one clear line that names the thing and the mend, no traceback."""
+"""Defines ``UserError``, an error that the user can correct, and the code that ends a command with one line.
+
+The line names the wrong input and how to correct it; there is no traceback.
+"""
 
 import contextlib
 import re
@@ -8,47 +11,51 @@ from typing import Any, NoReturn
 
 from arrag_jax import signals
 
-# C0 and C1 controls, line and paragraph separators, what reverses the text that follows, and halves of surrogate pairs.
+# C0 and C1 controls, line and paragraph separators, marks of text direction, and lone surrogates.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 COMMAND = re.compile(r"python -m arrag_jax\.(\w+)")
 
 
 class UserError(ValueError):
-    """Bad input from outside (a flag, a config key, a file). The message names it and the mend."""
+    """Invalid input, such as a flag, a config key or a file. The message names it and how to correct it."""
 
-    code = 2  # with which the command exits
+    code = 2  # exit code of the command
 
     @property
     def line(self) -> str:
-        """The command's last line."""
-        # a few errors are indented lists
+        """The last line that the command prints."""
+        # A few messages are indented lists, whose line ends are kept.
         return "error: " + "\n  ".join(map(printable, as_called(str(self)).split("\n  ")))
 
 
 def printable(text: object) -> str:
-    """Returns a text from outside (a name, a caption, a reason) as one line that is safe to print and to store.
+    """Returns an untrusted text, such as a name or a caption, as one line that is safe to print and to store.
 
-    Control characters, which move a terminal's cursor or end a line, become escapes such as ``\\n`` and ``\\x1b``.
+    Control characters can move a terminal's cursor or end a line. They become escapes such as ``\\n`` and ``\\x1b``.
     """
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), str(text))
 
 
 def as_called(text: str) -> str:
-    """Returns a text whose ``python -m arrag_jax.MODULE`` are spelt as ``call_commands`` set, else as they stand."""
+    """Returns a text in which the names of ``call_commands`` replace ``python -m arrag_jax.MODULE``."""
     return COMMAND.sub(lambda found: _names.get(found[1], found[0]), text)
 
 
 def call_commands(names: Mapping[str, str]) -> None:
-    """Sets how messages and help call the package's commands: from a module's name to what a user types."""
+    """Sets the command names that messages and help show.
+
+    Args:
+      names: from a module's name to what the user types for it.
+    """
     global _names
     _names = names
 
 
 def start_command() -> None:
-    """Prepares a process that is one of the package's commands, before it imports what takes long."""
+    """Prepares a process that runs one of the package's commands. Call it before slow imports."""
     if sys.excepthook is not _excepthook:
         signals.start_command()
-        sys.excepthook = _excepthook  # a library may take the signals while it is imported
+        sys.excepthook = _excepthook  # a library may install its own signal handlers during its import
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -61,7 +68,7 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> 
 def run_command(main: Callable[[list[str]], int | None], argv: list[str]) -> None:
     """Runs a command's main function and exits with its code.
 
-    A ``UserError`` becomes one line on stderr and exit code 2. SIGINT and SIGTERM end the command as ``signals`` says.
+    A ``UserError`` becomes one line on stderr and exit code 2. For SIGINT and SIGTERM see ``signals``.
     """
     with signals.listening():
         signals.begin()
@@ -81,15 +88,17 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str]) -> Non
 
 
 def leave(line: str, code: int, error: BaseException | None = None) -> NoReturn:
-    """Exits with this code after this last line on stderr ("": none).
+    """Prints a last line on stderr and exits.
 
-    A run of several processes takes leave of its partners first, see ``processes``.
+    In a run of several processes, the other processes are informed first; see ``processes``.
 
     Args:
-      error: because of which the command ends.
+      line: the last line; "" prints nothing.
+      code: the exit code.
+      error: the error that ends the command; None if it succeeded.
     """
     if _partners is not None:
-        _partners(line, code, error)  # prints the line, too
+        _partners(line, code, error)  # this also prints the line
     else:
         say(line)
     signals.finished(code)
@@ -97,10 +106,10 @@ def leave(line: str, code: int, error: BaseException | None = None) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """Prints a line on stderr, below the progress bars that are open. They are closed; "" prints nothing."""
+    """Closes all open progress bars, then prints a line on stderr; "" does nothing."""
     if not line:
         return
-    with contextlib.suppress(Exception):  # a bar's own troubles are no reason to lose the line
+    with contextlib.suppress(Exception):  # the line must be printed even if closing a bar fails
         bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
         for bar in list(getattr(bars, "_instances", ())):
             bar.close()
@@ -112,6 +121,6 @@ _partners: Callable[[str, int, BaseException | None], None] | None = None
 
 
 def take_leave_by(partners: Callable[[str, int, BaseException | None], None] | None) -> None:
-    """Sets how this process ends in a run of several; None: as one that runs alone."""
+    """Sets the function that ends this process in a run of several processes; None = the process runs alone."""
     global _partners
     _partners = partners

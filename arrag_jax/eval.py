@@ -1,9 +1,10 @@
-"""Measures checkpoints with and without retrieval.
+"""Measures the quality of checkpoints with and without retrieval.
 
 python -m arrag_jax.eval --config configs/emoji_daid.py --benchmark emoji_scenes --workdir runs/eval
 
-Prints tables and writes ``results.json`` into --workdir. With --sweep it looks for λ, τ and K on the validation
-split instead (heat maps and ``sweep.json``); with --scaling it prints how the gain grows with the store.
+Prints tables and writes ``results.json`` into --workdir. With --sweep it searches for the best λ, τ and K on the
+validation split instead, and writes heat maps and ``sweep.json``. With --scaling it measures how the gain depends on
+the size of the store instead.
 """
 
 from arrag_jax.command import Flag, main_with_config
@@ -22,7 +23,7 @@ def run(
     sweep: bool,
     scaling: bool,
 ) -> None:
-    """Runs --benchmark on a checkpoint and its datastore; prints tables, writes results.json."""
+    """Runs --benchmark on a checkpoint and its datastore; prints tables and writes results.json."""
     evaluate(config, workdir, benchmark, split, num_prompts, num_scenes, sweep, scaling)
 
 

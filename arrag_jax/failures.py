@@ -1,4 +1,4 @@
-"""What to say of a failure of the machine (disks, permissions, memory), in one line that names the mend."""
+"""Writes one-line messages for failures of the machine: disks, permissions, memory. Each says what to do about it."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 FULL_DISK = "the disk is full: free some space and run the same command again to continue"
 AGAIN = "run the same command again to continue"
 
-# Failures of a place in the file system: the mend, where another place is none.
+# Failures that concern one path: what the user can do about them.
 _PLACES = {
     errno.ENOENT: "check the path",
     errno.EEXIST: "something else is there already: move it away, or choose another place",
@@ -27,7 +27,7 @@ _PLACES = {
     errno.ENOTSUP: "this file system cannot do that: choose another place",
     errno.ENOSYS: "this file system cannot do that: choose another place",
 }
-# Failures of the machine itself, wherever the file is.
+# Failures of the machine itself, which do not depend on the path.
 _MACHINE = {
     errno.ENOSPC: FULL_DISK,
     errno.EDQUOT: "the quota is used up: free some space and run the same command again to continue",
@@ -44,18 +44,18 @@ _MACHINE = {
     errno.ETXTBSY: f"another program uses it: {AGAIN}",
     errno.EAGAIN: f"the machine is short of something: {AGAIN}",
 }
-_LOOP = "Symlink loop from"  # pathlib's own words, in a RuntimeError
+_LOOP = "Symlink loop from"  # text of the RuntimeError that pathlib raises
 _MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED|out of memory|out_of_memory|ALLOC_FAILED|bad_alloc|unable to allocate|cannot allocate memory",
     re.I,
 )
-_LONGEST = 300  # letters of another library's message that are told
+_LONGEST = 300  # characters of another library's message that are shown
 
 
 def code_of(error: BaseException) -> int | None:
-    """Returns the system's number for what an error is about; None if it is about something else.
+    """Returns the errno that an error reports; None if it reports none.
 
-    ArrayRecord, Orbax, ScaNN, TFDS and others tell it in their text alone.
+    The text of the error is searched, too, because ArrayRecord, Orbax, ScaNN, TFDS and others report it only there.
     """
     number = getattr(error, "errno", None)
     if isinstance(number, int):
@@ -67,12 +67,12 @@ def code_of(error: BaseException) -> int | None:
 
 
 def tells_of_a_full_disk(error: BaseException) -> bool:
-    """Tells whether that is what an error says."""
+    """Returns whether an error reports a full disk."""
     return code_of(error) == errno.ENOSPC
 
 
 def tells_of_memory(error: BaseException) -> bool:
-    """Tells whether an error says that the host or a device has no memory left."""
+    """Returns whether an error reports that the host or a device has no memory left."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     if isinstance(error, OSError) or not isinstance(error, RuntimeError | ValueError):
@@ -81,19 +81,20 @@ def tells_of_memory(error: BaseException) -> bool:
 
 
 def is_of_the_machine(error: BaseException) -> bool:
-    """Tells whether an error is about the machine, and so says nothing of the file that was being read."""
+    """Returns whether an error concerns the machine; then it does not mean that the file being read is damaged."""
     code = getattr(error, "errno", None)
     return tells_of_memory(error) or code in _MACHINE or code in (errno.EACCES, errno.EPERM, errno.ELOOP)
 
 
 def explanation(error: BaseException, workdir: str | None = None) -> str | None:
-    """Returns what to say of an error of the file system: the path, what the system says, and the mend.
+    """Returns a message for an error of the file system: the path, the system's reason, and what to do about it.
 
     Args:
-      workdir: of the command, where it has one: if the path is in it or on the way to it, another one is the mend.
+      workdir: the command's workdir, if it has one. If the path lies in it or is one of its parents, the message
+        suggests another workdir.
 
     Returns:
-      One line; None if the error is about something else.
+      One line; None if the error is not about the file system.
     """
     code, path = code_of(error), _path_in(error)
     if code not in _MACHINE and code not in _PLACES:
@@ -109,13 +110,21 @@ def explanation(error: BaseException, workdir: str | None = None) -> str | None:
 
 
 def refused(name: str, path: str, error: OSError) -> str:
-    """Returns what to say where the system cannot even look at a path that a flag or a config's key gives."""
+    """Returns the message for a path that the system cannot access.
+
+    Args:
+      name: the flag or config key that gives the path.
+    """
     mend = _MACHINE.get(error.errno) or _PLACES.get(error.errno) or "give another path"
     return f"{name}={path}: {error.strerror}; {mend}"
 
 
 def unwritable(path: Path, error: Exception, full: bool = False) -> str:
-    """Returns what to say where ``path`` cannot be written; ``full``: because the disk is known to be."""
+    """Returns the message for a path that cannot be written.
+
+    Args:
+      full: the disk is known to be full.
+    """
     code = errno.ENOSPC if full else code_of(error)
     if code == errno.ENOSPC:
         return f"cannot write {path}: {FULL_DISK}"
@@ -127,13 +136,13 @@ def unwritable(path: Path, error: Exception, full: bool = False) -> str:
 
 
 def out_of_memory(error: BaseException, mend: str) -> str:
-    """Returns what to say where memory does not suffice."""
+    """Returns the message for an error that reports too little memory; ``mend`` says what to do about it."""
     said = _first_line(error)
     return f"out of memory{f' ({said})' if said else ''}; {mend}"
 
 
 def _path_in(error: BaseException) -> str | None:
-    """The path that an error names; of two, in a rename, the second is where something was to go."""
+    """Returns the path that an error names; for a rename, which has two paths, the destination."""
     for name in ("filename2", "filename"):
         path = getattr(error, name, None)
         if isinstance(path, str | bytes | os.PathLike):

@@ -1,7 +1,7 @@
-"""What all settings have in common: their numbers are finite, their paths are local, ``~`` in these is expanded.
+"""Checks the fields of all settings: numbers must be finite and paths local; ``~`` in a path is expanded.
 
-A frozen dataclass that derives from ``Settings`` is checked when it is made, by a config or by hand. A field whose type
-is ``LocalPath`` holds the path of a file or folder.
+A frozen dataclass that derives from ``Settings`` is checked when an instance is created. A field of type ``LocalPath``
+holds the path of a file or folder.
 """
 
 import dataclasses
@@ -15,23 +15,24 @@ from typing import Annotated, Any
 
 from arrag_jax.errors import UserError
 
-LARGEST = 3.4028234e38  # of float32, in which all is computed
+LARGEST = 3.4028234e38  # the largest float32, the type of all computations
 _PATH = "path"  # marks the fields that are paths
 LocalPath = Annotated[str, _PATH]
-# Addresses are also written without slashes ("hf:owner/name"). A file of such a name is given as "./hf:…".
+# An address may have no slashes after the colon ("hf:owner/name"). A local file with such a name is given as "./hf:…".
 _ADDRESS = re.compile(
     r"(gs|gcs|s3|s3a|r2|az|abfss?|adl|wasbs?|hdfs|hf|huggingface|https?|ftps?|sftp|ssh|scp|file|dbfs|oci|oss):", re.I
 )
 
 
 class Settings:
-    """Base of the frozen dataclasses that hold settings.
+    """Base class of the frozen dataclasses that hold settings.
 
-    Fields of type int and float take any library's number and hold Python's. A subclass's ``__post_init__`` checks
-    the ranges; it sees numbers and paths that are checked already, and need not call this class's.
+    Fields of type int and float accept the number types of other libraries and convert them to Python's. The
+    ``__post_init__`` of a subclass checks ranges. It runs after the numbers and paths have been converted, and does not
+    need to call ``super().__post_init__()``.
 
     Raises:
-      UserError: a field is not of its kind of number, not finite, or a path that cannot be one here.
+      UserError: if a field has the wrong type of number, is not finite, or is not a valid local path.
     """
 
     def __post_init__(self):
@@ -47,20 +48,20 @@ class Settings:
         @functools.wraps(own)
         def __post_init__(self):
             _convert(self)
-            own(self)  # whose messages are about ranges, and so the clearer ones
+            own(self)  # runs before the finite check, because messages about ranges are clearer
             _require_finite(self)
 
         cls.__post_init__ = __post_init__
 
 
 def local_path(path: str | os.PathLike, name: str) -> str:
-    """Returns a path in this machine's file systems, ``~`` expanded.
+    """Returns a path on this machine, with ``~`` expanded.
 
     Args:
-      name: how the error calls it: a flag, a config's key.
+      name: name of the path in the message: a flag or a config key.
 
     Raises:
-      UserError: it is an address, names a home folder that is not known, or cannot be the name of a file.
+      UserError: if the path is a network address, has an unknown home folder, or is not a valid file name.
     """
     path = os.fspath(path)
     if "://" in path or _ADDRESS.match(path):
@@ -80,18 +81,18 @@ def local_path(path: str | os.PathLike, name: str) -> str:
 
 
 def is_path(hint: Any) -> bool:
-    """Tells whether a field of this type holds a path."""
+    """Returns whether a field of this type holds a path."""
     return _PATH in getattr(hint, "__metadata__", ())
 
 
 @functools.cache
 def hints(cls: type) -> dict[str, Any]:
-    """Returns the type of each field, marks included."""
+    """Returns the type of each field, including annotations such as ``LocalPath``."""
     return typing.get_type_hints(cls, include_extras=True)
 
 
 def paths_in(config: Any, where: str = "config") -> Iterator[tuple[str, str]]:
-    """Yields the name ("config.retrieval.store") and value of every path that is given in settings."""
+    """Yields the name, such as "config.retrieval.store", and the value of every path in settings that is not empty."""
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{where}.{field.name}"
         if dataclasses.is_dataclass(value):
@@ -101,7 +102,7 @@ def paths_in(config: Any, where: str = "config") -> Iterator[tuple[str, str]]:
 
 
 def _convert(settings: Any) -> None:
-    """Puts Python's numbers and expanded paths into the fields of these kinds."""
+    """Replaces numbers by Python's numbers and paths by expanded paths, in place."""
     for field in dataclasses.fields(settings):
         hint, value = hints(type(settings))[field.name], getattr(settings, field.name)
         kinds = typing.get_args(hint) if not is_path(hint) and typing.get_args(hint) else (hint,)

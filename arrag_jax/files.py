@@ -1,4 +1,4 @@
-"""Writing files so that a half-written one is never taken for whole, and telling files apart."""
+"""Writes files and folders atomically, locks folders, and computes checksums of files."""
 
 import contextlib
 import errno
@@ -16,16 +16,16 @@ from typing import Any
 from arrag_jax.errors import UserError
 from arrag_jax.failures import code_of, tells_of_a_full_disk, tells_of_memory, unwritable
 
-# What a file system without locks answers; NFS takes no lock of a folder that is opened for reading.
+# Errors that a file system without locks returns; NFS returns EBADF for a folder that is opened for reading.
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
-GLANCE = 0.3  # seconds for which a lock may be another process's look at it (``is_held``)
-_told: set[str] = set()  # folders of which it is said that they cannot be locked
+GLANCE = 0.3  # seconds to retry, because ``is_held`` in another process takes the lock for a moment
+_told: set[str] = set()  # folders for which the warning about missing locks was printed
 
 
 def sample_hash(path: Path) -> str:
-    """SHA-256 of a file's size and of blocks spread over it: tells two checkpoints apart without reading them whole.
+    """Returns the SHA-256 of a file's size and of sample blocks spread over the file, in hex.
 
-    A file of up to 4 MiB is read whole.
+    It distinguishes two checkpoints without reading all their bytes. A file of up to 4 MiB is read completely.
     """
     block, blocks, size = 2**16, 64, path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -37,24 +37,25 @@ def sample_hash(path: Path) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Returns the SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path``; on leaving it is synced and renamed to ``path``.
+    """Yields a temporary path in the folder of ``path``; on exit the file there is synced and renamed to ``path``.
 
-    The temporary name is fixed, so that a killed run's remains are overwritten by the next one.
+    The temporary name is fixed, so the next run overwrites what a killed run left. If anything fails, the temporary
+    file is removed.
 
     Raises:
-      UserError: the disk is full or refuses the write; the temporary file is removed.
+      UserError: if the file cannot be written, for example because the disk is full.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with write_errors(path):
-            temporary.unlink(missing_ok=True)  # it may be a link, which would be written through
+            temporary.unlink(missing_ok=True)  # a link would redirect the write to its target
             yield temporary
             sync(temporary)
             temporary.rename(path)
@@ -66,10 +67,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def folder_in(root: Path, *names: str) -> Path:
-    """Returns the folder of this name in ``root``, made where it is absent with all above it.
+    """Returns a folder in ``root``; creates it, and its parents, if it is absent.
 
     Raises:
-      UserError: as ``require_within``, or it cannot be made.
+      UserError: if a link leads out of ``root``, or the folder cannot be created.
     """
     folder = require_within(root, root.joinpath(*names))
     with write_errors(folder):
@@ -78,7 +79,11 @@ def folder_in(root: Path, *names: str) -> Path:
 
 
 def require_within(root: Path, folder: Path) -> Path:
-    """Returns the folder of ``root``; a UserError if a link leads out of ``root``, where nothing is to be written."""
+    """Returns ``folder``, if it lies in ``root``.
+
+    Raises:
+      UserError: if a link leads out of ``root``, where nothing must be written.
+    """
     with write_errors(folder):
         real, top = os.path.realpath(folder), os.path.realpath(root)
     if os.path.commonpath([real, top]) != top:
@@ -87,7 +92,7 @@ def require_within(root: Path, folder: Path) -> Path:
 
 
 def require_writable(folder: Path) -> None:
-    """Makes a folder where it is absent; a UserError if it cannot be written, said before any long work."""
+    """Creates a folder if it is absent; raises UserError if it cannot be written. Call it before long work."""
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -95,7 +100,7 @@ def require_writable(folder: Path) -> None:
 
 
 def removed(path: Path) -> None:
-    """Removes whatever stands at ``path``: a file, a folder with all in it, or a link (not what it leads to)."""
+    """Removes what is at ``path``: a file, a folder with its content, or a link (but not the link's target)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -104,25 +109,27 @@ def removed(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path, what: str, replace: bool = False) -> Iterator[Path]:
-    """Gives an empty folder beside ``target``; on leaving it becomes ``target``, and vanishes if anything fails.
+    """Yields a temporary empty folder beside ``target``; on exit it is synced and renamed to ``target``.
 
-    Its name is fixed, so that the next run clears away what a killed one left; it is locked, so that of two runs at
-    once the second is refused.
+    If anything fails, the temporary folder is removed and ``target`` stays as it was. The temporary name is fixed, so
+    the next run removes what a killed run left. The temporary folder is locked, so a second run at the same time is
+    refused.
 
     Args:
-      what: what is written, for messages ("an index").
-      replace: take the place of what stands at ``target``, even of a link; else there must be nothing or an empty
-        folder, perhaps by a link.
+      target: the folder to create.
+      what: name of the content, for messages ("an index").
+      replace: replace what is at ``target``, even a link. Otherwise ``target`` must be absent, or an empty folder, or
+        a link to an empty folder.
 
     Raises:
-      UserError: another process writes there, there is something already, or the disk is full.
+      UserError: if another process writes there, something is there already, or the disk is full.
     """
     target = target.parent.absolute() / target.name if replace else Path(os.path.realpath(target))
     temporary, old = (target.with_name(f".{target.name}.{state}") for state in ("tmp", "old"))
     with write_errors(target):
         if temporary.is_symlink() or temporary.is_file():
             temporary.unlink()
-        temporary.mkdir(parents=True, exist_ok=True)  # perhaps that of another process, see below
+        temporary.mkdir(parents=True, exist_ok=True)  # it may belong to another process; the lock decides
     with exclusive_lock(temporary, refusal=f"another process writes {what} to {target}; wait for it"):
         for left in (old, *temporary.iterdir()):
             removed(left)
@@ -146,7 +153,7 @@ def atomic_folder(target: Path, what: str, replace: bool = False) -> Iterator[Pa
 
 
 def clear_leftovers(target: Path) -> None:
-    """Removes what a killed ``atomic_folder`` left beside ``target``, unless another process is at work on it."""
+    """Removes what a killed ``atomic_folder`` left beside ``target``, unless another process is writing there."""
     temporary, old = (target.with_name(f".{target.name}.{state}") for state in ("tmp", "old"))
     if temporary.is_dir() and not temporary.is_symlink():
         with contextlib.suppress(UserError, OSError), exclusive_lock(temporary):
@@ -158,32 +165,36 @@ def clear_leftovers(target: Path) -> None:
 
 
 def require_new(target: Path, flag: str = "") -> None:
-    """Raises UserError where there is something at ``target`` already; ``flag``: what gave it, for the message."""
+    """Raises UserError if ``target`` exists, unless it is an empty folder.
+
+    Args:
+      flag: text before the path in the message, such as the flag that gave the path.
+    """
     if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{flag}{target} is in use; choose a new folder")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, whole or not at all; keys in the order given."""
+    """Writes a JSON file atomically; keys keep their order."""
     with atomic_write(path) as temporary:
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        # A file's name that is not UTF-8 has half characters, which JSON knows as escapes.
+        # A file name that is not UTF-8 contains lone surrogates, which JSON can only hold as escapes.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager
 def exclusive_lock(directory: Path, wait: bool = False, alone: bool = True, refusal: str = "") -> Iterator[None]:
-    """Holds the directory for this process; the lock ends with the process, however it ends.
+    """Holds an exclusive lock on a directory while open; the lock also ends when the process ends in any way.
 
-    Where the file system has no locks, this is said once, and nothing is held.
+    If the file system has no locks, a warning is printed once and nothing is locked.
 
     Args:
-      wait: while another process holds it, instead of raising.
-      alone: one process is meant to write; else a file system without locks will not do.
-      refusal: what to say where another process holds it.
+      wait: wait while another process holds the lock, instead of raising.
+      alone: only one process is expected to write. If False, a file system without locks is an error.
+      refusal: the message if another process holds the lock.
 
     Raises:
-      UserError: another process holds it.
+      UserError: if another process holds the lock, or locks are needed and the file system has none.
     """
     refusal = refusal or f"another process is writing to {directory}; wait for it or choose another --workdir"
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -216,12 +227,12 @@ def _lock(handle: int, directory: Path, wait: bool, alone: bool, refusal: str) -
             print(f"{lacking}; take care that one process alone writes there", file=sys.stderr)
         return
     there = os.stat(directory) if os.path.exists(directory) else None
-    if there is None or not os.path.samestat(there, os.fstat(handle)):  # another process moved it meanwhile
+    if there is None or not os.path.samestat(there, os.fstat(handle)):  # another process has replaced the directory
         raise UserError(refusal)
 
 
 def is_held(directory: Path) -> bool:
-    """Tells whether a process holds the directory by ``exclusive_lock``."""
+    """Returns whether a process holds an ``exclusive_lock`` on the directory."""
     try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
@@ -238,36 +249,36 @@ def is_held(directory: Path) -> bool:
 
 
 def is_being_written(target: Path) -> bool:
-    """Tells whether a process is at work on ``atomic_folder`` of this target."""
+    """Returns whether a process is inside ``atomic_folder`` for this target."""
     return is_held(target.with_name(f".{target.name}.tmp"))
 
 
 @contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turns a failure to write ``path`` into one line."""
+    """Turns errors about writing ``path`` into a ``UserError`` of one line."""
     try:
         yield
-    except BrokenPipeError:  # of the console
+    except BrokenPipeError:  # it concerns the console, not ``path``
         raise
     except (OSError, RuntimeError) as error:  # ArrayRecord and ScaNN raise RuntimeError
         if tells_of_memory(error):
             raise
-        # ScaNN says "I/O error" of everything.
+        # ScaNN reports "I/O error" for every failure, so the free space is checked.
         full = tells_of_a_full_disk(error) or (code_of(error) in (None, errno.EIO) and free_bytes(path) < 2**20)
         raise UserError(unwritable(path, error, full)) from error
 
 
 def free_bytes(path: Path) -> int | float:
-    """Returns how much more the file system of ``path`` takes; infinity where it does not tell (/proc)."""
+    """Returns the free bytes of the file system of ``path``; infinity if it does not report them (/proc)."""
     for parent in path.absolute().parents:
-        with contextlib.suppress(OSError):  # it is not there, or its name is too long, …
+        with contextlib.suppress(OSError):  # the parent does not exist, or its name is too long
             usage = shutil.disk_usage(parent)
             return usage.free if usage.total else float("inf")
     return float("inf")
 
 
 def sync(path: Path) -> None:
-    """Makes a file's or directory's content safe from a power cut."""
+    """Flushes a file or a directory to disk, so that its content survives a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

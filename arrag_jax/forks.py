@@ -1,4 +1,4 @@
-"""Refuses work in a forked child, where JAX would wait for ever for threads that stayed with its parent."""
+"""Refuses work in a forked child process, where JAX would wait forever for threads that exist only in the parent."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ os.register_at_fork(after_in_child=_note)
 
 
 def require_own_process() -> None:
-    """Raises UserError in a process that was forked after its parent had used JAX."""
+    """Raises UserError in a process that was forked after its parent had started JAX."""
     if _forked:
         raise UserError(
             "this process was forked after its parent had used JAX, whose threads do not come along; start it by "

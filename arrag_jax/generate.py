@@ -1,13 +1,18 @@
-"""Draws prompts, with retrieval and without.
+"""Draws images for prompts, with and without retrieval.
 
 python -m arrag_jax.generate --config configs/emoji_daid.py --prompt "a cat" --prompt "two dogs" --workdir demo
 
-Leaves in --workdir: a picture a prompt and method, and ``grid.png`` (the first 64 prompts, one column a method, same
-seeds). A PNG holds prompt, seed, method, model and store as text. Images are written batch by batch: the same command
-goes on where it was (``run.json`` says what is drawn), and another one replaces the pictures of the run before it. For
-every method that retrieves also, unless --noprovenance, ``provenance_NN_METHOD.png`` (which stored images hold its
-patches, and how far retrieval moved each draw) and ``provenance.json`` (the same in numbers, and a copy audit; its keys
-are those of ``evaluation.provenance.page_and_record``).
+Writes into --workdir: one image per prompt and method, and ``grid.png``, which shows the first 64 prompts with one
+column per method. All methods use the same seeds. Each PNG file also holds the prompt, seed, method, model and store as
+text.
+
+Images are written batch by batch, and ``run.json`` records the run. If you run the same command again, it continues
+where it stopped. A different command replaces the images of the previous run.
+
+Methods that retrieve also write one provenance page per image, ``provenance_NN_METHOD.png``. The page shows which
+stored images hold the drawn patches, and how much retrieval changed each draw. ``provenance.json`` holds the same
+data as numbers, and a copy audit; for its keys see ``evaluation.provenance.page_and_record``. ``--noprovenance`` turns
+both off.
 """
 
 from arrag_jax.command import Flag, main_with_config
@@ -25,7 +30,7 @@ def run(
     scale: int | str,
     provenance: bool = True,
 ) -> None:
-    """Draws every --prompt with every method (or --method alone), same seeds, into --workdir; run again to continue."""
+    """Draws every prompt with every method, or only with --method, into --workdir; run it again to continue."""
     generate(config, workdir, prompt, test_prompts, method, scale, provenance)
 
 

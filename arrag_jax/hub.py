@@ -1,11 +1,11 @@
-"""The hub of a run of several processes: a helper program that the first process starts.
+"""The hub of a run of several processes: a helper program that process 0 starts.
 
-It listens at the coordinator's address until every process has come, checks that they belong together, then hosts
-jax's coordination service at the same address. The connections stay open: through them each process tells how it ends,
-and a connection that closes without a word is a process that died. The hub is a program of its own so that it outlives
-the first process when that one is killed, and can tell the others.
+The hub listens at the coordinator's address until every process has connected, and checks that the processes belong
+together. Then it hosts jax's coordination service at the same address. The connections stay open. A process that ends
+sends a message first; if a connection closes without one, its process has died. The hub is a separate program, so it
+can inform the others even if process 0 is killed.
 
-Messages are JSON objects, one a line, with a "kind". As a program it is ``python -P hub.py``; it imports nothing of
+Messages are JSON objects, one per line, with a "kind". The program runs as ``python -P hub.py`` and imports nothing of
 this package.
 """
 
@@ -21,30 +21,30 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-MAX_BYTES = 2**20  # of one message
-PING = 1.0  # seconds between two messages to each process
-SETTLE = 10.0  # seconds for late processes to hear a refusal
-LINGER = 120.0  # seconds after the end of the run at which the hub goes, whoever is still connected
-DIFFERENCES = 3  # fields that a refusal names
+MAX_BYTES = 2**20  # maximum size of one message
+PING = 1.0  # seconds between two heartbeats to each process
+SETTLE = 10.0  # seconds before a refusal is sent, so that late processes receive it, too
+LINGER = 120.0  # seconds after the end of the run until the hub exits, even if processes are still connected
+DIFFERENCES = 3  # differing settings that a refusal lists
 
 
 class Peer:
-    """One connection. ``index`` is None until the process has introduced itself."""
+    """The connection to one process; ``index`` is None until the process has sent its "hello"."""
 
     def __init__(self, connection: socket.socket):
         self.connection, self.buffer = connection, b""
         self.index: int | None = None
         self.hello: dict[str, Any] = {}
-        self.state = "joining"  # then working, done or ended
+        self.state = "joining"  # later "working", "done" or "ended"
         self.heard = time.monotonic()
 
     def send(self, kind: str, **content: Any) -> None:
-        """Sends a message; that the process is gone shows when its connection is read."""
+        """Sends a message; errors are ignored, because reading the connection shows that the process is gone."""
         with contextlib.suppress(OSError):
             self.connection.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """The messages that have come; None once the connection is closed or carries something else."""
+        """Returns the messages that have arrived; None if the connection is closed or its data is not valid."""
         try:
             received = self.connection.recv(2**16)
         except TimeoutError:
@@ -66,13 +66,13 @@ class Peer:
 
 
 class Hub:
-    """Who is there, and what became of them.
+    """The state of the run: which processes are connected, and how each has ended.
 
     Args:
       listener: a listening socket at the coordinator's port.
-      count: of processes.
-      patience: seconds of silence after which a process counts as dead.
-      serve: starts jax's service once the listener is closed.
+      count: number of processes.
+      patience: heartbeat timeout in seconds, after which a silent process counts as dead.
+      serve: starts jax's service after the listener is closed.
     """
 
     def __init__(self, listener: socket.socket, count: int, patience: float, serve: Callable[[], None]):
@@ -88,10 +88,10 @@ class Hub:
         self.pinged = 0.0
 
     def run(self) -> None:
-        """Returns when the run is over, or when nobody is left."""
+        """Serves the processes; returns when the run is over or no process is connected."""
         while self.listener or (self.peers and not self._lingers()):
             sockets = [peer.connection for peer in self.peers] + ([self.listener] if self.listener else [])
-            lifeline = [sys.stdin] if self.listener else []  # the first process, while it may not have connected yet
+            lifeline = [sys.stdin] if self.listener else []  # shows whether process 0 lives before it has connected
             readable = select.select([*sockets, *lifeline], [], [], PING / 4)[0]
             if sys.stdin in readable and not sys.stdin.buffer.read1(1):
                 return
@@ -155,10 +155,10 @@ class Hub:
             if peer.state in ("working", "done"):
                 peer.send(kind, **content)
 
-    # Before the run: who has come, and do they belong together?
+    # Before the run
 
     def _judge(self) -> None:
-        """Begins the run, or refuses it, once all have come."""
+        """Starts or refuses the run when all processes have connected."""
         came = [peer for peer in self.peers if peer.index is not None]
         fault = disagreement({id(peer): peer.hello for peer in came}, self.count)
         if fault and self.fault_since is None:
@@ -205,22 +205,22 @@ class Hub:
                 words = f"process {peer.index} of {self.count} gave no sign of life for {self.patience:.0f} s"
                 self._failed(peer.index, words)
 
-    # During and after it
+    # During and after the run
 
     def _failed(self, index: int, line: str, code: int | None = None, stopped: bool = False) -> None:
-        """Notes that a process ended before its work was done, and tells the others.
+        """Records that a process ended before its work was done, and informs the others.
 
         Args:
-          code: with which it exits; None: it died.
-          stopped: it was told to.
+          code: exit code of the process; None if it died.
+          stopped: a signal stopped the process.
         """
         self.failures[index] = {"index": index, "line": line, "code": code, "stopped": stopped}
-        if not any(peer.index == 0 and peer.state == "done" for peer in self.peers):  # else the result is whole
+        if not any(peer.index == 0 and peer.state == "done" for peer in self.peers):  # else nothing is lost
             self._tell_all("failed", **self.failures[index])
         self._settle()
 
     def _settle(self) -> None:
-        """Lets those go who are done, once nobody is at work."""
+        """Releases the processes that are done when no process is working any more."""
         working = [peer for peer in self.peers if peer.state == "working" and peer.index not in self.failures]
         if self.listener is None and not working and any(peer.state == "done" for peer in self.peers):
             self.over_since = time.monotonic()
@@ -231,7 +231,7 @@ class Hub:
 
 
 def disagreement(hellos: dict[Any, dict[str, Any]], count: int) -> str:
-    """Why these processes do not belong together; "" where nothing says so."""
+    """Returns the reason why these processes do not belong together; "" if there is none."""
     seen: dict[int, dict[str, Any]] = {}
     for hello in hellos.values():
         index = hello["index"]
@@ -250,7 +250,7 @@ def disagreement(hellos: dict[Any, dict[str, Any]], count: int) -> str:
 
 
 def differences(first: dict[str, Any], other: dict[str, Any], index: int) -> str:
-    """ "key (1 in process 0, 2 in process 3), …": the first keys whose values differ; "" where none does."""
+    """Returns the first keys whose values differ, as "key (1 in process 0, 2 in process 3), …"; "" if none does."""
     absent = object()
     keys = [key for key in sorted(first.keys() | other.keys()) if first.get(key, absent) != other.get(key, absent)]
 
@@ -263,7 +263,7 @@ def differences(first: dict[str, Any], other: dict[str, Any], index: int) -> str
 
 
 def keep_alive(connection: socket.socket, patience: float) -> None:
-    """Lets the system find out within so many seconds that the other machine is gone."""
+    """Makes the system detect within ``patience`` seconds that the other machine is gone."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", patience / 4), ("TCP_KEEPINTVL", patience / 4), ("TCP_KEEPCNT", 3)):
@@ -272,12 +272,12 @@ def keep_alive(connection: socket.socket, patience: float) -> None:
 
 
 def jax_patience(patience: float) -> int:
-    """Seconds after which jax itself ends all processes: the last resort, because it does so without a word."""
+    """Returns jax's own heartbeat timeout in seconds; it is longer than ours, because jax ends without a clear line."""
     return max(60, int(3 * patience))
 
 
 def listen(port: int) -> socket.socket:
-    """A socket that listens at this port of every interface."""
+    """Returns a socket that listens at this port on all interfaces."""
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
@@ -285,12 +285,14 @@ def listen(port: int) -> socket.socket:
 
 
 def main() -> None:
-    """Args: port, number of processes, patience in seconds, what jax's service binds to, the module that holds it.
+    """Runs the hub.
 
-    The module is jax's C++ alone: importing jax itself takes five times as long.
+    Command line arguments: port, number of processes, heartbeat timeout in seconds, address that jax's service binds
+    to, and the module that holds this service. The module contains only jax's C++ code, because importing jax itself
+    takes five times as long.
     """
     port, count, patience, bind = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes' own affair: they tell how they end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes handle signals and report how they end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         listener = listen(port)

@@ -1,14 +1,29 @@
-"""The words of this code base: letters for shapes and the Protocols. Read this file first.
+"""Defines the shape letters and the Protocols that the whole package uses. Read this file first.
 
-Letters, used in every annotation:
+A tokenizer turns an image into a grid of codes and back. A backbone draws such a grid one code after another, in raster
+order. Before each step a retriever finds the stored patches whose context is nearest to the context drawn so far. A
+decode policy decides how these neighbours change the next code's distribution.
 
-  B batch · T cells of the grid in raster order (T = H·W) · H W grid height and width · L prompt length
-  V codes in the codebook · C code dimension · E = 4C key dimension · K neighbours · N stored patches
-  U entries, the different contexts among them · S shards · D model width
-  R rows of a guided batch (2B with classifier-free guidance, else B)
+Every annotation uses these letters:
 
-A *cell* is one place of the code grid; its *context* is the L-shape of four cells drawn before it
-(up-left, up, up-right, left). Codes are int32; an absent code, neighbour or context cell is -1.
+  B  batch size
+  H  height of the code grid
+  W  width of the code grid
+  T  positions of the grid in raster order, T = H·W
+  L  prompt length in tokens
+  V  number of codes in the codebook
+  C  dimension of one code's vector
+  E  dimension of a retrieval key; E = 4C for the paper's key
+  K  neighbours per position
+  N  stored patches
+  U  unique contexts among the stored patches
+  S  shards
+  D  width of the model
+  R  rows of a guided batch: 2B with classifier-free guidance, else B
+
+A *position* is one place of the code grid. The *context* of a position is the L-shape of four positions that are drawn
+before it: up-left, up, up-right and left. Codes are int32. The value -1 marks a code, a neighbour or a context position
+that is absent.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,139 +34,179 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from arrag_jax.ops.neighbors import Neighbors
 
-Cache = Any  # a backbone's own pytree; the decode loop only carries it
-Condition = Any  # what a backbone draws under: a pytree of arrays whose leaves have the batch as first axis
-ArrayLike = Any  # what comes from outside and is checked by hand: numpy's, JAX's or another library's array, or lists
+Cache = Any  # a pytree of the backbone; the decode loop passes it on and never reads it
+Condition = Any  # the input that guides a draw, such as prompt tokens: a pytree of arrays with the batch as first axis
+ArrayLike = Any  # input from the caller, checked at run time: lists, or an array of numpy, JAX or another library
 
 
 @runtime_checkable
 class Retriever(Protocol):
-    """Finds the stored patches whose context is nearest to the one drawn so far.
+    """A search for the stored patches whose contexts are nearest to the context drawn so far.
 
-    A pytree: its arrays are leaves and pass through ``jit`` as arguments, never as constants.
+    A retriever is a pytree. Its arrays are leaves, so they pass through ``jit`` as arguments and never as constants.
     """
 
-    k: int  # neighbours returned a query
+    k: int  # number of neighbours returned per query
 
     def search(self, context: Int[Array, "B 4"]) -> Neighbors:
-        """Neighbours of B contexts given as code ids (the retriever holds the codebook).
+        """Returns the ``k`` nearest neighbours of each context, nearest first.
 
-        Four ids a row are all that crosses to the host: a callback's cost grows with its bytes.
-        Rows that hold a -1 have no context and get empty neighbours. Sorted, nearest first.
+        A context is given as four code ids; the retriever holds the codebook that turns them into a key. Ids are
+        passed because the cost of a host callback grows with the bytes it transfers.
+
+        A row that contains -1 has no complete context; all its neighbours are empty.
         """
         ...
 
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
-    """Turns images into grids of codes and back; an ``nnx.Module``, whose methods may be traced."""
+    """A model that turns images into grids of codes and back.
+
+    It is an ``nnx.Module``, and its methods can be traced by ``jit``.
+    """
 
     grid: tuple[int, int]  # height and width in codes
     codebook_size: int
-    if TYPE_CHECKING:  # a check of types at run time would compute these, and traced weights have no fingerprint
-        image_size: tuple[int, int]  # height and width in pixels of an image of that grid
-        codebook: Float[Array, "V C"]  # rows of length one
-        fingerprint: str  # identity of the weights: sha256 over them in float32, sixteen hex digits
+    # Hidden from isinstance checks, because these evaluate each property, and traced weights have no fingerprint.
+    if TYPE_CHECKING:
+        image_size: tuple[int, int]  # height and width, in pixels, of an image with this grid
+        codebook: Float[Array, "V C"]  # one vector of unit length per code
+        fingerprint: str  # identity of the weights: the first sixteen hex digits of their SHA-256 in float32
 
     def with_grid(self, grid: ArrayLike) -> "ImageTokenizer":
-        """The same tokenizer for another grid (height, width); it shares every parameter."""
+        """Returns a tokenizer for another grid (height, width) that shares every parameter with this one."""
         ...
 
     def encode_images(self, images: ArrayLike) -> tuple[Int[Array, "B T"], Float[Array, "B H W C"]]:
-        """Codes in raster order, and l2-normalised latents before quantisation, of floats in [-1, 1]."""
+        """Returns the codes of images, and the latents they were quantised from.
+
+        Args:
+          images: RGB floats in [-1, 1].
+
+        Returns:
+          The codes in raster order, and the L2-normalised latents before quantisation.
+        """
         ...
 
     def decode_codes(self, codes: ArrayLike, height: int, width: int) -> Float[Array, "B h w 3"]:
-        """Pixels in [-1, 1] of grids of height x width codes."""
+        """Returns the images of code grids as RGB floats in [-1, 1]; a grid has ``height`` x ``width`` codes."""
         ...
 
 
 @runtime_checkable
 class Backbone(Protocol):
-    """An autoregressive model over code grids, seen one cell at a time or all at once; an ``nnx.Module``."""
+    """An autoregressive model over code grids; an ``nnx.Module``.
+
+    It predicts codes one position at a time (``prefill``, then ``step``) or all at once (``teacher_forced``). Both ways
+    give the same logits for the same codes.
+    """
 
     grid: tuple[int, int]
     codebook_size: int
 
     def with_grid(self, grid: ArrayLike) -> "Backbone":
-        """The same model over another grid (height, width); it shares every parameter."""
+        """Returns a model over another grid (height, width) that shares every parameter with this one."""
         ...
 
     def check_condition(self, condition: ArrayLike, mask: ArrayLike = None) -> Condition:
-        """The condition on the device, from one given from outside, or a UserError.
+        """Returns a condition that the caller gave, checked and placed on the device.
 
-        ``condition`` is the pytree, or its first array with the mask beside it (None = nothing is masked).
+        Args:
+          condition: the whole pytree, or its first array.
+          mask: the second array, if ``condition`` is the first; None masks nothing.
+
+        Raises:
+          UserError: if this is not a condition of this model.
         """
         ...
 
     def unconditional(self, condition: Condition) -> Condition:
-        """The condition of the other rows of classifier-free guidance."""
+        """Returns the condition of the unconditional rows of classifier-free guidance."""
         ...
 
     def prefill(self, condition: Condition, blended_rows: int) -> tuple[Float[Array, "R D"], Cache]:
-        """Reads the condition; returns the input of cell 0 and the cache.
+        """Runs the model on the condition; returns the input of position 0 and the cache.
 
-        ``blended_rows``: the first rows, to which ``step`` will be given features; 0 = it will not.
+        Args:
+          blended_rows: number of leading rows for which ``step`` receives features; 0 if ``step`` receives none.
         """
         ...
 
     def step(
         self, hidden: Float[Array, "R D"], cache: Cache, position: Int[Array, ""], features: Any = None
     ) -> tuple[Float[Array, "R V"], Cache]:
-        """Feeds the input of ``position`` (the embedding of what came before it): logits of its code."""
+        """Runs one position; returns the logits of its code and the new cache.
+
+        Args:
+          hidden: input of ``position``: the embedding of the code before it, or what ``prefill`` returned.
+          features: what ``DecodePolicy.features`` returned for this position; None = nothing is blended.
+        """
         ...
 
     def teacher_forced(
         self, condition: Condition, codes: Int[Array, "B T"], neighbors: Int[Array, "B T K"] | None = None
     ) -> Float[Array, "B T V"]:
-        """Logits of all cells at once; row t predicts ``codes[:, t]``.
+        """Returns the logits of all positions at once; those at position t predict ``codes[:, t]``.
 
-        ``neighbors``: retrieved codes for a model that blends; None = nothing is blended.
+        Args:
+          neighbors: retrieved codes, for a model with blenders; None = nothing is blended.
         """
         ...
 
     def embed_codes(self, codes: Int[Array, "*dims"]) -> Float[Array, "*dims D"]:
-        """Embeddings of codes, as ``step`` takes them."""
+        """Returns the embeddings of codes, which ``step`` takes as ``hidden``."""
         ...
 
 
 @runtime_checkable
 class BlendingBackbone(Backbone, Protocol):
-    """A backbone that takes features of neighbours, as FAiD gives them."""
+    """A backbone whose blenders mix features of retrieved codes into its hidden states (the paper's FAiD)."""
 
-    blended_neighbors: int  # neighbours whose features ``step`` takes; 0: it takes none
+    blended_neighbors: int  # neighbours per position whose features ``step`` takes; 0 if it takes none
 
     def fused(self) -> "BlendingBackbone":
-        """A copy for ``decode``: it shares every array, and has precomputed what does not depend on the cell."""
+        """Returns a copy for decoding whose position-independent kernels are precomputed; all arrays are shared."""
         ...
 
     def retrieved_features(self, neighbors: Int[Array, "*dims K"]) -> Float[Array, "*dims K D"]:
-        """Features of retrieved codes, as ``step`` takes them; zeros where a code is -1."""
+        """Returns the features of retrieved codes, which ``step`` takes; they are zero where a code is -1."""
         ...
 
 
 @runtime_checkable
 class TunableModel(BlendingBackbone, ImageTokenizer, Protocol):
-    """A model that FAiD's fine-tuning can train."""
+    """A model that FAiD's fine-tuning can train: a blending backbone together with its tokenizer."""
 
     def with_grid(self, grid: ArrayLike) -> "TunableModel":
-        """The same model over another grid (height, width); it shares every parameter."""
+        """Returns a model over another grid (height, width) that shares every parameter with this one."""
         ...
 
     def fused(self) -> "TunableModel":
-        """As in ``BlendingBackbone``."""
+        """Returns a copy for decoding; see ``BlendingBackbone.fused``."""
         ...
 
     def add_adapters(self, lora: Any, faid: Any, rngs: Any, start_silent: bool = False, devices: int = 1) -> None:
-        """Adds a LoRA (``nn.lora.LoraConfig``) and blenders (``nn.faid.FaidConfig``; None: none), in place."""
+        """Adds LoRA matrices and blenders to this model, in place.
+
+        Args:
+          lora: an ``nn.lora.LoraConfig``.
+          faid: an ``nn.faid.FaidConfig``; None adds no blenders.
+          start_silent: initialise the blenders so that they add nothing before training.
+          devices: number of devices that a training batch is split over.
+        """
         ...
 
     def adapters(self, blenders: bool = True) -> list[Any]:
-        """The modules that are trained; all else is frozen."""
+        """Returns the modules that are trained; everything else is frozen.
+
+        Args:
+          blenders: include the blenders.
+        """
         ...
 
     def merge_lora(self) -> None:
-        """Adds the LoRA to the weights that it corrects, in place."""
+        """Adds the LoRA matrices to the weights that they correct, in place, and removes them."""
         ...
 
     def forward(
@@ -162,33 +217,37 @@ class TunableModel(BlendingBackbone, ImageTokenizer, Protocol):
         conditional: Bool[Array, " B"] | None = None,
         rngs: Any = None,
     ) -> tuple[Float[Array, "B T V"], Float[Array, " blenders"]]:
-        """``teacher_forced``, and each blender's mean gate.
+        """Returns the logits of ``teacher_forced``, and the mean gate of each blender.
 
-        ``conditional``: rows that still have their caption (None: all); blenders are silent in the others.
-        ``rngs``: for dropout; None = no dropout.
+        Args:
+          conditional: rows whose caption was not dropped; None = all rows. Blenders add nothing in the other rows.
+          rngs: random streams for dropout; None = no dropout.
         """
         ...
 
 
 @runtime_checkable
 class ImageModel(Backbone, ImageTokenizer, Protocol):
-    """A backbone together with the tokenizer of its codes."""
+    """A backbone together with the tokenizer that made its codes."""
 
     def with_grid(self, grid: ArrayLike) -> "ImageModel":
-        """The same model over another grid (height, width); it shares every parameter."""
+        """Returns a model over another grid (height, width) that shares every parameter with this one."""
         ...
 
 
 @runtime_checkable
 class PromptEncoder(Protocol):
-    """Turns prompts into a condition; the model's family makes it from the model's folder."""
+    """A function from prompts to a condition; each model family creates one from the model's folder."""
 
     def __call__(self, prompts: Sequence[str], length: int | None = None) -> Condition:
-        """The condition of prompts, as numpy arrays [B, ...].
+        """Returns the condition of B prompts, as numpy arrays [B, ...].
 
         Args:
-          prompts: a UserError tells which of them cannot be a prompt, and why.
-          length: tokens of each row, where the condition has any; None = as many as the longest prompt has.
+          prompts: the prompts, one per image.
+          length: tokens per row, for a condition made of tokens; None = the length of the longest prompt.
+
+        Raises:
+          UserError: if a prompt is not valid; the message names it and the reason.
         """
         ...
 
@@ -199,31 +258,40 @@ class PromptEncoder(Protocol):
 
 @runtime_checkable
 class DecodePolicy(Protocol):
-    """What retrieval does to the decode loop; a small frozen object of numbers."""
+    """A rule for how retrieval changes the decode loop; a small frozen object that holds numbers only."""
 
-    uses_retrieval: bool
-    blends: bool  # does it give the backbone features? Then it has ``neighbors`` too: of how many (None: the model's)
+    uses_retrieval: bool  # whether the decode loop has to search
+    # Whether ``features`` returns features. A policy that blends also has an attribute ``neighbors``: the number of
+    # neighbours it blends, or None for the model's own number.
+    blends: bool
 
     def features(self, model: Any, neighbors: Neighbors, has_context: Bool[Array, ""]) -> Any:
-        """What the backbone's step takes from the neighbours (None: nothing), before the step.
+        """Returns the features that the backbone's step takes; None if it takes none. Called before the step.
 
-        ``model`` is a ``BlendingBackbone`` where the policy blends, else any ``Backbone``.
+        Args:
+          model: a ``BlendingBackbone`` if the policy blends, else any ``Backbone``.
+          has_context: whether all four context positions lie on the grid.
         """
         ...
 
     def log_probs(
         self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
     ) -> Float[Array, "B V"]:
-        """The distribution to draw from, after guidance and temperature."""
+        """Returns the log-probabilities to draw from. Called after the step.
+
+        Args:
+          log_p: the model's log-probabilities, after guidance, temperature and truncation.
+          has_context: whether all four context positions lie on the grid.
+        """
         ...
 
 
 class ImageBatch(NamedTuple):
-    """Some images of a run.
+    """Some of the images that a run draws.
 
     Attributes:
-      numbers: of their prompts, from 0.
-      images: RGB.
+      numbers: the number of each image's prompt, counted from 0.
+      images: RGB pixels.
     """
 
     numbers: Int[np.ndarray, " n"]
@@ -232,13 +300,13 @@ class ImageBatch(NamedTuple):
 
 @runtime_checkable
 class Benchmark(Protocol):
-    """What ``eval`` measures on: one split of prompts, and how images of them are scored.
+    """A test that ``eval`` runs: one split of prompts, and a way to score the images drawn for them.
 
     ``evaluation.benchmarks`` lists all benchmarks by name.
 
     Attributes:
-      splits: names of the splits that there are.
-      images_per_prompt: images that every method draws of each prompt, with seeds of their own.
+      splits: names of the splits that exist.
+      images_per_prompt: number of images that every method draws per prompt, each with its own seed.
       score_name: key of the scores in results.json.
     """
 
@@ -247,17 +315,17 @@ class Benchmark(Protocol):
     score_name: str
 
     def prompts(self, number: int) -> Sequence[str]:
-        """Returns the first ``number`` prompts, or all if there are fewer."""
+        """Returns the first ``number`` prompts, or all prompts if there are fewer."""
         ...
 
     def true_images(self, numbers: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w 3"] | None:
-        """Returns the images that belong to prompts of these numbers; None if prompts have no images."""
+        """Returns the true images of the prompts with these numbers; None if the prompts have no images."""
         ...
 
     def held_out(self, number: int) -> Sequence[Mapping[str, Any]]:
-        """Returns the first ``number`` examples whose likelihood is measured; empty if there are none.
+        """Returns the first ``number`` examples for the likelihood measurement; empty if there are none.
 
-        An example has an "image", uint8 [h, w, 3], and its "caption", bytes.
+        An example holds an "image", uint8 [h, w, 3], and its "caption", bytes.
         """
         ...
 
@@ -265,11 +333,12 @@ class Benchmark(Protocol):
         """Returns the scores of one method as JSON values.
 
         Args:
-          repeats: ``images_per_prompt`` times (true images: once) one image of every prompt, in batches. They are
-            drawn while they are read, and no batch should be kept: there may be more images than fit into memory.
+          repeats: ``images_per_prompt`` passes over all prompts, or one pass for true images. A pass yields one image
+            per prompt, in batches. Images are drawn while they are read. Do not keep the batches, because there may be
+            more images than fit into memory.
         """
         ...
 
     def table(self, scores: Mapping[str, Mapping[str, Any]]) -> str:
-        """Returns the scores of all methods, by their names, as a table in Markdown."""
+        """Returns a Markdown table of the scores of all methods, given by method name."""
         ...

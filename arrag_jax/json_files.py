@@ -1,4 +1,4 @@
-"""Reads JSON that may come from anybody: bounded, and one line where it is not what it should be."""
+"""Reads untrusted JSON: limits its size and depth, and reports invalid JSON in one line."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any, NoReturn
 
 from arrag_jax.errors import UserError
 
-MAX_BYTES = 64 * 2**20  # the weights index of a model of 10^6 tensors is smaller
-MAX_DEPTH = 64  # objects and lists within one another
+MAX_BYTES = 64 * 2**20  # more than the weights index of a model with 10^6 tensors needs
+MAX_DEPTH = 64  # maximum depth of nested objects and lists
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -15,13 +15,13 @@ def parse_json(text: str | bytes, where: str, constants: bool = False) -> Any:
     """Returns the value that a JSON text holds.
 
     Args:
-      text: the text, or its bytes in UTF-8 (a byte order mark is skipped).
-      where: how the error calls it: a file, or a member of an archive.
-      constants: take NaN and infinities, which other programs write where a number is missing.
+      text: the text, or its bytes in UTF-8; a byte order mark is skipped.
+      where: name of the text in messages: a file, or a member of an archive.
+      constants: accept NaN and infinities, which other programs write for a missing number.
 
     Raises:
-      UserError: it is not UTF-8 or not JSON, holds NaN or an infinity that is not taken, or half a character, or is
-        nested too deeply.
+      UserError: if the text is not UTF-8 or not JSON, is nested too deeply, or holds a lone surrogate or, without
+        ``constants``, NaN or an infinity.
     """
     try:
         if isinstance(text, bytes):
@@ -40,7 +40,7 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
     """Returns the value that a JSON file holds.
 
     Raises:
-      UserError: as ``parse_json``, or the file cannot be read or is larger than ``max_bytes``.
+      UserError: if the file cannot be read, is larger than ``max_bytes``, or ``parse_json`` refuses its text.
     """
     try:
         with open(path, "rb") as file:
@@ -53,7 +53,11 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Returns the object that a JSON file holds; errors as ``read_json``, and where it holds no object."""
+    """Returns the object that a JSON file holds.
+
+    Raises:
+      UserError: as ``read_json``, or if the value in the file is not an object.
+    """
     value = read_json(path, max_bytes)
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
@@ -61,7 +65,7 @@ def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 
 
 def require_no_pointer(head: bytes, where: str) -> None:
-    """Raises UserError where the first bytes of a file are those of a pointer of Git LFS."""
+    """Raises UserError if a file is only a Git LFS pointer; ``head`` holds the file's first bytes."""
     if head.startswith(LFS_POINTER):
         raise UserError(
             f"{where} is not the file itself but a pointer of Git LFS to it; fetch it: run git lfs pull where it was "
@@ -70,7 +74,7 @@ def require_no_pointer(head: bytes, where: str) -> None:
 
 
 def _require_plain(value: Any) -> None:
-    """Raises RecursionError or ValueError where a value is nested too deeply or holds half of a surrogate pair."""
+    """Raises RecursionError if a value is nested too deeply, and ValueError if a text holds a lone surrogate."""
     level, depth = [value], 0
     while level:
         depth += 1

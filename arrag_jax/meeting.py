@@ -1,4 +1,4 @@
-"""Where a process stands among those of its run, and how it waits for the others at the coordinator's address."""
+"""Finds the place of a process in its run, and connects it to the others at the coordinator's address."""
 
 import json
 import os
@@ -9,33 +9,33 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from jax._src import clusters, distributed  # how jax starts; its public function cannot be told how to fail
+from jax._src import clusters, distributed  # private, because the public function does not let us handle failures
 from jax._src.lib import _jax
 
 from arrag_jax import hub
 from arrag_jax.errors import UserError, say
 
-REMINDER = 10.0  # seconds between two lines that say who is waited for
-GREETING = 3.0  # seconds in which a hub greets
+REMINDER = 10.0  # seconds between two lines that name the missing processes
+GREETING = 3.0  # seconds within which a hub sends its greeting
 
 
 class Place(NamedTuple):
-    """Where a process stands in its run."""
+    """The place of a process in its run."""
 
-    address: str  # of the coordinator, host:port
-    count: int
-    index: int
-    devices: list[int] | None = None  # of this host that are this process's; None: all
+    address: str  # address of the coordinator, host:port
+    count: int  # number of processes
+    index: int  # number of this process
+    devices: list[int] | None = None  # devices of this host that this process uses; None = all
 
 
 def described(seconds: float = 60) -> Place | None:
-    """What the environment says of this process's place in a run; None in a run of one process.
+    """Returns the place of this process from environment variables; None in a run of one process.
 
     Args:
-      seconds: for a cluster's own services to answer.
+      seconds: time limit for a cluster's services to answer.
 
     Raises:
-      UserError: it says too little, or what cannot be.
+      UserError: if the variables are incomplete or not valid.
     """
     env = os.environ
     if "JAX_COORDINATOR_ADDRESS" in env:
@@ -52,7 +52,7 @@ def described(seconds: float = 60) -> Place | None:
         or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")
     ):
-        detect = clusters.ClusterEnv.auto_detect_unset_distributed_params  # from the cluster's own variables
+        detect = clusters.ClusterEnv.auto_detect_unset_distributed_params  # reads the cluster's variables
         place = Place(*detect(None, None, None, None, None, int(seconds)))
     else:
         return None
@@ -66,27 +66,27 @@ def described(seconds: float = 60) -> Place | None:
 
 
 def is_one_of_several() -> bool:
-    """Was this process started as one of several? A machine of a TPU pod says nothing of that."""
+    """Returns whether variables say that this process is one of several; those of a TPU pod do not say it."""
     names = "JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"
     return any(os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 1 for name in names)
 
 
 class Channel:
-    """Messages to and from the hub: JSON objects, one a line."""
+    """A connection to the hub; messages are JSON objects, one per line."""
 
     def __init__(self, connection: socket.socket):
         self._socket, self._buffer = connection, b""
         connection.settimeout(10)
 
     def send(self, kind: str, **content: Any) -> None:
-        """Raises OSError where the hub is gone."""
+        """Sends a message; raises OSError if the hub is gone."""
         self._socket.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
 
     def receive(self, seconds: float) -> list[dict[str, Any]]:
-        """What comes within so many seconds, at least one message or none.
+        """Returns the messages that have arrived; waits up to ``seconds`` for the first data.
 
         Raises:
-          OSError: the hub is gone, or this is none.
+          OSError: if the hub is gone, or the other side is not a hub.
         """
         if not select.select([self._socket], [], [], max(0.0, seconds))[0]:
             return []
@@ -108,7 +108,7 @@ class Channel:
 
 
 class Waiting:
-    """Says from time to time who is waited for, and ends the wait at its limit."""
+    """A wait for other processes with a time limit; prints the missing processes at intervals."""
 
     def __init__(self, place: Place, seconds: float):
         self.place, self.seconds = place, seconds
@@ -119,13 +119,17 @@ class Waiting:
         return self._since + self.seconds - time.monotonic()
 
     def for_(self, missing: list[int], state: str) -> None:
-        """Notes that these processes are still missing, and in which state.
+        """Prints, at intervals, that these processes are missing.
+
+        Args:
+          missing: numbers of the processes.
+          state: what is wrong with them, for the message.
 
         Raises:
-          UserError: the limit is reached.
+          UserError: if the time limit is reached.
         """
         if not missing:
-            missing = [0]  # all have come, and the first does not say so
+            missing = [0]  # all are connected, but process 0 has not confirmed it
         names = ("process " if len(missing) == 1 else "processes ") + ", ".join(map(str, missing))
         where = f"{names} of {self.place.count}"
         if self.left <= 0:
@@ -140,10 +144,13 @@ class Waiting:
 
 
 def meet(place: Place, patience: float, wait: float, **hello: Any) -> tuple[Channel, list[dict[str, Any]]]:
-    """The channel to the hub once all processes have come and belong together, and messages that came after that.
+    """Waits until all processes are connected and belong together.
+
+    Returns:
+      The channel to the hub, and the messages that arrived after its "go".
 
     Raises:
-      UserError: not within ``wait`` seconds, or they do not.
+      UserError: if this takes more than ``wait`` seconds, or the processes do not belong together.
     """
     hindrance = start_hub(place, patience) if place.index == 0 else ""
     waiting = Waiting(place, wait)
@@ -168,16 +175,17 @@ def meet(place: Place, patience: float, wait: float, **hello: Any) -> tuple[Chan
 
 
 def knock(address: str, seconds: float) -> Channel:
-    """A connection to this address. Raises OSError where nobody answers."""
+    """Returns a connection to this address; raises OSError if nothing answers there."""
     host, _, port = address.rpartition(":")
     return Channel(socket.create_connection((host.strip("[]"), int(port)), timeout=max(0.1, min(5.0, seconds))))
 
 
 def wait_for_go(channel: Channel, waiting: Waiting) -> list[dict[str, Any]]:
-    """Returns once the hub lets the run begin: what it has sent after that.
+    """Waits until the hub starts the run; returns the messages that it sent after "go".
 
     Raises:
-      UserError: it does not. OSError: it is gone.
+      UserError: if the hub refuses the run, or the time limit is reached.
+      OSError: if the hub is gone.
     """
     missing: list[int] = []
     while True:
@@ -192,10 +200,10 @@ def wait_for_go(channel: Channel, waiting: Waiting) -> list[dict[str, Any]]:
 
 
 def start_hub(place: Place, patience: float) -> str:
-    """Starts the hub beside process 0: "", or why it cannot listen."""
+    """Starts the hub program of process 0; returns "", or the reason why it cannot listen."""
     port = place.address.rpartition(":")[2]
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", f"[::]:{port}")
-    # -P: what lies beside hub.py is no module of its own. Its stderr is the file of ``native_output``.
+    # -P keeps the folder of hub.py off the module path. The hub's stderr is the file of ``native_output``.
     command = [sys.executable, "-P", hub.__file__, port, str(place.count), str(patience), bind, _jax.__name__]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     global _hub
@@ -204,13 +212,16 @@ def start_hub(place: Place, patience: float) -> str:
     return "" if word == "listening" else word or "its helper program did not start"
 
 
-_hub: subprocess.Popen | None = None  # kept, because its end of the pipe tells the hub that this process lives
+_hub: subprocess.Popen | None = None  # kept open, because the hub sees from the pipe that this process is alive
 
 
 def start_jax(place: Place, patience: float) -> None:
     """Connects jax to its coordination service, which the hub hosts.
 
-    As ``jax.distributed.initialize`` does, but for the service and for jax's listening to SIGTERM.
+    This replaces ``jax.distributed.initialize``, which would also start a service and handle SIGTERM.
+
+    Raises:
+      UserError: if jax cannot connect.
     """
     from jax._src import config
 

@@ -1,7 +1,7 @@
-"""The device mesh: its two axes, and where each parameter lives.
+"""Creates the device mesh and places parameters and batches on it.
 
-Axes: the batch is split over "data" and "fsdp" together; large parameters (and their optimizer
-state) are split over "fsdp" and gathered by XLA where they are used. One device is the mesh 1 x 1.
+The mesh has two axes. A batch is split over "data" and "fsdp" together. Large parameters and their optimizer state are
+split over "fsdp", and XLA gathers them when they are used. A single device is the mesh 1 x 1.
 """
 
 import re
@@ -22,20 +22,22 @@ from arrag_jax.processes import start_distributed as start_distributed
 
 BATCH = P(("data", "fsdp"))
 
-# The first rule whose pattern is found in a leaf's path ("params/layers/0/mlp/up/kernel") and whose
-# split fits its shape wins. Optimizer state repeats the path of its parameter and so follows it.
+# The first rule applies whose pattern occurs in a leaf's path ("params/layers/0/mlp/up/kernel") and whose split fits
+# the leaf's shape. Optimizer state is placed like its parameter, because its path contains the parameter's path.
 SHARDING_RULES: tuple[tuple[str, P], ...] = (
-    (r"codebook", P()),  # small, and read whole by every search
-    (r"embed\w*/embedding$", P(None, "fsdp")),  # rows are gathered by id: split the width instead
+    (r"codebook", P()),  # it is small, and every search reads all of it
+    (r"embed\w*/embedding$", P(None, "fsdp")),  # splits the width, because rows are gathered by id
 )
-SMALLEST_SHARDED = 2**16  # elements; below it a gather costs more than the copies
+SMALLEST_SHARDED = 2**16  # elements; replicating a smaller leaf costs less than gathering it
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """Mesh of axes ("data", "fsdp"). One process may use fewer devices than it has; several use all.
+    """Returns a mesh with the axes ("data", "fsdp").
+
+    A single process can use fewer devices than it has. Several processes use all their devices.
 
     Raises:
-      UserError: where the devices at hand do not fill the shape asked for.
+      UserError: if the shape is not valid, or the devices do not fit it.
     """
     devices = jax.devices()
     shape = {"data": config.data, "fsdp": config.fsdp}
@@ -52,14 +54,18 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """Raises UserError unless each of the global batch's microbatches splits evenly over the mesh's devices."""
+    """Raises UserError unless each microbatch of the global batch splits evenly over the devices of the mesh."""
     if batch_size % (mesh.size * accumulate):
         times = f" times accumulate={accumulate}" if accumulate > 1 else ""
         raise UserError(f"batch_size={batch_size} must be a multiple of the mesh's {mesh.size} devices{times}")
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Where one leaf lives: by rule, else its largest axis that divides over "fsdp", else everywhere."""
+    """Returns how one leaf is split over the mesh.
+
+    A rule of ``SHARDING_RULES`` comes first. Without one, the largest axis that "fsdp" divides is split. Otherwise, and
+    if the leaf is small or has fewer than two axes, the leaf is replicated.
+    """
     ways = mesh.shape["fsdp"]
     if ways == 1 or len(shape) < 2 or np.prod(shape) < SMALLEST_SHARDED:
         return P()
@@ -74,7 +80,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def state_shardings(state: PyTree, mesh: Mesh) -> PyTree:
-    """A NamedSharding for every leaf of a state (arrays or their shapes), by ``partition_spec``."""
+    """Returns a NamedSharding from ``partition_spec`` for every leaf of a state of arrays or of their shapes."""
 
     def sharding(path, leaf):
         return NamedSharding(
@@ -85,28 +91,28 @@ def state_shardings(state: PyTree, mesh: Mesh) -> PyTree:
 
 
 def put_state(state: PyTree, mesh: Mesh) -> PyTree:
-    """Lays a state that every process holds whole out over the mesh."""
+    """Places a state on the mesh by ``state_shardings``; every process must hold the complete state."""
     return jax.tree.map(_put, state, state_shardings(state, mesh))
 
 
 def put_rows(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Splits the rows of arrays that every process holds whole over "data"; whoever is beside it there has the same."""
+    """Splits the rows of arrays over "data"; replicated along "fsdp". Every process must hold all rows."""
     return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, P("data"))), tree)
 
 
 def _put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
     if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.device_put(leaf, sharding)
-    data = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)  # several processes cannot put keys
+    data = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)  # key arrays fail in several processes
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, accumulate: int = 1) -> dict[str, jax.Array]:
-    """Assembles the global batch from each process's own share of its rows.
+    """Returns the global batch, assembled from the rows that each process holds.
 
     Returns:
-      Arrays [accumulate, B / accumulate, ...]: the microbatches, every one split over all devices, so that
-      a device works off rows which are its own from the start.
+      Arrays [accumulate, B / accumulate, ...]: the microbatches. Each one is split over all devices, so no rows move
+      between devices.
     """
     sharding = NamedSharding(mesh, P(None, *BATCH))
 
@@ -118,12 +124,15 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, accumulate: int = 1) 
 
 
 def put_whole_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Places a batch that every process holds whole: split over all devices where its rows divide evenly."""
+    """Places a batch that every process holds completely.
+
+    The batch is split over all devices if its rows divide evenly, else it is replicated.
+    """
     rows = {len(values) for values in batch.values()}
     spec = BATCH if all(count % mesh.size == 0 for count in rows) else P()
     return jax.device_put(dict(batch), NamedSharding(mesh, spec))
 
 
 def put_everywhere(tree: Any, mesh: Mesh) -> Any:
-    """Every leaf whole on every device: gathers what is sharded, copies what lies on one device."""
+    """Replicates every leaf on every device; gathers leaves that are sharded and copies those on one device."""
     return jax.device_put(tree, NamedSharding(mesh, P()))

@@ -1,7 +1,8 @@
-"""What jax and its libraries write on stderr past Python, kept in a file; and a last line for a process that is killed.
+"""Redirects what C++ libraries write on stderr to a file, and prints a last line for a process that is killed.
 
-Their accounts of a run of several processes hide the line that says what happened. From ``redirect`` on file descriptor
-2 is a file, and ``sys.stderr`` is the terminal (or whatever stderr was), where bars and our own lines go.
+In a run of several processes, the output of jax and its libraries would hide the line that says what happened. After
+``redirect``, file descriptor 2 is a file. ``sys.stderr`` remains the terminal (or what stderr was before), and shows
+progress bars and this package's own lines.
 """
 
 import atexit
@@ -19,7 +20,7 @@ from typing import Any
 
 from arrag_jax import console, signals
 
-# Lines of information and warnings as Google's C++ libraries log them ("I0000 00:00:1795758635.399866 …").
+# Info and warning lines in the log format of Google's C++ libraries ("I0000 00:00:1795758635.399866 …").
 _CHATTER = re.compile(rb"([IW]\d{4} |WARNING: All log messages before absl::InitializeLog\(\))")
 _log: Path | None = None
 _watcher: subprocess.Popen | None = None
@@ -42,7 +43,7 @@ LINE = (
 
 
 def redirect(name: str) -> None:
-    """Sends what libraries write on stderr to a temporary file, of which ``name`` is a part. Once a process."""
+    """Redirects what libraries write on stderr to a temporary file, with ``name`` in its name; once per process."""
     global _log, _watcher
     if _log is not None:
         return
@@ -57,17 +58,18 @@ def redirect(name: str) -> None:
     signals.write_to(terminal)
     sys.stderr = io.TextIOWrapper(os.fdopen(terminal, "wb", 0), encoding, errors, write_through=True)
     command = [sys.executable, "-S", "-c", WATCHER, path, LINE]
-    # a session of its own: a signal to the whole group of this process does not reach it
+    # The watcher gets its own session, so that a signal to this process group does not reach it.
     _watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=terminal, start_new_session=True)
     atexit.register(farewell)
 
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """While open, drops what C++ libraries log of their work, where the console is quiet; for a call into one.
+    """While open, and if the console is quiet, drops info and warning lines of C++ libraries.
 
-    They write to file descriptor 2, which is a temporary file meanwhile. At the end its other lines, errors among
-    them, are written out. ``sys.stderr`` and the lines of ``signals`` reach the terminal all the time.
+    The libraries write to file descriptor 2, which is a temporary file while this is open. On exit its other lines,
+    including errors, are written to the terminal. ``sys.stderr`` and the lines of ``signals`` always reach the
+    terminal.
     """
     if _log is not None or not console.is_quiet():
         yield
@@ -95,23 +97,23 @@ def hushed() -> Iterator[None]:
 def _is_descriptor_2(stream: Any) -> bool:
     try:
         return stream.fileno() == 2
-    except (AttributeError, OSError, ValueError):  # one that is no file, as a test has it
+    except (AttributeError, OSError, ValueError):  # a stream that is not a file, as in a test
         return False
 
 
 def at_exit(action: Callable[[], None]) -> None:
-    """Has ``action`` called when the interpreter exits, before ``farewell``."""
+    """Registers ``action`` to be called when the interpreter exits, before ``farewell``."""
     atexit.register(action)
 
 
 def note_traceback(error: BaseException) -> None:
-    """Writes an error with its traceback to the file."""
+    """Writes an error with its traceback to the file of ``redirect``."""
     with contextlib.suppress(OSError):
         os.write(2, "".join(traceback.format_exception(error)).encode(errors="backslashreplace"))
 
 
 def account() -> str:
-    """Ends a last line: where the file is; "" while it is empty."""
+    """Returns the end of a last line, which names the file of ``redirect``; "" if the file is empty."""
     try:
         return f"; details in {_log}" if _log is not None and _log.stat().st_size else ""
     except OSError:
@@ -119,7 +121,11 @@ def account() -> str:
 
 
 def farewell(keep: bool = False) -> None:
-    """Says that this process ends of its own accord; removes the file unless ``keep`` is set and it holds something."""
+    """Tells the watcher that this process ends normally, and removes the file.
+
+    Args:
+      keep: keep the file if it is not empty.
+    """
     global _watcher
     if _log is not None and not (keep and account()):
         _log.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""From mappings to frozen dataclasses, strictly: an ml_collections config, or JSON that was written from one.
+"""Parses mappings into frozen dataclasses: an ml_collections config, or JSON that was written from one.
 
-An unknown, missing or mistyped key is an error that names every such key at once. A dataclass of this kind is the
-schema of a file: ``parse`` checks the types that its fields declare, its ``__post_init__`` checks their ranges.
+A dataclass is the schema of a file: ``parse`` checks the types of its fields, and its ``__post_init__`` checks their
+ranges. One error names all keys that are unknown, missing or of the wrong type.
 """
 
 import dataclasses
@@ -18,22 +18,22 @@ from typing import Any, TypeVar
 from arrag_jax.errors import UserError
 
 T = TypeVar("T")
-MOST_ERRORS = 20  # that one message names
-MOST_DIFFERENCES = 8  # likewise
-LONGEST = 1000  # characters of one of them
-LARGEST = 2**63  # integers are below it: what numpy and the formats of files hold
+MOST_ERRORS = 20  # errors that one message lists
+MOST_DIFFERENCES = 8  # differences that one message lists
+LONGEST = 1000  # characters of one error
+LARGEST = 2**63  # integers must be smaller, because numpy and the file formats hold 64 bits
 PACKAGE = Path(__file__).parent
-# The shipped config files: inside the package where that is installed, beside it in a checkout.
+# The shipped config files are inside the installed package; in a checkout they are beside the package.
 CONFIGS = next((path for path in (PACKAGE / "configs", PACKAGE.parent / "configs") if path.is_dir()), PACKAGE)
 
 
 def config_file(given: str) -> str:
-    """Returns the path of a config file: as it is given or, where no such file is, that of the shipped one it names.
+    """Returns the path of a config file: the given path, or a shipped config file if no file has that path.
 
-    From any working directory "NAME" and "configs/NAME.py" name the shipped NAME.py.
+    "NAME" and "configs/NAME.py" are names of the shipped file NAME.py, from any working directory.
 
     Raises:
-      UserError: nothing is there, and no shipped one is called so.
+      UserError: if there is neither such a file nor a shipped config of that name.
     """
     shipped = {name: str(path) for path in CONFIGS.glob("*.py") for name in (path.stem, f"configs/{path.name}")}
     if os.path.isfile(given) or not (given in shipped or not os.path.lexists(given)):
@@ -50,11 +50,11 @@ def parse(cls: type[T], config: Any, where: str = "config", ignore_unknown: bool
     Args:
       cls: a dataclass; its fields may be numbers, strings, bools, tuples, dicts by string, Optionals and dataclasses.
       config: a mapping with exactly that class's fields.
-      where: how error messages call this mapping ("config", "config.optimizer").
-      ignore_unknown: pass over keys that are no fields, as in files of others, who write more than is read here.
+      where: name of this mapping in messages, such as "config" or "config.optimizer".
+      ignore_unknown: ignore keys that are not fields; for files of other programs, which hold more keys.
 
     Raises:
-      UserError: naming unknown, missing and mistyped keys, with the nearest known key.
+      UserError: if keys are unknown, missing or of the wrong type; the message names them and the nearest known keys.
     """
     errors: list[str] = []
     value = _parse(cls, config, where, errors, ignore_unknown)
@@ -65,23 +65,23 @@ def parse(cls: type[T], config: Any, where: str = "config", ignore_unknown: bool
 
 
 def in_range(name: str, value: int | float, low: int | float, high: int | float) -> None:
-    """Raises UserError unless a number lies within the bounds, both of them allowed."""
+    """Raises UserError unless ``low <= value <= high``."""
     if not low <= value <= high:
         raise UserError(f"{name}={value} is outside [{low:g}, {high:g}]")
 
 
 def _cut(message: str) -> str:
-    """A message short enough to be read: a check of a dataclass gives values as they are."""
+    """Returns a message, shortened if it is long; dataclasses put values of any length into their messages."""
     return message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
 
 
 def shown(value: Any) -> str:
-    """A value as error messages give it: one line, cut where it is long."""
+    """Returns a value as text for a message: one line, shortened if it is long."""
     return _Shown().repr(value)
 
 
 def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Returns "key (1 there, 2 now), …": the first keys in which two runs or files differ; "" where none does."""
+    """Returns the first keys in which two mappings differ, as "key (1 there, 2 now), …"; "" if they are equal."""
     keys = [key for key in sorted(held.keys() | wanted.keys()) if held.get(key) != wanted.get(key)]
     words = [f"{key} ({shown(held.get(key))} there, {shown(wanted.get(key))} now)" for key in keys[:MOST_DIFFERENCES]]
     return ", ".join(words if len(keys) <= MOST_DIFFERENCES else [*words, "…"])
@@ -94,7 +94,7 @@ class _Shown(reprlib.Repr):
         self.maxlevel = 3
 
 
-# Keys that configs had before: (dataclass, old key) → what to write instead.
+# Keys that earlier versions had: (dataclass, old key) → text that says what to write instead.
 RENAMED = {
     ("DaidConfig", "copies"): 'reduction, with "max" for "nearest"',
     ("DataConfig", "name"): "source",
@@ -131,8 +131,8 @@ def _parse(cls: type, config: Any, where: str, errors: list[str], ignore_unknown
 
 
 def _check(hint: Any, value: Any, where: str, errors: list[str], ignore_unknown: bool) -> Any:
-    """The value as the field's type takes it: int → float and list → tuple are the only conversions."""
-    if hint is Any:  # a section that its owner parses later
+    """Returns the value in the field's type; the only conversions are int → float and list → tuple."""
+    if hint is Any:  # another module parses this section later
         return value.to_dict() if hasattr(value, "to_dict") else value
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
@@ -153,7 +153,7 @@ def _check(hint: Any, value: Any, where: str, errors: list[str], ignore_unknown:
 
 
 def _number(base: type, value: int | float, where: str, errors: list[str]) -> Any:
-    """An int or a finite float of a size that arrays hold."""
+    """Returns a number as ``base``, if it is finite and fits into 64 bits; otherwise appends an error."""
     if isinstance(value, int) and abs(value) >= LARGEST:
         errors.append(f"{where}={shown(value)} is too large")
         return None
@@ -164,7 +164,7 @@ def _number(base: type, value: int | float, where: str, errors: list[str]) -> An
 
 
 def _tuple(hint: Any, value: tuple, where: str, errors: list[str], ignore_unknown: bool) -> tuple | None:
-    """A tuple whose elements are of the declared types, as many as declared."""
+    """Returns a tuple with elements of the declared types and number; otherwise appends an error."""
     inner = typing.get_args(hint)
     if not inner:
         return value

@@ -1,8 +1,9 @@
-"""Several processes that do one command together: how they begin, and how each of them ends.
+"""Starts and ends the processes of a run of several processes.
 
-They meet at the coordinator's address, in ``hub.py``, before jax is started: who is missing, comes twice or has another
-config is said in one line. Each keeps its connection there, so that one that dies or fails ends all others at once,
-with a line that names it. What jax and its libraries write, C++ stacks among it, goes to a file (``native_output``).
+Before jax starts, all processes connect to the hub (``hub.py``) at the coordinator's address. One line reports a
+process that is missing, is started twice or has another config. The processes stay connected to the hub. If one dies or
+fails, the others end at once, with a line that names it. The output of jax and its libraries, such as C++ stack traces,
+goes to a file (``native_output``).
 """
 
 import contextlib
@@ -17,15 +18,15 @@ from arrag_jax import errors, hub, native_output, signals
 from arrag_jax.errors import UserError, say
 from arrag_jax.meeting import Place, described, meet, start_jax
 
-PATIENCE = 40  # seconds after which a process that is not heard of counts as dead, and all others end
-WAIT = 60.0  # seconds in which all processes must have come
-GRACE = 3.0  # seconds that the work gets to end by itself, with its own error, once another process has failed
-LAST_STEPS = 5.0  # seconds that the interpreter gets to end after a run that is whole
+PATIENCE = 40  # heartbeat timeout in seconds: a process that is silent for longer counts as dead, and all others end
+WAIT = 60.0  # seconds within which all processes must connect
+GRACE = 3.0  # seconds to end with an own error after another process has failed
+LAST_STEPS = 5.0  # seconds for the interpreter to shut down after a complete run
 AGAIN = "start all processes again with the same command to continue"
 
 
 class PartnerEnded(UserError):
-    """Another process of the run has ended before its work was done."""
+    """An error that says that another process of the run ended before its work was done."""
 
     def __init__(self, failure: Mapping[str, Any], count: int):
         because = failure["line"].removeprefix("error: ")
@@ -44,21 +45,21 @@ class PartnerEnded(UserError):
 def start_distributed(
     patience: float = PATIENCE, wait: float = WAIT, settings: Mapping[str, Any] | None = None, together: bool = True
 ) -> None:
-    """Joins the processes of a multi-host run; does nothing in a run of one process.
+    """Connects the processes of a run; does nothing in a run of one process.
 
-    Called before anything else touches jax. A run has several processes where JAX_COORDINATOR_ADDRESS
-    is set (with JAX_NUM_PROCESSES and JAX_PROCESS_ID), or where SLURM, Open MPI or a TPU pod says so.
-    When one of them dies or fails, the others end too, and their last line says why.
+    Call it before anything else uses jax. A run has several processes if JAX_COORDINATOR_ADDRESS is set, together with
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID, or if SLURM, Open MPI or a TPU pod says so. If a process dies or fails, the
+    others also end, and their last line says why.
 
     Args:
-      patience: seconds without a sign of life after which a process counts as dead.
-      wait: seconds in which all processes must have come.
-      settings: what must be equal in all processes, JSON values by name.
-      together: the work of each needs all others all the time. If not, it goes on while others fail, and looks after
-        itself (``require_partner``).
+      patience: heartbeat timeout in seconds, after which a silent process counts as dead.
+      wait: seconds within which all processes must connect.
+      settings: JSON values by name that must be equal in all processes.
+      together: each process needs all others all the time. If False, a process continues when others fail, and checks
+        them with ``require_partner``.
 
     Raises:
-      UserError: somebody has not come, has come twice, has another setting, or the environment contradicts itself.
+      UserError: if a process is missing, is started twice or has other settings, or the environment is inconsistent.
     """
     global _run
     if not wait > 0:
@@ -80,43 +81,44 @@ def start_distributed(
 
 
 def require_same(values: Mapping[str, str], what: str) -> None:
-    """Returns once every process of the run has called this with the same values.
+    """Waits until every process of the run has called this, and checks that all gave the same values.
 
     Args:
-      values: by the name that an error calls them.
-      what: names the call; every process makes the same calls.
+      values: the values, by their names in messages.
+      what: name of the call; every process must make the same calls.
 
     Raises:
-      UserError: the values differ. PartnerEnded: another process has ended.
+      UserError: if the values differ.
+      PartnerEnded: if another process has ended.
     """
     if _run is not None:
         _run.require_same(dict(values), what)
 
 
 def require_partner(index: int) -> None:
-    """Raises PartnerEnded where process ``index`` of the run has ended before its work was done."""
+    """Raises PartnerEnded if process ``index`` of the run ended before its work was done."""
     if _run is not None and index in _run.failures:
         raise PartnerEnded(_run.failures[index], _run.place.count)
 
 
 class Run:
-    """The run of several processes that this one belongs to. ``listen`` has a thread of its own."""
+    """The state of this process in a run of several processes. ``listen`` runs in its own thread."""
 
     def __init__(self, place: Place, channel: Any, patience: float, together: bool):
         self.place, self.patience, self.together = place, patience, together
-        self.failures: dict[int, dict[str, Any]] = {}  # by process, in the order in which they came
+        self.failures: dict[int, dict[str, Any]] = {}  # by process, in order of arrival
         self._stop_asked: int | None = None
         self._channel, self._sending = channel, threading.Lock()
         self._steps, self._stop_at, self._stepping = 0, None, threading.Lock()
         self._news = threading.Condition()
         self._values: dict[str, list[dict[str, str]]] = {}
-        self._noted, self._over = False, None  # our end is known; the run is over, and whether all came to its end
+        self._noted, self._over = False, None  # the hub knows our end; whether all finished, None until the run is over
         self._leaving = threading.Lock()  # held by the thread that ends this process
 
-    # What the hub says
+    # Messages from the hub
 
     def listen(self, messages: list[dict[str, Any]]) -> None:
-        """Follows the hub until it is gone, beginning with these messages."""
+        """Handles these messages, then all messages of the hub until its connection closes."""
         try:
             while True:
                 for message in messages:
@@ -139,7 +141,7 @@ class Run:
             if not self._leaving.locked():
                 signals.hand_over(message["number"])
             if self.together:
-                self._stepping.acquire()  # no further step until all have said where they are
+                self._stepping.acquire()  # blocks further steps until all processes have reported their step
                 self._send("step", step=self._steps)
         elif kind == "stop_at":
             self._stop_at = message["step"]
@@ -171,7 +173,7 @@ class Run:
     # Agreement
 
     def require_same(self, values: dict[str, str], what: str) -> None:
-        """See the function of this name."""
+        """See the module's function ``require_same``."""
         self._send("same", name=what, value=values)
         self._wait(lambda: what in self._values or bool(self.failures))
         if what not in self._values:
@@ -186,11 +188,11 @@ class Run:
                 )
 
     def ask_to_stop(self, number: int) -> None:
-        """Asks all processes of the run to stop because of this signal; its handler calls this."""
+        """Asks all processes of the run to stop because of this signal; called by the signal handler."""
         self._stop_asked = number
 
     def stopping(self, step: int = 0) -> bool:
-        """Is the run to stop here? Processes that call this equally often get True at the same call."""
+        """Returns whether the run should stop here; all processes get True at the same call, counted from the first."""
         with self._stepping:
             self._steps += 1
             return self._stop_at is not None and self._steps >= self._stop_at
@@ -198,12 +200,12 @@ class Run:
     # The end
 
     def leave(self, line: str, code: int, error: BaseException | None = None) -> None:
-        """Takes leave of the other processes; returns where this one may end as one that runs alone does.
+        """Tells the other processes that this one ends; returns if this process can exit in the usual way.
 
         Args:
-          line: the last one; "" of a process whose work is done.
-          code: to exit with.
-          error: because of which it ends.
+          line: the last line to print; "" if the work is done.
+          code: the exit code.
+          error: the error that ends this process; None if the work is done.
         """
         self._begin_to_leave()
         stopped = isinstance(error, KeyboardInterrupt)
@@ -212,20 +214,20 @@ class Run:
             self._leave_together(code)
             return
         if isinstance(getattr(error, "__cause__", None), RuntimeError) and self.together and self._partner_failed():
-            line, code = self._partner_line()  # an error about files that is one of the connection
+            line, code = self._partner_line()  # the real cause is the lost connection, not a file
         self._end(line, code, stopped)
 
     def end_at_once(self) -> None:
-        """Tells that this process ends without a wait, because of a second signal."""
+        """Prepares an immediate end, because of a second signal."""
         native_output.farewell()
 
     def leave_at_exit(self) -> None:
-        """``leave`` for a program that exits without it: its work is done."""
+        """Calls the end of ``leave`` for a program that exits without it, because its work is done."""
         if self._leaving.acquire(blocking=False):
             self._leave_together(0)
 
     def fail(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        """Ends this process because of an error that nobody expects, or that another process has caused."""
+        """Ends this process because of an unexpected error, or one that another process has caused."""
         self._begin_to_leave()
         if isinstance(error, KeyboardInterrupt):
             self._end("error: interrupted; run the same command again to continue", 130)
@@ -241,7 +243,7 @@ class Run:
             os._exit(2)
 
     def _partner_failed(self) -> bool:
-        """Has another process failed? Asked where that would explain an error; the news may come after the error."""
+        """Returns whether another process has failed; waits a little, because the message may follow the error."""
         return self._wait(lambda: bool(self.failures), GRACE)
 
     def _partner_line(self) -> tuple[str, int]:
@@ -249,19 +251,19 @@ class Run:
         return ended.line, ended.code
 
     def _end_for_partner(self) -> None:
-        """Ends this process from another thread, because its work may hang in compiled code for ever."""
+        """Ends this process from another thread, because its main thread may hang in compiled code."""
         if self._leaving.acquire(blocking=False):
             self._end(*self._partner_line())
 
     def _end(self, line: str, code: int, stopped: bool = False) -> NoReturn:
-        """Tells the others, and ends where it stands: jax's own end would wait for processes that may be dead."""
+        """Informs the others and exits at once, because jax's shutdown would wait for processes that may be dead."""
         with contextlib.suppress(OSError):
             self._send("ended", line=line, code=code, stopped=stopped)
             self._wait(lambda: self._noted, 2)
         self._exit(line + native_output.account(), code, keep=True)
 
     def _leave_together(self, code: int) -> None:
-        """Waits until all are done. The first process, whose work is the result, does not depend on how others end."""
+        """Waits until all processes are done; process 0 holds the result, so it ignores how the others end."""
         leads = self.place.index == 0
 
         def over() -> bool:
@@ -273,7 +275,7 @@ class Run:
             self._wait(over, self.patience if leads else None)
         if self._over is None and not leads:
             failure = self.failures.get(0) or next(iter(self.failures.values()), None)
-            if failure is None:  # an impatient user
+            if failure is None:  # the user interrupted the wait
                 self._end("error: interrupted; run the same command again to continue", 130)
             ended = PartnerEnded(failure, self.place.count)
             self._end(ended.line, ended.code, failure.get("stopped", False))

@@ -1,4 +1,4 @@
-"""Progress bars: on stderr, where that is a terminal, unless they are switched off."""
+"""Shows progress bars on stderr, if stderr is a terminal and bars are switched on."""
 
 import sys
 from collections.abc import Iterable
@@ -11,34 +11,34 @@ _wanted = True
 
 
 def show(wanted: bool) -> None:
-    """Switches all bars of this process on or off; even then they appear on a terminal alone."""
+    """Switches all bars of this process on or off; bars that are on appear only on a terminal."""
     global _wanted
     _wanted = wanted
 
 
 def wanted() -> bool:
-    """Are bars switched on, whether or not there is a terminal to show them?"""
+    """Returns whether bars are switched on, even if there is no terminal to show them."""
     return _wanted
 
 
 def shown() -> bool:
-    """Do bars appear?"""
+    """Returns whether bars appear: they are switched on, and stderr is a terminal."""
     try:
         return _wanted and sys.stderr.isatty()
-    except (AttributeError, ValueError):  # no stderr, or a closed one
+    except (AttributeError, ValueError):  # stderr is missing or closed
         return False
 
 
 def bar(items: Iterable[Any] | None = None, wanted: bool = True, **options: Any) -> Bar:
-    """Returns a bar, over the items or over ``total=`` units that are counted by ``update``.
+    """Returns a progress bar over the items, or over ``total=`` units that ``update`` counts.
 
     Args:
-      wanted: False in a process that another one shows the progress of.
-      options: of ``tqdm``: desc, unit, total, initial.
+      wanted: False hides the bar, for a process whose progress another process shows.
+      options: options of ``tqdm``: desc, unit, total, initial.
     """
     return tqdm(items, disable=not (wanted and shown()), dynamic_ncols=True, **options)
 
 
 def tell(line: str) -> None:
-    """Prints a line on stderr, above the bar where there is one."""
+    """Prints a line on stderr, above the bar if there is one."""
     Bar.write(line, file=sys.stderr)

@@ -1,14 +1,14 @@
-"""How every command ends when it is told to: SIGINT (Ctrl-C) and SIGTERM.
+"""Handles SIGINT (Ctrl-C) and SIGTERM, so that every command stops at a safe point.
 
-The first signal stops the program at a safe point. Inside ``held`` that is the next ``check`` (a batch, a shard or a
-step is finished and kept); elsewhere ``Stop`` is raised in the main thread at once. ``errors.run_command`` turns it
-into one closing line and an exit code: 130 after SIGINT, 0 after SIGTERM, because batch systems start a job again that
-ends so. A second signal ends the program where it stands.
+Inside a ``held`` block the first signal takes effect at the next ``check``, when a batch, a shard or a step is finished
+and saved. Elsewhere ``Stop`` is raised in the main thread at once. ``errors.run_command`` then prints one closing line
+and exits with 130 after SIGINT, or 0 after SIGTERM, because batch systems restart a job that ends with 0. A second
+signal ends the program immediately.
 
-A command ends by ``os._exit`` then, because an interpreter that is taken down while a compiled program still calls it
-ends in a segmentation fault. Files are safe all the same: they appear whole or not at all.
+A stopped command ends by ``os._exit``, because an interpreter that shuts down while a compiled program still calls it
+causes a segmentation fault. Files stay valid, because they are written atomically.
 
-This module imports the standard library alone: a command loads it before anything that takes long.
+This module imports only the standard library, because a command loads it before all slow imports.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from typing import Any, NoReturn
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 AGAIN = "run the same command again to continue"
 FROM_THE_START = "run the same command again; it begins anew"
-TWICE = 0.25  # seconds in which a second signal is the first one over again: ``timeout`` and other wrappers send two
+TWICE = 0.25  # a signal within so many seconds repeats the first one: ``timeout`` and other wrappers send two
 REMIND = 2.0  # seconds after which a stop is raised again, because a library may have swallowed it
 
 
 class Stop(KeyboardInterrupt):
-    """Raised in the main thread when the program is to end; ``number`` is the signal's."""
+    """Raised in the main thread to end the program; ``number`` is the signal's number."""
 
     def __init__(self, number: int | None = None):
         global _raised
@@ -39,28 +39,28 @@ class Stop(KeyboardInterrupt):
         _raised = time.monotonic()
 
 
-# The process' state; a process has one set of signal handlers, so it has one of these.
-_command = False  # this process is one of the package's commands, and may be ended by this module
-_starting = False  # the command is still being imported
-_listening = False  # the handlers are ours
+# The state is global, because a process has only one set of signal handlers.
+_command = False  # this process runs one of the package's commands, so this module may end it
+_starting = False  # the command is still importing modules
+_listening = False  # our signal handlers are installed
 _holding: list["held"] = []  # open ``held`` blocks
 _received: int | None = None  # the first signal
-_since = 0.0  # when it came
-_raised = 0.0  # when a stop was raised last
-_unsaid = [True]  # emptied by whoever says what the first signal does
-_leaving = False  # the program is on its way out
-_result: int | None = None  # exit code of a command that is done, while the interpreter is taken down
-_tell: Callable[[int], None] | None = None  # hands a signal on to the other processes of the run
+_since = 0.0  # time of the first signal
+_raised = 0.0  # time when ``Stop`` was last raised
+_unsaid = [True]  # emptied when the effect of the first signal is printed
+_leaving = False  # the program is exiting
+_result: int | None = None  # exit code of a finished command, while the interpreter shuts down
+_tell: Callable[[int], None] | None = None  # forwards a signal to the other processes of the run
 _stderr = 2
-_agree: Callable[[int], bool] | None = None  # asks all processes of the run whether they stop at this step
+_agree: Callable[[int], bool] | None = None  # agrees with all processes of the run whether this step is the last
 _again = AGAIN
 _last_words: list[Callable[[], Any]] = []
 
 
 def start_command() -> None:
-    """Takes the signals of this process, which is one of the package's commands, before its imports.
+    """Installs the signal handlers of a process that runs one of the package's commands, before its slow imports.
 
-    Also where they are ignored, as a shell has it for jobs in its background: who sends one means it.
+    Handlers are installed even if the signals were ignored, as in background jobs of a shell.
     """
     global _command, _starting
     _command = _starting = True
@@ -74,29 +74,29 @@ def start_command() -> None:
 
 
 def begin() -> None:
-    """Says that imports are over: from here on a signal stops the work. Also between two commands of one process."""
+    """Marks the end of imports, after which a signal stops the work; called for each command of a process."""
     global _starting, _again, _result
     _again, _result = AGAIN, None
     if _command:
-        _take()  # some library may have taken them meanwhile
+        _take()  # a library may have replaced the handlers
     _starting = False
 
 
 def begins_anew() -> None:
-    """Says that this command keeps nothing of an unfinished run: the closing line tells so."""
+    """Makes the closing line say that this command keeps nothing of an unfinished run."""
     global _again
     _again = FROM_THE_START
 
 
 def finished(code: int) -> None:
-    """Says that the command is done: a signal now only hastens its end."""
+    """Records that the command is finished; from now on a signal exits at once with ``code``."""
     global _result
     _result = code
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Takes SIGINT and SIGTERM while open, where this is the main thread and they are not taken yet."""
+    """Handles SIGINT and SIGTERM while open; only in the main thread, and only if they are not handled yet."""
     if _listening or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -112,16 +112,16 @@ def listening() -> Iterator[None]:
 
 
 class held:
-    """While open, the first signal waits for ``check``; it says so on stderr.
+    """A context in which the first signal waits for ``check``; a line on stderr says so.
 
-    On leaving the outermost block without an error, ``Stop`` is raised where a signal has come meanwhile.
+    When the outermost block ends without an error, it raises ``Stop`` if a signal has arrived.
     """
 
     def __init__(self, what: str, seconds: float = math.inf):
         """
         Args:
-          what: a signal lets be finished: "step", "batch", …
-          seconds: a signal waits at most so long.
+          what: name of the work that is finished first, such as "step" or "batch".
+          seconds: the longest time that a signal waits.
         """
         self.what, self.seconds = what, seconds
         self._stack = contextlib.ExitStack()
@@ -140,26 +140,26 @@ class held:
             raise Stop(number)
 
     def requested(self, step: int = 0) -> bool:
-        """Is the program to end here? Every process of a run gets the same answer.
+        """Returns whether the program should end here; all processes of a run get the same answer.
 
         Args:
-          step: counts the calls; several processes agree on one step.
+          step: number of the call; several processes agree on one step.
         """
         return _agree(step) if _agree else _received is not None
 
     def check(self, step: int = 0) -> None:
-        """Raises ``Stop`` where the program is to end here; as ``requested``."""
+        """Raises ``Stop`` if the program should end here; see ``requested``."""
         if self.requested(step):
             raise Stop
 
 
 def received() -> int | None:
-    """The signal that has come; None = none."""
+    """Returns the first signal that has arrived; None = none."""
     return _received
 
 
 def check() -> None:
-    """Raises ``Stop`` where a signal has come to this process."""
+    """Raises ``Stop`` if a signal has arrived in this process."""
     if _received is not None:
         raise Stop
 
@@ -168,49 +168,49 @@ def together(agree: Callable[[int], bool] | None, tell: Callable[[int], None]) -
     """Sets how the processes of one run stop together.
 
     Args:
-      agree: from the number of a step to whether it is the last; the same answer in every process. None = each sees
-        to itself.
-      tell: hands a signal that has come to this process on to the others.
+      agree: from the number of a step to whether it is the last; it returns the same in every process. None = each
+        process decides alone.
+      tell: forwards a signal of this process to the others.
     """
     global _agree, _tell
     _agree, _tell = agree, tell
 
 
 def hand_over(number: int) -> None:
-    """Lets this process act as if the signal had come here as well; to be called in any thread."""
+    """Sends this process a signal that another process has received; can be called in any thread."""
     if _listening and _received is None and not _leaving and _result is None:
         os.kill(os.getpid(), number)
 
 
 def write_to(file: int) -> None:
-    """Sets the file descriptor that is stderr; 2 is what libraries write to in a run of several processes."""
+    """Sets the file descriptor for lines of this module; descriptor 2 may belong to ``native_output``."""
     global _stderr
     _stderr = file
 
 
 def settle() -> None:
-    """Says that this process is on its way out already: only a second signal still changes that."""
+    """Records that this process is exiting; from now on only a second signal has an effect."""
     global _leaving
     _leaving = True
 
 
 def before_the_end(say: Callable[[], Any]) -> None:
-    """Has ``say`` called before this process ends by a signal."""
+    """Registers ``say`` to be called before a signal ends this process."""
     _last_words.append(say)
 
 
 def cause(error: BaseException) -> int | None:
-    """The signal because of which this error ends the program; None = it has another cause."""
+    """Returns the signal that caused this error; None if no signal did."""
     if isinstance(error, Stop):
         return error.number
     if isinstance(error, KeyboardInterrupt):
         return signal.SIGINT
-    # what a signal leaves behind in a library: an error of XLA's, where a host call was interrupted
+    # A signal that interrupts a host call of XLA becomes an XLA error.
     return _received if isinstance(error, Exception) else None
 
 
 def leave(number: int) -> NoReturn:
-    """Ends the program because of a signal: the closing line, and exit code 130 (SIGINT) or 0 (SIGTERM)."""
+    """Ends the program after a signal: prints the closing line, exits with 130 (SIGINT) or 0 (SIGTERM)."""
     settle()
     code = code_of(number)
     with contextlib.suppress(OSError, ValueError):
@@ -222,17 +222,17 @@ def leave(number: int) -> NoReturn:
 
 
 def code_of(number: int) -> int:
-    """The exit code of a command that ends because of this signal."""
+    """Returns the exit code of a command that this signal ends."""
     return 130 if number == signal.SIGINT else 0
 
 
 def closing_line(number: int) -> str:
-    """The last line of a command that ends because of this signal."""
+    """Returns the last line of a command that this signal ends."""
     return f"error: interrupted; {_again}" if number == signal.SIGINT else f"stopped; {_again}"
 
 
 def _end(number: int, code: int) -> NoReturn:
-    """Ends this process where it stands; to be called in any thread."""
+    """Ends this process immediately; can be called in any thread."""
     _say_last_words()
     _write(closing_line(number))
     os._exit(code)
@@ -245,9 +245,9 @@ def _say_last_words() -> None:
 
 
 def _write(line: str) -> None:
-    """One line on stderr, past Python's buffers: printing may be what was interrupted."""
+    """Writes one line to stderr without Python's buffers, because the signal may have interrupted a print."""
     with contextlib.suppress(OSError):
-        bar = b"\n" if os.isatty(_stderr) else b""  # a progress bar may stand in the line
+        bar = b"\n" if os.isatty(_stderr) else b""  # the current line may show a progress bar
         os.write(_stderr, bar + line.encode() + b"\n")
 
 
@@ -259,7 +259,7 @@ def _take() -> None:
 
 
 def _release() -> None:
-    """A forked child is no command; it ends as Python does."""
+    """Restores Python's own signal handling in a forked child."""
     global _command, _starting, _agree, _tell
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -277,12 +277,12 @@ def _forget() -> None:
 
 
 def _handle(number: int, _: Any) -> None:
-    """Runs in the main thread, between two instructions of Python."""
+    """Handles a signal; Python calls this in the main thread, between two instructions."""
     global _received, _since
     if _result is not None:
         _say_last_words()
         os._exit(_result)
-    if _starting:  # raised in here, an exception would be swallowed by one of the libraries that are being loaded
+    if _starting:  # an exception does not help, because libraries may swallow it during their import
         _end(number, code_of(number))
     if _leaving:
         return
@@ -312,9 +312,9 @@ def _say_what_happens() -> None:
 
 
 def _watch(reading: int) -> None:
-    """Sees to signals while the main thread is inside compiled code, where no handler of Python's runs.
+    """Handles signals while the main thread is inside compiled code, where no Python handler runs.
 
-    Says what the first one does, ends the process at the second, and raises the stop again that was swallowed.
+    Prints what the first signal does, ends the process at the second, and raises ``Stop`` again if it was swallowed.
     """
     first = os.read(reading, 1)
     while first[0] not in NUMBERS:
@@ -341,7 +341,7 @@ def _remind(came: float) -> None:
 
 
 def _unraisable(problem: Any) -> None:
-    """Of an exception that Python drops, because it was raised in a destructor or a callback: a stop still stops."""
+    """Stops the program even if ``Stop`` was raised in a destructor or a callback, where Python drops exceptions."""
     if issubclass(problem.exc_type, KeyboardInterrupt):
         if not _leaving:
             leave(_received or signal.SIGINT)

@@ -1,7 +1,7 @@
 """Trains a tokenizer, a prior or an adapter: ``python -m arrag_jax.train --config configs/x.py --workdir runs/x``.
 
-Run again with the same flags, it goes on where it stopped. Its last line tells the held-out figures of the weights
-that it exported, and their folder.
+If you run it again with the same flags, it continues where it stopped. The last line of its output gives the held-out
+metrics of the exported weights, and their folder.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from arrag_jax.training.tasks import TASKS, make_task
 
 
 def run(config: TrainConfig, workdir: str) -> None:
-    """Trains what the config says, in --workdir; run again to continue."""
+    """Runs the training of the config in --workdir; run it again to continue."""
     train(config, make_task(config), Path(workdir))
     if jax.process_index() == 0:
         print(summary(Path(workdir)))

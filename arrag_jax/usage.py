@@ -1,6 +1,7 @@
-"""The text of ``--help``: what a command's module says, its flags, and every key of its config with its default.
+"""Writes the part of ``--help`` that lists every key of a command's config, with its meaning and its default.
 
-What a key means stands beside its field, in a comment or under "Attributes:" in the docstring of its dataclass.
+The meaning of a key is read from the source: from the comment of its field, or from "Attributes:" in the docstring of
+its dataclass.
 """
 
 import ast
@@ -18,15 +19,15 @@ from typing import Any
 from arrag_jax.fields import hints, is_path
 
 WIDTH = 100
-Sections = Mapping[str, tuple[str, Mapping[str, type]]]  # free section → key that chooses, choice → its dataclass
+Sections = Mapping[str, tuple[str, Mapping[str, type]]]  # free section → (key that chooses, choice → dataclass)
 
 
 def keys_text(config_class: type, sections: Sections) -> str:
-    """Returns the part about the config's keys.
+    """Returns the part of the help that describes the config's keys.
 
     Args:
       config_class: the config's dataclass.
-      sections: the free sections' own dataclasses, as ``command.main_with_config`` has them.
+      sections: the dataclasses of the free sections, as in ``command.main_with_config``.
     """
     lines = ["", "config keys, in the file that --config names or as --config.KEY=VALUE:", ""]
     lines += _keys(config_class, "config")
@@ -37,7 +38,7 @@ def keys_text(config_class: type, sections: Sections) -> str:
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """Returns what each field of a dataclass means, by its name; fields of which nothing is said are left out."""
+    """Returns the meaning of each field of a dataclass, by field name; fields without a description are left out."""
     found: dict[str, str] = {}
     for ancestor in reversed(cls.__mro__):
         if dataclasses.is_dataclass(ancestor):
@@ -46,7 +47,7 @@ def meanings(cls: type) -> dict[str, str]:
 
 
 def _keys(cls: type, prefix: str) -> Iterator[str]:
-    """Lines about the keys of a dataclass and of the sections in it."""
+    """Yields lines that describe the keys of a dataclass and of its sections."""
     said = meanings(cls)
     for field in dataclasses.fields(cls):
         hint, name = hints(cls)[field.name], f"{prefix}.{field.name}"
@@ -79,7 +80,7 @@ def _type_name(hint: Any) -> str:
 
 
 def _attributes(doc: str) -> dict[str, str]:
-    """Names and texts under "Attributes:" in a docstring; "a, b: text" is said of both."""
+    """Returns the texts under "Attributes:" in a docstring, by name; "a, b: text" gives both names that text."""
     _, _, part = doc.partition("Attributes")
     found, names = {}, []
     for line in part.partition("\n")[2].splitlines():
@@ -97,10 +98,10 @@ def _attributes(doc: str) -> dict[str, str]:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """What comments say of the fields: those on a field's own lines, after those on the lines before it."""
+    """Returns the comment of each field: the comment lines before it, then the comments on its own lines."""
     try:
         source = textwrap.dedent(inspect.getsource(cls))
-    except (OSError, TypeError):  # installed without its source
+    except (OSError, TypeError):  # the package is installed without its source
         return {}
     comments = {
         token.start[0]: token.string.lstrip("# ").strip()
@@ -119,7 +120,7 @@ def _comments(cls: type) -> dict[str, str]:
 
 
 def _class_body(source: str) -> Iterator[tuple[str, int, int]]:
-    """Name, first and last line of every annotated name in the body of the class that a source defines."""
+    """Yields the name, first line and last line of every annotated field of the class that a source defines."""
     for node in ast.parse(source).body[0].body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             yield node.target.id, node.lineno, node.end_lineno

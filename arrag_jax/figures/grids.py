@@ -1,4 +1,4 @@
-"""Figures in plain numpy and PIL, on ``figures.canvas``: grids of pictures, heat maps, tables."""
+"""Draws grids of images and heat maps with numpy and PIL, and formats Markdown tables."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,16 +24,16 @@ from arrag_jax.files import atomic_write
 
 
 def save(path: Path, picture: RGBImage, info: PngInfo | None = None) -> None:
-    """Writes a PNG with its text chunks, whole or not at all."""
+    """Writes a PNG with its text chunks, atomically."""
     with atomic_write(path) as temporary:
         Image.fromarray(picture).save(temporary, format="PNG", pnginfo=info)
 
 
 def grid(images: UInt8[np.ndarray, "N h w 3"], columns: int, scale: int = 1, gap: int = 2) -> RGBImage:
-    """N pictures in rows of ``columns``, ``gap`` white pixels apart; an unfilled last row stays white.
+    """Returns N images in rows of ``columns`` images, ``gap`` white pixels apart; an unused rest stays white.
 
     Raises:
-      ValueError: if there is no picture or no column.
+      ValueError: if there is no image or no column.
     """
     count, height, width = images.shape[:3]
     if count < 1 or columns < 1:
@@ -52,15 +52,15 @@ def labelled_grid(
     column_titles: Sequence[str],
     scale: int = 2,
 ) -> RGBImage:
-    """One row a prompt (wrapped, on the left), one column a method (its title on top).
+    """Returns a grid with one row per prompt and one column per method; prompts are on the left, titles on top.
 
     Args:
-      rows: (prompt, one picture a column); all pictures of one size.
+      rows: pairs of a prompt and its images, one image per column; all images have the same size.
       column_titles: names of the methods.
-      scale: whole factor by which pictures are enlarged.
+      scale: integer factor by which images are enlarged.
 
     Raises:
-      ValueError: if a row's number of pictures is not that of the titles, or sizes differ.
+      ValueError: if a row does not have one image per title, or the image sizes differ.
     """
     sizes = {image.shape for _, images in rows for image in images}
     counts = {len(images) for _, images in rows}
@@ -94,19 +94,19 @@ def heat_map(
     column_name: str = "",
     form: str = "{:.2f}",
 ) -> RGBImage:
-    """A table of numbers, each cell coloured by its value: dark is the smallest, bright the largest.
+    """Returns a table of numbers as an image; the colour of a cell shows its value, from dark (smallest) to bright.
 
     Args:
       values: the numbers; NaN = not measured, drawn as an empty grey cell.
-      row_labels: one a row, written on the left.
-      column_labels: one a column, written on top.
-      title: stands above the table.
-      row_name: what the row labels count; stands in the corner.
-      column_name: what the column labels count; stands above them.
-      form: how a number is written.
+      row_labels: one label per row, on the left.
+      column_labels: one label per column, on top.
+      title: text above the table.
+      row_name: name of the quantity in the row labels, in the corner.
+      column_name: name of the quantity in the column labels, above them.
+      form: format string of a number.
 
     Raises:
-      ValueError: if the labels' numbers are not the table's.
+      ValueError: if the numbers of labels do not match the shape of ``values``.
     """
     if values.shape != (len(row_labels), len(column_labels)):
         raise ValueError(f"{values.shape} values do not fit {len(row_labels)} x {len(column_labels)} labels")
@@ -137,15 +137,15 @@ def heat_map(
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], digits: int = 3) -> str:
-    """A Markdown table that also reads well as plain text; numbers stand on the right.
+    """Returns a Markdown table whose columns are also aligned as plain text; numbers are aligned to the right.
 
     Args:
-      columns: the head.
-      rows: cells; floats are written with ``digits`` decimals, None as an empty cell.
+      columns: titles of the columns.
+      rows: the cells of each row; None is an empty cell.
       digits: decimals of floats.
 
     Raises:
-      ValueError: if a row has another number of cells than the head.
+      ValueError: if a row does not have one cell per column.
     """
     for row in rows:
         if len(row) != len(columns):

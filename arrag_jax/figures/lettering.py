@@ -1,8 +1,8 @@
-"""Text of any script in figures: which font has which sign, lines of several fonts, and what stands for a sign of none.
+"""Draws text in any script: chooses a font for each character, lays out lines, and replaces missing characters.
 
-PIL's own font comes first, so that figures in plain English look the same everywhere; then the Noto fonts of the
-packages ``manimgx-fonts`` and ``manimgx-fonts-cjk``, where they are installed. A sign that no font has is written as
-its near Latin letters, or else as Python escapes it: nothing is ever drawn as an empty box.
+PIL's own font comes first, so that figures in plain English look the same everywhere. The Noto fonts of the packages
+``manimgx-fonts`` and ``manimgx-fonts-cjk`` follow, if they are installed. A character that no font has is replaced by
+similar Latin letters, or else by its Python escape. So no character is drawn as an empty box.
 """
 
 import functools
@@ -20,15 +20,15 @@ from PIL import ImageDraw, ImageFont
 FONT_SIZE = 14
 SPACING = 2  # pixels between lines
 PACKAGES = ("manimgx_fonts", "manimgx_fonts_cjk")
-NO_SIGN = "\U0010fffe"  # never given a meaning: every font draws its box for it
-# Stand for signs that no font has.
+NO_SIGN = "\U0010fffe"  # a noncharacter, for which every font draws its box
+# Replacements for characters that no font has.
 LATIN = dict(zip("λτ×−–—·’≤≥→", ("lambda", "tau", *"x----'", "<=", ">=", "->"), strict=True))
-JOINERS = "\u200c\u200d"  # tell how the signs beside them are shaped
+JOINERS = "\u200c\u200d"  # they control the shape of the adjacent characters
 KANA, HANGUL = ("\u3040", "\u30ff"), ("\uac00", "\ud7a3")
 
 
 class Face(NamedTuple):
-    """A font: its file ("" is PIL's own), and which of the file's faces."""
+    """A font: its file ("" = PIL's own font), and the number of the face in the file."""
 
     file: str
     index: int = 0
@@ -38,21 +38,25 @@ OWN = Face("")
 
 
 class Run(NamedTuple):
-    """Neighbouring signs of a line that one font draws."""
+    """Adjacent characters of a line that one font draws."""
 
     face: Face
     words: str
 
 
 def text_size(words: str) -> tuple[int, int]:
-    """Returns (width, height) in pixels of the box of a text; every line has the same height."""
+    """Returns the width and height in pixels of a text's box; every line has the same height."""
     lines = _laid_out(words)
     ascent, descent = _extent(lines)
     return round(max(map(_length, lines))), len(lines) * (ascent + descent + SPACING) - SPACING
 
 
 def write(draw: ImageDraw.ImageDraw, x: int, y: int, words: str, align: str, color: tuple[int, int, int]) -> None:
-    """Draws a text whose box has its upper left corner at (x, y); ``align``: left, center or right, line by line."""
+    """Draws a text whose box has its upper left corner at (x, y).
+
+    Args:
+      align: alignment of the lines: "left", "center" or "right".
+    """
     lines = _laid_out(words)
     if all(run.face == OWN for line in lines for run in line):
         plain = "\n".join("".join(run.words for run in line) for line in lines)
@@ -69,7 +73,7 @@ def write(draw: ImageDraw.ImageDraw, x: int, y: int, words: str, align: str, col
 
 
 def wrapped(words: str, width: int) -> str:
-    """Returns the text in lines of at most ``width`` pixels, as far as its words allow."""
+    """Returns the text in lines of at most ``width`` pixels; a long word can make a line longer."""
     if words.isascii():
         letters = max(1, int(width / (font_of(OWN).getlength("abcdefghij klmnop") / 17)))
         return "\n".join(textwrap.wrap(words, letters, break_long_words=False)) or " "
@@ -85,7 +89,7 @@ def wrapped(words: str, width: int) -> str:
 
 
 def shortened(words: str, width: int) -> str:
-    """Returns a path in one line of at most ``width`` pixels: a long one keeps its file name first."""
+    """Returns a path in one line of at most ``width`` pixels; a long path is cut so that its file name remains."""
     words = words.replace("\n", "\\n")
     if text_size(words)[0] <= width:
         return words
@@ -100,7 +104,7 @@ def shortened(words: str, width: int) -> str:
 
 @functools.cache
 def font_of(face: Face, layout: ImageFont.Layout | None = None) -> ImageFont.FreeTypeFont:
-    """Returns a font at ``FONT_SIZE``, regular."""
+    """Returns the regular style of a font at ``FONT_SIZE``."""
     if face == OWN:
         return ImageFont.load_default(FONT_SIZE)
     font = ImageFont.truetype(face.file, FONT_SIZE, index=face.index, layout_engine=layout)
@@ -110,10 +114,10 @@ def font_of(face: Face, layout: ImageFont.Layout | None = None) -> ImageFont.Fre
 
 @functools.cache
 def faces(cjk: int = 2) -> tuple[Face, ...]:
-    """Returns the fonts that there are, in the order in which they are asked for a sign.
+    """Returns the available fonts, in the order in which they are tried for a character.
 
     Args:
-      cjk: face of the font of Chinese, Japanese and Korean, which share signs but draw them otherwise.
+      cjk: number of the face in the font of Chinese, Japanese and Korean; these share characters but differ in shapes.
     """
     files: list[Path] = []
     for package in PACKAGES:
@@ -127,7 +131,7 @@ def faces(cjk: int = 2) -> tuple[Face, ...]:
 
 @functools.cache
 def has(face: Face, sign: str) -> bool:
-    """Returns whether a font has a sign: whether it draws another thing than its box for signs that it has not."""
+    """Returns whether a font has a character, that is, does not draw its box for missing characters."""
     if sign == " ":
         return True
     font = font_of(face, ImageFont.Layout.BASIC)
@@ -140,23 +144,23 @@ def _face_of(sign: str, known: Sequence[Face]) -> Face | None:
 
 
 def _joins(sign: str) -> bool:
-    """Does a sign belong to the one before it?"""
+    """Returns whether a character combines with the character before it."""
     return unicodedata.category(sign) in ("Mn", "Mc", "Me") or sign in JOINERS
 
 
 def _drawable(words: str, known: Sequence[Face]) -> Iterator[tuple[str, Face]]:
-    """Yields the signs of a line with their fonts; what no font has, in other signs."""
-    last, escaped = OWN, False  # of the sign before
+    """Yields the characters of a line with their fonts; replaces characters that no font has."""
+    last, escaped = OWN, False  # font of the previous character, and whether it was escaped
     for sign in unicodedata.normalize("NFC", words):
         sign = " " if unicodedata.category(sign) == "Zs" else sign
-        if _joins(sign) and not escaped:  # a mark that the font does not have is left out
+        if _joins(sign) and not escaped:  # a combining mark that the font lacks is dropped
             if last != OWN and (sign in JOINERS or has(last, sign)):
                 yield sign, last
             continue
         if unicodedata.category(sign)[0] == "C":
             face = None
         elif last != OWN and has(last, sign) and (sign == " " or not sign.isascii()):
-            face = last  # so that words of one script are shaped and ordered together
+            face = last  # keeps words of one script in one run, so that they are shaped and ordered together
         else:
             face = _face_of(sign, known)
         if face is None:
@@ -171,7 +175,7 @@ def _drawable(words: str, known: Sequence[Face]) -> Iterator[tuple[str, Face]]:
 
 @functools.lru_cache(1024)
 def _laid_out(words: str) -> tuple[tuple[Run, ...], ...]:
-    """Lines as runs, from left to right."""
+    """Returns the lines of a text as runs, from left to right."""
     cjk = 0 if _any_between(words, KANA) else 1 if _any_between(words, HANGUL) else 2
     known = faces(cjk)
     return tuple(_ordered(_runs(_drawable(line, known))) for line in words.split("\n"))
@@ -185,14 +189,14 @@ def _runs(signs: Iterator[tuple[str, Face]]) -> list[Run]:
     runs = []
     for face, group in itertools.groupby(signs, key=lambda pair: pair[1]):
         words = "".join(sign for sign, _ in group)
-        bare = words.rstrip(" ")  # a space at the end stands between this run and the next, wherever that comes to lie
+        bare = words.rstrip(" ")  # a space at the end separates two runs, also after reordering
         runs += [Run(face, bare)] if bare else []
         runs += [Run(OWN, words[len(bare) :])] if bare != words else []
     return runs
 
 
 def _ordered(runs: list[Run]) -> tuple[Run, ...]:
-    """Runs in the order in which they stand on the page: those written from right to left the other way about."""
+    """Returns runs in their order on the page; runs of right-to-left scripts are reversed."""
     ways = [_way(run.words) for run in runs]
     base = next((way for way in ways if way), "L")
     groups = [
@@ -203,7 +207,7 @@ def _ordered(runs: list[Run]) -> tuple[Run, ...]:
 
 
 def _way(words: str) -> str:
-    """The direction of the first sign that has one: L, R or "" (none has)."""
+    """Returns the direction of the first character that has one: "L" or "R"; "" if none has."""
     found = (unicodedata.bidirectional(sign) for sign in words)
     return next(("L" if way == "L" else "R" for way in found if way in ("L", "R", "AL")), "")
 
@@ -213,13 +217,16 @@ def _length(line: Sequence[Run]) -> float:
 
 
 def _extent(lines: Sequence[Sequence[Run]]) -> tuple[int, int]:
-    """The most that any font of the lines needs above and below the baseline."""
+    """Returns the largest heights above and below the baseline among the fonts of the lines."""
     used = {OWN, *(run.face for line in lines for run in line)}
     return tuple(max(sizes) for sizes in zip(*(font_of(face).getmetrics() for face in used), strict=True))
 
 
 def _units(words: str) -> list[str]:
-    """Parts between which a line may end: words with the space before them, and single signs without spaces between."""
+    """Returns the parts between which a line can break.
+
+    A part is a word with the space before it, or one character of a script that has no spaces between words.
+    """
     units: list[str] = []
     ended, known = True, faces()
     for cluster in _clusters(words):
@@ -233,7 +240,7 @@ def _units(words: str) -> list[str]:
 
 
 def _clusters(words: str) -> list[str]:
-    """Signs, each with what belongs to it."""
+    """Returns the characters of a text, each together with its combining characters."""
     clusters: list[str] = []
     for sign in words:
         if clusters and _joins(sign):

@@ -1,6 +1,7 @@
-"""FAiD's blender: retrieved features meet the hidden states around a cell, and a gate says how much is kept.
+"""Defines FAiD's blender, which adds retrieved features to hidden states, scaled by a learned gate.
 
-Source: docs/reference.md "FAiD". The official parameters, evaluated in the cheap form of ``ops.blend``.
+A blender combines each retrieved feature with the hidden states around a position. It has the parameters of the
+official code, and evaluates them in the cheaper form of ``ops.blend``. Source: docs/reference.md "FAiD".
 """
 
 import dataclasses
@@ -22,13 +23,13 @@ from arrag_jax.ops.grid import has_context
 
 @dataclasses.dataclass(frozen=True)
 class FaidConfig(Settings):
-    """Where blenders sit and how far they look.
+    """Settings of the blenders.
 
     Attributes:
-      stride: a blender in every layer whose number it divides (the published configs call it
-        ``num_SmoothPatchBlender``).
-      hops: non-empty subset of {1, 2, 3}; hop h looks at a window of (2h+1) x (2h+1) cells.
-      neighbors: K, the neighbours a cell is given; empty slots count in the mean.
+      stride: layers whose number is a multiple of this have a blender; the published configs call this
+        ``num_SmoothPatchBlender``.
+      hops: non-empty subset of {1, 2, 3}; hop h uses a window of (2h+1) x (2h+1) positions.
+      neighbors: K, the number of neighbours per position; empty slots count in the mean.
     """
 
     stride: int = 12
@@ -43,12 +44,12 @@ class FaidConfig(Settings):
 
 
 class Blended(NamedTuple):
-    """What a blender gives.
+    """The output of a blender.
 
     Attributes:
-      added: mean over the K slots, for the residual stream.
-      features: of each slot, for the next blender.
-      gate: mean of the gate, to be watched in training.
+      added: mean over the K slots, which is added to the residual stream.
+      features: new features of each slot, the input of the next blender.
+      gate: mean of the gate, a metric of training.
     """
 
     added: Float[Array, "*cells D"]
@@ -57,7 +58,7 @@ class Blended(NamedTuple):
 
 
 class HopConv(nnx.Module):
-    """One k x k convolution's parameters; it is never run as a convolution."""
+    """The parameters of one k x k convolution, which is never run as a convolution."""
 
     def __init__(self, kernel: int, width: int, rngs: nnx.Rngs):
         self.kernel = nnx.Param(_kaiming(rngs, (kernel, kernel, width, width)))
@@ -65,15 +66,16 @@ class HopConv(nnx.Module):
 
 
 class Blender(nnx.Module):
-    """Norm of the incoming features, convolutions of every hop, gate.
+    """A blender for training: a norm of the incoming features, convolutions of every hop, and a gate.
 
-    Initialised as the official code does: kaiming-normal, zero biases, equal hops. So it starts as a disturbance;
-    with ``start_silent`` the second convolutions start at zero instead, and the model starts as its base.
+    The initialisation is that of the official code: kaiming-normal kernels, zero biases and equal weights of the hops.
+    So a fresh blender changes the model's output. With ``start_silent`` the second convolutions start at zero, and the
+    model starts with the outputs of its base.
     """
 
     def __init__(self, config: FaidConfig, width: int, eps: float, rngs: nnx.Rngs, start_silent: bool = False):
         self.config = config
-        self.devices = 1  # over which ``blend_map``'s batch is spread; the cheaper form goes by a device's own cells
+        self.devices = 1  # that split the batch of ``blend_map``; the cheaper form depends on the positions per device
         self.norm = nnx.RMSNorm(width, epsilon=eps, use_scale=False, rngs=rngs)
         self.norm_scale = nnx.Param(jnp.ones(width))
         for hop in config.hops:
@@ -82,12 +84,12 @@ class Blender(nnx.Module):
             if start_silent:
                 silent = getattr(self, f"conv{hop}2").kernel
                 silent[...] = jnp.zeros_like(silent[...])
-        # The official module has no weight for a single hop.
+        # The official module has no such weights if there is only one hop.
         self.conv_weights = nnx.Param(jnp.ones(len(config.hops))) if len(config.hops) > 1 else None
         self.gate = nnx.List([Linear(width, out, rngs, init=_kaiming_dense) for out in (width, 1)])
 
     def kernels(self) -> tuple[list[blend.HopKernels], Float[Array, " hops"]]:
-        """The convolutions of every hop, and the hops' weights (softmax)."""
+        """Returns the convolutions of every hop, and the weights of the hops after softmax."""
         convs = [(getattr(self, f"conv{hop}"), getattr(self, f"conv{hop}2")) for hop in self.config.hops]
         kernels = [blend.HopKernels(a.kernel[...], a.bias[...], b.kernel[...], b.bias[...]) for a, b in convs]
         if self.conv_weights is None:
@@ -95,11 +97,11 @@ class Blender(nnx.Module):
         return kernels, jax.nn.softmax(self.conv_weights[...].astype(jnp.float32))
 
     def blend_map(self, hidden: Float[Array, "B H W D"], features: Float[Array, "B T K D"]) -> Blended:
-        """All cells of B maps at once.
+        """Returns the blend of all positions of B maps.
 
         Args:
-          hidden: input-normed hidden states of the cells themselves (a cell sees those before it).
-          features: incoming; those of cells without a context count as zeros.
+          hidden: normed hidden states of the positions; a position uses only those before it.
+          features: incoming features; those of positions without a context count as zeros.
         """
         batch, height, width, dim = hidden.shape
         kernels, weights = self.kernels()
@@ -113,10 +115,10 @@ class Blender(nnx.Module):
         return _gated(self.gate, around.reshape(batch, -1, dim), incoming, self.centre(kernels, weights))
 
     def fold(self) -> "FusedBlender":
-        """The same blender with its kernels multiplied out, for one cell after another.
+        """Returns the same blender with precomputed kernels, for decoding one position at a time.
 
-        Worked out once for the weights as they are, then kept as long as they stay: at the 1B shape it costs as much
-        as some thirty steps of decoding.
+        The result is cached until a weight changes, because computing it costs as much as about thirty decoding steps
+        at the 1B shape.
         """
         graph, state = nnx.split(self)
         arrays = jax.tree.leaves(state)
@@ -126,13 +128,16 @@ class Blender(nnx.Module):
         return kept[1]
 
     def centre(self, kernels: list[blend.HopKernels], weights: Float[Array, " hops"]) -> blend.Centre:
-        """With the norm's scale in its columns: where features have no gradient of their own, none is computed."""
+        """Returns the centre's term with the norm's scale multiplied into its columns.
+
+        The scale is not applied to the features, so no gradient is computed for features that need none.
+        """
         matrix, bias = blend.centre(kernels, weights)
         return blend.Centre(self.norm_scale[...][None] * matrix, bias)
 
 
 class FusedBlender(nnx.Module):
-    """A blender as decoding needs it: a matrix a live offset of the window, one for the centre, and the gate."""
+    """A blender for decoding: one matrix per live offset of the window, one for the centre, and the gate."""
 
     def __init__(self, blender: Blender):
         kernels, weights = blender.kernels()
@@ -144,19 +149,19 @@ class FusedBlender(nnx.Module):
     def blend_position(
         self, window: Float[Array, "B n D"], features: Float[Array, "B K D"], complete: Bool[Array, ""]
     ) -> Blended:
-        """One cell of B maps.
+        """Returns the blend of one position in B maps.
 
         Args:
-          window: hidden states at ``live_offsets``, zeros outside the map.
-          features: incoming.
-          complete: has the cell a context?
+          window: hidden states at ``live_offsets``, zero outside the map.
+          features: incoming features.
+          complete: whether the position has a complete context.
         """
         around = products.linear(window.reshape(len(window), -1), self.around[...])
         incoming = jnp.where(complete, self.norm(features), 0.0)
         return _gated(self.gate, around, incoming, blend.Centre(self.matrix[...], self.bias[...]))
 
 
-# By blender: weak references to the arrays it was folded from, and what came of it.
+# Cache of ``Blender.fold``: by blender, weak references to its arrays and the fused blender made from them.
 _FUSED: weakref.WeakKeyDictionary[Blender, tuple[list[weakref.ref], FusedBlender]] = weakref.WeakKeyDictionary()
 
 
@@ -166,20 +171,25 @@ def _fold(graph, state):
 
 
 def _gated(gate: nnx.List, around: Array, incoming: Array, centre: blend.Centre) -> Blended:
-    """The affine value of every slot, gated: float32 ``around`` [..., D] and ``incoming`` [..., K, D]."""
+    """Returns the gated affine value of every slot.
+
+    Args:
+      around: the window's term, float32 [..., D].
+      incoming: normed features of the slots, [..., K, D].
+    """
     value = products.linear(incoming, centre.matrix)
     around = around + centre.bias.reshape((1,) * (around.ndim - 1) + (-1,))
     value = (value + around[..., None, :]).astype(incoming.dtype)
     enter, leave = gate
     opened = jax.nn.sigmoid(leave(jax.nn.relu(enter(value))))
-    # As products, not broadcasts: the gate's gradient is then a product too, where a CPU is slow to reduce.
+    # Products replace broadcasts, so that the gate's gradient is also a product; a CPU is slow at reductions.
     added = (products.einsum("...kd,...k->...d", value, opened[..., 0]) / value.shape[-2]).astype(value.dtype)
     across = products.einsum("...k,kd->...d", opened, jnp.ones_like(value, shape=(1, value.shape[-1])))
     return Blended(added, value * across.astype(value.dtype), jnp.mean(opened))
 
 
 def window_positions(hops: tuple[int, ...], height: int, width: int) -> Int[np.ndarray, "T n"]:
-    """Raster indices of every cell's live window, in the order of ``live_offsets``; -1 outside the map."""
+    """Returns the raster indices of each position's window, in the order of ``live_offsets``; -1 outside the map."""
     rows, columns = np.divmod(np.arange(height * width)[:, None], width)
     steps = np.array(blend.live_offsets(max(hops)))
     row, column = rows + steps[None, :, 0], columns + steps[None, :, 1]

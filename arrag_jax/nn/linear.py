@@ -1,4 +1,4 @@
-"""The linear layer and the embedding of all modules but the tokenizer."""
+"""Defines the linear layer and the embedding that all modules except the tokenizer use."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,10 @@ from arrag_jax.ops import products
 
 
 class Linear(nnx.Module):
-    """x [..., I] → [..., O]. The weight is [O, I], as PyTorch and the published checkpoints hold it.
+    """A linear layer from [..., I] to [..., O].
 
-    Not ``nnx.Linear``, whose kernel is [I, O]: see ``ops.products.linear``.
+    The weight is [O, I], as in PyTorch and the published checkpoints. The kernel of ``nnx.Linear`` is [I, O]; for the
+    reason to differ see ``ops.products.linear``.
     """
 
     def __init__(
@@ -22,7 +23,7 @@ class Linear(nnx.Module):
         bias: bool = True,
         init: jax.nn.initializers.Initializer | None = None,
     ):
-        """``init`` takes shapes [I, O], for which flax's initializers are made; None = flax's own for linear layers."""
+        """Creates the layer; ``init`` is called with the shape [I, O], as in flax; None = flax's default."""
         init = nnx.initializers.lecun_normal() if init is None else init
         self.weight = nnx.Param(init(rngs.params(), (inputs, outputs), jnp.float32).T)
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
@@ -33,10 +34,10 @@ class Linear(nnx.Module):
 
 
 def embedding(count: int, width: int, rngs: nnx.Rngs, init: jax.nn.initializers.Initializer | None = None) -> nnx.Embed:
-    """A table of ``count`` rows, looked up in the type that it is held in.
+    """Returns an embedding of ``count`` rows whose outputs have the dtype of its table.
 
-    Left alone, ``nnx.Embed`` looks up in the type it was made with, float32, whatever was loaded into it since; and
-    what follows the first look-up of a bfloat16 model would all be computed in float32.
+    By default, the outputs of ``nnx.Embed`` have the dtype that it was created with, float32, even if a bfloat16 table
+    was loaded later. Then a bfloat16 model would compute all its layers in float32.
     """
     more = {} if init is None else {"embedding_init": init}
     return nnx.Embed(count, width, promote_dtype=_as_held, rngs=rngs, **more)

@@ -1,8 +1,8 @@
-"""Llama decoder blocks (RMSNorm, rotary positions, SwiGLU, grouped-query attention) with a KV cache.
+"""Defines a Llama decoder (RMSNorm, rotary positions, SwiGLU, grouped-query attention) with a KV cache.
 
-With a ``FaidConfig`` some layers hold a blender (``nn.faid``), which adds retrieved features to the hidden state
-between attention and MLP. The layers are unrolled, not scanned: on a CPU, slicing stacked weights copies them at
-every step.
+With a ``FaidConfig`` some layers have a blender (``nn.faid``), which adds retrieved features to the hidden state
+between attention and MLP. The layers are unrolled and not scanned, because on a CPU a scan copies its slice of the
+stacked weights at every step.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     head_dim: int | None = None  # None = width / heads
-    rotary: str = "tokens"  # what its rotary positions are: one of ``nn.rotary.KINDS``
-    joined: bool = False  # queries, keys and values come from one matrix, in this order of its rows
+    rotary: str = "tokens"  # kind of rotary positions, one of ``nn.rotary.KINDS``
+    joined: bool = False  # queries, keys and values come from one matrix, whose rows have this order
 
     def __post_init__(self):
         if self.rotary not in KINDS:
@@ -49,16 +49,16 @@ class LlamaConfig:
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers, and which slots hold a token.
+    """The KV cache: keys and values of all layers.
 
-    The P = L - 1 + T slots are the prompt without its last token, then the cells.
+    There are P = L - 1 + T slots: the prompt without its last token, then one slot per position of the grid.
 
     Attributes:
-      keys, values: one array a layer.
-      filled: slots that later ones may attend to; those of the cells count from the start.
-      first: rotary position of each row's slot L - 1, which ``step`` fills for cell 0; slot L - 1 + t's is t more.
-      looked_at: one a blender, the normed hidden states it looks at; slot t + 1 is cell t's, slot 0 the prompt's last
-        token's. Empty where no features will be given.
+      keys, values: one array per layer.
+      filled: slots that later slots can attend to; those of the grid are marked from the start.
+      first: rotary position of slot L - 1, which ``step`` fills at position 0; it is t more for slot L - 1 + t.
+      looked_at: one array per blender, the normed hidden states that it uses. Slot 0 belongs to the last token of the
+        prompt, slot t + 1 to position t. Empty if no features are given.
     """
 
     keys: tuple[Float[Array, "R KH P hd"], ...]
@@ -74,15 +74,15 @@ def attend(
     v: Float[Array, "R KH P hd"],
     mask: Bool[Array, "R S P"],
 ) -> Float[Array, "R S heads hd"]:
-    """Scaled dot-product attention with keys and values that lie head by head.
+    """Returns scaled dot-product attention; keys and values have the head before the slot in memory.
 
-    So the products over a cache read it as it lies; from [R, P, KH, hd], as ``jax.nn.dot_product_attention`` takes
-    it, XLA first transposes the whole cache at every step, on a CPU at more than twice the time. Queries are laid the
-    same way first, which makes gradients a third cheaper there, and a lone query of bfloat16 goes in twice: a CPU
-    takes five times as long over one (docs/LOG.md, 2026-11-26).
+    With this layout the products read the cache without a copy. ``jax.nn.dot_product_attention`` takes [R, P, KH, hd],
+    for which XLA transposes the whole cache at every step; this more than doubles the time on a CPU. Queries get the
+    same layout first, which makes gradients a third cheaper on a CPU. A single bfloat16 query is duplicated, because a
+    CPU takes five times longer for one than for two (docs/LOG.md, 2026-11-26).
     """
     rows, length, heads, _ = q.shape
-    sharing = heads // k.shape[1]  # queries of one key
+    sharing = heads // k.shape[1]  # queries that share one key
     grouped = q.reshape(rows, length, k.shape[1], sharing, -1).transpose(0, 2, 3, 1, 4)
     queries = grouped.reshape(rows, k.shape[1], sharing * length, -1)
     if sharing * length == 1 and q.dtype != jnp.float32:
@@ -99,7 +99,7 @@ def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> Linear:
 
 
 class Attention(nnx.Module):
-    """Causal self-attention; writes into the cache when it is given one. Queries and values may have LoRA."""
+    """Causal self-attention with an optional cache, and optional LoRA on queries and values."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.config = config
@@ -115,13 +115,13 @@ class Attention(nnx.Module):
         self.q_lora, self.v_lora = nnx.data(None), nnx.data(None)
 
     def add_lora(self, config: LoraConfig, rngs: nnx.Rngs) -> None:
-        """Puts fresh LoRA beside the query and value projections."""
+        """Adds a fresh LoRA to the query projection and one to the value projection, in place."""
         width, wide = self.config.width, self.head_dim
         self.q_lora = nnx.data(Lora(width, self.config.heads * wide, config, rngs))
         self.v_lora = nnx.data(Lora(width, self.config.kv_heads * wide, config, rngs))
 
     def merge_lora(self) -> None:
-        """Adds the LoRA to the projections' weights and drops it."""
+        """Adds the LoRA to the projections' weights and removes it, in place."""
         joined = self.config.joined
         for linear, lora, from_end in (
             (self.qkv if joined else self.q, self.q_lora, False),
@@ -129,13 +129,13 @@ class Attention(nnx.Module):
         ):
             if lora is not None:
                 added = lora.merged()
-                rest = len(linear.weight[...]) - len(added)  # rows of the others, where they are joined
+                rest = len(linear.weight[...]) - len(added)  # rows of the other projections in a joined weight
                 added = jnp.pad(added, ((rest, 0) if from_end else (0, rest), (0, 0)))
                 linear.weight[...] = (linear.weight[...] + added).astype(linear.weight.dtype)
         self.q_lora, self.v_lora = nnx.data(None), nnx.data(None)
 
     def _project(self, x: Float[Array, "R S D"]) -> tuple[Array, Array, Array]:
-        """Queries, keys and values before LoRA, [R, S, heads · hd] each."""
+        """Returns queries, keys and values before LoRA, [R, S, heads · hd] each."""
         if not self.config.joined:
             return self.q(x), self.k(x), self.v(x)
         queries, keys = self.config.heads * self.head_dim, self.config.kv_heads * self.head_dim
@@ -143,12 +143,12 @@ class Attention(nnx.Module):
         return q, k, v
 
     def __call__(self, x, turn, mask, kv=None, slot=None, rngs=None):
-        """Attends over x itself, or over ``kv`` after writing x at ``slot``; returns output and (keys, values).
+        """Attends over x, or over ``kv`` after writing x at ``slot``; returns the output and (keys, values).
 
         Args:
-          x: [R, S, D]; turn: of its S tokens; mask: [R, S, P], True = may be attended.
-          kv: pair of [R, KH, P, hd], or None (then P = S).
-          rngs: for LoRA's dropout; None = no dropout.
+          x: [R, S, D]; turn: rotation of its S tokens; mask: [R, S, P], True where a token can attend.
+          kv: pair of [R, KH, P, hd]; None attends over x only, with P = S.
+          rngs: random streams for LoRA's dropout; None = no dropout.
         """
         rows, length, _ = x.shape
         shape = (rows, length, -1, self.head_dim)
@@ -165,7 +165,7 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """SwiGLU."""
+    """A SwiGLU MLP."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.gate, self.up = (_linear(config.width, config.mlp, rngs) for _ in range(2))
@@ -176,28 +176,28 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Pre-norm attention, in some layers FAiD's blender, pre-norm MLP."""
+    """A decoder layer: attention with pre-norm, a blender in some layers, and an MLP with pre-norm."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.input_norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, rngs=rngs)
         self.attention = Attention(config, rngs)
         self.mlp_norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, rngs=rngs)
         self.mlp = Mlp(config, rngs)
-        self.blender: Blender | FusedBlender | None = nnx.data(None)  # folded in ``Llama.fused``'s copies
+        self.blender: Blender | FusedBlender | None = nnx.data(None)  # fused in copies of ``Llama.fused``
 
     def attend(self, x, turn, mask, kv=None, slot=None, rngs=None):
-        """Returns the normed input, which the blender looks at, x after attention, and (keys, values)."""
+        """Returns the normed input, which the blender uses, then x after attention, and (keys, values)."""
         normed = self.input_norm(x)
         y, kv = self.attention(normed, turn, mask, kv, slot, rngs)
         return normed, x + y, kv
 
     def feed_forward(self, x: Float[Array, "R S D"]) -> Float[Array, "R S D"]:
-        """x after the MLP."""
+        """Returns x after the MLP."""
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Llama(nnx.Module):
-    """Embedding, layers, final norm. Text logits are never needed here, so there is no text head."""
+    """The decoder: embedding, layers and final norm. It has no text head, because no text is generated."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, faid: FaidConfig | None = None):
         self.config = config
@@ -209,12 +209,12 @@ class Llama(nnx.Module):
             self.add_blenders(faid, rngs)
 
     def add_blenders(self, faid: FaidConfig, rngs: nnx.Rngs, start_silent: bool = False) -> None:
-        """Puts a fresh blender into every layer that ``faid.stride`` names."""
+        """Adds a fresh blender to every layer whose number is a multiple of ``faid.stride``, in place."""
         for layer in self.layers[:: faid.stride]:
             layer.blender = nnx.data(Blender(faid, self.config.width, self.config.norm_eps, rngs, start_silent))
 
     def fused(self) -> "Llama":
-        """A copy, for decoding, that shares every array but holds its blenders folded."""
+        """Returns a copy for decoding whose blenders are fused; all other arrays are shared."""
         copy = nnx.merge(*nnx.split(self))
         for layer, mine in zip(copy.layers, self.layers, strict=True):
             if mine.blender is not None:
@@ -222,7 +222,7 @@ class Llama(nnx.Module):
         return copy
 
     def _turn(self, positions: Int[Array, "R S"], width: int) -> Turn:
-        """How far tokens at these positions turn, in a grid of so many columns where it matters."""
+        """Returns the rotation of tokens at these rotary positions; ``width`` is the number of grid columns."""
         config = self.config
         if config.rotary == "tokens":
             return turn_by_tokens(positions, config.head_width, config.rope_theta)
@@ -238,24 +238,24 @@ class Llama(nnx.Module):
         conditional: Bool[Array, " R"] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "R S D"], Float[Array, " blenders"]]:
-        """Whole sequences at once; a token attends to the filled ones not after it.
+        """Runs complete sequences; a token attends to itself and to the filled tokens before it.
 
         Args:
-          positions: of the rotary kind of the config.
-          grid: H and W; the last T tokens are those from which the T cells are predicted, one after another.
-          features: retrieved for every cell; None = blenders are passed over.
-          conditional: rows that blenders act on, for they are silent without a caption; None = all.
-          rngs: for dropout; None = none.
+          positions: rotary positions, of the kind that the config names.
+          grid: H and W; the last T tokens predict the T positions of the grid, in order.
+          features: retrieved features of every position; None = blenders are skipped.
+          conditional: rows that have a caption, the only rows in which blenders add features; None = all rows.
+          rngs: random streams for dropout; None = no dropout.
 
         Returns:
-          Normed hidden states, and each blender's mean gate.
+          The normed hidden states, and the mean gate of each blender.
         """
         height, width = grid
         turn, mask, gates = self._turn(positions, width), _causal(filled), []
         for layer in self.layers:
             normed, x, _ = layer.attend(x, turn, mask, rngs=rngs)
             if features is not None and layer.blender is not None:
-                # A cell's own token comes one place after the one that predicts it; the last cell has none.
+                # A position's own token follows the token that predicts it; the last position's is not in the input.
                 hidden = jnp.pad(normed[:, x.shape[1] - height * width + 1 :], ((0, 0), (0, 1), (0, 0)))
                 blended = layer.blender.blend_map(hidden.reshape(-1, height, width, hidden.shape[-1]), features)
                 features, added = blended.features, blended.added
@@ -267,14 +267,14 @@ class Llama(nnx.Module):
         return self.norm(x), jnp.stack(gates) if gates else jnp.zeros(0)
 
     def prefill(self, x: Float[Array, "R S D"], filled: Bool[Array, "R S"], cells: int, blended_rows: int) -> Cache:
-        """Runs a left-padded prompt (without its last token) and keeps room for ``cells`` more.
+        """Returns the cache of a left-padded prompt without its last token, with free slots for ``cells`` positions.
 
         Args:
-          blended_rows: the first rows, to which ``step`` will be given features; 0 = it will not.
+          blended_rows: number of leading rows for which ``step`` receives features; 0 if it receives none.
         """
         first = filled.sum(axis=1, dtype=jnp.int32)
         positions = jnp.maximum(jnp.cumsum(filled, axis=1) - 1, 0).astype(jnp.int32)
-        if self.config.rotary == "positions":  # nothing of the prompt stands in the grid
+        if self.config.rotary == "positions":  # the prompt has no places in the grid
             first, positions = jnp.full_like(first, -1), jnp.full_like(positions, -1)
         turn, mask = self._turn(positions, 1), _causal(filled)
         room = ((0, 0), (0, 0), (0, cells), (0, 0))
@@ -283,7 +283,7 @@ class Llama(nnx.Module):
             if x.shape[1]:
                 _, x, (k, v) = layer.attend(x, turn, mask)
                 x = layer.feed_forward(x)
-            else:  # the whole prompt is the one token that ``step`` takes
+            else:  # the prompt is a single token, which ``step`` takes
                 k = v = jnp.zeros((len(x), self.config.kv_heads, 0, self.config.head_width), x.dtype)
             keys.append(jnp.pad(k, room))
             values.append(jnp.pad(v, room))
@@ -300,11 +300,11 @@ class Llama(nnx.Module):
         grid: tuple[int, int],
         features: Float[Array, "B K D"] | None = None,
     ) -> tuple[Float[Array, "R D"], Cache]:
-        """One token a row, at the slot of ``position``; returns the normed hidden state.
+        """Runs one token per row, in the slot of ``position``; returns the normed hidden state and the new cache.
 
         Args:
-          features: retrieved for the first B rows, those of ``prefill``'s ``blended_rows``; the blenders must be
-            folded.
+          features: retrieved features of the first B rows, where B is ``blended_rows`` of ``prefill``. The blenders
+            must be fused.
         """
         cells = grid[0] * grid[1]
         slots = jnp.arange(cache.filled.shape[1])[None]
@@ -328,14 +328,14 @@ class Llama(nnx.Module):
 
 
 def _blend_step(blender: FusedBlender, past: Float[Array, "B slots D"], position, grid, features) -> Blended:
-    """The blend of one cell, whose window is gathered from the hidden states so far."""
+    """Returns the blend of one position; its window is gathered from the hidden states so far."""
     window = jnp.asarray(window_positions(blender.config.hops, *grid))[position]
     around = jnp.where(window[None, :, None] >= 0, past[:, window + 1], 0)
     return blender.blend_position(around, features, jnp.asarray(has_context(*grid))[position])
 
 
 def _causal(filled: Bool[Array, "R S"]) -> Bool[Array, "R S S"]:
-    """Earlier filled tokens and the token itself (so that a pad's row is never empty, hence never NaN)."""
+    """Returns the causal mask: earlier filled tokens, and the token itself, so that no row is empty and becomes NaN."""
     length = filled.shape[1]
     past, itself = jnp.tri(length, dtype=bool), jnp.eye(length, dtype=bool)
     return (past[None] & filled[:, None]) | itself[None]

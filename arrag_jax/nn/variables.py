@@ -1,4 +1,4 @@
-"""Variable types: what is trained is said by a type, not by a name."""
+"""Defines the variable types that say which parameters are trained."""
 
 from flax import nnx
 
@@ -12,7 +12,7 @@ class Adapter(nnx.Param):
 
 
 def retype(module: nnx.Module, kind: type[nnx.Variable]) -> None:
-    """Turns every ``nnx.Param`` of a module, and of the modules in it, into a variable of another type, in place."""
+    """Changes the type of every ``nnx.Param`` in a module and its submodules to ``kind``, in place."""
     for _, node in list(nnx.iter_graph(module)):
         if isinstance(node, nnx.Module):
             for name, value in list(vars(node).items()):
@@ -21,5 +21,5 @@ def retype(module: nnx.Module, kind: type[nnx.Variable]) -> None:
 
 
 def freeze(module: nnx.Module) -> None:
-    """Keeps every ``nnx.Param`` of a module as it is from now on."""
+    """Makes every ``nnx.Param`` of a module ``Frozen``, in place."""
     retype(module, Frozen)

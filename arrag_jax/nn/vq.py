@@ -1,9 +1,10 @@
-"""VQ tokenizer with an l2-normalised codebook: LlamaGen's VQ-16 and its small relatives.
+"""Defines a VQ tokenizer with an L2-normalised codebook: LlamaGen's VQ-16 and smaller variants.
 
-Layout NHWC, pixels in [-1, 1]. Source: docs/reference.md "Backbone" and quirk 24. With ``VQConfig()``
-it is VQ-16 itself. Three fields make a small one whose codes are local, so that equal patches get
-equal codes whatever else is in the picture: ``norm_scope="pixel"`` (a GroupNorm over the whole image makes
-every code depend on every pixel), ``middle=False`` (no attention), and ``encoder_kernel=1``.
+Images are NHWC with pixels in [-1, 1]. ``VQConfig()`` is VQ-16. Source: docs/reference.md "Backbone" and quirk 24.
+
+Three fields make the codes local, so that equal patches get equal codes in every image. ``norm_scope="pixel"`` avoids
+GroupNorm, which makes every code depend on every pixel. ``middle=False`` removes attention. ``encoder_kernel=1`` keeps
+the receptive field small.
 """
 
 import dataclasses
@@ -19,22 +20,22 @@ from arrag_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class VQConfig:
-    """Shape of the tokenizer; the defaults are VQ-16's."""
+    """Shape of the tokenizer; the defaults are those of VQ-16."""
 
     codebook_size: int = 16384
     code_dim: int = 8
     channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of channels, a level
-    decoder_multipliers: tuple[int, ...] | None = None  # None = the same
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # channel multiplier of each level
+    decoder_multipliers: tuple[int, ...] | None = None  # the same for the decoder; None = as the encoder
     z_channels: int = 256
-    res_blocks: int = 2  # a level; the decoder has one more
-    norm_scope: str = "image"  # "image": GroupNorm of 32 groups | "pixel": over a pixel's channels alone
-    # Of the encoder's residual blocks and last convolution; with 1 a cell sees few pixels beside its own.
+    res_blocks: int = 2  # residual blocks per level of the encoder; the decoder has one more per level
+    norm_scope: str = "image"  # "image" = GroupNorm over the image | "pixel" = LayerNorm over the channels of a pixel
+    # Kernel size of the encoder's residual blocks and last convolution; with 1 a code depends on few pixels around it.
     encoder_kernel: int = 3
-    middle: bool = True  # residual, attention, residual at the lowest resolution, and attention in that level
-    norm_groups: int = 32  # of a GroupNorm's channels
+    middle: bool = True  # adds residual, attention and residual blocks, and attention in the level of lowest resolution
+    norm_groups: int = 32  # number of groups of a GroupNorm
     norm_eps: float = 1e-6
-    unit_codes: bool = True  # codes and latents are l2-normalised where they are compared and decoded
+    unit_codes: bool = True  # codes and latents are L2-normalised before they are compared and decoded
 
     def __post_init__(self):
         if self.norm_scope not in ("image", "pixel"):
@@ -51,16 +52,16 @@ class VQConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels a cell spans, each way."""
+        """Pixels per position, in height and in width."""
         return 2 ** (len(self.multipliers) - 1)
 
 
 class CodeUsage(nnx.Variable):
-    """Bookkeeping of training, never exported: how often codes are taken, and spare latents for dead ones."""
+    """Statistics of training, which are not exported: how often codes are used, and latents to replace unused codes."""
 
 
 def l2_normalize(x: Float[Array, "*dims C"]) -> Float[Array, "*dims C"]:
-    """Unit vectors along the last axis (norms below 1e-12 are left as they are)."""
+    """Returns vectors divided by their norm along the last axis; norms below 1e-12 count as 1e-12."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
@@ -72,13 +73,13 @@ def _conv(inputs: int, outputs: int, kernel: int, rngs: nnx.Rngs, **kwargs) -> n
 def _norm(channels: int, config: VQConfig, rngs: nnx.Rngs) -> nnx.Module:
     if config.norm_scope == "pixel":
         return nnx.LayerNorm(channels, epsilon=config.norm_eps, rngs=rngs)
-    # The fast variance, E[x²] − E[x]², cancels where the mean is large.
+    # The fast variance, E[x²] − E[x]², loses precision by cancellation if the mean is large.
     groups, eps = config.norm_groups, config.norm_eps
     return nnx.GroupNorm(channels, num_groups=groups, epsilon=eps, use_fast_variance=False, rngs=rngs)
 
 
 class ResBlock(nnx.Module):
-    """Two normalised convolutions beside a shortcut."""
+    """A residual block: two convolutions with norms, and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, config: VQConfig, rngs: nnx.Rngs, kernel: int = 3):
         self.norm1, self.conv1 = _norm(inputs, config, rngs), _conv(inputs, outputs, kernel, rngs)
@@ -92,7 +93,7 @@ class ResBlock(nnx.Module):
 
 
 class AttnBlock(nnx.Module):
-    """One-headed self-attention over all places of the map."""
+    """Self-attention with one head over all positions of the map."""
 
     def __init__(self, channels: int, config: VQConfig, rngs: nnx.Rngs):
         self.norm = _norm(channels, config, rngs)
@@ -106,7 +107,7 @@ class AttnBlock(nnx.Module):
 
 
 class Level(nnx.Module):
-    """The residual blocks of one resolution, then a change of resolution."""
+    """The residual blocks of one resolution, followed by a change of resolution."""
 
     def __init__(self, inputs: int, outputs: int, config: VQConfig, rngs: nnx.Rngs, **parts):
         blocks, attention = parts["blocks"], parts["attention"]
@@ -114,7 +115,7 @@ class Level(nnx.Module):
             [ResBlock(inputs if i == 0 else outputs, outputs, config, rngs, parts["kernel"]) for i in range(blocks)]
         )
         self.attn = nnx.List([AttnBlock(outputs, config, rngs) for _ in range(blocks if attention else 0)])
-        # PyTorch's asymmetric padding: one row and column of zeros at the far side only.
+        # PyTorch's padding is asymmetric: one row and one column of zeros, at the end only.
         far = ((0, 1), (0, 1))
         self.downsample = _conv(outputs, outputs, 3, rngs, strides=2, padding=far) if parts.get("down") else None
         self.upsample = _conv(outputs, outputs, 3, rngs) if parts.get("up") else None
@@ -139,7 +140,7 @@ def _middle(channels: int, config: VQConfig, rngs: nnx.Rngs, kernel: int = 3) ->
 
 
 class Encoder(nnx.Module):
-    """Pixels → a map of ``z_channels`` at 1/downsampling of the resolution."""
+    """The encoder: from pixels to a map with ``z_channels`` channels at 1/downsampling of the resolution."""
 
     def __init__(self, config: VQConfig, rngs: nnx.Rngs):
         widths = [config.channels * m for m in config.multipliers]
@@ -168,7 +169,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A map of ``z_channels`` → pixels."""
+    """The decoder: from a map with ``z_channels`` channels to pixels."""
 
     def __init__(self, config: VQConfig, rngs: nnx.Rngs):
         widths = [config.channels * m for m in reversed(config.decoder_multipliers or config.multipliers)]
@@ -194,7 +195,7 @@ class Decoder(nnx.Module):
 
 
 class VQTokenizer(nnx.Module):
-    """Images ↔ grids of codes."""
+    """The tokenizer: from images to grids of codes, and back."""
 
     def __init__(self, config: VQConfig, rngs: nnx.Rngs):
         self.config = config
@@ -202,21 +203,21 @@ class VQTokenizer(nnx.Module):
         self.quant_conv = _conv(config.z_channels, config.code_dim, 1, rngs)
         self.post_quant_conv = _conv(config.code_dim, config.z_channels, 1, rngs)
         self.codes = nnx.Param(jax.random.normal(rngs.params(), (config.codebook_size, config.code_dim)))
-        # No code counts as used yet, so training's first revival puts every code on a latent of the first batch.
-        # (From random codes, the encoder soon finds a few of them and sends everything there.)
+        # No code counts as used yet, so the first revival of training replaces every code by a latent of the first
+        # batch. With random codes, the encoder would soon use only a few of them.
         self.usage = CodeUsage(jnp.zeros(config.codebook_size))
         self.spare = CodeUsage(jnp.zeros((config.codebook_size, config.code_dim)))
 
     @property
     def codebook(self) -> Float[Array, "V C"]:
-        """Unit rows, float32: what keys are made of, and what is decoded unless ``unit_codes`` is off."""
+        """Unit vectors of the codes, float32; used for keys, and for decoding if ``unit_codes`` is on."""
         return l2_normalize(self.codes[...].astype(jnp.float32))
 
     def encode(self, images: Float[Array, "B h w 3"]) -> tuple[Int[Array, "B H W"], Float[Array, "B H W C"]]:
-        """Codes, and the l2-normalised continuous latents they were rounded from (the official keys)."""
+        """Returns the codes, and the L2-normalised latents before quantisation, which the official keys consist of."""
         raw = self.quant_conv(self.encoder(images)).astype(jnp.float32)
         latents = l2_normalize(raw)
-        if self.config.unit_codes:  # the nearest code is then the one with the largest product
+        if self.config.unit_codes:  # for unit vectors, the nearest code has the largest inner product
             near = latents @ self.codebook.T
         else:
             codes = self.codes[...].astype(jnp.float32)
@@ -224,20 +225,20 @@ class VQTokenizer(nnx.Module):
         return jnp.argmax(near, axis=-1).astype(jnp.int32), latents
 
     def decode(self, latents: Float[Array, "B H W C"]) -> Float[Array, "B h w 3"]:
-        """Pixels (not clipped) of quantised latents."""
+        """Returns the pixels of quantised latents; they are not clipped to [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents.astype(self.post_quant_conv.kernel.dtype)))
 
     def decode_codes(self, codes: Int[Array, "B H W"]) -> Float[Array, "B h w 3"]:
-        """Pixels (not clipped) of codes."""
+        """Returns the pixels of codes; they are not clipped to [-1, 1]."""
         rows = self.codebook if self.config.unit_codes else self.codes[...].astype(jnp.float32)
         return self.decode(rows[codes])
 
 
 def from_uint8(images: UInt8[Array | np.ndarray, "*dims"]) -> Float[Array, "*dims"]:
-    """uint8 → [-1, 1]."""
+    """Returns uint8 pixels as floats in [-1, 1]."""
     return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
 def to_uint8(images: Float[Array, "*dims"]) -> UInt8[Array, "*dims"]:
-    """[-1, 1] → uint8 by truncation of clip((x + 1) / 2 · 255), as the reference does (docs/reference.md quirk 25)."""
+    """Returns pixels in [-1, 1] as uint8: clip((x + 1) / 2 · 255), truncated as in docs/reference.md quirk 25."""
     return jnp.clip((images + 1) / 2 * 255, 0, 255).astype(jnp.uint8)

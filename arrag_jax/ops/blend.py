@@ -1,18 +1,26 @@
-"""FAiD's multi-scale convolutions as one affine map: what the cells around give, plus what the centre gives.
+"""Computes FAiD's multi-scale convolutions as one affine map: a term of the surrounding positions plus a centre term.
 
-A hop h looks at the (2h+1) x (2h+1) window of hidden states around a cell, future cells left out, a retrieved
-feature in the centre, through two stacked VALID convolutions of kernel h+1 with nothing between them. So a hop is
-affine in its window, and K features a cell differ in the centre alone: the window is worked off once for all K,
-and the centre is one D x D matrix. Source: docs/reference.md "FAiD" and quirks 5, 15, 26.
+For a hop h, FAiD takes the (2h+1) x (2h+1) window of hidden states around a position. Future positions are left out,
+and a retrieved feature is put in the centre. Two VALID convolutions with kernel size k = h+1 follow, with no
+nonlinearity between them. So the result is affine in the window. The K features of a position differ only in the
+centre. The window's term is therefore computed once for all K features, and the centre's term needs one D x D matrix.
+Source: docs/reference.md "FAiD" and quirks 5, 15, 26.
 
-The cells' part has two forms of the same value. In *stages*, each tap of the first kernel is multiplied once over
-the map, its products are shifted and summed, and the second kernel is multiplied: 2(k² − 1) matrices a cell and
-hop. *Composed*, the two kernels are multiplied with each other first: one matrix a live tap (4 for hop 1, 12 for
-hop 2, 24 for hop 3, shared by the hops), paid for with D rows for every pair of kernel taps. ``cheaper_composed``
-says which costs less; decoding, which uses the same kernels for every cell, always composes.
+The window's term can be computed in two ways, which give the same value:
 
-Kernels and what they are composed to are [in, out]. Products are summed in float32 whatever the inputs are. So are
-the gradients of a number that several products take: it is widened first, and rounded back for each of them.
+  Staged: every tap of the first kernel is multiplied with the whole map, the products are shifted and summed, and the
+  second kernel is applied. This takes 2(k² − 1) matrix products per position and hop.
+
+  Composed: the two kernels are first multiplied with each other. This gives one matrix per live offset, that is, per
+  offset drawn before the centre: 4 for hop 1, 12 for hop 2, 24 for hop 3, shared by all hops. The composition itself
+  costs D rows per pair of kernel taps.
+
+``cheaper_composed`` decides which way costs less. Decoding always composes, because it uses the same kernels for every
+position.
+
+Kernels and composed matrices are [in, out]. Products are summed in float32 for every input type. If several products
+use one value, the value is first converted to float32 and rounded for each product, so its gradients are summed in
+float32.
 """
 
 from collections.abc import Sequence
@@ -24,11 +32,11 @@ from jaxtyping import Array, Float
 
 from arrag_jax.ops import products
 
-Offset = tuple[int, int]  # (row, column) from the cell
+Offset = tuple[int, int]  # (row, column) relative to the centre position
 
 
 class HopKernels(NamedTuple):
-    """The two convolutions of one hop, k = hop + 1."""
+    """The two convolutions of one hop; the kernel size is k = hop + 1."""
 
     first: Float[Array, "k k D D"]
     first_bias: Float[Array, " D"]
@@ -37,34 +45,39 @@ class HopKernels(NamedTuple):
 
     @property
     def hop(self) -> int:
-        """h of the (2h+1) x (2h+1) window."""
+        """The hop h, whose window is (2h+1) x (2h+1)."""
         return self.first.shape[0] - 1
 
 
 class Centre(NamedTuple):
-    """What a feature r in the centre gives: matrix r + bias, all hops together."""
+    """The centre's term, summed over all hops: matrix · r + bias for a retrieved feature r."""
 
     matrix: Float[Array, "D D"]  # [out, in], as ``ops.products.linear`` takes it
     bias: Float[Array, " D"]
 
 
 def live_offsets(hop: int) -> list[Offset]:
-    """Offsets of the cells in a hop's window that are drawn before the centre, in raster order."""
+    """Returns the offsets in a hop's window that are drawn before the centre, in raster order."""
     rows = [(row, column) for row in range(-hop, 0) for column in range(-hop, hop + 1)]
     return rows + [(0, column) for column in range(-hop, 0)]
 
 
 def live_pairs(hop: int) -> list[tuple[Offset, Offset, Offset]]:
-    """(tap of the first kernel, tap of the second, offset that they reach together), live offsets alone."""
+    """Returns the tap pairs that reach a live offset: (tap of the first kernel, tap of the second, offset)."""
     taps = [(row, column) for row in range(hop + 1) for column in range(hop + 1)]
     reach = [(a, u, (a[0] + u[0] - hop, a[1] + u[1] - hop)) for u in taps for a in taps]
     return [(a, u, offset) for a, u, offset in reach if offset < (0, 0)]
 
 
 def cheaper_composed(hops: Sequence[int], positions: int, width: int) -> bool:
-    """Do composed kernels cost fewer multiply-adds than stages, for so many cells (a device's, B·T) of this width?
+    """Returns whether the composed form needs fewer multiply-adds than the staged form.
 
-    In units of width²: a live pair of taps costs ``width`` to compose, and each form its matrices a cell.
+    Costs are counted in units of width²: composing one live pair of taps costs ``width``, and each matrix costs one per
+    position.
+
+    Args:
+      positions: B·T, the number of positions on one device.
+      width: D.
     """
     pairs = sum(len(live_pairs(hop)) for hop in hops)
     staged = sum(2 * ((hop + 1) ** 2 - 1) for hop in hops)
@@ -72,16 +85,16 @@ def cheaper_composed(hops: Sequence[int], positions: int, width: int) -> bool:
 
 
 def centre(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Centre:
-    """The centre's matrix and the bias of all hops, each weighted.
+    """Returns the centre's matrix and the bias, each a weighted sum over hops.
 
     Args:
-      kernels: one a hop.
-      weights: of the hops; they sum to 1.
+      kernels: one per hop.
+      weights: weights of the hops; they sum to 1.
     """
     matrix, bias = 0.0, 0.0
     for weight, (first, first_bias, second, second_bias) in zip(weights, kernels, strict=True):
-        # The pairs that reach the centre are a tap and its mirror image. The first bias, which every tap of the second
-        # kernel meets, goes along as one more row.
+        # A tap and its mirror image reach the centre together. The first bias is appended as one more row, because
+        # every tap of the second kernel multiplies it.
         row = jnp.broadcast_to(first_bias.astype(jnp.float32), (*first.shape[:2], 1, len(first_bias)))
         rows = jnp.concatenate([first[::-1, ::-1], row.astype(first.dtype)], axis=2)
         product = products.einsum("uvio,uvop->pi", rows, second)
@@ -93,10 +106,12 @@ def centre(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Cen
 def around_staged(
     kernels: Sequence[HopKernels], weights: Float[Array, " hops"], hidden: Float[Array, "B H W D"]
 ) -> Float[Array, "B H W D"]:
-    """What the cells drawn before each cell give it, in stages; float32, without bias.
+    """Returns the window's term of every position, computed in the staged form; float32, without bias.
 
     Args:
-      hidden: of the cells themselves; cells outside the map count as zeros.
+      kernels: one per hop.
+      weights: weights of the hops; they sum to 1.
+      hidden: hidden states of the positions; positions outside the map count as zeros.
     """
     _, height, width, _ = hidden.shape
     wide, total = hidden.astype(jnp.float32), 0.0
@@ -106,7 +121,7 @@ def around_staged(
         taps = sorted({a for a, _, _ in pairs})
         stacked = jnp.concatenate([first[a].astype(hidden.dtype) for a in taps], axis=1)
         of_positions = products.einsum("bhwi,io->bhwo", wide.astype(hidden.dtype), stacked)
-        # Padded tap by tap: the gradient of a slice is as large as what it was cut from.
+        # Each tap is padded on its own, because the gradient of a slice is as large as the array it is cut from.
         around = ((0, 0), (hop, 0), (hop, hop), (0, 0))
         of_tap = {a: jnp.pad(x, around) for a, x in zip(taps, jnp.split(of_positions, len(taps), axis=-1), strict=True)}
         summed = {}
@@ -120,7 +135,7 @@ def around_staged(
 
 
 def compose(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Float[Array, "n D D"]:
-    """One matrix a live offset of the largest hop, in the order of ``live_offsets``."""
+    """Returns one matrix per live offset of the largest hop, in the order of ``live_offsets``."""
     matrices, dtype = {}, kernels[0].first.dtype
     for weight, kernel in zip(weights, kernels, strict=True):
         pairs = live_pairs(kernel.hop)
@@ -136,7 +151,7 @@ def compose(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Fl
 def around_composed(
     matrices: Float[Array, "n D D"], offsets: Sequence[Offset], hidden: Float[Array, "B H W D"]
 ) -> Float[Array, "B H W D"]:
-    """``around_staged`` from the matrices of ``compose`` and their offsets."""
+    """Returns the same as ``around_staged``, computed from the matrices of ``compose`` and their offsets."""
     _, height, width, _ = hidden.shape
     hop = -min(row for row, _ in offsets)
     padded = jnp.pad(hidden.astype(jnp.float32), ((0, 0), (hop, 0), (hop, hop), (0, 0)))
@@ -146,7 +161,7 @@ def around_composed(
 
 
 def _taps(kernel: Float[Array, "k k D D"]) -> dict[Offset, Float[Array, "D D"]]:
-    """By row and column, in raster order, widened."""
+    """Returns the taps of a kernel by (row, column), in raster order, as float32."""
     side, _, width, _ = kernel.shape
     taps = jnp.split(kernel.astype(jnp.float32).reshape(-1, width), side * side)
     return dict(zip(np.ndindex(side, side), taps, strict=True))

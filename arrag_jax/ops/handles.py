@@ -1,11 +1,12 @@
-"""Objects of the host that compiled programs call, found by number.
+"""Gives numbers to host objects, so that compiled programs can call them without holding references.
 
-A compiled program lives as long as the process, and what is compiled into it lives as long. So an object that a program
-calls (an index, a progress bar) is no part of it: it goes by a number, which is an argument like any other, and is
-looked up when the program calls. One program then serves all objects alike, and none is kept for its sake.
+A compiled program, and every object that is compiled into it, stays in memory until the process ends. So an object that
+a program calls, such as an index or a progress bar, is passed as a number, which is an ordinary argument. The host
+looks the object up when the program calls. One compiled program then serves all such objects and keeps none of them
+alive.
 
-A program may still run when the last holder of an object is gone, because calls of compiled programs return before they
-end. So an object whose holders are gone stays until all results that were pending then are there.
+Calls of compiled programs return before the programs end. So a program may still run when the last handle of an object
+is deleted. The object is therefore kept until all results are ready that were pending at that time.
 """
 
 import gc
@@ -18,18 +19,18 @@ import jax
 import numpy as np
 
 _numbers = itertools.count()
-_lock = threading.RLock()  # a holder may go while another is made: collecting garbage can happen anywhere
+_lock = threading.RLock()  # re-entrant, because garbage collection can delete a handle at any point
 _targets: dict[int, Any] = {}
 _handles: "weakref.WeakValueDictionary[int, Handle]" = weakref.WeakValueDictionary()
-_leaving: list[tuple[int, list[jax.Array]]] = []  # objects without holders, and results that may still need them
+_leaving: list[tuple[int, list[jax.Array]]] = []  # objects without a handle, and pending results that may need them
 
 
 class Handle:
-    """Holds an object, which programs find by ``number`` for as long as the handle is held.
+    """A reference to an object that programs find by ``number`` as long as the handle exists.
 
     Attributes:
       target: the object.
-      number: its own in this process.
+      number: number of the handle, unique in this process.
     """
 
     def __init__(self, target: Any):
@@ -41,21 +42,21 @@ class Handle:
 
 
 def look_up(number: Any) -> Any:
-    """The object of a number, given as an array of one number or of several equal ones; None where it is gone."""
+    """Returns the object of a number, given as an array of equal numbers; None if the object is gone."""
     return _targets.get(int(np.asarray(number).reshape(-1)[0]))
 
 
 def holder(number: Any) -> Handle | None:
-    """The handle of a number that is no tracer; None where it is gone, or the number is not one that can be read."""
+    """Returns the handle of a number; None if it is gone, or the number is a tracer or not an array."""
     if isinstance(number, jax.core.Tracer) or not isinstance(number, np.ndarray | np.generic | jax.Array):
         return None
-    if isinstance(number, jax.Array):  # of an array that is spread over processes, this one's part
+    if isinstance(number, jax.Array):  # an array may span several processes; reads the local part
         number = number.addressable_shards[0].data
     return _handles.get(int(np.asarray(number).reshape(-1)[0]))
 
 
 def _release(number: int) -> None:
-    """Lets an object go whose last holder is gone, once no result is pending that may need it."""
+    """Schedules the removal of an object whose handle is gone, after all results that are pending now."""
     pending = [array for array in jax.live_arrays() if not array.is_deleted() and not array.is_ready()]
     with _lock:
         _leaving.append((number, pending))
@@ -63,7 +64,7 @@ def _release(number: int) -> None:
 
 
 def _sweep(phase: str = "stop", _: Any = None) -> None:
-    """Forgets the objects that nothing needs any more; called after each collection of garbage, too."""
+    """Removes the objects that no pending result needs; also called after each garbage collection."""
     if phase == "stop" and _leaving:
         with _lock:
             for leaving in list(_leaving):

@@ -1,9 +1,9 @@
-"""Calls from a compiled program to numpy code on the host, as cheap as XLA makes them.
+"""Calls numpy code on the host from a compiled program, at the lowest cost that XLA allows.
 
-``jax.pure_callback`` puts the arguments on a device again before it calls, and so waits for the threads that run the
-program around it: nine tenths of its cost in a decode loop (docs/LOG.md, 2026-11-24). A program on one device can do
-without: its arguments arrive as numpy arrays. A program on several keeps ``pure_callback``, which knows how calls
-are placed there.
+``jax.pure_callback`` copies the arguments to a device before the call. For this it waits for the threads that run the
+calling program, which is nine tenths of its cost in a decode loop (docs/LOG.md, 2026-11-24). For a program on one
+device, ``host_call`` avoids the copy and passes numpy arrays. For a program on several devices it uses
+``pure_callback``, which places the calls on them correctly.
 """
 
 import atexit
@@ -24,14 +24,14 @@ Kinds = tuple[jax.ShapeDtypeStruct, ...]
 
 _host_call = Primitive("host_call")
 _host_call.multiple_results = True
-_unfinished: list[jax.Array] = []  # results of programs that call the host, while they run
+_unfinished: list[jax.Array] = []  # results of running programs that call the host
 _closing = False
 
 
 def awaited(result: jax.Array) -> None:
-    """Has the interpreter's end wait for a result that a program with host calls computes.
+    """Makes the interpreter wait at exit for a result that a program with host calls computes.
 
-    A program that calls an interpreter which is gone ends the process in a segmentation fault.
+    Without this, the program may call an interpreter that has shut down, which causes a segmentation fault.
     """
     _unfinished[:] = [*(x for x in _unfinished if not (x.is_deleted() or x.is_ready())), result]
 
@@ -39,7 +39,7 @@ def awaited(result: jax.Array) -> None:
 @atexit.register
 def _drain() -> None:
     global _closing
-    _closing = True  # nobody looks at the answers any more
+    _closing = True  # from now on host calls return zeros, because nobody reads the results
     left = [x for x in _unfinished if not (x.is_deleted() or x.is_ready())]
     if left:
         with contextlib.suppress(ValueError):  # not the main thread
@@ -50,11 +50,12 @@ def _drain() -> None:
 
 @functools.partial(jax.jit, static_argnames=("function", "kinds"), inline=True)
 def host_call(function: Callable[..., tuple[np.ndarray, ...]], kinds: Kinds, *arguments: Any) -> tuple[jax.Array, ...]:
-    """Calls ``function`` on the host with the arguments as arrays; no derivatives.
+    """Returns the result of ``function``, called on the host with arrays; supports no derivatives.
 
     Args:
-      function: pure, and hashable. Uses numpy alone: JAX inside a host callback hangs on CPU. Its arguments are views,
-        good until it returns. Under ``vmap`` each has one more leading axis, of size 1 where it was not mapped.
+      function: a pure, hashable function. It must use numpy only, because JAX inside a host callback hangs on CPU. Its
+        arguments are views that are valid until it returns. Under ``vmap`` each argument has one more leading axis, of
+        size 1 if it is not mapped.
       kinds: shape and dtype of each result, without the axes that ``vmap`` adds.
     """
     return tuple(_host_call.bind(*arguments, function=function, kinds=kinds))
@@ -79,7 +80,7 @@ def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, function: Callable, ki
 
 
 def _batch(arguments: Any, axes: Any, *, function: Callable, kinds: Kinds) -> tuple[list[jax.Array], list[int]]:
-    """As ``pure_callback``'s vmap_method="expand_dims"."""
+    """Applies ``vmap`` as ``pure_callback`` does with vmap_method="expand_dims"."""
     pairs = list(zip(arguments, axes, strict=True))
     (size,) = {x.shape[axis] for x, axis in pairs if axis is not None}
     arguments = [x[None] if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in pairs]

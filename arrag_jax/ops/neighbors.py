@@ -1,4 +1,4 @@
-"""``Neighbors``: what a search returns, and how lists of neighbours are merged."""
+"""Defines ``Neighbors``, the result of a search, and merges such results."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,12 @@ from jaxtyping import Array, Float, Int
 
 
 class Neighbors(NamedTuple):
-    """K nearest stored patches a query, nearest first. Never NaN.
+    """The K nearest stored patches of each query, nearest first. A slot without a patch is empty.
 
     Attributes:
-      code: code that the stored patch holds at its centre; -1 where the slot is empty.
-      distance: squared L2 distance of the keys; +inf where empty.
-      id: stored row (see ``ops.grid``); -1 where empty.
+      code: the code at the patch's centre; -1 in an empty slot.
+      distance: squared L2 distance of the keys; +inf in an empty slot, never NaN.
+      id: number of the stored row (see ``ops.grid``); -1 in an empty slot.
     """
 
     code: Int[Array, "B K"]
@@ -22,17 +22,17 @@ class Neighbors(NamedTuple):
 
 
 def empty_neighbors(batch: int, k: int) -> Neighbors:
-    """Neighbours of nothing: every slot empty."""
+    """Returns neighbours in which every slot is empty."""
     none = jnp.full((batch, k), -1, jnp.int32)
     return Neighbors(none, jnp.full((batch, k), jnp.inf, jnp.float32), none)
 
 
 def merge_neighbors(parts: Neighbors, k: int) -> Neighbors:
-    """The k nearest of S lists.
+    """Returns the k nearest neighbours among the results of S searches.
 
     Args:
-      parts: Neighbors whose arrays are [S, B, K] (one search a shard); empty slots sort last.
-      k: slots to keep; fewer candidates leave empty slots.
+      parts: Neighbors with arrays [S, B, K], one search per shard. Empty slots sort last.
+      k: number of slots in the result; slots stay empty if there are fewer neighbours.
     """
     flat = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1), parts)
     short = k - flat.code.shape[1]

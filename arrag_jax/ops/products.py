@@ -1,9 +1,9 @@
-"""Products summed in float32 whatever their inputs are, forward and backward.
+"""Computes matrix products whose sums are float32 for every input type, in the forward and the backward pass.
 
-On accelerators this is how low-precision products are summed anyway. XLA's CPU product of bfloat16 takes two to seven
-times as long when bfloat16 results are asked of it (docs/LOG.md, 2026-11-24), and gradients of float32 results would
-meet bfloat16 inputs in products of mixed precision. So a gradient is rounded to the inputs' type first, as it is where
-the forward pass rounds.
+Accelerators sum low-precision products in float32 anyway. On a CPU, XLA's bfloat16 product takes two to seven times
+longer if the result is bfloat16, too (docs/LOG.md, 2026-11-24). The gradient of a float32 result is float32, and its
+product with a bfloat16 input would have mixed precision. So the gradient is first rounded to the type of the inputs, as
+it would be if the forward pass rounded its result.
 """
 
 import functools
@@ -13,26 +13,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-FEW_ROWS = 32  # up to so many, a CPU's time goes into reading the weight
-LARGE_WEIGHT = 2**20  # numbers; smaller ones stay in a CPU's cache
+FEW_ROWS = 32  # up to this number of rows, a CPU spends its time on reading the weight
+LARGE_WEIGHT = 2**20  # elements; a smaller weight stays in a CPU's cache
 CORES = os.cpu_count() or 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def einsum(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``jnp.einsum`` of two arrays of one type with a float32 result; reverse-mode derivatives only.
+    """Returns ``jnp.einsum`` of two arrays of the same type as float32; supports only reverse-mode derivatives.
 
     Args:
-      subscripts: explicit; every index of an input is in the other or in the result, none twice in one.
+      subscripts: in explicit form ("->"). Every index of an input must also be in the other input or in the result, and
+        no index may occur twice in one array.
     """
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
 def linear(x: Float[Array, "*rows I"], weight: Float[Array, "O I"]) -> Float[Array, "*rows O"]:
-    """x times the weight's transpose, of one type, with a float32 result.
+    """Returns x times the transpose of the weight as float32; both have the same type.
 
-    A row of the weight is what one output needs, so that a step of decoding reads it from end to end. There XLA's CPU
-    product gets by on half of the memory's bandwidth, but on nearly all of it part by part (docs/LOG.md, 2026-11-25).
+    The weight is [out, in], so one output needs one contiguous row, and a decoding step reads the weight sequentially.
+    For few rows of x, XLA's CPU product uses half of the memory bandwidth. Split into parts, it uses nearly all of it
+    (docs/LOG.md, 2026-11-25).
     """
     few = x.size <= FEW_ROWS * x.shape[-1] and weight.size >= LARGE_WEIGHT
     return jax.lax.platform_dependent(x, weight, cpu=_few_rows, default=_whole) if few else _whole(x, weight)
@@ -48,7 +50,7 @@ def _few_rows(x: Array, weight: Array) -> Array:
         parts = next(n for n in range(CORES, 0, -1) if len(weight) % n == 0)
         rows = jnp.broadcast_to(rows, (parts, *rows.shape))
         y = einsum("noi,nri->nor", weight.reshape(parts, -1, x.shape[-1]), rows).reshape(len(weight), -1).T
-    else:  # a single row of bfloat16 takes ten times as long as two
+    else:  # a single row of bfloat16 takes ten times longer than two rows
         y = _whole(jnp.broadcast_to(rows, (max(2, len(rows)), x.shape[-1])), weight)[: len(rows)]
     return y.reshape(*x.shape[:-1], -1)
 

@@ -1,6 +1,6 @@
-"""From logits to a drawn code: guidance, temperature, truncation, the neighbours' distribution, mixing.
+"""Turns logits into a drawn code: guidance, temperature, truncation, the neighbours' distribution, mixing, drawing.
 
-Everything is float32 and in log space; -inf is a code that cannot be drawn.
+All values are float32 and in log space. A code with the value -inf cannot be drawn.
 """
 
 import jax
@@ -11,10 +11,11 @@ from arrag_jax.ops.neighbors import Neighbors
 
 
 def guide(logits: Float[Array, "R V"], scale: float | None) -> Float[Array, "B V"]:
-    """Classifier-free guidance, uncond + scale · (cond − uncond).
+    """Returns the logits after classifier-free guidance: uncond + scale · (cond − uncond).
 
     Args:
-      logits: conditional rows, then unconditional ones (R = 2B); with ``scale`` None conditional alone (R = B).
+      logits: the conditional rows, then the unconditional rows (R = 2B).
+      scale: scale of the guidance; None = no guidance, and ``logits`` holds only conditional rows (R = B).
     """
     if scale is None:
         return logits
@@ -25,11 +26,11 @@ def guide(logits: Float[Array, "R V"], scale: float | None) -> Float[Array, "B V
 def truncate(
     logits: Float[Array, "B V"], temperature: float, top_k: int | None, top_p: float | None
 ) -> Float[Array, "B V"]:
-    """Log-probabilities after temperature, then top-k, then top-p (nucleus), renormalised.
+    """Returns log-probabilities after temperature, top-k and top-p (nucleus) truncation, in this order, renormalised.
 
     Args:
-      top_k: keep the k most probable codes (of equal ones the lower); None = all.
-      top_p: keep the fewest codes whose probabilities reach it; the most probable one always; None = all.
+      top_k: keep the k most probable codes; among equal ones those with lower numbers. None = all codes.
+      top_p: keep the fewest codes whose probabilities sum to at least this, and at least one code. None = all codes.
     """
     log_p = jax.nn.log_softmax(logits / temperature)
     if top_k is not None:
@@ -43,10 +44,10 @@ def truncate(
 
 
 def _renormalized(log_p: Float[Array, "B V"], code: Int[Array, "B n"], kept: Bool[Array, "B n"]) -> Float[Array, "B V"]:
-    """Log-probabilities of the kept codes among themselves.
+    """Returns log-probabilities over the kept codes only, renormalised.
 
-    Codes are kept by number, not by a bound on their log-probability: compiled, log-probabilities may be computed twice
-    with roundings of their own, and the least of them would then lie below its own bound.
+    Codes are selected by number and not by a bound on the log-probability. A compiler may compute log-probabilities
+    twice with different rounding, and then the smallest kept one could fall below a bound made from itself.
     """
     rows = jnp.arange(len(log_p))[:, None]
     keep = jnp.zeros(log_p.shape, bool).at[rows, code].set(kept)
@@ -56,18 +57,18 @@ def _renormalized(log_p: Float[Array, "B V"], code: Int[Array, "B n"], kept: Boo
 def neighbor_log_probs(
     neighbors: Neighbors, codebook_size: int, temperature: float | Float[Array, ""], reduction: str
 ) -> Float[Array, "B V"]:
-    """Distribution over codes that the neighbours stand for; -inf everywhere in rows without any.
+    """Returns the log-probabilities over codes that the neighbours give; -inf everywhere in rows without neighbours.
 
-    Source: docs/reference.md "DAiD" and quirk 21 for ``reduction="max"``.
+    Source: docs/reference.md "DAiD", and quirk 21 for ``reduction="max"``.
 
     Args:
       temperature: τ, in units of squared L2 distance.
-      reduction: what a code retrieved more than once counts. "max": its nearest copy alone, so
-        softmax(−d/τ) over the distinct codes. "sum": every copy, so its share of Σ exp(−d/τ).
+      reduction: how copies of one code count. "max": only the nearest copy counts, which gives softmax(−d/τ) over the
+        distinct codes. "sum": every copy counts, which gives each code its share of Σ exp(−d/τ).
     """
     batch, _ = neighbors.code.shape
     score = -neighbors.distance / temperature
-    code = jnp.where(neighbors.code < 0, codebook_size, neighbors.code)  # empty slots fall off the end
+    code = jnp.where(neighbors.code < 0, codebook_size, neighbors.code)  # out of range, hence dropped
     rows = jnp.arange(batch)[:, None]
     if reduction == "max":
         total = jnp.full((batch, codebook_size), -jnp.inf).at[rows, code].max(score, mode="drop")
@@ -81,7 +82,10 @@ def neighbor_log_probs(
 def mix(
     log_p: Float[Array, "B V"], log_q: Float[Array, "B V"], weight: float | Float[Array, ""], where: Bool[Array, " B"]
 ) -> Float[Array, "B V"]:
-    """log((1 − weight) p + weight q) in the rows ``where``, log p in the others. Weight 0 gives p to the bit."""
+    """Returns log((1 − weight) p + weight q) in the rows ``where``, and log p in the others.
+
+    Weight 0 returns exactly log p, bit by bit.
+    """
     weight = jnp.asarray(weight, jnp.float32)
     mixed = jnp.logaddexp(jnp.log1p(-weight) + log_p, jnp.log(weight) + log_q)
     return jnp.where(where[:, None], mixed, log_p)
@@ -90,7 +94,10 @@ def mix(
 def draw(
     log_p: Float[Array, "B V"], keys: Key[Array, " B"], position: Int[Array, ""], greedy: bool
 ) -> Int[Array, " B"]:
-    """One code a row, by a row's own key, so that a picture does not depend on its batch."""
+    """Returns one drawn code per row.
+
+    Each row has its own random key, so an image does not depend on the other images of its batch.
+    """
     if greedy:
         return jnp.argmax(log_p, axis=-1).astype(jnp.int32)
     noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, position), log_p.shape[1:]))(keys)

@@ -1,9 +1,9 @@
-"""The kinds of key by which patches are found, by name; a further kind is a file beside these and a line here."""
+"""Lists the kinds of retrieval key by name. To add a kind, add a file to this folder and a line to ``KEY_KINDS``."""
 
 from arrag_jax.ops.keys.context import CodebookKeys, LatentKeys
 from arrag_jax.ops.keys.kind import KeyKind
 
 KEY_KINDS: dict[str, KeyKind] = {
-    "codebook": CodebookKeys(),  # rows of the codebook
-    "latent": LatentKeys(),  # the encoder's outputs before quantisation: the published choice
+    "codebook": CodebookKeys(),  # vectors of the codebook
+    "latent": LatentKeys(),  # outputs of the encoder before quantisation, as in the published code
 }

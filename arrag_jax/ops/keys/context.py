@@ -1,6 +1,6 @@
-"""Keys of the vectors of the context's cells, side by side: parts of unit norm each, whose query is the context.
+"""Defines keys that concatenate one vector per context position; the query is made from the context's codes.
 
-‖q − k‖² is the number of parts twice, less 2 q·k, so that searches need no table of norms.
+Each of the four parts of a key has unit norm. So ‖q − k‖² = 2 · parts − 2 q·k, and a search needs no table of norms.
 """
 
 import functools
@@ -19,37 +19,37 @@ PARTS = len(grid_ops.CONTEXT_OFFSETS)
 
 
 class ContextKeys(KeyKind):
-    """What both kinds share."""
+    """Base class of the keys that concatenate one vector per context position."""
 
     def numbers(self, code_dim: int) -> int:
-        """Those of all parts."""
+        """Returns E, the dimension of all parts together."""
         return PARTS * code_dim
 
     def query(self, codebook: Arrays, requested: Arrays) -> Arrays:
-        """The codes' vectors side by side."""
+        """Returns the concatenated codebook vectors of the requested contexts."""
         library = np if isinstance(codebook, np.ndarray) else jnp
         vectors = library.take(codebook, library.maximum(requested, 0), axis=0)
         return vectors.reshape(*requested.shape[:-1], -1)
 
     def complete(self, requested: Arrays) -> Arrays:
-        """Those whose cells all have a code."""
+        """Returns which contexts have a code at all four positions."""
         return (requested >= 0).all(-1)
 
     def scores(self, query: Arrays, keys: Arrays) -> Arrays:
-        """Products."""
+        """Returns the inner products of queries and keys."""
         if isinstance(keys, np.ndarray):
             return query @ keys.T
-        # full precision: at a GPU's or TPU's default, float32 scores would be wrong in the third digit
+        # With the default precision of a GPU or TPU, float32 scores would be wrong in the third digit.
         sums = jnp.int32 if keys.dtype == jnp.int8 else jnp.float32
         kinds = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": sums}
         return jnp.einsum("be,ne->bn", query, keys, **kinds).astype(jnp.float32)
 
     def distance(self, score: Arrays) -> Arrays:
-        """As both have one part of unit norm after another."""
+        """Returns 2 · parts − 2 · score, because every part has unit norm."""
         return 2 * PARTS - 2 * score
 
     def score_error(self, numbers: int) -> float:
-        """See ``ops.distances``."""
+        """Returns the bound of ``ops.distances.score_error``."""
         return distances.score_error(numbers, PARTS)
 
     def rounding_error(
@@ -58,10 +58,10 @@ class ContextKeys(KeyKind):
         rounded: Callable[[Array], Array],
         codebook: Float[Array, "V C"] | None,
     ) -> Float[Array, " B"]:
-        """Part by part: what the codebook's rows lose, or at most what bfloat16 loses of any key."""
+        """Returns a bound summed over parts: the loss of the codebook's rows, or bfloat16's loss for any key."""
         query = query.reshape(len(query), PARTS, -1)
         error = self.score_error(PARTS * query.shape[2])
-        if codebook is None:  # bfloat16 keeps eight bits: numbers and norms are off by 2^-9 of themselves at most
+        if codebook is None:  # bfloat16 keeps eight bits: values and norms have a relative error of at most 2^-9
             lost = jnp.sqrt(((query - rounded(query)) ** 2).sum(2)).sum(1)
             return 2.01 * lost + 1.0025 * PARTS * 2.0**-8 + error
         product = functools.partial(jnp.einsum, "bpc,vc->bpv", precision=jax.lax.Precision.HIGHEST)
@@ -70,56 +70,56 @@ class ContextKeys(KeyKind):
 
 
 class CodebookKeys(ContextKeys):
-    """Keys that follow from the context's codes: rows of the codebook."""
+    """Keys that consist of the codebook vectors of the context's codes."""
 
     def __init__(self):
         super().__init__("codebook", "codes", "<u2", ("codes", "float32", "bfloat16", "int8"), unique=True)
 
     def record_shape(self, grid: tuple[int, int], code_dim: int) -> tuple[int, ...]:
-        """A code a cell."""
+        """Returns [H, W]: one code per position."""
         return grid
 
     def records(self, codes: Integer[np.ndarray, "n H W"], latents: Float[np.ndarray, "n H W C"]) -> np.ndarray:
-        """The codes."""
+        """Returns the codes."""
         return codes.astype(self.dtype)
 
     def stored(
         self, records: np.ndarray, codebook: Float[np.ndarray, "V C"], rows: Integer[np.ndarray, "*dims"]
     ) -> Float[np.ndarray, "*dims E"]:
-        """The queries of the rows' contexts."""
+        """Returns the keys of the rows, which equal the queries of their contexts."""
         return self.query(codebook, records.reshape(-1)[_cells(records.shape[1:3], rows)])
 
 
 class LatentKeys(ContextKeys):
-    """Keys of the encoder's outputs before quantisation, which hardly repeat."""
+    """Keys that consist of the encoder's outputs before quantisation; two patches rarely have equal keys."""
 
     def __init__(self):
-        # of int8 too few of the nearest are found
+        # int8 is not offered, because it misses too many of the nearest neighbours.
         super().__init__("latent", "latents", "<f2", ("float32", "bfloat16"), unique=False)
 
     def record_shape(self, grid: tuple[int, int], code_dim: int) -> tuple[int, ...]:
-        """A vector a cell."""
+        """Returns [H, W, C]: one vector per position."""
         return *grid, code_dim
 
     def records(self, codes: Integer[np.ndarray, "n H W"], latents: Float[np.ndarray, "n H W C"]) -> np.ndarray:
-        """The vectors, of unit norm."""
+        """Returns the latents, scaled to unit norm."""
         return unit_norm(latents).astype(self.dtype)
 
     def stored(
         self, records: np.ndarray, codebook: Float[np.ndarray, "V C"], rows: Integer[np.ndarray, "*dims"]
     ) -> Float[np.ndarray, "*dims E"]:
-        """The vectors of the rows' cells, of unit norm in float32 too."""
+        """Returns the keys of the rows; parts are scaled again, because float16 records have only nearly unit norm."""
         vectors = records.reshape(-1, records.shape[-1])[_cells(records.shape[1:3], rows)]
         return unit_norm(vectors).reshape(*rows.shape, -1)
 
 
 def _cells(grid: tuple[int, int], rows: Integer[np.ndarray, "*dims"]) -> Integer[np.ndarray, "*dims P"]:
-    """The context's cells of stored rows, numbered image after image."""
+    """Returns the context positions of stored rows, as indices into the positions of all images in sequence."""
     image, position = grid_ops.image_and_position(rows, *grid)
     return image[..., None] * (grid[0] * grid[1]) + grid_ops.context_positions(*grid)[position]
 
 
 def unit_norm(vectors: Float[np.ndarray, "*dims C"]) -> Float[np.ndarray, "*dims C"]:
-    """Rows scaled to length 1, float32; a zero row stays zero."""
+    """Returns vectors scaled to unit norm, float32; a zero vector stays zero."""
     vectors = np.asarray(vectors, np.float32)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

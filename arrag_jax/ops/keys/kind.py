@@ -1,4 +1,4 @@
-"""``KeyKind``: what a key is. The store, the searches and their report take all that they know of keys from it."""
+"""Defines ``KeyKind``, the interface of a kind of key. The store, the searches and their report use only this."""
 
 import abc
 import dataclasses
@@ -10,22 +10,23 @@ from jaxtyping import Array, Float, Integer
 
 from arrag_jax.errors import UserError
 
-Arrays = Any  # NumPy's or JAX's array; the answer is of the same library
+Arrays = Any  # an array of NumPy or JAX; results belong to the same library as the input
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyKind(abc.ABC):
-    """What is stored for a kind of key, how keys and queries are made of it, and how near they are to each other.
+    """A kind of key: what a store holds for it, how keys and queries are computed, and how their distance is computed.
 
-    Numbers of keys and queries lie between -1 and 1. Objects are hashable: they are static parts of compiled programs.
+    The values in keys and queries lie between -1 and 1. Objects are hashable, because they are static parts of compiled
+    programs.
 
     Attributes:
-      name: as settings, indexes and messages call it.
-      file: the part of a store that keys are made of; its files are called ``FILE-00000-of-00004.arrayrecord``.
-      dtype: of that part's records.
-      storages: what a dense search may hold of a key; see ``retrieval.dense``.
-      unique: do equal contexts have equal keys? Then a search holds each context once.
-      query_from: "context", known before the backbone's step, or "state", the step's own hidden state.
+      name: name in settings, indexes and messages.
+      file: name of the store's files that keys are computed from: ``FILE-00000-of-00004.arrayrecord``.
+      dtype: dtype of the records in these files.
+      storages: the forms in which a dense search can hold keys; see ``retrieval.dense``.
+      unique: whether equal contexts have equal keys; then a search holds each unique context once.
+      query_from: source of the query: "context", known before the backbone's step, or "state", the step's hidden state.
     """
 
     name: str
@@ -37,15 +38,15 @@ class KeyKind(abc.ABC):
 
     @abc.abstractmethod
     def record_shape(self, grid: tuple[int, int], code_dim: int) -> tuple[int, ...]:
-        """The shape of one image's record."""
+        """Returns the shape of one image's record."""
 
     @abc.abstractmethod
     def records(self, codes: Integer[np.ndarray, "n H W"], latents: Float[np.ndarray, "n H W C"]) -> np.ndarray:
-        """Records of images by what the tokenizer gave, [n, *record shape]."""
+        """Returns the records of n images, [n, *record shape], from the tokenizer's outputs."""
 
     @abc.abstractmethod
     def numbers(self, code_dim: int) -> int:
-        """E, how many numbers a key has, for codes of so many numbers."""
+        """Returns E, the dimension of a key, for codes of dimension ``code_dim``."""
 
     @abc.abstractmethod
     def stored(
@@ -54,34 +55,39 @@ class KeyKind(abc.ABC):
         codebook: Float[np.ndarray, "V C"],
         rows: Integer[np.ndarray, "*dims"],
     ) -> Float[np.ndarray, "*dims E"]:
-        """Keys of stored rows, float32.
+        """Returns the keys of stored rows, float32.
 
         Args:
-          records: of images, one after another; rows count from the first one's.
+          records: records of consecutive images.
+          rows: row numbers, counted from the first of these images.
         """
 
     @abc.abstractmethod
     def query(self, codebook: Arrays, requested: Arrays) -> Arrays:
-        """Float32 queries [..., E] of what is requested; any where it is not ``complete``."""
+        """Returns the queries [..., E], float32; those of requests that are not ``complete`` have any value."""
 
     @abc.abstractmethod
     def complete(self, requested: Arrays) -> Arrays:
-        """Which of what is requested can have neighbours, bool [...]."""
+        """Returns which requests can have neighbours, bool [...]."""
 
     @abc.abstractmethod
     def scores(self, query: Arrays, keys: Arrays) -> Arrays:
-        """Float32 [B, n] of queries [B, E] and keys [n, E], both in one type: the nearer, the larger.
+        """Returns the scores of queries [B, E] and keys [n, E], float32 [B, n]; a nearer key has a larger score.
 
-        Where numbers are held as ``round(127 x)``, scores are 127^2 times as large.
+        Queries and keys have the same dtype. If they hold ``round(127 x)``, scores are larger by a factor of 127^2.
         """
 
     @abc.abstractmethod
     def distance(self, score: Arrays) -> Arrays:
-        """The squared L2 distances that scores stand for."""
+        """Returns the squared L2 distances that belong to scores."""
 
     @abc.abstractmethod
     def score_error(self, numbers: int) -> float:
-        """Most by which ``distance`` of float32 ``scores`` differs from ``ops.distances``; for keys of E numbers."""
+        """Returns a bound on the difference between ``distance`` of float32 ``scores`` and ``ops.distances``.
+
+        Args:
+          numbers: E, the dimension of keys.
+        """
 
     @abc.abstractmethod
     def rounding_error(
@@ -90,15 +96,15 @@ class KeyKind(abc.ABC):
         rounded: Callable[[Array], Array],
         codebook: Float[Array, "V C"] | None,
     ) -> Float[Array, " B"]:
-        """Most by which ``distance`` differs where scores are those of rounded queries and keys.
+        """Returns a bound, per query, on the error of ``distance`` if queries and keys are rounded.
 
         Args:
-          rounded: what is held of float32 numbers, as float32.
-          codebook: whose rows the keys consist of, as they are before rounding; None: the keys themselves are rounded.
+          rounded: the rounding, from float32 to float32.
+          codebook: the unrounded codebook, if the keys consist of its rows; None if the keys themselves are rounded.
         """
 
     def require_storage(self, storage: str) -> None:
-        """Raises UserError unless a dense search may hold these keys so."""
+        """Raises UserError unless a dense search can hold these keys in this form."""
         if storage not in self.storages:
             known = " or ".join(self.storages)
             raise UserError(f"storage={storage!r} is not to be had of keys={self.name!r}; choose {known}")
