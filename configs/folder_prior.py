@@ -4,7 +4,7 @@ python -m arrag_jax.train --config configs/folder_prior.py --config.data.source=
   --workdir runs/photo_prior
 
 It takes about 8 minutes on 2 CPU cores. The vocabulary is the words of the captions. On 200 photos (160 for training),
-with --config.steps=60, it printed "trained 60 steps; held out: valid_bits_per_code 8.334". We have not run the full 300
+with --config.steps=60, it printed "trained 60 steps; held out: valid_bits_per_code 8.334". We have not run all 300
 steps.
 """
 

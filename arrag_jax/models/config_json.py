@@ -195,10 +195,9 @@ def _pad_id(text: TextSection, language: LlamaConfig, path: Path) -> int:
 
 
 def _faid(text: TextSection) -> FaidConfig | None:
-    """Returns the shape of FAiD's blenders; None if there are none.
+    """Returns the shape of FAiD's blenders, from the section of the language model; None if there are none.
 
-    The keys are in the section of the language model. K is not published; the default is 10 (docs/reference.md quirk
-    10).
+    K is not published; the default is 10 (docs/reference.md quirk 10).
     """
     stride, hops, neighbors = text.num_SmoothPatchBlender, text.num_hop, text.retrieved_key_num
     if stride is None and hops is None:

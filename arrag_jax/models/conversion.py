@@ -1,4 +1,4 @@
-"""Converts a checkpoint folder from one layout to another, tensor by tensor, without changing the bytes of a tensor.
+"""Converts a checkpoint folder to another layout, tensor by tensor; only a merged LoRA changes the bytes of a tensor.
 
 Tensors that generation never needs (text head, training counter, image-understanding tower) are kept, so that a folder
 can be converted back. Our folders keep them in ``unused.safetensors``. Only a conversion reads this file; it may be

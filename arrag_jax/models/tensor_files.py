@@ -63,8 +63,10 @@ class Stored:
 
 
 class _Safetensors:
-    """A safetensors file. The safetensors library checks that the file is complete, but the bytes are read without its
-    memory map, because an array that refers to a map keeps all pages in memory that the map has touched."""
+    """A safetensors file. The safetensors library checks that it is complete.
+
+    Tensors are read without the library's memory map: an array that refers to a map keeps all touched pages in memory.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -157,10 +159,7 @@ class _TorchFile:
 
 
 def is_run(directory: Path) -> bool:
-    """Returns whether a folder is the --workdir of a training run.
-
-    A subfolder ``checkpoints`` alone is not enough, because a folder of weights may have one, too.
-    """
+    """Returns whether a folder is the --workdir of a training run; a folder of weights may hold ``checkpoints``, too."""
     return (directory / "checkpoints").is_dir() and (directory / "base.json").is_file()
 
 
@@ -211,8 +210,7 @@ def stored_tensors(directory: Path, also: tuple[str, ...] = ()) -> dict[str, Sto
       also: names or patterns of further files to read; files that do not exist are ignored.
 
     Raises:
-      UserError: if there are no weights, a file is truncated, an index does not match its files, or two files hold the
-        same tensor.
+      UserError: if there are no weights, a file is truncated, an index does not match, or a tensor is there twice.
     """
     directory = checkpoint_folder(directory)
     names = (f"{ADAPTER}.safetensors", f"{ADAPTER}.bin", *also)
