@@ -159,7 +159,7 @@ class _TorchFile:
 
 
 def is_run(directory: Path) -> bool:
-    """Returns whether a folder is the --workdir of a training run; a folder of weights may hold ``checkpoints``, too."""
+    """Returns whether a folder is the --workdir of a training run; weight folders may hold ``checkpoints``, too."""
     return (directory / "checkpoints").is_dir() and (directory / "base.json").is_file()
 
 
