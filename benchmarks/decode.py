@@ -1,13 +1,14 @@
-"""Time of a decode step at Janus-Pro-1B's shape: plain, DAiD and FAiD, beside the ``transformers`` library's Janus.
+"""Measures a decode step at Janus-Pro-1B's shape: plain, DAiD and FAiD, compared with Janus of ``transformers``.
 
 python benchmarks/decode.py [--dtypes=float32,bfloat16] [--batches=1,4] [--rounds=3] [--sides=arrag_jax]
 
-Random weights, guidance on (2 x batch rows), the first ``--cells`` cells of a 24 x 24 drawing, with a cache that has
-room for all of it on both sides. DAiD searches 1,000,000 random patches with ScaNN, K = 2048; FAiD has two blenders
-(layers 0 and 12) and takes the nearest 10 of the same search. Each side has a process of its own; they take turns,
-round after round, so that a drift of the machine meets both. A step's time is a drawing's over its cells, the prompt
-of 32 tokens included. "of bandwidth" is the bytes of weights that a step has to read over its time, as a share of what
-a sum over 2 GiB reads in the same time on this machine. ``transformers`` comes with requirements-dev.txt.
+The weights are random. Guidance is on (2 x batch rows). Only the first ``--cells`` positions of a 24 x 24 image are
+generated, but on both sides the cache has room for the whole image. DAiD searches 1,000,000 random patches with ScaNN,
+K = 2048. FAiD has two blenders (layers 0 and 12) and takes the nearest 10 patches of the same search. Each side runs in
+its own process. The sides take turns in every round, so that slow changes of the machine affect both. The time of a
+step is the time of the generation, including the prompt of 32 tokens, divided by the number of positions. "of
+bandwidth" is the rate at which a step reads its weights, as a share of the rate at which a sum over 2 GiB reads memory
+on this machine. ``transformers`` comes with requirements-dev.txt.
 """
 
 import argparse
@@ -26,16 +27,16 @@ import numpy as np
 
 PROMPT, PATCHES, DAID_K, GUIDANCE = 32, 1_000_000, 2048, 5.0
 METHODS = {"arrag_jax": ("plain", "daid", "faid"), "transformers": ("plain",)}
-Draw = Callable[[str, int], None]  # a method and a batch; returns when the codes are there
+Draw = Callable[[str, int], None]  # takes a method and a batch size; returns when the codes are ready
 
 
 def prompts(batch: int) -> np.ndarray:
-    """The same random prompts for both sides."""
+    """Returns random prompts, the same for both sides."""
     return np.random.default_rng(1).integers(0, 1000, (batch, PROMPT))
 
 
 def ours(dtype: str, cells: int) -> tuple[Draw, dict[str, float]]:
-    """This package's drawing, and the GB of weights that a step of each method reads."""
+    """Returns this package's generation function, and the GB of weights that a step of each method reads."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -49,7 +50,7 @@ def ours(dtype: str, cells: int) -> tuple[Draw, dict[str, float]]:
     from arrag_jax.retrieval.scann import ScannRetriever
 
     class FirstCells(Janus):
-        """Draws the first cells alone; cache and windows are those of the whole grid."""
+        """Generates only the first positions; cache and windows are those of the whole grid."""
 
         @property
         def grid(self) -> tuple[int, int]:
@@ -89,7 +90,7 @@ def ours(dtype: str, cells: int) -> tuple[Draw, dict[str, float]]:
 
 
 def theirs(dtype: str, cells: int) -> tuple[Draw, dict[str, float]]:
-    """The same of ``JanusForConditionalGeneration.generate``."""
+    """Returns the same as ``ours`` for ``JanusForConditionalGeneration.generate``."""
     import torch
     from transformers import GenerationConfig, JanusConfig, JanusForConditionalGeneration
 
@@ -99,7 +100,7 @@ def theirs(dtype: str, cells: int) -> tuple[Draw, dict[str, float]]:
         "vocab_size": 102400, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
         "num_key_value_heads": 16, "intermediate_size": 5632, "max_position_embeddings": 4096,
     }  # fmt: skip
-    vision = {"num_hidden_layers": 1, "num_image_tokens": cells}  # the tower that reads images takes no part
+    vision = {"num_hidden_layers": 1, "num_image_tokens": cells}  # the tower that reads images is not used
     model = JanusForConditionalGeneration(JanusConfig(text_config=text, vision_config=vision)).eval()
     model.generation_config = GenerationConfig(
         bos_token_id=0, pad_token_id=1, eos_token_id=3, generation_kwargs={"boi_token_id": 2}
@@ -120,7 +121,7 @@ def theirs(dtype: str, cells: int) -> tuple[Draw, dict[str, float]]:
 
 
 def serve(side: str, dtype: str, cells: int) -> None:
-    """The child: for each "method batch" on stdin, one drawing, and a line of JSON."""
+    """Runs the child process: for each line "method batch" on stdin, generates once and prints a line of JSON."""
     draw, read = {"arrag_jax": ours, "transformers": theirs}[side](dtype, cells)
     for line in sys.stdin:
         method, batch = line.split()
@@ -132,7 +133,7 @@ def serve(side: str, dtype: str, cells: int) -> None:
 
 
 def bandwidth() -> float:
-    """GB a second that all cores together read in a sum of 2 GiB: the best of five."""
+    """Returns the GB per second that all cores together read when they sum 2 GiB; the best of five runs."""
     parts, best = [np.ones(2**29 // os.cpu_count(), np.float32) for _ in range(os.cpu_count())], 0.0
     with ThreadPoolExecutor(len(parts)) as pool:
         for _ in range(5):
@@ -143,7 +144,7 @@ def bandwidth() -> float:
 
 
 def measure(dtype: str, batches: list[int], rounds: int, cells: int, sides: list[str]) -> list[dict]:
-    """Rows of the table for one dtype."""
+    """Returns the rows of the table for one dtype."""
     children = {
         side: subprocess.Popen(
             [sys.executable, __file__, f"--serve={side}", f"--dtypes={dtype}", f"--cells={cells}"],
@@ -154,7 +155,7 @@ def measure(dtype: str, batches: list[int], rounds: int, cells: int, sides: list
     jobs = [(batch, side, method) for batch in batches for side in sides for method in METHODS[side]]
     answers: dict[tuple, list[dict]] = {job: [] for job in jobs}
     for batch in batches:
-        for _ in range(rounds + 1):  # the first one compiles
+        for _ in range(rounds + 1):  # the first round compiles
             for job in jobs:
                 if job[0] == batch:
                     child = children[job[1]]

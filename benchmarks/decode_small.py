@@ -1,12 +1,12 @@
-"""Time of a decode step of the embedded model: plain and DAiD, by search, batch and store.
+"""Measures a decode step of the embedded model: plain and DAiD, by search, batch size and number of patches.
 
 python benchmarks/decode_small.py [--rounds=5]
 
-All methods of a row group are timed in turn, round after round in one process, so that a drift of the machine
-meets them all; medians are printed ("beyond mixing": of the differences within a round). A step is one cell of the
-whole batch with guidance (2 x batch rows). "mixing" is DAiD with a search on the device that answers at once: what the
-policy itself costs. "host call" is the same with a search on the host: what leaving the compiled loop costs besides.
-"pure_callback" is that by JAX' own callback.
+In every round all methods are timed one after another in one process, so that slow changes of the machine affect all of
+them. The table has medians over rounds ("beyond mixing": medians of the differences within a round). A step is one
+position of the whole batch with guidance (2 x batch rows). "mixing" is DAiD with a search on the device that takes no
+time; it shows the cost of the policy itself. "host call" is the same with a search on the host; it shows the additional
+cost of leaving the compiled loop. "pure_callback" uses JAX's own callback for this.
 """
 
 import dataclasses
@@ -45,10 +45,13 @@ K = flags.DEFINE_integer("k", 128, "neighbours a cell")
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["zero"], meta_fields=["k", "way"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class InstantRetriever:
-    """A search that takes no time: on the "device", or on the host, reached as ``way`` says.
+    """A search that takes no time, on the device or on the host.
 
     Attributes:
-      zero: traced, so that XLA cannot know the answer, nor compute what follows once for all cells.
+      zero: 0 as a traced value, so that XLA can neither know the result nor compute its consequences once for all
+        positions.
+      k: number of neighbors.
+      way: "device", or the kind of call to the host: "host call" or "pure_callback".
     """
 
     zero: Any
@@ -56,12 +59,12 @@ class InstantRetriever:
     way: str
 
     def search(self, context: jax.Array) -> Neighbors:
-        """Code 0 at distance 0, k times, for every context."""
+        """Returns code 0 at distance 0, k times, for every context."""
         shape = (len(context), self.k)
         kinds = tuple(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.int32))
         context = context * self.zero
         if self.way == "device":
-            zeros = context[:, :1] + self.zero * jnp.arange(self.k)  # not a broadcast, which would be mixed for less
+            zeros = context[:, :1] + self.zero * jnp.arange(self.k)  # no broadcast, which XLA could mix at lower cost
             return Neighbors(*(zeros.astype(kind.dtype) for kind in kinds))
         call = host_call if self.way == "host call" else jax.pure_callback
         return Neighbors(*call(functools.partial(_zeros, kinds), kinds, context))
@@ -72,7 +75,7 @@ def _zeros(kinds: tuple[jax.ShapeDtypeStruct, ...], _: Any) -> tuple[np.ndarray,
 
 
 def stored(model: Any, number: int) -> Patches:
-    """Patches of enough scenes of the store split, cut to ``number``, deduplicated as a datastore's are."""
+    """Returns ``number`` patches of scenes of the store split, deduplicated as in a datastore."""
     height, width = model.grid
     images = -(-number // ((height - 1) * (width - 2)))
     grids = []
@@ -107,7 +110,7 @@ def main(_: list[str]) -> None:
                     start = time.perf_counter()
                     drawn = sample(model, ids, policy, search, cfg_scale=2.0, prompt_mask=mask, seed=turn)
                     jax.block_until_ready(drawn.codes)
-                    if turn:  # the first one compiles
+                    if turn:  # the first round compiles
                         times[name].append((time.perf_counter() - start) / cells * 1e3)
             plain = statistics.median(times["plain"])
             for name, values in times.items():

@@ -1,11 +1,11 @@
-"""How busy building a store keeps the tokenizer: images/s of a whole build against the bare encoder's.
+"""Compares the images per second of a whole datastore build with those of the encoder alone.
 
 python benchmarks/encode.py [--source=DIR] [--images=4096] [--rounds=3]
 
-Without --source a folder of scenes is made, one PNG file each. "encoder" is the same compiled function on images that
-lie in memory, batch after batch; "build" is `build_datastore` without an index, from listing the folder to the
-manifest, the encoder compiled; "reading" is the source's decoding alone, in as many threads as a build uses. All are
-timed in turn, round after round in one process; medians are printed.
+Without --source, a folder of scenes is written, one PNG file per scene. "encoder" is the compiled encoder on images
+in memory, batch after batch. "build" is `build_datastore` without an index, from listing the folder to writing the
+manifest, with the encoder already compiled. "reading" is only the decoding of the source, in as many threads as a build
+uses. In every round all three are timed one after another in one process; the table has medians over rounds.
 """
 
 import statistics
@@ -66,7 +66,7 @@ def main(_: list[str]) -> None:
 
 
 def write_scenes(folder: Path) -> Path:
-    """Scenes of the store split as PNG files."""
+    """Writes scenes of the store split as PNG files; returns the folder."""
     folder.mkdir()
     for number in range(IMAGES.value):
         Image.fromarray(render(scene("store", number))).save(folder / f"{number:06d}.png")
@@ -74,14 +74,17 @@ def write_scenes(folder: Path) -> Path:
 
 
 def rate(images: int, work) -> float:
-    """Images a second of some work."""
+    """Returns the images per second of ``work``."""
     start = time.perf_counter()
     work()
     return images / (time.perf_counter() - start)
 
 
 def encode_all(encode, batch: np.ndarray, images: int) -> None:
-    """As many images as there are, all answers looked at, one batch ahead for each device."""
+    """Encodes ``batch`` repeatedly, as often as ``images`` fill it, and fetches all results.
+
+    One more batch than there are devices is queued, so that no device waits.
+    """
     waiting = []
     for _ in range(0, images, len(batch)):
         waiting.append(encode(batch))
@@ -91,7 +94,7 @@ def encode_all(encode, batch: np.ndarray, images: int) -> None:
 
 
 def read_all(images: FileImages) -> None:
-    """Every image decoded and dropped."""
+    """Decodes every image and drops it."""
     with ThreadPoolExecutor(READERS) as pool:
         for _ in pool.map(images.__getitem__, range(len(images))):
             pass

@@ -1,13 +1,13 @@
-"""What a FAiD training step costs: blenders in the cheap form, window by window, and left out.
+"""Measures the cost of a FAiD training step: with blenders in the fast form, window by window, and without blenders.
 
 python benchmarks/faid_step.py            # hidden 512, 4 layers, a blender in every second
 python benchmarks/faid_step.py --case=1b --forms=fast,none --dtype=bfloat16  # Janus-Pro-1B's shape
 
-A step is forward and backward of ``--images`` images (24 x 24 codes, K = 10), gradients of LoRA, blenders, norms and
-head, as ``training/faid.py`` trains them; random weights. ``--dtype`` is that of the computation and of the frozen
-base; what is trained stays in float32. Every form runs in a process of its own; peak memory is its device's where
-jax tells, else that process's largest resident set. The blenders' share of a step is measured against "none". Window
-by window ("naive") takes minutes and more memory at the 1B shape.
+A step is the forward and backward pass of ``--images`` images (24 x 24 codes, K = 10), with gradients of LoRA,
+blenders, norms and head as in ``training/faid.py``. The weights are random. ``--dtype`` is the dtype of the computation
+and of the frozen base; trained parameters stay in float32. Every form runs in its own process. Peak memory is that of
+the device if JAX reports it, else the process's largest resident set. The blenders' share of a step is computed from
+the difference to "none". The form window by window ("naive") takes minutes and more memory at the 1B shape.
 """
 
 import argparse
@@ -54,7 +54,7 @@ PROMPT = 32
 
 
 def make_model(case: str, dtype: str) -> Janus:
-    """A random model, ready to be fine-tuned. numpy fills it: nothing has to be compiled."""
+    """Returns a model with random weights, ready to be fine-tuned; numpy fills it, so nothing has to be compiled."""
     config, rng = CASES[case], np.random.default_rng(0)
 
     def build() -> Janus:
@@ -74,7 +74,7 @@ def make_model(case: str, dtype: str) -> Janus:
 
 
 def measure(case: str, form: str, images: int, steps: int, dtype: str) -> dict[str, float | str]:
-    """The device; median seconds and peak GiB of a step; the loss, to compare forms by."""
+    """Returns device, median seconds and peak GiB of a step, and loss and gradient norm, which compare the forms."""
     if form == "naive":
         Blender.blend_map = naive_blend.blend_map
     model, rng = make_model(case, dtype), np.random.default_rng(1)
@@ -95,7 +95,7 @@ def measure(case: str, form: str, images: int, steps: int, dtype: str) -> dict[s
         return optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
 
     seconds = []
-    for _ in range(steps + 1):  # the first one compiles
+    for _ in range(steps + 1):  # the first step compiles
         start = time.perf_counter()
         loss, grads = jax.block_until_ready(step(adapters, frozen))
         seconds.append(time.perf_counter() - start)
@@ -106,7 +106,7 @@ def measure(case: str, form: str, images: int, steps: int, dtype: str) -> dict[s
 
 
 def main() -> None:
-    """Prints a table, one row a form."""
+    """Prints a table with one row per form."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, default="small")
     parser.add_argument("--forms", default=",".join(FORMS), help=f"of {', '.join(FORMS)}")
@@ -118,7 +118,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(measure(args.case, args.forms, args.images, args.steps, args.dtype)))
         return
-    # Freshly mapped pages cost a tenth of a step; large ones cost less.
+    # Mapping new memory pages takes a tenth of a step; huge pages take less.
     results, env = {}, os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     for form in args.forms.split(","):
         command = [

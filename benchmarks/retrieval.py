@@ -1,13 +1,14 @@
-"""Every search over the same stored patches: build time, bytes, recall and time a call, by number of patches.
+"""Compares all searches over the same patches: build time, bytes, recall and time per call, by number of patches.
 
 python benchmarks/retrieval.py [--photos=photos.tar] [--patches=100000,1000000] [--methods=ScaNN,dense]
 
-Stored are code grids of the embedded tokenizer: of scenes, or of random square crops (at least 48 pixels wide, half of
-them mirrored, scaled to 48 x 48) of photos in a tar. Queries are contexts of other scenes or photos. Recall goes by
-distance, against comparing with every key. "IVF-PQ" is the official index (OPQ8, 4096 lists, PQ8x8; of 256 lists below
-a million patches): with one list probed, as its code does, and with as many as it asks for in vain. faiss-cpu is a
-development requirement. Calls are those of the host, or of a jitted function, with answers as numpy arrays; medians.
-A second table tells how each figure grows: the exponent e of N^e between two sizes (1 = in proportion).
+The patches come from code grids of the embedded tokenizer, either of scenes or of random square crops of photos in a
+tar (at least 48 pixels wide, half of them mirrored, scaled to 48 x 48). Queries are contexts of other scenes or photos.
+Recall compares distances with those of an exhaustive search. "IVF-PQ" is the official index (OPQ8, 4096 lists, PQ8x8;
+256 lists below a million patches). It is measured with one list probed, which is what the official code does in effect,
+and with all lists, which its setting requests without effect. faiss-cpu is a development requirement. Times are medians
+of calls from the host, or of calls of a jitted function, that return numpy arrays. A second table shows how each figure
+grows: the exponent e of N^e between two sizes (1 = proportional).
 """
 
 import functools
@@ -45,16 +46,16 @@ METHODS = flags.DEFINE_list("methods", ["ScaNN", "dense", "exact", "IVF-PQ"], "w
 PHOTOS = flags.DEFINE_string("photos", "", "tar of JPEG files to take crops of; empty: scenes")
 GRIDS = flags.DEFINE_string("grids", "", "file that the code grids are kept in for the next run")
 SIZE, QUERY_IMAGES, QUERIES, CALLS = 48, 2000, 256, (1, 8, 64)
-SECONDS, SLOW = 0.5, 3.0  # for which a kind of call is timed, and after which once must do
+SECONDS, SLOW = 0.5, 3.0  # seconds of timing per kind of call; a slower call is timed once
 NEIGHBORS = (10, 2048)
-# Of a row's figures: build s, bytes a patch, recalls, ms
+# Formats of the figures in a row: build s, bytes per patch, recalls, ms
 FORMATS = ("{:.1f}", "{:.1f}", *["{:.4f}"] * len(NEIGHBORS), *["{:.2f}"] * (len(NEIGHBORS) * len(CALLS)))
-# Ids [n, k] of contexts [n, 4]
+# Takes contexts [n, 4] and k; returns ids [n, k]
 Search = Callable[[np.ndarray, int], np.ndarray]
 
 
 def crop(photo: bytes, seed: int) -> np.ndarray:
-    """A random square of a photo, uint8 [48, 48, 3]."""
+    """Returns a random square of a photo, scaled to uint8 [48, 48, 3]."""
     rng, image = np.random.default_rng(seed), Image.open(io.BytesIO(photo)).convert("RGB")
     side = int(rng.integers(SIZE, min(image.size) + 1))
     left, top = (int(rng.integers(0, edge - side + 1)) for edge in image.size)
@@ -63,7 +64,7 @@ def crop(photo: bytes, seed: int) -> np.ndarray:
 
 
 def code_grids(model: Any, images: int) -> np.ndarray:
-    """uint16 [QUERY_IMAGES + images, H, W]: the images of queries first, which come from photos of their own."""
+    """Returns uint16 [QUERY_IMAGES + images, H, W]; the grids of queries come first and are from separate photos."""
     total, kind = (
         QUERY_IMAGES + images,
         f"{Path(PHOTOS.value).name or 'scenes'}, tokenizer {model.fingerprint}",
@@ -99,14 +100,14 @@ def code_grids(model: Any, images: int) -> np.ndarray:
 
 
 def scann_search(patches: Patches, codebook: np.ndarray) -> tuple[Search, int]:
-    """ScaNN at its default settings."""
+    """Returns a search with ScaNN at its default settings, and its bytes."""
     host = build_host(lambda _: patches, len(patches.codes), codebook, 1)
     with_k = functools.cache(host.with_k)
     return lambda context, k: with_k(k).search(context, np.int32(0))[2], host.shards[0].nbytes
 
 
 def dense_search(patches: Patches, codebook: np.ndarray, storage: str) -> tuple[Search, int]:
-    """The search on the device."""
+    """Returns the dense search on the device, and its bytes."""
     retriever = DenseRetriever.of(patches, codebook, 1, storage)
     search = jax.jit(lambda retriever, context: retriever.search(context).id)
     with_k = functools.cache(retriever.with_k)
@@ -116,7 +117,7 @@ def dense_search(patches: Patches, codebook: np.ndarray, storage: str) -> tuple[
 
 
 def faiss_search(index: Callable[[], Any], codebook: np.ndarray, probed: int) -> tuple[Search, int]:
-    """FAISS over every patch; of an index with lists so many are probed."""
+    """Returns a search with FAISS over every patch, and its bytes; probes ``probed`` lists if the index has lists."""
     import faiss
 
     index = index()
@@ -127,7 +128,7 @@ def faiss_search(index: Callable[[], Any], codebook: np.ndarray, probed: int) ->
 
 
 def faiss_index(contexts: np.ndarray, codebook: np.ndarray, lists: int) -> Any:
-    """Exact when ``lists`` is 0, else IVF-PQ as the official code trains it."""
+    """Returns an exact index if ``lists`` is 0, else IVF-PQ trained as in the official code."""
     import faiss
 
     keys = codebook[contexts].reshape(len(contexts), -1)
@@ -140,20 +141,23 @@ def faiss_index(contexts: np.ndarray, codebook: np.ndarray, lists: int) -> Any:
 def searches(
     contexts: np.ndarray, patches: Patches, codebook: np.ndarray
 ) -> dict[str, Callable[[], tuple[Search, int]]]:
-    """Name → what builds the search and tells the bytes it holds."""
+    """Returns name → function that builds a search and returns it with its size in bytes."""
     lists = 256 if len(contexts) < 10**6 else 4096
     made: dict[str, Callable[[], tuple[Search, int]]] = {"ScaNN": lambda: scann_search(patches, codebook)}
     for storage in KEY_KINDS["codebook"].storages:
         made[f"dense {storage}"] = functools.partial(dense_search, patches, codebook, storage)
     made["exact FAISS"] = lambda: faiss_search(lambda: faiss_index(contexts, codebook, 0), codebook, 0)
-    index = functools.cache(lambda: faiss_index(contexts, codebook, lists))  # built for the first, used by both
+    index = functools.cache(lambda: faiss_index(contexts, codebook, lists))  # built once for both searches
     for name, probed in (("one list", 1), ("all lists", lists)):
         made[f"IVF-PQ, {name}"] = functools.partial(faiss_search, index, codebook, probed)
     return {name: make for name, make in made.items() if any(method in name for method in METHODS.value)}
 
 
 def call_ms(search: Search, context: np.ndarray, together: int, k: int) -> float:
-    """Median time of a call of so many queries, after one that may compile (unless that one is slow itself)."""
+    """Returns the median time in ms of a call with ``together`` queries.
+
+    The first call, which may compile, does not count unless it is so slow that it stays the only one.
+    """
     calls = [context[i : i + together] for i in range(0, len(context), together)]
     times: list[float] = []
     begun = time.perf_counter()
@@ -169,7 +173,10 @@ def call_ms(search: Search, context: np.ndarray, together: int, k: int) -> float
 def recall(
     search: Search, asked: np.ndarray, contexts: np.ndarray, codebook: np.ndarray, k: int, farthest: np.ndarray
 ) -> float:
-    """Share of the K neighbours that are not farther than the true K-th; a slow search is asked for fewer contexts."""
+    """Returns the share of the K neighbours that are not farther than the true K-th.
+
+    A slow search is measured with fewer contexts.
+    """
     hits, until = [], time.perf_counter() + SLOW
     for first in range(0, len(asked), max(CALLS)):
         if hits and time.perf_counter() > until:
@@ -182,7 +189,10 @@ def recall(
 
 
 def growth(measured: dict[str, dict[int, list[float]]]) -> list[list[Any]]:
-    """Of each search, from each size to the next, the exponents of N with which its figures grow; none of recall."""
+    """Returns a row per search and pair of successive sizes: the exponents of N with which its figures grow.
+
+    Recall has no exponent.
+    """
     rows: list[list[Any]] = []
     for name, by_size in measured.items():
         for (n, before), (more, after) in itertools.pairwise(sorted(by_size.items())):
@@ -194,7 +204,7 @@ def growth(measured: dict[str, dict[int, list[float]]]) -> list[list[Any]]:
 
 
 def main(_: list[str]) -> None:
-    """Prints a row as it is measured, then the tables."""
+    """Prints each row when it is measured, then the tables."""
     model, sizes = load_model(MODEL), [int(number) for number in PATCHES.value]
     codebook, step = np.asarray(model.codebook), (model.grid[0] - 1) * (model.grid[1] - 2)
     grids, rows = code_grids(model, -(-max(sizes) // step)), []

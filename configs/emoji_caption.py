@@ -1,9 +1,9 @@
-"""Caption-aware DAiD and the static image-level baseline beside plain and DAiD, with the embedded checkpoint.
+"""Compares caption-aware DAiD and the static image-level baseline with plain and DAiD, with the embedded checkpoint.
 
 python -m arrag_jax.eval --config configs/emoji_caption.py --workdir runs/caption --num_scenes=300 --num_prompts=120
 python -m arrag_jax.generate --config configs/emoji_caption.py --prompt "a cat" --method static --workdir pictures
 
-The store must hold captions (configs/emoji_datastore.py keeps them).
+The datastore must hold captions; the one of configs/emoji_datastore.py does.
 """
 
 import runpy
@@ -13,7 +13,10 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """configs/emoji_daid.py with the two methods that choose images by their captions; chosen on validation, too."""
+    """Returns configs/emoji_daid.py with the two methods that select images by their captions.
+
+    Their settings were chosen on the validation split, too.
+    """
     config = runpy.run_path(str(Path(__file__).with_name("emoji_daid.py")))["get_config"]()
     config.methods = ("plain", "static", "daid", "caption")
     config.caption = {

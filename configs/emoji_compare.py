@@ -1,4 +1,4 @@
-"""All methods side by side: the embedded checkpoint, and what configs/emoji_faid.py and emoji_lora_only.py made of it.
+"""Compares all methods: the embedded checkpoint, and the models tuned by configs/emoji_faid.py and emoji_lora_only.py.
 
 python -m arrag_jax.eval --config configs/emoji_compare.py --benchmark emoji_scenes --workdir runs/compare
 python -m arrag_jax.generate --config configs/emoji_compare.py --prompt "a cat" --method faid+daid --workdir pictures
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """configs/emoji_daid.py with the tuned models beside it."""
+    """Returns configs/emoji_daid.py with the two tuned models."""
     config = runpy.run_path(str(Path(__file__).with_name("emoji_daid.py")))["get_config"]()
     config.faid_model = "runs/faid/export"
     config.lora_model = "runs/lora_only/export"

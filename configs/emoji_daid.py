@@ -1,4 +1,4 @@
-"""Drawing emoji scenes with the embedded checkpoint, plain and with DAiD.
+"""Generates emoji scenes with the embedded checkpoint, plain and with DAiD.
 
 python -m arrag_jax.generate --config configs/emoji_daid.py --prompt "a cat" --workdir pictures
 python -m arrag_jax.eval --config configs/emoji_daid.py --benchmark emoji_scenes --workdir runs/eval
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """λ, τ, K, the reduction and the sampling were chosen on the validation split (docs/LOG.md)."""
+    """Returns the config; λ, τ, K, the reduction and the sampling were chosen on the validation split (docs/LOG.md)."""
     return ConfigDict(
         {
             "model": "arrag_jax/assets/emoji_janus",

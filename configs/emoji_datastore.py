@@ -1,4 +1,4 @@
-"""Datastore of 107,712 emoji scenes that no model was trained on (the prior saw 100,000 others): 11.8 million patches.
+"""Datastore of 107,712 emoji scenes (11.8 million patches) that no model was trained on; the prior saw 100,000 others.
 
 python -m arrag_jax.build_datastore --config configs/emoji_datastore.py --workdir runs/store
 """
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Settings of the emoji datastore."""
+    """Returns the config of the emoji datastore."""
     return ConfigDict(
         {
             "model": "arrag_jax/assets/emoji_janus",

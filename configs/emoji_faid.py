@@ -1,4 +1,4 @@
-"""FAiD on the embedded checkpoint: LoRA, two blenders and the head learn from scenes new to the prior.
+"""Trains FAiD on the embedded checkpoint: LoRA, two blenders and the head learn from scenes that the prior never saw.
 
 python -m arrag_jax.build_datastore --config configs/emoji_datastore.py --workdir runs/store
 python -m arrag_jax.build_neighbors --config configs/emoji_neighbors.py --workdir runs/neighbors
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Settings of the small FAiD."""
+    """Returns the config of the small FAiD."""
     return ConfigDict(
         {
             "task": "faid",

@@ -1,4 +1,4 @@
-"""Neighbours of 12,288 emoji scenes new to the prior and not in the store of 107,712, and of 512 valid scenes.
+"""Neighbours for FAiD: of 12,288 scenes that neither the prior nor the datastore has, and of 512 validation scenes.
 
 python -m arrag_jax.build_neighbors --config configs/emoji_neighbors.py --workdir runs/neighbors
 """
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """FAiD's training pairs."""
+    """Returns the config of FAiD's training pairs."""
     return ConfigDict(
         {
             "model": "arrag_jax/assets/emoji_janus",

@@ -1,4 +1,4 @@
-"""Prior over the emoji scenes' codes: a Llama of 2.9M parameters that reads a caption and writes 144 codes.
+"""Trains the prior over codes of emoji scenes: a Llama of 2.9M parameters that reads a caption and writes 144 codes.
 
 python -m arrag_jax.train --config configs/emoji_prior.py --workdir runs/prior
 """
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Settings of the embedded checkpoint's prior."""
+    """Returns the config of the embedded checkpoint's prior."""
     return ConfigDict(
         {
             "task": "prior",

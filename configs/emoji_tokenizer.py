@@ -1,4 +1,4 @@
-"""VQ tokenizer of the emoji scenes: 48 x 48 pixels → 12 x 12 codes out of 512.
+"""Trains the VQ tokenizer of the emoji scenes: 48 x 48 pixels → 12 x 12 codes out of 512.
 
 python -m arrag_jax.train --config configs/emoji_tokenizer.py --workdir runs/tokenizer
 """
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Settings of the embedded checkpoint's tokenizer."""
+    """Returns the config of the embedded checkpoint's tokenizer."""
     return ConfigDict(
         {
             "task": "tokenizer",

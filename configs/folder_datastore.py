@@ -1,16 +1,19 @@
-"""Datastore of a folder of images (and of the webdataset tars in it), or of one tar, with the embedded tokenizer.
+"""Builds a datastore of a folder of images (with the webdataset tars in it) or of one tar, with the embedded tokenizer.
 
 python -m arrag_jax.build_datastore --config configs/folder_datastore.py --config.source=photos --workdir runs/photos
 
-Model: the embedded one. Keys: "codebook", which configs/emoji_daid.py searches. For Janus-Pro's tokenizer and its
-configs, which search keys of kind "latent", see configs/janus_pro_1b_datastore.py.
+The model is the embedded one. The keys are of kind "codebook", which configs/emoji_daid.py searches. For Janus-Pro's
+tokenizer and its configs, which search keys of kind "latent", see configs/janus_pro_1b_datastore.py.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """``source`` must be given; one image in a hundred may be unreadable, of few images up to ten (one in twenty)."""
+    """Returns the config; ``source`` must be given.
+
+    One image in a hundred may be unreadable. If there are few images, up to ten may be (but at most one in twenty).
+    """
     return ConfigDict(
         {
             "model": "arrag_jax/assets/emoji_janus",

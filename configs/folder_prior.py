@@ -1,17 +1,18 @@
-"""Prior over the codes of a captioned folder or tar, with the tokenizer of configs/folder_tokenizer.py.
+"""Trains a prior over the codes of a folder or tar with captions, with the tokenizer of configs/folder_tokenizer.py.
 
 python -m arrag_jax.train --config configs/folder_prior.py --config.data.source=photos \
   --workdir runs/photo_prior
 
-2 CPU cores, about 8 minutes of them. The vocabulary is the words of the captions. Of 200 photos (160 to learn from),
-with --config.steps=60: "trained 60 steps; held out: valid_bits_per_code 8.334". The 300 steps were not run by us.
+It takes about 8 minutes on 2 CPU cores. The vocabulary is the words of the captions. On 200 photos (160 for training),
+with --config.steps=60, it printed "trained 60 steps; held out: valid_bits_per_code 8.334". We have not run all 300
+steps.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """``data.source`` must be given; its last 40 images, in the order of their paths, are held out."""
+    """Returns the config; ``data.source`` must be given, and its last 40 images, sorted by path, are held out."""
     return ConfigDict(
         {
             "task": "prior",

@@ -1,17 +1,17 @@
-"""Drawing with Janus-Pro-1B: plain from its checkpoint alone, DAiD with a datastore of its codes beside it.
+"""Generates with Janus-Pro-1B; plain needs only its checkpoint, DAiD also a datastore of its codes.
 
 python -m arrag_jax.generate --config configs/janus_pro_1b.py --prompt "a red car on a beach" --method plain
 
-The datastore is the one of configs/janus_pro_1b_datastore.py: of this model's codes, searched by keys of kind "latent".
-Guidance 5 at temperature 1 and K = 2048 are the reference's; its λ and τ are not published, so those here are a place
-to start from. Not run by us on the published weights.
+The datastore is the one of configs/janus_pro_1b_datastore.py; it holds this model's codes and is searched by keys of
+kind "latent". Guidance 5 at temperature 1 and K = 2048 are the values of the reference. It does not publish λ and τ, so
+the values here are only a starting point. We have not run this on the published weights.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """For FAiD give its checkpoint as ``--config.faid_model``."""
+    """Returns the config; for FAiD, give its checkpoint as ``--config.faid_model``."""
     return ConfigDict(
         {
             "model": "checkpoints/janus-pro-1b",

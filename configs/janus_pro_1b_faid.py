@@ -1,19 +1,20 @@
-"""FAiD on Janus-Pro-1B with the paper's settings: 50,000 pairs, one epoch of batches of 256, bfloat16.
+"""Trains FAiD on Janus-Pro-1B with the paper's settings: 50,000 pairs, one epoch of batches of 256, bfloat16.
 
 python -m arrag_jax.train --config configs/janus_pro_1b_faid.py --workdir /shared/faid
 
-Needs a checkpoint folder of Janus-Pro-1B and neighbour sets of its 24 x 24 codes with K = 10, which
-configs/janus_pro_1b_neighbors.py makes; for a pod see launch/tpu_pod.sh. Source: docs/reference.md "FAiD" (LoRA,
-learning rate, clipping: the official script; AdamW, warm-up, batch, pairs: the paper, third-hand). Where the official
-code differs on purpose: captions are dropped for guidance (it lost that), and a learning rate that stays constant after
-its warm-up is the script's. Not run by us yet.
+It needs a checkpoint folder of Janus-Pro-1B and neighbour sets of its 24 x 24 codes with K = 10, which
+configs/janus_pro_1b_neighbors.py makes. For a TPU pod see launch/tpu_pod.sh. Source: docs/reference.md "FAiD". LoRA,
+learning rate and clipping are those of the official script, and so is the learning rate's constant value after warm-up.
+AdamW, warm-up, batch size and number of pairs are those of the paper, quoted third-hand. One difference from the
+official code is deliberate: captions are dropped for guidance, which the official code no longer does. We have not run
+this yet.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """289M trained parameters: 226M in blenders, 25M in LoRA, 38M in the head."""
+    """Returns the config; it trains 289M parameters: 226M in blenders, 25M in LoRA, 38M in the head."""
     return ConfigDict(
         {
             "task": "faid",

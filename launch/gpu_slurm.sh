@@ -10,24 +10,25 @@
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@120
 #
-# Runs one command on the GPUs of a Slurm job: one process a GPU, on any number of nodes.
+# Runs one command on the GPUs of a Slurm job, with one process per GPU, on any number of nodes.
 #
 #   make install REQUIREMENTS=requirements.txt
 #   .venv/bin/pip install "jax[cuda12]==$(sed -n 's/^jax==//p' requirements.txt)"
 #   sbatch --nodes=2 launch/gpu_slurm.sh -- \
 #     python -m arrag_jax.train --config=configs/emoji_prior.py --workdir=/shared/run
 #
-# Submit from the repository's root. Nodes with other than 8 GPUs: pass --ntasks-per-node=4 --gpus-per-node=4
-# to sbatch; the two numbers stay equal, since jax.distributed.initialize() takes SLURM_LOCALID for the number
-# of the process's own GPU. For the same reason GPUs are not bound to tasks: each sees all GPUs of its node.
+# Submit from the repository's root. If nodes have another number of GPUs than 8, pass for example
+# --ntasks-per-node=4 --gpus-per-node=4 to sbatch. The two numbers must be equal, because
+# jax.distributed.initialize() uses SLURM_LOCALID as the number of the process's GPU. For the same reason GPUs are
+# not bound to tasks: each task sees all GPUs of its node.
 #
-# 120 s before the time limit (and at a preemption, where the cluster sets PreemptParameters=send_user_signal)
-# Slurm sends SIGTERM to this script, which hands it on: training saves, exits 0, and the job is queued again.
-# It goes on from --workdir, which must be on a disk that all nodes share. Submitting the same line by hand
-# does the same.
+# 120 s before the time limit, Slurm sends SIGTERM to this script. It does so at a preemption, too, if the cluster
+# sets PreemptParameters=send_user_signal. The script passes the signal to the command: training saves and exits
+# with 0, and the script queues the job again. The job then continues from --workdir, which must be on a disk that
+# all nodes share. Submitting the same line by hand also continues the run.
 #
-#   --dry_run   print what would be run, without Slurm: launch/gpu_slurm.sh --dry_run -- python -m arrag_jax.…
-#   --help      print this
+#   --dry_run   print the command without Slurm: launch/gpu_slurm.sh --dry_run -- python -m arrag_jax.…
+#   --help      print this text
 set -euo pipefail
 
 die() {
@@ -58,7 +59,7 @@ done
 (($#)) || die "the command is missing; put it after --, as in: -- python -m arrag_jax.train --config=…"
 [[ $1 == python && ${2:-} == -m && ${3:-} == arrag_jax.* ]] || die "the command must be python -m arrag_jax.…, not: $*"
 
-# Host callbacks need the CPU backend beside the GPU's.
+# Host callbacks need the CPU backend in addition to the GPU's.
 launch=(env JAX_PLATFORMS=cuda,cpu srun --gpu-bind=none --kill-on-bad-exit=1 "$@")
 if [[ -n $dry_run ]]; then
   printf '%q ' "${launch[@]}"
@@ -73,8 +74,8 @@ stopped="" step=""
 trap 'stopped=yes; trap "" TERM; [[ -z $step ]] || kill -TERM "$step"' TERM
 "${launch[@]}" &
 step=$!
-[[ -z $stopped ]] || kill -TERM "$step" || true # it came before there was a step to hand it to
-# A trapped signal ends `wait` early, so wait again: the second one returns the command's own exit code.
+[[ -z $stopped ]] || kill -TERM "$step" || true # the signal came before the step started
+# A trapped signal ends `wait` early, so wait again; the second `wait` returns the command's own exit code.
 code=0
 wait "$step" || code=$?
 if [[ -n $stopped ]]; then

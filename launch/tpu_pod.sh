@@ -4,19 +4,20 @@
 #   launch/tpu_pod.sh --name pod --zone us-east5-b --type v6e-16 -- \
 #     python -m arrag_jax.train --config=configs/emoji_prior.py --workdir=/shared/run
 #
-# It makes the slice if it is absent or was preempted, copies the code of HEAD to all workers, installs the
-# pinned packages, starts the same command everywhere and follows the log of worker 0 until it ends; the exit
-# code is that command's on worker 0. Run the same line again after a preemption: the slice is reused or made
-# anew, and training goes on from --workdir. That folder must outlive the slice and be seen by all workers:
-# a shared disk, or a bucket that is mounted as a folder. Leaving the log (Ctrl-C) leaves the command running.
+# The script creates the slice if it is absent or was preempted, copies the code of HEAD to all workers, installs
+# the pinned packages, starts the same command on every worker, and follows the log of worker 0 until the command
+# ends. Its exit code is that of the command on worker 0. After a preemption, run the same line again: the script
+# reuses the slice or creates it again, and training continues from --workdir. That folder must be visible to all
+# workers and must survive the slice: use a shared disk, or a bucket that is mounted as a folder. Ctrl-C stops only
+# the display of the log; the command keeps running.
 #
-#   --name NAME --zone ZONE --type TYPE   which slice (needed; TYPE as in v4-32, v5litepod-16, v6e-16)
-#   --version VERSION                     TPU software that fits TYPE (default v2-alpha-tpuv6e)
-#   --project PROJECT                     Google Cloud project (default: gcloud's own)
-#   --spot                                a slice that may be preempted, at a lower price
+#   --name NAME --zone ZONE --type TYPE   the slice (required; TYPE is v4-32, v5litepod-16, v6e-16 or similar)
+#   --version VERSION                     version of the TPU software for TYPE (default: v2-alpha-tpuv6e)
+#   --project PROJECT                     Google Cloud project (default: that of gcloud)
+#   --spot                                use a slice that may be preempted, at a lower price
 #   --delete                              delete the slice; takes no command
-#   --dry_run                             print every command of a first launch, run none
-#   --help                                print this
+#   --dry_run                             print every command of a first launch and run none
+#   --help                                print this text
 set -euo pipefail
 
 die() {
@@ -28,7 +29,7 @@ usage() {
   sed -n '/^# Runs/,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 }
 
-# Words as a POSIX shell reads them back: the remote shell need not be bash.
+# Quotes words for any POSIX shell, because the remote shell may not be bash.
 quoted() {
   local word text="" escape="'\\''"
   for word in "$@"; do
@@ -38,7 +39,7 @@ quoted() {
   printf '%s' "${text% }"
 }
 
-# Every command goes through here: printed so that it can be pasted, then run unless this is a dry run.
+# Prints a command so that it can be pasted into a shell, then runs it unless this is a dry run.
 exec 3>&1
 run() {
   quoted "$@" >&3
@@ -93,18 +94,18 @@ archive="${TMPDIR:-/tmp}/arrag_jax-$commit.tar.gz"
 trap 'rm -f "$archive"' EXIT
 jax=$(sed -n 's/^jax==//p' requirements.txt)
 
-# --- what the workers run, in a folder of its own for each commit, so that no file of an older one stays ---
+# --- the commands for the workers; each commit has its own folder, so that no file of an older commit remains ---
 home="arrag_jax_run"
 code="$home/${commit:0:12}"
 check="if [ -e $home/pid ] && kill -0 \$(cat $home/pid) 2>/dev/null; then \
 echo \"error: a command still runs here; stop it with: kill -TERM -- -\$(cat $home/pid)\" >&2; exit 1; fi"
-# TPU images bring Python 3.10 and the pinned jax needs 3.11: uv fetches that interpreter.
+# TPU images have Python 3.10, but the pinned jax needs 3.11, which uv downloads.
 install="set -e; mkdir -p $code; tar -xzf arrag_jax.tar.gz -C $code; python3 -m pip install --quiet --user uv; \
 [ -e $home/.venv ] || python3 -m uv venv --quiet --python 3.11 $home/.venv; \
 python3 -m uv pip install --quiet --python $home/.venv/bin/python -r $code/requirements.txt 'jax[tpu]==$jax'"
-# Host callbacks need the CPU backend beside the TPU's. setsid gives the command a process group of its own:
-# it outlives the connection, and one kill reaches all of it; the trap lets the shell outlive that kill and
-# record the command's exit code.
+# Host callbacks need the CPU backend in addition to the TPU's. setsid puts the command into its own process group,
+# so that it survives the connection and one kill reaches all of its processes. With the trap the shell survives
+# that kill and records the command's exit code.
 recorded="trap : TERM; $(quoted "$@"); echo \$? >../exit_code"
 start="set -e; cd $code; . ../.venv/bin/activate; export JAX_PLATFORMS=tpu,cpu; rm -f ../exit_code; \
 setsid bash -c $(quoted "$recorded") >../log 2>&1 </dev/null & echo \$! >../pid"

@@ -1,4 +1,4 @@
-"""Finds the files of a source that hold the same bytes."""
+"""Finds the images of a source that have the same bytes."""
 
 import collections
 import hashlib
@@ -9,13 +9,14 @@ from typing import Any
 from arrag_jax.data.examples import DUPLICATE
 from arrag_jax.data.sources import LARGEST, Entry
 
-PROBE = 2**12  # bytes at either end by which files of one size are told apart before they are read whole
+PROBE = 2**12  # bytes at each end that are compared first, before images of the same size are read completely
 
 
 def without_copies(root: Path, entries: list[Entry]) -> list[Entry]:
-    """The entries, with a fault in each whose bytes and caption are those of an earlier one.
+    """Returns the entries, with a fault in each entry that has the same bytes and caption as an earlier one.
 
-    Only files of one size are read, at their ends first. One that cannot be read is no copy.
+    Only images with the same size and caption are read; their ends are compared first. An image that cannot be read
+    counts as no copy.
     """
     twins = _groups([(entry.size, entry.caption) for entry in entries], range(len(entries)))
     for first_bytes in (PROBE, LARGEST):
@@ -30,7 +31,7 @@ def without_copies(root: Path, entries: list[Entry]) -> list[Entry]:
 
 
 def _groups(facts: list[Any], numbers: Iterable[int]) -> list[list[int]]:
-    """The numbers that share a fact with others, group by group; those of the fact None with none."""
+    """Returns groups of two or more numbers that have the same fact; numbers whose fact is None are in no group."""
     groups = collections.defaultdict(list)
     for number in sorted(numbers):
         if facts[number] is not None:
@@ -39,7 +40,7 @@ def _groups(facts: list[Any], numbers: Iterable[int]) -> list[list[int]]:
 
 
 def _digest(root: Path, entry: Entry, end_bytes: int) -> tuple[int, str, bytes] | None:
-    """Size, caption and a hash of an image's first and last bytes; None if they cannot be read."""
+    """Returns size, caption and a hash of an image's first and last bytes; None if the image cannot be read."""
     spans = [(0, end_bytes)] if 2 * end_bytes >= entry.size else [(0, end_bytes), (entry.size - end_bytes, end_bytes)]
     content = hashlib.blake2b(digest_size=16)
     try:

@@ -1,4 +1,4 @@
-"""Tells from a file's name whether it is an image, stands beside images, or is passed over because it may be one."""
+"""Decides by a file's name whether it is an image, holds no image, or may be an image that cannot be read."""
 
 import re
 from pathlib import PurePosixPath
@@ -16,7 +16,7 @@ COMPRESSED = (
     *(".tgz", ".tbz", ".tbz2", ".txz", ".tlz", ".tzst", ".taz"),
 )
 NO_ENDING, HIDDEN = "without ending", "hidden"
-# Files that stand beside images and hold none: captions, labels, tables, features, pages, programs, sums, sounds.
+# Files that hold no image: captions, labels, tables, features, web pages, programs, checksums, sounds.
 BESIDE = _those(
     ".txt .text .caption .json .jsn .jsonl .ndjson .csv .tsv .xml .yaml .yml .toml .ini .cfg .db .log .md .rst .html "
     ".htm .url .npy .npz .pt .pth .pyd .ten .mp .msg .parquet .arrow .feather .h5 .hdf5 .pkl .pickle .mat .cls .cls2 "
@@ -33,7 +33,10 @@ DRAWINGS = _those(".svg .svgz .eps .ps .ai .pdf .wmf .emf .cdr .dxf")
 
 
 def ending(name: str) -> str:
-    """Returns the ending that a name or an image's id is counted by: ".jpg", ".tar.gz"; ``NO_ENDING``, ``HIDDEN``."""
+    """Returns the ending under which a file name or an image's id is counted.
+
+    It is an ending such as ".jpg" or ".tar.gz", or ``NO_ENDING``, ``HIDDEN`` or "of another ending".
+    """
     base = PurePosixPath(name.lower().rpartition(f"{TAR}!")[2]).name
     if base.startswith("."):
         return HIDDEN
@@ -45,17 +48,17 @@ def ending(name: str) -> str:
 
 
 def is_image(name: str) -> bool:
-    """Whether the ending is that of a format which is read."""
+    """Returns whether the ending is that of an image format that we read."""
     return name.lower().endswith(pixels.SUFFIXES)
 
 
 def is_beside(name: str) -> bool:
-    """Whether a file obviously holds no image."""
+    """Returns whether a file certainly holds no image."""
     return ending(name) in BESIDE
 
 
 def why_passed_over(name: str) -> str:
-    """Returns the reason why a file that is neither an image nor beside one is passed over, and the mend."""
+    """Returns why a file that may be an image is not read, and what the user can do."""
     found = ending(name)
     if found in pixels.HEIF:
         return f"{found} is read where pillow-heif is installed: pip install {pixels.HEIF_PACKAGE}"

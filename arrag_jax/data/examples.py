@@ -1,4 +1,4 @@
-"""What an image source gives: examples by number, and the reasons why one cannot be given."""
+"""The interface of image sources: examples by number, and the errors for images that cannot be read."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -6,21 +6,21 @@ from typing import Any, Protocol, runtime_checkable
 from arrag_jax.errors import UNPRINTABLE, UserError
 
 Example = dict[str, Any]
-# How the reason of a line in a file of bad images begins that tells of no damage: what may be an image and is not read,
-# and an image that is there already. Both are left out, and neither counts among those that cannot be read.
+# Prefixes of reasons in a file of bad images that mean no damage: the file may be an image but is not read, or the
+# image is already in the source. Both kinds are left out, and neither counts as an unreadable image.
 PASSED_OVER, DUPLICATE = "passed over: ", "duplicate of "
-ONE_IN = 20  # images; among fewer than this many times the least number of bad ones that is allowed is smaller
+ONE_IN = 20  # of few images, at most one in this many may be unreadable, see ``most_bad``
 
 
 class BadImage(UserError):
-    """An image that cannot be had; the message is the reason, the one who asked knows the name."""
+    """An image cannot be read. The message is the reason alone; the caller knows the name of the image."""
 
 
 @runtime_checkable
 class Examples(Protocol):
-    """A random-access source of dicts with "image", uint8 [h, w, 3], all of one size; read from several threads.
+    """A random-access source of dicts with "image", uint8 [h, w, 3], all of one size; several threads read it.
 
-    An image that can never be had raises ``BadImage``.
+    An image that can never be read raises ``BadImage``.
     """
 
     def __len__(self) -> int: ...
@@ -30,36 +30,40 @@ class Examples(Protocol):
 
 @runtime_checkable
 class Images(Examples, Protocol):
-    """The examples of one split. All have names, and captions where these were asked for."""
+    """The examples of one split. All have ids, and captions if these were requested."""
 
     def source_id(self, index: int) -> str:
-        """The id of an image: one line of text that no other image of the source has."""
+        """Returns the id of an image: one line of text, unique in the source."""
         ...
 
     def caption(self, index: int) -> str:
-        """Returns an image's caption in one line ("" = it has none) and decodes no pixels.
+        """Returns an image's caption in one line ("" = none) without decoding pixels.
 
         Raises:
-          BadImage: it is known already that the image cannot be had.
+          BadImage: if the image is already known to be unreadable.
         """
         ...
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Where images come from: a folder, a tar or a data set; ``data.registry.open_source`` makes one.
+    """An image source: a folder, a tar or a data set; ``data.registry.open_source`` opens it.
 
     Attributes:
-      words: every word of its captions, where that is known without reading them (each image then has a caption); else
-        None.
-      identity: changes with the images or their captions; "" where the source's name alone tells what they are.
+      words: all words of the captions, if they are known without reading the captions (every image then has a caption);
+        else None.
+      identity: a text that changes if the images or their captions change; "" if the source's name determines them.
     """
 
     words: tuple[str, ...] | None
     identity: str
 
     def images(self, split: str) -> Images:
-        """Returns the images of a split or of a slice of one ("train[:100]"), or raises UserError if there are none."""
+        """Returns the images of a split or of a slice such as "train[:100]".
+
+        Raises:
+          UserError: if there is no such split, or it is empty.
+        """
         ...
 
 
@@ -76,11 +80,11 @@ class Subset:
         return self._images[self._numbers[index]]
 
     def source_id(self, index: int) -> str:
-        """The id of an image."""
+        """Returns the id of an image."""
         return self._images.source_id(self._numbers[index])
 
     def caption(self, index: int) -> str:
-        """The caption of an image."""
+        """Returns the caption of an image."""
         return self._images.caption(self._numbers[index])
 
 
@@ -88,17 +92,18 @@ def most_bad(total: int, share: float, least: int) -> int:
     """Returns how many of ``total`` images may be unreadable.
 
     Args:
-      share: of all images.
-      least: so many are allowed whatever their share is, as long as they are at most one in ``ONE_IN`` (or one in all).
+      share: allowed share of all images.
+      least: this many are allowed even if they exceed ``share``, but at most one in ``ONE_IN`` images (and at least one
+        image).
     """
     return int(max(share * total, min(least, max(1, total // ONE_IN))))
 
 
 def caption_of(example: Example) -> str:
-    """An example's caption in one line; control characters and bytes that are not UTF-8 are no words.
+    """Returns an example's caption in one line, without control characters; bytes that are not UTF-8 are replaced.
 
     Raises:
-      UserError: it has none.
+      UserError: if the example has no caption.
     """
     if "caption" not in example:
         raise UserError("these images have no captions; leave config.captions out")

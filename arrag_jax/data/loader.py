@@ -1,4 +1,4 @@
-"""The one loader of every training task: shuffled for ever, split over processes, resumable to the example."""
+"""The loader of every training task: endless, shuffled, split over processes, and resumable at any batch."""
 
 from typing import Any
 
@@ -12,18 +12,21 @@ Batch = dict[str, np.ndarray]  # each [rows of this process, ...]
 
 
 def make_loader(source: Any, batch_size: int, seed: int, threads: int = 2) -> grain.DatasetIterator[Batch]:
-    """An endless iterator of batches, with ``get_state`` and ``set_state``.
+    """Returns an endless iterator of batches, with ``get_state`` and ``set_state``.
 
-    To the source's own arrays a batch adds "example": int [B], each example's number in the source.
-    Every epoch is one pass in its own order. All processes walk the same order, process p of n taking the p-th
-    share of every batch, so that a global batch is the same for any number of processes.
+    A batch has the arrays of the source and "example": int [B], the number of each example in the source. Every epoch
+    is one pass over the source in a new order. All processes follow the same order, and process p of n takes the p-th
+    share of every batch. So the global batch is the same for any number of processes.
 
     Args:
-      source: a ``grain.MapDataset`` (seeded by its maker where it holds random maps) or any random-access
-        source (len, []) of dicts of arrays.
-      batch_size: examples in the global batch, a multiple of the number of processes.
-      seed: of the order.
-      threads: that read ahead; the order does not depend on them.
+      source: a ``grain.MapDataset`` (its random maps, if any, already have a seed), or any random-access source
+        (``len`` and ``[]``) of dicts of arrays.
+      batch_size: examples in the global batch; a multiple of the number of processes.
+      seed: seed of the order.
+      threads: number of threads that read ahead; the order does not depend on it.
+
+    Raises:
+      UserError: if the source is empty, or ``batch_size`` is no multiple of the number of processes.
     """
     processes = jax.process_count()
     if batch_size % processes:
@@ -32,10 +35,10 @@ def make_loader(source: Any, batch_size: int, seed: int, threads: int = 2) -> gr
     examples = len(dataset)
     if examples == 0:
         raise UserError("the training data are empty; check config.data")
-    # Past the first epoch grain's index goes on counting, so that random maps differ from epoch to epoch.
+    # grain's index continues to count after the first epoch, so that random maps differ between epochs.
     dataset = dataset.map_with_index(lambda index, example: {**example, "example": np.int32(index % examples)})
     dataset = dataset.seed(seed).shuffle().repeat()
-    # Whole shares in turn, so that the global batch holds the same examples in the same places.
+    # Processes take contiguous shares in turn, so the global batch has the same examples in the same order.
     dataset = dataset.batch(batch_size // processes)[jax.process_index() :: processes]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)
     return iter(dataset.to_iter_dataset(options))

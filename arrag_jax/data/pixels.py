@@ -1,8 +1,9 @@
-"""From the bytes of an image file, whatever PIL reads, to the pixels that a tokenizer takes.
+"""Decodes the bytes of an image file, in any format of PIL, to the pixels that a tokenizer takes.
 
-The first frame, turned as its EXIF data say, as 8-bit RGB on white; then the shorter side is scaled to the tokenizer's
-(bilinear with antialiasing) and the middle is cut out, as the reference does with torchvision's Resize and CenterCrop.
-Colour profiles are not applied. Grey of 16 bits is scaled, not clipped. HEIC is read where pillow-heif is installed.
+The first frame is rotated by its EXIF orientation and converted to 8-bit RGB on a white background. Then the image is
+scaled (bilinear with antialiasing) until it just covers the tokenizer's size, and its centre is cropped. The reference
+does the same with torchvision's Resize and CenterCrop. Colour profiles are not applied. 16-bit grey values are scaled,
+not clipped. HEIC is read if pillow-heif is installed.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from PIL import ExifTags, Image, ImageCms
 from arrag_jax.data.examples import BadImage
 from arrag_jax.json_files import LFS_POINTER
 
-# PIL warns of sizes and of odd metadata; what can't be read is said in one line by us, what can is no news.
+# PIL warns about large images and odd metadata. Images that cannot be read are reported elsewhere, in one line each.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 HEIF = (".heic", ".heics", ".heif", ".heifs", ".hif")
@@ -24,7 +25,7 @@ HEIF_PACKAGE = "pillow-heif"
 
 
 def _register_heif() -> None:
-    """Adds HEIC to PIL's formats, if the package that reads it is there."""
+    """Adds HEIC to PIL's formats if pillow-heif is installed."""
     with contextlib.suppress(ImportError):
         import pillow_heif
 
@@ -33,12 +34,12 @@ def _register_heif() -> None:
 
 Image.init()
 _register_heif()
-# Without the formats that run another program (EPS: Ghostscript) and those that PIL knows by name alone.
+# Excludes formats that run another program (EPS runs Ghostscript) and formats that PIL identifies but cannot read.
 FORMATS = sorted(set(Image.OPEN) - {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
 SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in {*FORMATS, "MPO"}))
-LONGEST = 16  # long sides beyond so many short ones are cut before scaling, lest a line become gigabytes
+LONGEST = 16  # maximum ratio of the sides; a longer image is cropped before scaling, or it would need gigabytes
 SIXTEEN_BITS = 65535
-_TURNS = {  # EXIF orientation → what undoes it
+_TURNS = {  # EXIF orientation → transposition that reverts it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -50,12 +51,12 @@ _TURNS = {  # EXIF orientation → what undoes it
 
 
 def decode(data: bytes, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels of an image file, h x w = ``size``.
+    """Returns the pixels of an image file, with h x w = ``size``.
 
-    A JPEG four or more times too large is decoded at a half, quarter or eighth that is still twice as large.
+    A JPEG of at least four times the size is decoded at 1/2, 1/4 or 1/8 scale, which is still at least twice the size.
 
     Raises:
-      BadImage: not an image, a damaged one, or one of more pixels than PIL takes for harmless.
+      BadImage: if the data are not an image, are damaged, or have more pixels than PIL considers safe.
     """
     if not data:
         raise BadImage("empty file")
@@ -75,29 +76,29 @@ def decode(data: bytes, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
         raise BadImage("not an image that PIL reads") from None
     except Image.DecompressionBombError as error:
         raise BadImage(f"too large: {error}") from error
-    except Exception as error:  # plugins raise anything; the pixels cannot be had
+    except Exception as error:  # PIL's plugins raise any type of error for damaged data
         raise BadImage(" ".join(f"damaged image: {error or type(error).__name__}".split())) from error
 
 
 def turned(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation shows it; unreadable EXIF data count as none."""
+    """Returns the image rotated by its EXIF orientation; unreadable EXIF data are ignored."""
     image.load()
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # PIL's parser raises anything; the pixels are there
+    except Exception:  # PIL's EXIF parser raises any type of error, and the pixels are good
         return image
     return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, on white where the image is transparent.
+    """Returns the image as 8-bit RGB; transparent parts become white.
 
     Raises:
-      BadImage: pixels without a known white: integers outside 16 bits, numbers that are negative or not finite.
+      BadImage: if the value of white is unknown: integers outside 16 bits, or negative or non-finite numbers.
     """
-    if image.mode.startswith("I"):  # 16 bits, or 32 that should hold 16
+    if image.mode.startswith("I"):  # 16 bits, or 32 bits that should hold 16-bit values
         return _from_numbers(np.asarray(image), SIXTEEN_BITS)
-    if image.mode == "F":  # white is the least of the usual whites that no pixel exceeds
+    if image.mode == "F":  # white is the smallest of 1, 255 and 65535 that no pixel exceeds
         numbers = np.asarray(image)
         return _from_numbers(numbers, next((white for white in (1, 255) if numbers.max() <= white), SIXTEEN_BITS))
     if image.mode == "LAB":
@@ -111,18 +112,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _from_numbers(numbers: np.ndarray, white: int) -> Image.Image:
     low, high = numbers.min(), numbers.max()
-    if not 0 <= low <= high <= white:  # false of NaN too
+    if not 0 <= low <= high <= white:  # also false for NaN
         raise BadImage(f"its pixels run from {low} to {high}: outside 0 to {white}, so that no white is known")
     return Image.fromarray(np.round(numbers / (white / 255)).astype(np.uint8)).convert("RGB")
 
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scaled until it just covers h x w = ``size``, and the middle of that cut out."""
+    """Returns the image scaled until it just covers h x w = ``size``, then cropped to its centre."""
     height, width = size
     limit = LONGEST * min(image.size)
     if max(image.size) > limit:
         image = _middle(image, min(image.height, limit), min(image.width, limit))
-    if image.width * height <= image.height * width:  # the width decides; the other side is cut off as torchvision does
+    if image.width * height <= image.height * width:  # the other side is rounded down, as in torchvision
         scaled = (width, max(height, width * image.height // image.width))
     else:
         scaled = (max(width, height * image.width // image.height), height)

@@ -1,4 +1,4 @@
-"""Any data set that TFDS has prepared as ArrayRecord files, read without TensorFlow and without the set's own code."""
+"""Reads any data set that TFDS has prepared as ArrayRecord files, without TensorFlow and the data set's own code."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -17,9 +17,9 @@ PREFIX = "tfds:"
 
 
 class PreparedSource:
-    """A prepared set as an image source (``data.examples.Source``); the arguments are those of ``PreparedImages``.
+    """A prepared data set as an image source (``data.examples.Source``); the arguments are those of ``PreparedImages``.
 
-    Its identity is name, config and version of the set, because the newest version counts where the source names none.
+    Its identity is the name, config and version of the data set, because a source without a version means the newest.
     """
 
     words = None
@@ -42,18 +42,19 @@ class PreparedSource:
 
 
 class PreparedImages:
-    """A split as a random-access source of examples (``data.examples.Images``) of one size.
+    """A split of a prepared data set as a random-access source (``data.examples.Images``) of images of one size.
 
     Args:
-      source: "tfds:NAME[/config][:version]"; the newest version unless one is given.
-      split: a TFDS slice such as "train[:100]" works too.
+      source: "tfds:NAME[/config][:version]"; without a version, the newest one.
+      split: name of a split, or a TFDS slice such as "train[:100]".
       data_dir: the folder of all TFDS data sets.
-      size: height and width of the images given out.
-      captions: must the set have captions?
-      key: how errors call the source.
+      size: height and width of the images that are returned.
+      captions: whether the data set must have captions.
+      key: name of the setting, for error messages.
 
     Raises:
-      UserError: no such set or split there, not as ArrayRecord, or without a feature "image" (or "caption").
+      UserError: if there is no such data set or split, it is not in ArrayRecord files, or it lacks the feature "image"
+        (or "caption").
     """
 
     def __init__(
@@ -81,23 +82,27 @@ class PreparedImages:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The example, its "image" as uint8 [h, w, 3]; or ``BadImage``."""
+        """Returns the example, with "image" as uint8 [h, w, 3].
+
+        Raises:
+          BadImage: if the image cannot be decoded.
+        """
         example = self.examples[index]
         return {**example, "image": pixels.decode(example["image"], self.size)}
 
     def source_id(self, index: int) -> str:
-        """The id of an image: "tfds:pets/train/17"."""
+        """Returns the id of an image, such as "tfds:pets/train/17"."""
         split, number = self.places[index]
         return f"{self.source}/{split}/{number}"
 
     def caption(self, index: int) -> str:
-        """The caption of an image; its file is read and not decoded."""
+        """Returns the caption of an image without decoding its pixels."""
         return caption_of(self.examples[index])
 
 
 @contextlib.contextmanager
 def _told(source: str, data_dir: str | Path, key: str) -> Iterator[None]:
-    """Makes what TFDS raises where a set cannot be read a UserError that names it."""
+    """Turns the errors that TFDS raises for an unreadable data set into a UserError that names the data set."""
     try:
         yield
     except (ValueError, KeyError, NotImplementedError) as error:
@@ -111,10 +116,10 @@ def _builder(source: str, data_dir: str | Path) -> read_only_builder.ReadOnlyBui
 
 
 def places(split: str, splits: Mapping[str, SplitInfo]) -> list[tuple[str, int]]:
-    """Where the examples of a TFDS slice stand: "store[7:9]" → [("store", 7), ("store", 8)].
+    """Returns split and number of each example of a TFDS slice: "store[7:9]" → [("store", 7), ("store", 8)].
 
     Raises:
-      ValueError, NotImplementedError: TFDS knows no such slice of these splits.
+      ValueError, NotImplementedError: if TFDS knows no such slice of these splits.
     """
     found = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
     wholes = [(x.splitname, range(splits[x.splitname].num_examples)[x.from_ : x.to]) for x in found]

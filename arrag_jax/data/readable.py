@@ -1,4 +1,4 @@
-"""Images as training reads them: one that cannot be read is named, counted and replaced."""
+"""Images for training: an image that cannot be read is reported, counted and replaced by another."""
 
 import itertools
 import threading
@@ -10,34 +10,34 @@ from arrag_jax.progress import tell
 
 
 class ReadableImages:
-    """A split without gaps: in the place of an image that cannot be read stands the next one that can.
+    """The images of a split, in which the next readable image replaces an unreadable one.
 
-    What stands where depends on the files alone, so that the loader's order is the same in every run, resumed ones
-    included. An unreadable image is named on stderr when it is met first. Read from several threads.
+    The replacement depends on the files only, so the loader's order is the same in every run, including resumed runs.
+    An unreadable image is reported on stderr once. Several threads may read at the same time.
 
     Args:
-      images: of a split.
-      most, least: how many may be unreadable; ``most_bad``'s ``share`` and ``least``.
+      images: the images of the split.
+      most, least: limit of unreadable images: ``share`` and ``least`` of ``most_bad``.
 
     Raises:
-      UserError: when more images are unreadable.
+      UserError: if more images are unreadable; raised while reading.
     """
 
     def __init__(self, images: Images, most: float, least: int):
         self.images, self.most, self.least = images, most, least
-        self._bad: dict[int, str] = {}  # number → line
+        self._bad: dict[int, str] = {}  # number of an image → its line in the report
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Example:
-        """The example of this number, or of the next number whose image can be read."""
+        """Returns the example with this number, or the next one whose image can be read."""
         numbers = itertools.chain(range(index, len(self)), range(index))
         return next(example for example in map(self._read, numbers) if example is not None)
 
     def first(self, count: int) -> Iterator[Example]:
-        """Yields the readable ones among the first ``count`` images."""
+        """Yields the readable examples among the first ``count`` images."""
         return (example for example in map(self._read, range(min(count, len(self)))) if example is not None)
 
     def _read(self, number: int) -> Example | None:
@@ -50,7 +50,7 @@ class ReadableImages:
             return None
 
     def _note(self, number: int, line: str) -> None:
-        """Counts an unreadable image, and names it where no other thread has."""
+        """Counts an unreadable image, and reports it unless another thread has done so."""
         with self._lock:
             if number not in self._bad:
                 tell(f"skipped {line}")

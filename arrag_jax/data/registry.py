@@ -1,7 +1,7 @@
-"""From a source's name to its images: one table of data sets, and folders, tars and prepared sets beside them.
+"""Opens an image source by its name: a data set in ``DATA_SETS``, a folder, a tar, or a data set prepared by TFDS.
 
-Stores, neighbour sets and training open their images here. A new data set is one file below ``data/`` and one line of
-``DATA_SETS``.
+Datastores, neighbour sets and training open their images here. A new data set needs one file below ``data/`` and one
+line in ``DATA_SETS``.
 """
 
 import functools
@@ -17,33 +17,33 @@ from arrag_jax.data.examples import Images, Source
 from arrag_jax.data.prepared import PREFIX, PreparedSource, places
 from arrag_jax.errors import UserError
 
-# Names of the data sets that this package builds itself → what makes a ``Source`` of (name, data_dir, size, captions).
+# Name of a data set that this package builds itself → function of (name, data_dir, size, captions) → ``Source``.
 DATA_SETS = {
     **dict.fromkeys(emoji.NAMES, emoji.SceneSource),
 }
 
 
 def is_data_set(source: str) -> bool:
-    """Tells whether this is a TFDS data set, which has splits, rather than a folder or a tar."""
+    """Returns whether a source is a TFDS data set, which has splits, and not a folder or a tar."""
     return source in DATA_SETS or source.startswith(PREFIX)
 
 
 def open_source(
     source: str, data_dir: str | Path, size: tuple[int, int], captions: bool = False, key: str = "config.source"
 ) -> Source:
-    """Returns the images that a source holds.
+    """Returns an image source.
 
     Args:
-      source: a name in ``DATA_SETS``, "tfds:NAME[/config][:version]" (any set that TFDS has prepared as ArrayRecord
-        files), a folder of images and tars, or one .tar.
-      data_dir: where TFDS keeps data sets.
+      source: a name in ``DATA_SETS``, "tfds:NAME[/config][:version]" (any data set that TFDS has prepared as
+        ArrayRecord files), a folder of images and tars, or one .tar.
+      data_dir: the folder of all TFDS data sets.
       size: height and width of the images in pixels; photos are scaled and cropped to it (``data.pixels``).
-      captions: read the captions, too. Those of a folder or a tar are files beside the images (``data.sidecars``).
-
-      key: how errors call the source.
+      captions: whether to read captions, too. In a folder or a tar they are files next to the images
+        (``data.sidecars``).
+      key: name of the setting, for error messages.
 
     Raises:
-      UserError: the source is not there, or has no captions where they are asked for. Splits are opened later.
+      UserError: if the source does not exist, or captions are requested and it has none. Splits are opened later.
     """
     if source in DATA_SETS:
         return DATA_SETS[source](source, data_dir, size, captions)
@@ -59,17 +59,18 @@ def open_images(source: str, split: str, data_dir: str | Path, size: tuple[int, 
     """Returns the images of one split of a source.
 
     Args:
-      split: of a data set, or a TFDS slice of one ("train[:100]"). The images of a folder or a tar, in the order of
-        their paths, are one split, "train", which is sliced alike ("" = all of it).
+      source, data_dir, size, captions: as in ``open_source``.
+      split: a split of a data set, or a TFDS slice of one ("train[:100]"). The images of a folder or a tar, sorted by
+        path, are one split "train", which can be sliced in the same way ("" = all images).
 
     Raises:
-      UserError: as ``open_source``; no such split, or an empty one.
+      UserError: as ``open_source``; also if there is no such split, or it is empty.
     """
     return open_source(source, data_dir, size, captions).images(split)
 
 
 class FileSource:
-    """A folder or a tar as an image source (``data.examples.Source``), listed once."""
+    """A folder or a tar as an image source (``data.examples.Source``); it is listed once."""
 
     words = None
 
@@ -79,14 +80,18 @@ class FileSource:
 
     @functools.cached_property
     def identity(self) -> str:
-        """Sixteen hex digits of a hash over the images' ids, sizes in bytes and captions."""
+        """The first sixteen hex digits of a hash of the images' ids, sizes in bytes and captions."""
         content = hashlib.sha256()
         for entry in self._entries:
             content.update(json.dumps((entry.id, entry.size, entry.caption, entry.is_passed_over)).encode())
         return content.hexdigest()[:16]
 
     def images(self, split: str) -> sources.FileImages:
-        """Returns the images of a slice; what is passed over is left out after slicing, as neighbour sets do it."""
+        """Returns the images of a slice. Entries that are passed over are removed after slicing, as in neighbour sets.
+
+        Raises:
+          UserError: if there is no such slice, or it has no image.
+        """
         entries = [x for x in entries_of_split(self._source, self._entries, split) if not x.is_passed_over]
         if not entries:
             raise UserError(f"{self._source} has no image in {split}; choose another slice")
@@ -94,10 +99,13 @@ class FileSource:
 
 
 def entries_of_split(source: str, entries: list[sources.Entry], split: str) -> list[sources.Entry]:
-    """Returns those of a source's files that stand in a slice of "train", which is all of them ("": all).
+    """Returns the entries in a slice of the split "train", which holds all entries ("" = all).
+
+    Args:
+      source: name of the source, for the message.
 
     Raises:
-      UserError: no such split, or an empty one.
+      UserError: if there is no such split, or it is empty.
     """
     number = len(entries)
     try:

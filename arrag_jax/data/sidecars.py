@@ -1,12 +1,13 @@
-"""Captions that stand in files beside images: which file is an image's, and what it says.
+"""Finds the caption file of an image, and reads the caption from it.
 
-As webdataset and img2dataset name them: an image and its caption have the same name up to the first dot of the base
-name, so that ``a.txt`` is the caption of ``a.jpg`` and of ``a.left.jpg``. The more exact name wins: ``a.left.jpg`` asks
-for ``a.left.jpg.txt``, then ``a.left.txt``, then ``a.txt``. Among files of one name text comes before JSON. The first
-one that holds a caption counts; an empty one is none. Capitals in the ending do not matter.
+Names follow webdataset and img2dataset: an image and its caption have the same name up to the first dot of the base
+name, so ``a.txt`` is the caption of ``a.jpg`` and of ``a.left.jpg``. More exact names come first: for ``a.left.jpg``
+they are ``a.left.jpg.txt``, then ``a.left.txt``, then ``a.txt``. Among files with the same name, text comes before
+JSON. The first file that holds a caption is used; an empty file holds none. The case of the ending does not matter.
 
-A text's caption is its first line that is not blank; a JSON's is a string, or its "caption", else its "text" (of a list
-the first). Text is UTF-8, or UTF-16 with a byte order mark.
+The caption in a text file is its first line that is not blank. The caption in a JSON file is the value if that is a
+string, else the value of "caption", else of "text"; in a list, the first caption is used. Files are UTF-8, or UTF-16
+with a byte order mark.
 """
 
 import codecs
@@ -17,25 +18,25 @@ from typing import Any
 from arrag_jax.json_files import parse_json
 
 TEXTS, JSONS = (".txt", ".text", ".caption"), (".json", ".jsn")
-KEYS = ("caption", "text")  # of a JSON object, in this order
-LONGEST_TEXT, LONGEST_JSON = 2**14, 2**20  # bytes that are read of a file
-Read = Callable[[str, int], bytes]  # name of a file, how many bytes at most → its first bytes
+KEYS = ("caption", "text")  # keys of a JSON object that may hold a caption, in this order
+LONGEST_TEXT, LONGEST_JSON = 2**14, 2**20  # most bytes that are read from a file
+Read = Callable[[str, int], bytes]  # (name of a file, maximum number of bytes) → its first bytes
 _MARKS = {
     codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF32_LE: "utf-32",  # begins with the mark of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark is a prefix of this one
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
 
 
 class Sidecars:
-    """The files of a folder, or of a tar, that may hold captions."""
+    """The files of a folder or a tar that may hold captions."""
 
     def __init__(self) -> None:
         self.names: dict[str, list[tuple[int, str, str]]] = {}  # name without ending → rank, ending, name
 
     def add(self, name: str) -> None:
-        """Takes note of a file; one that can hold no caption is ignored."""
+        """Adds a file; a file that cannot hold a caption is ignored."""
         suffix = PurePosixPath(name).suffix
         if suffix.lower() in (*TEXTS, *JSONS):
             rank = (*TEXTS, *JSONS).index(suffix.lower())
@@ -52,24 +53,28 @@ class Sidecars:
             stem = shorter
 
     def caption(self, image: str, read: Read) -> tuple[str, str]:
-        """Returns an image's caption in one line ("" = it has none), and why a file that should hold it does not."""
+        """Returns an image's caption in one line ("" = none), and why a caption file cannot be read ("" = no error)."""
         fault = ""
         for name in self.of(image):
             try:
                 if found := _caption_in(name, read):
                     return found, ""
-            except (OSError, ValueError) as error:  # UserErrors are ValueErrors
+            except (OSError, ValueError) as error:  # a UserError is a ValueError
                 fault = fault or f"its caption in {name} cannot be read: {getattr(error, 'strerror', None) or error}"
         return "", fault
 
 
 def _caption_in(name: str, read: Read) -> str:
-    """The caption that a file holds, "" if none; a ValueError if it should and cannot be had."""
+    """Returns the caption in a file, "" if there is none.
+
+    Raises:
+      ValueError: if the file cannot be read as a caption file.
+    """
     if name.lower().endswith(JSONS):
         data = read(name, LONGEST_JSON + 1)
         if len(data) > LONGEST_JSON:
             raise ValueError(f"it is longer than {LONGEST_JSON:,} bytes")
-        # NaN stands in the files of large sets where a number is missing
+        # The files of large data sets hold NaN for missing numbers.
         return _in_json(parse_json(_decoded(data, True), "it", constants=True)) if data.strip() else ""
     data = read(name, LONGEST_TEXT + 1)
     whole = len(data) <= LONGEST_TEXT
@@ -82,13 +87,13 @@ def _caption_in(name: str, read: Read) -> str:
 
 
 def _decoded(data: bytes, whole: bool) -> str:
-    """The text; of one that is not whole, without a last character that was cut."""
+    """Returns the decoded text; if ``data`` is not the whole file, an incomplete last character is dropped."""
     mark = next((mark for mark in _MARKS if data.startswith(mark)), b"")
     return codecs.getincrementaldecoder(_MARKS.get(mark, "utf-8"))().decode(data, whole).removeprefix("\ufeff")
 
 
 def _in_json(value: Any, depth: int = 3) -> str:
-    """The first caption in a JSON value, no deeper than this."""
+    """Returns the first caption in a JSON value that is nested at most ``depth`` levels, "" if there is none."""
     if value is None or (isinstance(value, list | dict) and not depth):
         return ""
     if isinstance(value, list):
@@ -98,5 +103,5 @@ def _in_json(value: Any, depth: int = 3) -> str:
         return next(filter(None, (_in_json(named[key], depth - 1) for key in KEYS if key in named)), "")
     if not isinstance(value, str):
         raise ValueError('its "caption" is no text')
-    value.encode()  # half a surrogate pair cannot be written
+    value.encode()  # raises on a lone surrogate, which cannot be written as UTF-8
     return value.strip()

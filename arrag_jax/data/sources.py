@@ -1,15 +1,15 @@
-"""Folders of images and webdataset tars as a source: listed once, in one order, then read by number.
+"""Lists the images of a folder (with webdataset tars in it) or of one tar in a fixed order, and reads them by number.
 
-An image's id is its path below the source, with slashes; in a tar, the tar's path, "!" and the member's name:
-"holiday/beach.jpg", "shards/00017.tar!000123.jpg". A source that is one tar has ids below its folder ("00017.tar!…").
+The id of an image is its path relative to the source, with slashes. In a tar it is the path of the tar, "!" and the
+name of the member: "holiday/beach.jpg", "shards/00017.tar!000123.jpg". If the source is one tar, ids are relative to
+its folder ("00017.tar!…"). Images are sorted by id, by code point.
 
-What counts as an image is told by the ending of its name, among those of PIL's formats. Links to files are followed.
-What may hold images and is not looked into (a link to a folder, a compressed tar, a tar or a link inside a tar) is
-listed as a bad image. What may be an image and is not read (HEIC without its package, raw data of cameras, names
-without ending) is listed as passed over. Files that obviously hold no image, and names that begin with a dot, are
-counted by their endings. The order is that of the ids by code point.
+A file is an image if its ending belongs to one of PIL's formats. Links to files are followed. Things that may hold
+images but are not opened (a link to a folder, a compressed tar, a tar or a link inside a tar) are listed as bad images.
+Files that may be images but are not read (HEIC without its package, raw data of cameras, names without an ending) are
+listed as passed over. Files that certainly hold no image, and names that begin with a dot, are only counted by ending.
 
-Where captions are asked for, an image's caption stands in a file beside it (``sidecars``).
+If captions are requested, the caption of an image is in a file next to it (``sidecars``).
 """
 
 import collections
@@ -27,21 +27,21 @@ from arrag_jax.data.sidecars import Sidecars
 from arrag_jax.errors import UserError, printable
 from arrag_jax.files import atomic_write
 
-LARGEST = 2**30  # bytes of an image file; no image of as many pixels as are taken needs more
+LARGEST = 2**30  # bytes of an image file; PIL's limit of pixels needs no more
 NO_FILE = "not a file but a folder or a device"
-# Reading fails for these reasons whenever it is tried; for others (a network's, too many open files) it may not.
+# Errors that occur again on every attempt; others (network errors, too many open files) may be temporary.
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class Entry(NamedTuple):
-    """One image of a source, good or bad.
+    """One image of a source, readable or not.
 
     Attributes:
-      id: one line; see above.
-      path: of the file that holds it, below the source's root.
-      offset, size: of its bytes in that file.
-      fault: why it cannot be had, where that is known already.
-      caption: what it shows, if that was asked for.
+      id: one line of text, see the module's docstring.
+      path: path of the file that holds it, relative to the source's root.
+      offset, size: where its bytes are in that file.
+      fault: the reason why it cannot be read, if that is already known.
+      caption: its caption, if captions were requested.
     """
 
     id: str
@@ -53,24 +53,29 @@ class Entry(NamedTuple):
 
     @property
     def is_passed_over(self) -> bool:
-        """Whether it may be an image and is not read, which is no fault of its own."""
+        """Whether it may be an image that we do not read; it is not damaged."""
         return self.fault.startswith(PASSED_OVER)
 
 
 class Listing(NamedTuple):
-    """What a source holds: its images, good or bad, in order; of the files that hold none, how many of each ending."""
+    """The content of a source.
+
+    Attributes:
+      entries: its images, readable or not, in order.
+      beside: ending → number of files that hold no image.
+    """
 
     entries: list[Entry]
     beside: dict[str, int]
 
 
 class FileImages:
-    """Listed images as a random-access source of examples (``data.examples.Examples``).
+    """Listed images as a random-access source of examples (``data.examples.Images``).
 
     Args:
-      root: folder that the paths are below.
-      entries: in order.
-      size: height and width of the images given out.
+      root: the folder that paths are relative to.
+      entries: the images, in order.
+      size: height and width of the images that are returned.
     """
 
     def __init__(self, root: Path, entries: list[Entry], size: tuple[int, int]):
@@ -80,51 +85,57 @@ class FileImages:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": uint8 [h, w, 3], "caption": its words}, or ``BadImage``."""
+        """Returns {"image": uint8 [h, w, 3], "caption": str}.
+
+        Raises:
+          BadImage: if the image cannot be read.
+        """
         entry = self.entries[index]
         return {"image": pixels.decode(read_entry(self.root, entry), self.size), "caption": entry.caption}
 
     def source_id(self, index: int) -> str:
-        """The id of an image."""
+        """Returns the id of an image."""
         return self.entries[index].id
 
     def caption(self, index: int) -> str:
-        """An image's caption in one line, or ``BadImage`` if the listing tells why the image cannot be had."""
+        """Returns an image's caption in one line; raises ``BadImage`` if the listing has a fault for the image."""
         if self.entries[index].fault:
             raise BadImage(self.entries[index].fault)
         return caption_of({"caption": self.entries[index].caption})
 
     @property
     def num_passed_over(self) -> int:
-        """How many of them are passed over."""
+        """Number of entries that are passed over."""
         return sum(entry.is_passed_over for entry in self.entries)
 
 
 def root_of(source: str) -> Path:
-    """The folder that a source's ids are below; of one that is gone, as its ending tells."""
+    """Returns the folder that a source's ids are relative to; the ending decides if the source no longer exists."""
     path = Path(source)
     is_folder = path.is_dir() or not (path.exists() or source.lower().endswith(TAR))
     return path if is_folder else path.parent
 
 
 def spelt_alike(source: str, known: Iterable[str]) -> str:
-    """The source, spelled as the first of the known ones that means the same file or folder."""
+    """Returns the spelling of the first known source that is the same file or folder, else ``source`` itself."""
     return next((x for x in known if x == source or Path(x).resolve() == Path(source).resolve()), source)
 
 
 def list_images(source: str, captions: bool = False) -> list[Entry]:
-    """Returns the images of ``list_source``."""
+    """Returns the entries of ``list_source``."""
     return list_source(source, captions).entries
 
 
 def list_source(source: str, captions: bool = False, key: str = "config.source") -> Listing:
-    """Every image of a folder (with all folders and tars in it) or of one tar, in the order of their ids.
+    """Returns every image of a folder (with all folders and tars in it) or of one tar, sorted by id.
 
     Args:
-      key: how errors call the source.
+      source: path of the folder or tar.
+      captions: whether to read captions.
+      key: name of the setting, for error messages.
 
     Raises:
-      UserError: no such folder or tar, no image in it, or not one caption where captions are asked for.
+      UserError: if there is no such folder or tar, it holds no image, or captions are requested and there is none.
     """
     path, root = Path(source), root_of(source)
     if not path.exists():
@@ -146,11 +157,11 @@ def list_source(source: str, captions: bool = False, key: str = "config.source")
 
 
 def read_entry(root: Path, entry: Entry) -> bytes:
-    """The bytes of an image file.
+    """Returns the bytes of an image file.
 
     Raises:
-      BadImage: it is gone, unreadable, too large, or not as long as when it was listed.
-      UserError: reading failed, but may succeed another time.
+      BadImage: if the file is missing, unreadable or too large, or its size has changed since it was listed.
+      UserError: if reading failed for a reason that may be temporary.
     """
     if entry.fault:
         raise BadImage(entry.fault)
@@ -171,7 +182,7 @@ def read_entry(root: Path, entry: Entry) -> bytes:
 
 
 def save_listing(path: Path, entries: Iterable[Entry], beside: dict[str, int] | None = None) -> None:
-    """Writes a listing, one JSON array a line, then what lies beside as an object; whole or not at all."""
+    """Writes a listing atomically: one JSON array per entry and line, then ``beside``, if given, as a JSON object."""
     with atomic_write(path) as temporary, open(temporary, "w", encoding="ascii") as file:
         file.writelines(f"{json.dumps(entry)}\n" for entry in (*entries, *filter(None, [beside])))
 
@@ -182,10 +193,10 @@ def load_listing(path: Path) -> list[Entry]:
 
 
 def load_whole_listing(path: Path) -> Listing:
-    """Reads a listing.
+    """Returns the listing in a file.
 
     Raises:
-      UserError: it is missing or damaged.
+      UserError: if the file is missing or damaged.
     """
     try:
         with open(path, encoding="ascii") as file:
@@ -199,10 +210,10 @@ def load_whole_listing(path: Path) -> Listing:
 
 
 class _Lister:
-    """Goes through a folder or a tar, and sorts out what lies there.
+    """Lists the images of a folder or a tar.
 
     Attributes:
-      beside: how many files of each ending hold no image.
+      beside: ending → number of files that hold no image.
     """
 
     def __init__(self, root: Path, captions: bool):
@@ -210,7 +221,7 @@ class _Lister:
         self.beside: collections.Counter[str] = collections.Counter()
 
     def walk(self) -> Iterator[Entry]:
-        """The images of a folder, with all folders and tars in it."""
+        """Yields the images of a folder, with all folders and tars in it."""
         for folder, folders, files in os.walk(self.root, onerror=_refuse):
             below = PurePosixPath(os.path.relpath(folder, self.root)).as_posix()
             prefix = "" if below == "." else f"{below}/"
@@ -234,7 +245,7 @@ class _Lister:
             folders[:] = [name for name in folders if not name.startswith(".")]
 
     def members(self, path: str) -> Iterator[Entry]:
-        """The images of a tar; what is wrong with the tar itself is one more entry, by the tar's name."""
+        """Yields the images of a tar; if the tar itself is damaged, one more entry with the tar's name says so."""
         whole = _file_entry(self.root, path)
         if whole.fault:
             yield whole
@@ -277,7 +288,7 @@ class _Lister:
             yield Entry(whole.id, whole.path, fault=f"not a whole tar file ({images} images found in it): {trouble}")
 
     def _file(self, entry: Entry, sidecars: Sidecars, read: Any, member: str = "") -> Iterator[Entry]:
-        """The entry of a file, or of this member of a tar, if it is or may be an image; else it is counted."""
+        """Yields the entry of a file, or of a member of a tar, if it is or may be an image; else counts the file."""
         name = member or entry.id
         hidden = any(part.startswith(".") and part != ".." for part in PurePosixPath(member).parts)
         if hidden or endings.is_beside(name):
@@ -321,7 +332,7 @@ def _file_entry(root: Path, path: str) -> Entry:
 
 
 def _member_entry(whole: Entry, member: tars.Member) -> tuple[Entry, str]:
-    """A member of a tar as an entry, and its kind; the fault says why its bytes do not lie there."""
+    """Returns a member of a tar as an entry, and its kind; the fault says why its bytes cannot be read from the tar."""
     id_ = f"{whole.path}!{PurePosixPath(member.name).as_posix()}"
     fault = _KINDS.get(member.kind, "")
     if not fault and member.offset + member.size > whole.size:
@@ -330,7 +341,7 @@ def _member_entry(whole: Entry, member: tars.Member) -> tuple[Entry, str]:
 
 
 def _with_clean_id(entry: Entry) -> Entry:
-    """The entry as it can stand in a line of text; a name that cannot is a fault."""
+    """Returns the entry with an id and a fault that are one line of text; an id that had to be changed is a fault."""
     clean, fault = printable(entry.id), printable(entry.fault)
     if clean == entry.id:
         return entry._replace(fault=fault)

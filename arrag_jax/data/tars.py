@@ -1,8 +1,8 @@
-"""Lists the members of a plain tar file that may come from anybody: every read is bounded, and every step goes forward.
+"""Lists the members of an uncompressed tar file from an untrusted source: every read is bounded, every step advances.
 
-Python's ``tarfile`` stops at the first end-of-archive mark and at damage after the first header without a word, loops
-where a size is negative, and reads headers of any size whole. Here archives that follow one another in one file are
-all listed, and what cannot be followed is an error that names the byte. One header is still parsed by ``tarfile``.
+Python's ``tarfile`` ends silently at the first end-of-archive mark and at damage after the first header, loops if a
+size is negative, and reads headers of any size. This module lists all archives that follow one another in one file, and
+damage is an error that names the byte. It uses ``tarfile`` only to parse single headers.
 """
 
 import errno
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
-LARGEST_HEADER = 2**20  # bytes of a long name or of pax records; paths have at most a few thousand
-ZEROS = 2**20  # bytes read at once where an archive has ended
+LARGEST_HEADER = 2**20  # bytes of a long name or of pax records; paths have at most a few thousand bytes
+ZEROS = 2**20  # bytes read at once after the end of an archive
 LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 LINKS = (tarfile.SYMTYPE, tarfile.LNKTYPE)
@@ -21,16 +21,16 @@ SPARSE_RECORDS = "GNU.sparse."
 
 
 class TarError(ValueError):
-    """A tar file that cannot be followed any further; the message is the reason."""
+    """A tar file cannot be read any further; the message is the reason."""
 
 
 class Member(NamedTuple):
     """One member of a tar.
 
     Attributes:
-      name: as it is written; bytes that are not UTF-8 are surrogates.
-      offset, size: of its bytes in the tar file; they may lie beyond its end.
-      kind: "file", "folder", "link", "sparse" (a file whose bytes do not lie there as they are) or "other".
+      name: as in the header; bytes that are not UTF-8 become surrogates.
+      offset, size: where its bytes are in the tar file; they may be beyond its end.
+      kind: "file", "folder", "link", "sparse" (a file with holes, whose bytes are not stored contiguously) or "other".
     """
 
     name: str
@@ -40,14 +40,14 @@ class Member(NamedTuple):
 
 
 def members(file: BinaryIO, end: int) -> Iterator[Member]:
-    """Yields the members of a tar file in order, those of archives behind the first one as well.
+    """Yields the members of a tar file in order, including those of further archives in the file.
 
     Args:
-      file: sought in before every read.
-      end: its size in bytes.
+      file: the tar file; every read seeks first, so the caller may also seek in it.
+      end: size of the file in bytes.
 
     Raises:
-      TarError: it is empty or cut off, or what stands where a header belongs is none.
+      TarError: if the file is empty or truncated, or a header is invalid.
     """
     if end == 0:
         raise TarError("empty file")
@@ -65,7 +65,7 @@ def members(file: BinaryIO, end: int) -> Iterator[Member]:
             elif info.type == tarfile.XGLTYPE:
                 shared |= _pax_records(data, offset)
             continue
-        while extended:  # the rest of an old GNU sparse map
+        while extended:  # skips the rest of an old GNU sparse map
             block = _read(file, offset, BLOCK)
             extended, offset = block[504] != 0, offset + BLOCK
         records = shared | own
@@ -90,7 +90,7 @@ def _kind(info: tarfile.TarInfo, name: str, records: dict[str, str]) -> str:
 
 
 def _header(file: BinaryIO, offset: int) -> tuple[tarfile.TarInfo, bool]:
-    """The header at this byte, and whether an old GNU sparse map goes on behind it."""
+    """Returns the header at this byte, and whether an old GNU sparse map continues in the next block."""
     block = _read(file, offset, BLOCK)
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -107,7 +107,7 @@ def _header_data(file: BinaryIO, offset: int, size: int) -> bytes:
 
 
 def _pax_records(data: bytes, where: int) -> dict[str, str]:
-    """The records "length key=value\\n" of a pax header."""
+    """Returns the records of a pax header, each of which is "length key=value\\n"."""
     records, start = {}, 0
     try:
         while start < len(data) and data[start]:
@@ -138,7 +138,7 @@ def _padded(size: int) -> int:
 
 
 def _after_zeros(file: BinaryIO, offset: int, end: int) -> int:
-    """The first block from here on that is not all zeros; ``end`` or more if there is none."""
+    """Returns the offset of the next block that is not all zeros; ``end`` or more if there is none."""
     chunk = BLOCK
     while offset < end:
         file.seek(offset)
@@ -154,13 +154,13 @@ def _after_zeros(file: BinaryIO, offset: int, end: int) -> int:
 
 
 def _data_from(file: BinaryIO, offset: int, end: int) -> int:
-    """Where the next bytes that a file system holds begin: a sparse file may have terabytes of zeros."""
+    """Returns the offset of the next data that the file system stores; a sparse file may hold terabytes of zeros."""
     handle = file.fileno()
-    before = os.lseek(handle, 0, os.SEEK_CUR)  # where the file's buffer takes it to be
+    before = os.lseek(handle, 0, os.SEEK_CUR)  # restored below, because the file's buffer relies on it
     try:
         return os.lseek(handle, offset, os.SEEK_DATA)
     except OSError as error:
-        return end if error.errno == errno.ENXIO else offset  # ENXIO: none are left
+        return end if error.errno == errno.ENXIO else offset  # ENXIO = no more data
     finally:
         os.lseek(handle, before, os.SEEK_SET)
 

@@ -1,4 +1,4 @@
-"""A model's folder, of whichever family: ``config.json``, weights and what prompts need."""
+"""Reads and writes checkpoint folders of every model family: ``config.json``, weights, and the files for prompts."""
 
 from pathlib import Path
 
@@ -13,18 +13,19 @@ from arrag_jax.models.weights import DTYPES
 
 
 def load_model(directory: str | Path, dtype: str = "float32", grid: ArrayLike = None) -> ImageModel:
-    """Reads a checkpoint folder.
+    """Returns the model in a checkpoint folder.
 
     Args:
-      directory: holds config.json and the weights: safetensors or PyTorch's .bin, in one file or several with an
-        index. A LoRA adapter beside them is kept apart in the model, as ``Attention.q_lora`` and ``v_lora``.
-        A training run's --workdir stands for the export in it.
-      dtype: of the parameters: float32, bfloat16 or float16; the tokenizer stays in float32.
-      grid: height and width in codes of the pictures to be drawn; None = the config's, and where it is silent, as
-        published ones are, that of its image size, else 24 x 24. The model's ``with_grid`` changes it later.
+      directory: holds config.json and the weights (safetensors or PyTorch's .bin, in one file or in several with an
+        index). If it is the --workdir of a training run, its export is read. A LoRA adapter in the folder is not
+        merged; the model holds it as ``Attention.q_lora`` and ``v_lora``.
+      dtype: of the parameters: float32, bfloat16 or float16; the image tokenizer stays in float32.
+      grid: height and width in codes of the images to generate. None = the grid of the config; published configs give
+        none, so it follows from their image size, else it is 24 x 24. The model's ``with_grid`` changes it later.
 
     Raises:
-      UserError: the folder, its config or its weights are no model that is known; the message names what is wrong.
+      UserError: if the folder, its config or its weights are not those of a known model; the message says what is
+        wrong.
     """
     require_own_process()
     if dtype not in DTYPES:
@@ -34,44 +35,46 @@ def load_model(directory: str | Path, dtype: str = "float32", grid: ArrayLike = 
 
 
 def load_tokenizer(directory: str | Path) -> ImageTokenizer:
-    """Reads the image tokenizer alone from a checkpoint folder, in float32; arguments and errors as ``load_model``."""
+    """Returns the image tokenizer of a checkpoint folder, in float32; arguments and errors as in ``load_model``."""
     require_own_process()
     directory = checkpoint_folder(Path(directory))
     return family_in(directory).load_tokenizer(directory)
 
 
 def load_prompts(directory: str | Path) -> PromptEncoder:
-    """Reads what turns prompts into the condition of the model in a checkpoint folder; errors as ``load_model``."""
+    """Returns the encoder that turns prompts into conditions of the model in a folder; errors as in ``load_model``."""
     directory = checkpoint_folder(Path(directory))
     return family_in(directory).prompts(directory)
 
 
 def config_of(directory: str | Path) -> ModelConfig:
-    """The shape of the model in a checkpoint folder, from its config alone; errors as ``load_model``."""
+    """Returns the shape of the model in a checkpoint folder; reads its config only. Errors as in ``load_model``."""
     directory = checkpoint_folder(Path(directory))
     return family_in(directory).read_config(directory)
 
 
 def save_model(model: Backbone | ImageTokenizer, directory: str | Path, dtype: str = "float32") -> None:
-    """Writes config.json and model.safetensors; the config comes last, so a killed save is no checkpoint.
+    """Writes config.json and model.safetensors.
+
+    The config is written last, so an interrupted save never looks like a checkpoint.
 
     Raises:
-      UserError: the model's LoRA is apart; merge it first.
+      UserError: if the model has a LoRA that is not merged.
     """
     family_of(model).save(model, Path(directory), dtype)
 
 
 def sample_hashes(directory: str | Path) -> dict[str, str]:
-    """``files.sample_hash`` of each of ``files_of``, by name.
+    """Returns name → ``files.sample_hash`` for each file of ``files_of``.
 
     Raises:
-      UserError: this is no checkpoint folder.
+      UserError: if this is no checkpoint folder.
     """
     return {f"{directory}/{path.name}": sample_hash(path) for path in files_of(directory)}
 
 
 def files_of(directory: str | Path) -> list[Path]:
-    """The files that ``load_model`` and ``load_prompts`` read, in order; errors as ``sample_hashes``."""
+    """Returns the files that ``load_model`` and ``load_prompts`` read, sorted; errors as in ``sample_hashes``."""
     folder = checkpoint_folder(Path(directory))
     files = {tensor.file for tensor in stored_tensors(folder, family_in(folder).files).values()}
     return sorted(files | {path for path in folder.glob("*.json") if path.is_file()})

@@ -1,9 +1,9 @@
-"""``config.json`` of a checkpoint folder: that of Janus-Pro and FAiD as published, or that of ``transformers``.
+"""Reads and writes ``config.json`` of a Janus, in the published form of Janus-Pro and FAiD or that of ``transformers``.
 
-Ours is the published form with two keys of our own where it is silent: ``image_grid`` [H, W] (absent = what the
-image-understanding tower's image size gives, else 24 x 24) and, in ``gen_vision_config.params``, the fields of
-``nn.vq.VQConfig`` (absent = VQ-16's). A folder that holds the image tokenizer alone has neither ``language_config``
-nor the sections of what stands beside it. A LoRA kept apart has the PEFT library's ``adapter_config.json``.
+We write the published form and add what it lacks: ``image_grid`` [H, W] (if absent, the grid follows from the image
+size of the image-understanding tower, else it is 24 x 24) and, in ``gen_vision_config.params``, the fields of
+``nn.vq.VQConfig`` (if absent, those of VQ-16). The config of an image tokenizer alone has no ``language_config`` and no
+sections for the other parts. A LoRA that is not merged has the PEFT library's ``adapter_config.json``.
 """
 
 import re
@@ -33,17 +33,17 @@ from arrag_jax.parsing import parse, shown
 
 
 def read_config(directory: Path) -> JanusConfig:
-    """Shape of the model in a folder.
+    """Returns the shape of the model in a folder.
 
     Raises:
-      UserError: no such file, no JSON, or the config of another kind of model.
+      UserError: if there is no config, it is not JSON, or it describes another kind of model.
     """
     directory = checkpoint_folder(directory)
     return parse_config(read_json(directory), directory)
 
 
 def require_language(config: JanusConfig, directory: Path) -> None:
-    """Raises UserError, with the mend, where a folder's model is an image tokenizer alone, which cannot draw."""
+    """Raises UserError if a folder's model is an image tokenizer alone; the message says how to train a prior on it."""
     if not config.draws:
         raise UserError(
             f"{directory} holds an image tokenizer alone, without the language model that draws; train one on it: "
@@ -53,7 +53,11 @@ def require_language(config: JanusConfig, directory: Path) -> None:
 
 
 def read_json(directory: Path) -> dict[str, Any]:
-    """A folder's config as it stands there."""
+    """Returns the content of a folder's ``config.json``.
+
+    Raises:
+      UserError: if the file is absent, is not JSON, or does not match the hash in the folder's manifest.
+    """
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(f"{directory} is no checkpoint folder: it holds no config.json")
@@ -62,15 +66,19 @@ def read_json(directory: Path) -> dict[str, Any]:
 
 
 def layout_of(config: dict[str, Any]) -> Layout:
-    """How the tensors beside this config are named."""
+    """Returns the layout of the tensors in the folder of this config."""
     return TRANSFORMERS if config.get("model_type") == "janus" and "vq_config" in config else PUBLISHED
 
 
 def parse_config(config: dict[str, Any], directory: Path) -> JanusConfig:
-    """Shape of the model that a config describes; ``directory`` holds it and, where it is silent, the pad id.
+    """Returns the shape of the model that a config describes.
+
+    Args:
+      directory: the folder of the config. If the config gives no pad id, other files of this folder do.
 
     Raises:
-      UserError: the config of another kind of model, or values of the wrong type, out of range or at odds.
+      UserError: if the config describes another kind of model, or has values of the wrong type, out of range or in
+        contradiction.
     """
     path = directory / "config.json"
     try:
@@ -146,7 +154,7 @@ def _from_transformers(config: dict[str, Any], path: Path) -> JanusConfig:
 
 
 def _language(text: TextSection, path: Path) -> LlamaConfig:
-    """The language model."""
+    """Returns the shape of the language model."""
     if text.rope.kind != "default" or text.hidden_act != "silu":
         raise UserError(
             f"{path} asks for rotary positions {shown(text.rope.kind)} and the activation {shown(text.hidden_act)}; "
@@ -166,14 +174,14 @@ def _language(text: TextSection, path: Path) -> LlamaConfig:
 
 
 def _unless_equal(value: Any, usual: Any) -> Any:
-    """None where a key says what follows from the others anyway."""
+    """Returns None if a key has the value that follows from other keys, else the value."""
     return None if value == usual else value
 
 
 def _pad_id(text: TextSection, language: LlamaConfig, path: Path) -> int:
-    """The config's, else that of the files beside it; published configs name none.
+    """Returns the pad id of the config, else of the other files in its folder, because published configs give none.
 
-    Janus-Pro's is 100002, and a smaller vocabulary keeps its last id for it.
+    The default is Janus-Pro's 100002, or the last id of a smaller vocabulary.
     """
     beside, tokenizer = path.parent / "generation_config.json", path.parent / "tokenizer.json"
     given = text.pad_token_id, _read(GenerationConfig, beside).pad_token_id if beside.is_file() else None
@@ -187,7 +195,10 @@ def _pad_id(text: TextSection, language: LlamaConfig, path: Path) -> int:
 
 
 def _faid(text: TextSection) -> FaidConfig | None:
-    """FAiD's keys stand among the language model's; K is not published and is 10 (docs/reference.md quirk 10)."""
+    """Returns the shape of FAiD's blenders, from the section of the language model; None if there are none.
+
+    K is not published; the default is 10 (docs/reference.md quirk 10).
+    """
     stride, hops, neighbors = text.num_SmoothPatchBlender, text.num_hop, text.retrieved_key_num
     if stride is None and hops is None:
         return None
@@ -200,10 +211,10 @@ def _faid(text: TextSection) -> FaidConfig | None:
 
 
 def read_lora(directory: Path) -> LoraConfig | None:
-    """The LoRA that a folder keeps beside its weights; None where there is none.
+    """Returns the config of a folder's LoRA adapter; None if there is no adapter.
 
     Raises:
-      UserError: an adapter without its config, or of a kind that is not plain LoRA.
+      UserError: if an adapter has no config, or is not plain LoRA.
     """
     path = directory / "adapter_config.json"
     if not path.is_file():
@@ -225,7 +236,7 @@ def read_lora(directory: Path) -> LoraConfig | None:
 
 
 def _read(schema: type, path: Path) -> Any:
-    """What a schema reads of a file; every error names the file."""
+    """Returns a JSON file parsed by a schema; every error names the file."""
     return _schema(schema, _object(path), path)
 
 
@@ -244,7 +255,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def config_to_json(config: JanusConfig) -> dict[str, Any]:
-    """The published form of a config; ``read_config`` of it gives the same config back."""
+    """Returns the published form of a config; ``read_config`` returns the same config from it."""
     vision, language = config.vision, config.language
     form = {
         "model_type": "multi_modality",
@@ -269,7 +280,7 @@ def config_to_json(config: JanusConfig) -> dict[str, Any]:
 
 
 def _language_to_json(config: JanusConfig, language: LlamaConfig) -> dict[str, Any]:
-    """The sections of the language model and of what joins it to the tokenizer."""
+    """Returns the sections of the language model and of the parts that join it to the tokenizer."""
     vision, faid = config.vision, config.faid
     blending = (
         {}

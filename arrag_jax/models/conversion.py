@@ -1,7 +1,8 @@
-"""A checkpoint folder from one layout into another, tensor by tensor, bytes as they are.
+"""Converts a checkpoint folder to another layout, tensor by tensor; only a merged LoRA changes the bytes of a tensor.
 
-What drawing never needs (text head, training counter, image-understanding tower) is kept, for the way back: in our
-folders in ``unused.safetensors``, which is never read otherwise and may be deleted.
+Tensors that generation never needs (text head, training counter, image-understanding tower) are kept, so that a folder
+can be converted back. Our folders keep them in ``unused.safetensors``. Only a conversion reads this file; it may be
+deleted.
 """
 
 import dataclasses
@@ -33,18 +34,19 @@ from arrag_jax.models.tensor_files import (
 from arrag_jax.models.weights import match, require_finite
 
 UNUSED = "unused.safetensors"
-SHARD_BYTES = 2**30  # as much as this is in memory at once
-# Beside config.json, what a prompt needs; the rest of a folder is documentation.
+SHARD_BYTES = 2**30  # one shard is in memory at a time
+# The files besides config.json that prompts need. Other files of a source folder are documentation and are not copied.
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What was written.
+    """The result of a conversion.
 
     Attributes:
-      tensors: how many. nbytes: of them all.
-      dropped: keys that the target's layout has no name for.
+      tensors: number of tensors written.
+      nbytes: their total size in bytes.
+      dropped: keys that are not written, because the target's layout has no name for them.
     """
 
     tensors: int
@@ -56,16 +58,18 @@ def convert(source: Path, target: Path, to: str, merge_lora: bool = True) -> Con
     """Writes the checkpoint in ``source`` to a new folder.
 
     Args:
-      to: "ours", or the name of a published layout of the source's family; written as safetensors.
-      merge_lora: add a LoRA to the weights that it corrects; else it stays a PEFT adapter beside them.
+      source: checkpoint folder.
+      target: folder to create.
+      to: "ours", or the name of a published layout of the source's family; the files are safetensors.
+      merge_lora: adds a LoRA to the weights that it corrects; otherwise it stays a PEFT adapter in a separate file.
 
     Raises:
-      UserError: the source is not a whole model, its family has no such layout, the target is in use, or the disk is
-        too small.
+      UserError: if the source is not a complete model, its family has no such layout, the target is in use, or the
+        disk is too small.
     """
     if to not in TARGETS:
         raise UserError(f"--to={to!r} is unknown; choose one of {', '.join(TARGETS)}")
-    require_new(target, "--target=")  # before any work; once more when the folder is held
+    require_new(target, "--target=")  # fails before long work starts; ``atomic_folder`` checks again under its lock
     source = checkpoint_folder(source)
     family = family_in(source)
     if to not in family.layouts:
@@ -89,7 +93,7 @@ def convert(source: Path, target: Path, to: str, merge_lora: bool = True) -> Con
 
 
 def _require_no_other(model: nnx.Module, stored: dict[str, Stored], layout: Layout, source: Path) -> None:
-    """Raises UserError where a folder whose config is a tokenizer's alone holds tensors of more than that."""
+    """Raises UserError if the config describes an image tokenizer alone, but the weights hold other parts."""
     absent = tuple(prefix for part, prefix in layout.parts.items() if getattr(model, part) is None)
     other = sorted(key for key in stored if absent and key.startswith(absent))
     if other:
@@ -100,7 +104,7 @@ def _require_no_other(model: nnx.Module, stored: dict[str, Stored], layout: Layo
 
 
 def _unused(stored: dict[str, Stored], layout: Layout, written: Layout) -> tuple[dict[str, Stored], list[str]]:
-    """What drawing never needs: by the key of the layout to be written, and the keys that have none there."""
+    """Returns the unused tensors by their keys in the layout to be written, and the keys that have no name there."""
     keys = {key for key in stored if layout.unused.fullmatch(key)}
     named = {key: key for key in keys} if layout is written else {x: layout.from_published(x) for x in layout.shared}
     kept = {name: stored[key] for name, key in named.items() if key in keys}
@@ -108,7 +112,7 @@ def _unused(stored: dict[str, Stored], layout: Layout, written: Layout) -> tuple
 
 
 def _shards(tensors: dict[str, Stored]) -> dict[str, dict[str, Stored]]:
-    """File names and what goes into them, in the order of keys; one file where it is small enough."""
+    """Returns file name → tensors in the order of their keys; a single file if the tensors fit into one shard."""
     shards, size = [{}], 0
     for key, tensor in sorted(tensors.items()):
         if size and size + tensor.nbytes > SHARD_BYTES:
@@ -121,7 +125,7 @@ def _shards(tensors: dict[str, Stored]) -> dict[str, dict[str, Stored]]:
 
 
 class _Merge:
-    """Adds LoRA's correction, in float32, to the weights that have one: W + (α/r) B A."""
+    """Adds the LoRA correction to the weights that have one: W + (α/r) B A, computed in float32."""
 
     def __init__(self, lora: dict[str, Stored], source: Path):
         self.lora = lora
@@ -139,7 +143,7 @@ class _Merge:
 def _write_tensors(
     folder: Path, files: dict[str, dict[str, Stored]], weights: dict[str, Stored], merge: _Merge | None
 ) -> None:
-    """Writes the files one after another, and an index where the model has several; shows a bar over the bytes."""
+    """Writes the files one after another, and an index if the model has several; shows a progress bar over bytes."""
     total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     with progress.bar(total=total, unit="B", unit_scale=True, desc="converting") as bar:
         for name, tensors in files.items():
@@ -161,7 +165,10 @@ def _write_tensors(
 def _write_companions(
     folder: Path, source: Path, model: nnx.Module, family: Family, written: Layout, apart: bool
 ) -> None:
-    """The config, with whatever else a published source says in its own; the tokenizer; the LoRA's config."""
+    """Writes the config, the tokenizer and, if ``apart``, the config of the LoRA.
+
+    If the source has the target's layout, further keys of its config are kept.
+    """
     given = read_json(source)
     kept = given if family.layout_of(given) is written else {}
     write_json(folder / "config.json", _overlaid(kept, family.to_json(model.config)))
@@ -171,14 +178,14 @@ def _write_companions(
 
 
 def _overlaid(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Both objects' keys, section by section; ``over`` wins."""
+    """Returns the keys of both objects, merged section by section; ``over`` has precedence."""
     both = {key: _overlaid(under[key], over[key]) for key in under.keys() & over.keys() if isinstance(over[key], dict)}
     return {**under, **over, **both}
 
 
 @contextmanager
 def _new_folder(target: Path, nbytes: int) -> Iterator[Path]:
-    """``files.atomic_folder`` of a new folder, once the disk is known to have room for so many bytes."""
+    """Opens ``files.atomic_folder`` for a new folder after checking that the disk has room for ``nbytes``."""
     free = free_bytes(Path(os.path.realpath(target)))
     if free < nbytes:
         raise UserError(

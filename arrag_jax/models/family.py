@@ -1,4 +1,4 @@
-"""What the rest of the code needs to know about one kind of model; ``registry`` lists the kinds that there are."""
+"""The interface of a model family, through which all other code uses it. ``registry`` lists the families."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -15,31 +15,31 @@ from arrag_jax.models.vq_images import VQImages
 
 @runtime_checkable
 class ModelConfig(Protocol):
-    """The shape of a model, read from its ``config.json`` alone; a frozen dataclass."""
+    """The shape of a model, as its ``config.json`` describes it; a frozen dataclass."""
 
     grid: tuple[int, int]
     image_size: tuple[int, int]  # height and width in pixels
-    blended_neighbors: int  # K of FAiD's blenders; 0: it has none
+    blended_neighbors: int  # K of FAiD's blenders; 0 = the model has none
 
 
 @runtime_checkable
 class SavedEncoder(PromptEncoder, Protocol):
-    """A prompt encoder that can be written beside a model that was trained with it."""
+    """A prompt encoder that can be saved in the folder of a model that was trained with it."""
 
     def save(self, directory: str | Path) -> None:
-        """Writes what ``Family.prompts`` reads."""
+        """Writes the files that ``Family.prompts`` reads."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How a family's models begin to be trained.
+    """Functions that make untrained models of a family.
 
     Attributes:
-      tokenizer: from a preset, a fresh image tokenizer.
-      text: from captions, the prompt encoder of their words.
-      prior: from a preset, an image tokenizer, that encoder and the length of prompts in tokens, a fresh
-        backbone around the tokenizer, which is frozen; a UserError where they do not fit together.
+      tokenizer: takes a preset; returns an untrained image tokenizer.
+      text: takes captions; returns a prompt encoder for their words.
+      prior: takes a preset, an image tokenizer, a prompt encoder and the length of prompts in tokens; returns an
+        untrained backbone with the tokenizer, which is frozen. Raises UserError if they do not fit together.
     """
 
     tokenizer: Callable[[Any, nnx.Rngs], VQImages]
@@ -49,25 +49,26 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One kind of model: how its folders are recognised, read, written and converted.
+    """One family of models: how its checkpoint folders are recognised, read, written and converted.
 
     Attributes:
-      model_types: values of ``model_type`` in its ``config.json``.
-      kind: class of its models.
-      recognises: whether a ``config.json``, whose ``model_type`` no family knows, is one of its.
-      read_config: the shape of the model in a folder.
-      load: the model in a folder, in a dtype, over a grid (None: the folder's).
-      load_tokenizer: the image tokenizer alone in a folder, in float32.
-      save: writes a model into a folder, in a dtype.
-      prompts: the prompt encoder of the model in a folder.
-      open: for ``convert``: all of the model that a folder holds, shapes without numbers; its layout; and its tensors,
-        looked for in the files named last, too.
-      layout_of: the layout of the tensors beside a ``config.json``.
-      layouts: those that ``convert`` writes, by the name of a target; "ours" is that of ``save``.
-      to_json: the ``config.json`` that ``save`` writes for the shape of a model.
-      presets: shapes by name.
-      files: further files of weights in a folder, where they are there.
-      training: None: its models are only read.
+      model_types: values of ``model_type`` in a ``config.json`` of this family.
+      kind: class of the models.
+      read_config: takes a folder; returns the shape of its model.
+      load: takes a folder, a dtype and a grid (None = the folder's own); returns the model.
+      load_tokenizer: takes a folder; returns its image tokenizer alone, in float32.
+      save: takes a model, a folder and a dtype; writes the model.
+      prompts: takes a folder; returns the prompt encoder of its model.
+      open: takes a folder and the names of further files with tensors; returns the abstract model with all parts that
+        the folder holds (shapes without numbers), its layout, and its tensors by key. ``convert`` uses it.
+      layout_of: takes the content of a ``config.json``; returns the layout of the tensors in the same folder.
+      layouts: name of a conversion target → layout that ``convert`` writes; "ours" is the layout of ``save``.
+      to_json: takes the shape of a model; returns the ``config.json`` that ``save`` writes.
+      presets: name → shape.
+      recognises: takes the content of a ``config.json`` whose ``model_type`` no family knows; returns whether it
+        belongs to this family.
+      files: names or patterns of further files of weights that a folder may hold.
+      training: how models are trained from scratch; None = models of this family are only read.
     """
 
     model_types: tuple[str, ...]

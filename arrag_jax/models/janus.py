@@ -1,8 +1,8 @@
 """Janus: a Llama decoder that reads text tokens and writes image codes.
 
-Source: docs/reference.md "Backbone". Image codes enter through ``gen_embed`` and ``gen_aligner``,
-image logits leave through ``gen_head``. Padding never changes a result: positions count real tokens
-only, and pads are never attended (the reference counts them; docs/reference.md quirk 17).
+Source: docs/reference.md "Backbone". ``gen_embed`` and ``gen_aligner`` embed image codes; ``gen_head`` gives the logits
+of codes. Padding never changes a result, because positions count real tokens only and no token attends to a pad (the
+reference counts pads; docs/reference.md quirk 17).
 """
 
 import itertools
@@ -25,11 +25,11 @@ from arrag_jax.nn.vq import VQTokenizer
 Prompts = tuple[Int[Array, "B L"], Bool[Array, "B L"]]  # Janus' condition: token ids, and True where a token is real
 
 PARTS = ("language_model", "gen_vision_model", "gen_embed", "gen_aligner", "gen_head")
-VISION = ("gen_vision_model",)  # the tokenizer alone
+VISION = ("gen_vision_model",)  # the image tokenizer alone
 
 
 class Projector(nnx.Module):
-    """Linear layers with exact GELU between them: the aligner, and the head."""
+    """Linear layers with exact GELU between them; the aligner and the head are such modules."""
 
     def __init__(self, widths: tuple[int, ...], rngs: nnx.Rngs):
         pairs = itertools.pairwise(widths)
@@ -42,10 +42,10 @@ class Projector(nnx.Module):
 
 
 class Janus(LlamaBackbone):
-    """The backbone (``interfaces.BlendingBackbone``) together with its VQ tokenizer (``interfaces.ImageTokenizer``)."""
+    """The backbone (``interfaces.BlendingBackbone``) with its VQ tokenizer (``interfaces.ImageTokenizer``)."""
 
     def __init__(self, config: JanusConfig, rngs: nnx.Rngs, parts: tuple[str, ...] = PARTS):
-        """Builds the named parts; the others are None (a tokenizer alone needs no language model)."""
+        """Builds the named parts; the others are None, such as the language model of an image tokenizer alone."""
         language, vision = config.language, config.vision
         self.config = config
         makers = {
@@ -60,24 +60,27 @@ class Janus(LlamaBackbone):
 
     @property
     def codebook_size(self) -> int:
-        """V."""
+        """V, the number of codes."""
         return self.config.vision.codebook_size
 
     @property
     def vq(self) -> VQTokenizer:
-        """The tokenizer's module."""
+        """The module of the image tokenizer."""
         return self.gen_vision_model
 
     def part_names(self) -> tuple[str, ...]:
-        """Names of the attributes that hold the parts of the model."""
+        """Returns the names of the attributes that hold the parts of the model."""
         return PARTS
 
     def embed_codes(self, codes: Int[Array, "*dims"]) -> Float[Array, "*dims D"]:
-        """Embeddings of image codes as the language model takes them."""
+        """Returns the embeddings of image codes, which are the input of the language model."""
         return self.gen_aligner(self.gen_embed(codes))
 
     def prefill(self, condition: Prompts, blended_rows: int = 0) -> tuple[Float[Array, "B D"], Cache]:
-        """Reads the prompts but for their last tokens, whose embeddings are the input of cell 0."""
+        """Returns the embeddings of the prompts' last tokens, which are the input of position 0, and the filled cache.
+
+        The cache holds the tokens of the prompts before the last one.
+        """
         ids, mask = left_pad(*condition)
         x = self.language_model.embed_tokens(ids)
         cells = self.grid[0] * self.grid[1]
@@ -91,11 +94,14 @@ class Janus(LlamaBackbone):
         conditional: Bool[Array, " B"] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B T V"], Float[Array, " blenders"]]:
-        """``teacher_forced`` as training needs it: also each blender's mean gate.
+        """Returns the logits of ``teacher_forced`` and each blender's mean gate, which training needs.
 
         Args:
-          conditional: rows that still have their caption; blenders are silent in the others.
-          rngs: for dropout; None = none.
+          condition: token ids and mask.
+          codes: row t of the logits predicts ``codes[:, t]``.
+          neighbors: retrieved codes, -1 where absent; None = no blending.
+          conditional: True for rows that have their caption; blenders do nothing in the other rows.
+          rngs: for dropout; None = no dropout.
         """
         ids, mask = left_pad(*condition)
         filled = jnp.concatenate([mask, jnp.ones((mask.shape[0], codes.shape[1] - 1), bool)], axis=1)
@@ -104,9 +110,10 @@ class Janus(LlamaBackbone):
         return self.continued(prompts, codes, positions, filled, neighbors, conditional, rngs)
 
     def unconditional(self, condition: Prompts) -> Prompts:
-        """The prompts of classifier-free guidance: all but the first and the last real token become pads.
+        """Returns the unconditional prompts of classifier-free guidance.
 
-        These pads count as tokens and are attended (docs/reference.md "Prompt"), so the mask stays.
+        Every real token except the first and the last becomes a pad. These pads count as tokens and are attended to
+        (docs/reference.md "Prompt"), so the mask does not change.
         """
         ids, mask = condition
         count = jnp.cumsum(mask, axis=1)
@@ -114,11 +121,14 @@ class Janus(LlamaBackbone):
         return jnp.where(mask & ~ends, self.config.pad_id, ids), mask
 
     def check_condition(self, condition: ArrayLike, mask: ArrayLike = None) -> Prompts:
-        """Prompt ids and mask as device arrays, or a UserError that names what is wrong with them.
+        """Returns prompt ids and mask as device arrays.
 
         Args:
           condition: ids [B, L], or the pair (ids, mask).
-          mask: of ids alone; None = all are real tokens.
+          mask: for ids without a mask; None = all ids are real tokens.
+
+        Raises:
+          UserError: if ids or mask do not fit the model; the message says what is wrong.
         """
         if mask is None and isinstance(condition, tuple) and len(condition) == 2 and np.ndim(condition[0]) == 2:
             condition, mask = condition
@@ -127,7 +137,7 @@ class Janus(LlamaBackbone):
         mask = given.astype(bool)
         if ids.ndim != 2 or ids.shape[1] < 2 or mask.shape != ids.shape:
             raise UserError(f"prompts must be [B, L >= 2] with a mask alike, got {ids.shape} and {mask.shape}")
-        if (given != mask).any():  # NaN would count as a token, too
+        if (given != mask).any():  # bool(NaN) is True
             raise UserError("prompt_mask must hold 0 and 1 alone, 1 where a real token stands")
         if (mask.sum(1) < 2).any():
             raise UserError("a prompt is empty: it needs at least its first and its image-start token")
@@ -136,6 +146,6 @@ class Janus(LlamaBackbone):
 
 
 def left_pad(ids: Int[Array, "R L"], mask: Bool[Array, "R L"]) -> tuple[Int[Array, "R L"], Bool[Array, "R L"]]:
-    """Moves pads, wherever they are, to the left; real tokens keep their order."""
+    """Returns ids and mask with all pads moved to the left; real tokens keep their order."""
     order = jnp.argsort(mask, axis=1, stable=True)
     return jnp.take_along_axis(ids, order, 1), jnp.take_along_axis(mask, order, 1)

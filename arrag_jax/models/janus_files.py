@@ -1,7 +1,7 @@
-"""The folder of a Janus: ``config.json``, weights and ``tokenizer.json``.
+"""Reads and writes the folder of a Janus: ``config.json``, the weights and ``tokenizer.json``.
 
-Read in the layout in which Janus-Pro and FAiD are published and in that of the ``transformers`` library; written in
-the former (see ``config_json`` for the keys of our own, ``layouts`` for the names of tensors).
+It reads the layout in which Janus-Pro and FAiD are published, and the layout of the ``transformers`` library. It writes
+the published layout. ``config_json`` describes our additional keys, ``layouts`` the names of the tensors.
 """
 
 import dataclasses
@@ -36,10 +36,10 @@ from arrag_jax.nn.variables import freeze
 
 
 def _load(directory: Path, dtype: str, grid: ArrayLike, parts: tuple[str, ...] = PARTS) -> Janus:
-    """Reads the named parts of the model in a folder; the others are None."""
+    """Returns the model in a folder with the named parts; the other parts are None."""
     model, layout, stored = abstract_model(directory, parts)
     if not has_checksums(directory / WEIGHTS) and set(parts) == set(PARTS):
-        require_weights_written(directory)  # an export from before tensors had their own
+        require_weights_written(directory)  # older exports have no checksums per tensor
     model = model if grid is None else model.with_grid(grid)
     read_weights(model, match(model, stored, layout, directory), dtype, layout.exact)
     if model.gen_vision_model is not None:
@@ -52,15 +52,15 @@ def _load(directory: Path, dtype: str, grid: ArrayLike, parts: tuple[str, ...] =
 def abstract_model(
     directory: Path, parts: tuple[str, ...] | None = PARTS, also: tuple[str, ...] = ()
 ) -> tuple[Janus, Layout, dict[str, Stored]]:
-    """The model that a folder's configs describe, shapes without numbers; how its tensors are named there; and these.
+    """Returns the abstract model of a folder (shapes without numbers), its layout, and its tensors by key.
 
     Args:
-      parts: the parts to build; None = all that the folder holds, which may be the tokenizer alone.
+      parts: the parts to build; None = all parts that the folder holds, which may be the tokenizer alone.
       also: further files to look for tensors in.
 
     Raises:
-      UserError: configs of another model, or of one with more layers than the folder has tensors; or the folder holds
-        the tokenizer alone and another part is asked for.
+      UserError: if the configs describe another kind of model or a larger model than the tensors hold, or if the folder
+        holds the tokenizer alone and another part is requested.
     """
     config, lora = read_json(directory), read_lora(directory)
     shape = parse_config(config, directory)
@@ -85,9 +85,9 @@ def abstract_model(
 
 
 def _require_room(shape: JanusConfig, stored: dict[str, Stored], parts: tuple[str, ...], path: Path) -> None:
-    """Raises UserError where a config asks for more than the weights beside it hold, before modules are built for it.
+    """Raises UserError if a config describes a larger model than the weights hold; called before modules are built.
 
-    It counts what is surely there: each layer or block has a tensor of its own, and a layer its seven matrices.
+    It compares lower bounds: each layer or block has at least one tensor, and each layer at least its MLP matrices.
     """
     text, vision, layers, width, blocks, depth, numbers = shape.language, shape.vision, 0, 0, 0, 0, 0
     if "language_model" in parts:
@@ -120,7 +120,11 @@ def _save(model: Janus, directory: Path, dtype: str) -> None:
 def _fresh_prior(
     preset: JanusConfig, tokenizer: VQImages, text: PromptTokenizer, prompt_length: int, rngs: nnx.Rngs
 ) -> Janus:
-    """A fresh language model around a frozen tokenizer, whose codebook its code embedding starts from."""
+    """Returns an untrained Janus with a frozen tokenizer; its code embedding is initialised with the codebook.
+
+    Raises:
+      UserError: if the tokenizer does not have the shape of the preset.
+    """
     if tokenizer.vq.config != preset.vision:
         raise UserError(f"{tokenizer.vq.config} against {preset.vision}")
     language = dataclasses.replace(preset.language, vocab_size=text.vocab_size)

@@ -1,7 +1,7 @@
-"""Names of tensors: from the path of each of our parameters to its key in a layout, and the layouts of Janus.
+"""Maps the path of each of our parameters to its key in a checkpoint layout, and defines the layouts of Janus.
 
-One table gives the key under which Janus-Pro and FAiD are published, which is also what our own checkpoints use;
-a second one turns that key into the one of the ``transformers`` library. Both were read off checkpoints.
+The first table gives the keys of the published Janus-Pro and FAiD checkpoints; our own checkpoints use the same keys.
+The second table maps a published key to the key of the ``transformers`` library. Both tables were read off checkpoints.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ import numpy as np
 Rule = tuple[str, str | Callable[[re.Match], str]]
 
 _LAYER = r"language_model\.layers\.(\d+)\."
-# Our path → published key, first match wins.
+# Our path → published key. The first rule that matches is applied.
 _PUBLISHED: tuple[Rule, ...] = (
     (
-        rf"{_LAYER}attention\.([qv])_lora\.([ab])\.",  # as the PEFT library calls them, see ``plain_key``
+        rf"{_LAYER}attention\.([qv])_lora\.([ab])\.",  # the PEFT library's names, see ``plain_key``
         lambda m: f"language_model.model.layers.{m[1]}.self_attn.{m[2]}_proj.lora_{m[3].upper()}.",
     ),
     (rf"{_LAYER}attention\.([qkvo])\.", r"language_model.model.layers.\1.self_attn.\2_proj."),
@@ -28,14 +28,14 @@ _PUBLISHED: tuple[Rule, ...] = (
     (rf"{_LAYER}blender\.gate\.1\.", r"language_model.model.layers.\1.blender.mlp.2."),
     (rf"{_LAYER}blender\.", r"language_model.model.layers.\1.blender."),
     (r"language_model\.(embed_tokens|norm)\.", r"language_model.model.\1."),
-    (r"gen_aligner\.layers\.(\d+)\.", lambda m: f"gen_aligner.layers.{2 * int(m[1])}."),  # the GELUs count
+    (r"gen_aligner\.layers\.(\d+)\.", lambda m: f"gen_aligner.layers.{2 * int(m[1])}."),  # GELUs count there
     (r"gen_head\.layers\.0\.", r"gen_head.output_mlp_projector."),
     (r"gen_head\.layers\.1\.", r"gen_head.vision_head."),
     (r"(gen_vision_model\..*\.(?:up|down)sample)\.", r"\1.conv."),
     (r"gen_vision_model\.codes$", r"gen_vision_model.quantize.embedding.weight"),
 )
 
-# Published key → key of the transformers library; every rule that matches is applied, in this order.
+# Published key → key of the transformers library. Every rule that matches is applied, in this order.
 _TRANSFORMERS: tuple[Rule, ...] = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head\.", "lm_head."),
@@ -56,18 +56,19 @@ _TRANSFORMERS: tuple[Rule, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one kind of checkpoint names its tensors.
+    """The names that one kind of checkpoint gives its tensors.
 
     Attributes:
-      names: from the path of one of our parameters, its leaf (kernel, scale, embedding) called "weight", to the
-        published key; the first match wins.
-      rules: from the published key to this layout's; all that match are applied, in order.
-      parts: prefix of each part of the model, by our name of it.
-      unused: keys that drawing never needs: text head, a training counter, the image-understanding tower, and the
-        rotary frequencies that older libraries stored beside the base they follow from.
-      exact: parts that stay in float32 whatever the rest is read or written in: a rounded tokenizer gives some images
-        other codes, and no datastore built before would fit it.
-      shared: published keys, among the unused ones, that this layout has a name for too.
+      names: rules that map the path of one of our parameters to its published key. The leaf of the path (kernel,
+        scale, embedding) is renamed "weight" first. The first rule that matches is applied.
+      rules: rules that map a published key to the key of this layout. All rules that match are applied, in order.
+      parts: our name of each part of the model → prefix of its keys.
+      unused: pattern of the keys that generation never needs: the text head, a training counter, the
+        image-understanding tower, and the rotary frequencies, which older libraries stored although the base
+        determines them.
+      exact: parts that stay in float32, whatever dtype the other parts are read or written in. A rounded tokenizer
+        maps some images to other codes, so existing datastores would not match it.
+      shared: published keys of unused tensors that also have a name in this layout.
     """
 
     names: tuple[Rule, ...]
@@ -78,17 +79,17 @@ class Layout:
     shared: tuple[str, ...] = ()
 
     def from_published(self, key: str) -> str:
-        """This layout's name of a published key."""
+        """Returns the key in this layout of a published key."""
         for pattern, replacement in self.rules:
             key = re.sub(pattern, replacement, key)
         return key
 
     def key(self, path: str) -> str:
-        """This layout's name of one of our parameters."""
+        """Returns the key in this layout of one of our parameters."""
         return self.from_published(self.published(path))
 
     def published(self, path: str) -> str:
-        """The published key of one of our parameters."""
+        """Returns the published key of one of our parameters."""
         key = re.sub(r"\.(kernel|scale|embedding)$", ".weight", path)
         for pattern, replacement in self.names:
             key, count = re.subn("^" + pattern, replacement, key)
@@ -122,24 +123,24 @@ TRANSFORMERS = Layout(
 
 
 def plain_key(name: str) -> str:
-    """A tensor's name without what the PEFT library puts around it (docs/reference.md "LoRA").
+    """Returns a tensor's name without the prefixes and infixes of the PEFT library (docs/reference.md "LoRA").
 
-    An adapter that was saved of the language model alone names its layers from there.
+    An adapter that was saved for the language model alone lacks the prefix "language_model."; it is added.
     """
     key = re.sub(r"base_model\.model\.|\.base_layer(?=\.)|(?<=lora_[AB])\.default(?=\.)", "", name)
     return re.sub(r"^(?=model\.layers\.)", "language_model.", key)
 
 
 def to_ours(value: np.ndarray, path: str) -> np.ndarray:
-    """A published tensor in our axis order: convolutions go from OIHW to HWIO."""
+    """Returns a published tensor in our axis order; convolution kernels are transposed from OIHW to HWIO."""
     return value.transpose(2, 3, 1, 0) if path.endswith(".kernel") else value
 
 
 def published_shape(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
-    """The shape that ``to_published`` gives a parameter of this shape."""
+    """Returns the shape that ``to_published`` gives a parameter of this shape."""
     return (shape[3], shape[2], *shape[:2]) if path.endswith(".kernel") else tuple(shape)
 
 
 def to_published(value: np.ndarray, path: str) -> np.ndarray:
-    """The inverse of ``to_ours``."""
+    """Returns a parameter in the published axis order; the inverse of ``to_ours``."""
     return np.ascontiguousarray(value.transpose(3, 2, 0, 1) if path.endswith(".kernel") else value)

@@ -1,4 +1,4 @@
-"""What models have in common that draw codes with a Llama decoder: steps, scores, FAiD's blenders and LoRA."""
+"""The common part of models that generate codes with a Llama decoder: steps, scores, FAiD's blenders and LoRA."""
 
 import dataclasses
 import math
@@ -20,14 +20,15 @@ from arrag_jax.nn.transformer import Llama
 
 
 class LlamaBackbone(VQImages):
-    """``interfaces.TunableModel`` over a ``Llama``.
+    """Implements ``interfaces.TunableModel`` with a ``Llama``.
 
-    A model that inherits from it gives ``check_condition``, ``unconditional``, ``prefill``, ``embed_codes`` and
-    ``forward``, the names of its parts, and what is listed here.
+    A subclass defines ``check_condition``, ``unconditional``, ``prefill``, ``embed_codes``, ``forward``, ``part_names``
+    and these attributes.
 
     Attributes:
-      config: frozen; has ``language``, ``grid``, ``with_grid``, ``faid`` and ``blended_neighbors``.
-      language_model: the decoder. gen_head: from its hidden states to logits of codes.
+      config: a frozen dataclass with ``language``, ``grid``, ``with_grid``, ``faid`` and ``blended_neighbors``.
+      language_model: the decoder.
+      gen_head: maps the decoder's hidden states to logits of codes.
     """
 
     config: Any
@@ -41,18 +42,18 @@ class LlamaBackbone(VQImages):
 
     @property
     def blended_neighbors(self) -> int:
-        """K of FAiD's blenders; 0: the model has none."""
+        """K of FAiD's blenders; 0 = the model has none."""
         return self.config.blended_neighbors
 
     def retrieved_features(self, neighbors: Int[Array, "*dims K"]) -> Float[Array, "*dims K D"]:
-        """What FAiD's first blender takes: embeddings of retrieved codes, zeros for the absent (-1)."""
+        """Returns the input of FAiD's first blender: embeddings of retrieved codes, zeros for absent codes (-1)."""
         return jnp.where(neighbors[..., None] >= 0, self.embed_codes(jnp.maximum(neighbors, 0)), 0)
 
     def with_grid(self, grid: ArrayLike) -> "LlamaBackbone":
-        """The same model over another grid (height, width): it shares every parameter.
+        """Returns the same model for another grid (height, width); the two models share every parameter.
 
         Raises:
-          UserError: ``grid`` is no grid.
+          UserError: if ``grid`` is not two whole numbers from 1 to 1024.
         """
         other = type(self)(self.config.with_grid(grid), nnx.Rngs(0), parts=())
         for name in self.part_names():
@@ -60,11 +61,11 @@ class LlamaBackbone(VQImages):
         return other
 
     def part_names(self) -> tuple[str, ...]:
-        """Names of the attributes that hold the parts of the model."""
+        """Returns the names of the attributes that hold the parts of the model."""
         raise NotImplementedError
 
     def fused(self) -> "LlamaBackbone":
-        """A copy for drawing with FAiD: it shares every array, its blenders' kernels are multiplied out."""
+        """Returns a copy for generation with FAiD whose blenders' kernels are fused; it shares all other arrays."""
         copy = nnx.merge(*nnx.split(self))
         copy.language_model = nnx.data(self.language_model.fused())
         return copy
@@ -72,15 +73,17 @@ class LlamaBackbone(VQImages):
     def add_adapters(
         self, lora: LoraConfig, faid: FaidConfig | None, rngs: nnx.Rngs, start_silent: bool = False, devices: int = 1
     ) -> None:
-        """Gives the language model a fresh LoRA, and fresh blenders unless it has them, in place.
+        """Adds an untrained LoRA to the language model, and untrained blenders unless it has blenders, in place.
 
         Args:
-          faid: None adds no blenders.
-          start_silent: fresh blenders start by adding nothing.
-          devices: over how many a training batch is spread.
+          lora: shape of the LoRA.
+          faid: shape of the blenders; None = add no blenders.
+          rngs: for the initial values.
+          start_silent: new blenders are initialised so that they do not change the model's output.
+          devices: number of devices that share a training batch.
 
         Raises:
-          UserError: it has other blenders already.
+          UserError: if the model already has blenders of another shape.
         """
         if faid is not None and self.config.faid is None:
             self.config = dataclasses.replace(self.config, faid=faid)
@@ -93,14 +96,14 @@ class LlamaBackbone(VQImages):
                 layer.blender.devices = devices
 
     def adapters(self, blenders: bool = True) -> list[nnx.Module]:
-        """The modules that fine-tuning trains: the head, every LoRA and, unless told otherwise, every blender."""
+        """Returns the modules that fine-tuning trains: the head, every LoRA and, if ``blenders``, every blender."""
         parts = [self.gen_head]
         for layer in self.language_model.layers:
             parts += [layer.attention.q_lora, layer.attention.v_lora, layer.blender if blenders else None]
         return [part for part in parts if part is not None]
 
     def merge_lora(self) -> None:
-        """Adds every LoRA to the weights that it corrects, in place."""
+        """Merges every LoRA into the weights that it corrects, in place."""
         for layer in self.language_model.layers:
             layer.attention.merge_lora()
 
@@ -111,7 +114,12 @@ class LlamaBackbone(VQImages):
         position: Int[Array, ""],
         features: Float[Array, "B K D"] | None = None,
     ) -> tuple[Float[Array, "R V"], Cache]:
-        """Logits of the code at ``position``, given the embedding of what came just before it."""
+        """Returns the logits of the code at ``position`` and the updated cache.
+
+        Args:
+          hidden: embedding of the token before ``position``.
+          features: features of the neighbors for FAiD's blenders.
+        """
         hidden, cache = self.language_model.step(hidden, cache, position, self.grid, features)
         return self.gen_head(hidden).astype(jnp.float32), cache
 
@@ -121,10 +129,10 @@ class LlamaBackbone(VQImages):
         codes: Int[Array, "B T"],
         neighbors: Int[Array, "B T K"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits of all cells at once; row t predicts ``codes[:, t]``.
+        """Returns the logits of all positions at once; row t predicts ``codes[:, t]``.
 
         Args:
-          neighbors: retrieved codes, -1 where absent; None = FAiD's blenders, if any, are passed over.
+          neighbors: retrieved codes, -1 where absent; None = FAiD's blenders, if any, are skipped.
         """
         return self.forward(condition, codes, neighbors)[0]
 
@@ -138,11 +146,12 @@ class LlamaBackbone(VQImages):
         conditional: Bool[Array, " B"] | None,
         rngs: nnx.Rngs | None,
     ) -> tuple[Float[Array, "B T V"], Float[Array, " blenders"]]:
-        """Logits of codes after an embedded condition, and each blender's mean gate; arguments as ``forward``'s.
+        """Returns the logits of codes after an embedded condition, and each blender's mean gate.
 
         Args:
           positions: rotary positions of the S = L + T - 1 tokens.
-          filled: tokens that later ones may attend to.
+          filled: True for tokens that later tokens may attend to.
+          codes, neighbors, conditional, rngs: as in ``forward``.
         """
         x = jnp.concatenate([condition, self.embed_codes(codes[:, :-1])], axis=1)
         features = None if neighbors is None else self.retrieved_features(neighbors)
@@ -157,15 +166,16 @@ class LlamaBackbone(VQImages):
         prompt_mask: ArrayLike = None,
         grid: ArrayLike = None,
     ) -> Float[Array, "B T V"]:
-        """Float32 logits [B, T, V] of given codes; row t predicts ``codes[:, t]``.
+        """Returns float32 logits [B, T, V] of given codes; row t predicts ``codes[:, t]``.
 
         Args:
-          condition: as ``check_condition`` takes it; codes: int [B, T].
-          neighbor_codes: int [B, T, K], retrieved codes for FAiD's blenders, any K: they take the mean over all K
-            slots, empty ones (-1) too; None = a FAiD model scores as its base does.
+          condition: as for ``check_condition``.
+          codes: int [B, T].
+          neighbor_codes: int [B, T, K], retrieved codes for FAiD's blenders, with any K. The blenders average over all
+            K slots, including empty ones (-1). None = a FAiD model gives the scores of its base model.
           prompt_mask: 0/1 [B, L], 1 = a real token, pads on either side; None = no pads.
-          grid: height and width of the T cells, which only blenders and rotary positions of the grid look at; None =
-            the model's own where T fits it, else a square.
+          grid: height and width of the grid of the T codes, which only blenders and rotary positions on the grid use;
+            None = the model's own grid if it has T positions, else a square.
 
         Raises:
           UserError: if a shape or an id does not fit the model.
@@ -185,7 +195,7 @@ class LlamaBackbone(VQImages):
         return _teacher_forced(*nnx.split(model), condition, codes, neighbor_codes)
 
     def _grid_of(self, cells: int, grid: ArrayLike) -> tuple[int, int]:
-        """The grid that this many cells fill."""
+        """Returns the grid that this number of positions fills."""
         side = math.isqrt(cells)
         if grid is None:
             grid = self.grid if math.prod(self.grid) == cells else (side, side)
@@ -204,7 +214,7 @@ class LlamaBackbone(VQImages):
         return jnp.asarray(given, jnp.int32)
 
 
-# Jitted once a shape; the model travels as (graphdef, state), its arrays as arguments.
+# Compiled once per shape. The model is passed as (graphdef, state), so its arrays are arguments, not constants.
 @jax.jit(static_argnums=0)
 def _teacher_forced(graph, state, condition, codes, neighbors):
     return nnx.merge(graph, state).teacher_forced(condition, codes, neighbors)

@@ -1,9 +1,9 @@
 """LlamaGen: a Llama decoder that reads a class or text features and writes image codes.
 
-Source: Sun et al. 2024, "Autoregressive Model Beats Diffusion", and its official code. Codes have embeddings of their
-own and rotary positions of the grid; what comes before them, one class or T features of a text, has none
-(``nn.rotary``). A condition is int [B], the classes, or float [B, T, C] and bool [B, T], the features and True where
-one is real.
+Source: Sun et al. 2024, "Autoregressive Model Beats Diffusion", and its official code. Image codes have their own
+embeddings and two-dimensional rotary positions on the grid. The condition before them (one class or T text features)
+has no rotary positions (``nn.rotary``). A condition is int [B] (classes), or the pair float [B, T, C] (features) and
+bool [B, T] (True = a real feature).
 """
 
 import jax
@@ -26,11 +26,11 @@ Classes = Int[Array, " B"]
 Features = tuple[Float[Array, "B L C"], Bool[Array, "B L"]]
 
 PARTS = ("language_model", "gen_vision_model", "cls_embedding", "gen_head")
-VISION = ("gen_vision_model",)  # the tokenizer alone
+VISION = ("gen_vision_model",)  # the image tokenizer alone
 
 
 class ClassEmbedding(nnx.Module):
-    """One vector a class; the row after the last class stands for "no class"."""
+    """One vector per class; the row after the last class stands for "no class"."""
 
     def __init__(self, config: LlamaGenConfig, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
@@ -42,7 +42,7 @@ class ClassEmbedding(nnx.Module):
 
 
 class CaptionEmbedding(nnx.Module):
-    """Two linear layers over text features, and the features that stand for "no caption", which are never trained."""
+    """Two linear layers over text features, and the fixed (untrained) features that stand for "no caption"."""
 
     def __init__(self, config: LlamaGenConfig, rngs: nnx.Rngs):
         init, width = nnx.initializers.normal(0.02), config.language.width
@@ -57,10 +57,10 @@ class CaptionEmbedding(nnx.Module):
 
 
 class LlamaGen(LlamaBackbone):
-    """The backbone (``interfaces.BlendingBackbone``) and, where it has one, its tokenizer (``ImageTokenizer``)."""
+    """The backbone (``interfaces.BlendingBackbone``) with, if it has one, its image tokenizer (``ImageTokenizer``)."""
 
     def __init__(self, config: LlamaGenConfig, rngs: nnx.Rngs, parts: tuple[str, ...] = PARTS):
-        """Builds the named parts; the others are None (without a tokenizer it draws and scores codes alone)."""
+        """Builds the named parts; the others are None. Without a tokenizer the model works on codes alone."""
         language = config.language
         self.config = config
         condition = ClassEmbedding if config.family == "c2i" else CaptionEmbedding
@@ -75,12 +75,16 @@ class LlamaGen(LlamaBackbone):
 
     @property
     def codebook_size(self) -> int:
-        """V."""
+        """V, the number of codes."""
         return self.config.language.vocab_size if self.config.language else self.config.vision.codebook_size
 
     @property
     def vq(self) -> VQTokenizer:
-        """The tokenizer's module; a UserError where the model was read without one."""
+        """The module of the image tokenizer.
+
+        Raises:
+          UserError: if the model was read without a tokenizer.
+        """
         if self.gen_vision_model is None:
             raise UserError(
                 "this LlamaGen has no image tokenizer: put its weights beside the model's, as vq.safetensors or vq*.pt "
@@ -90,24 +94,27 @@ class LlamaGen(LlamaBackbone):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels of an image of this grid."""
+        """Height and width of an image of this grid in pixels."""
         position = self.config.vision.downsampling
         return self.grid[0] * position, self.grid[1] * position
 
     def part_names(self) -> tuple[str, ...]:
-        """Names of the attributes that hold the parts of the model."""
+        """Returns the names of the attributes that hold the parts of the model."""
         return PARTS
 
     def embed_codes(self, codes: Int[Array, "*dims"]) -> Float[Array, "*dims D"]:
-        """Embeddings of image codes as the language model takes them."""
+        """Returns the embeddings of image codes, which are the input of the language model."""
         return self.language_model.embed_tokens(codes)
 
     def prefill(self, condition: Classes | Features, blended_rows: int = 0) -> tuple[Float[Array, "R D"], Cache]:
-        """Reads the condition but for its last token, whose embedding is the input of cell 0."""
+        """Returns the embedding of the condition's last token, which is the input of position 0, and the filled cache.
+
+        The cache holds the tokens of the condition before the last one.
+        """
         x, mask = self._embedded(condition)
         cells = self.grid[0] * self.grid[1]
         cache = self.language_model.prefill(x[:, :-1], mask[:, :-1], cells, blended_rows)
-        # The last token may be a pad, which sees itself and is seen by nothing after it.
+        # The last token may be a pad. A pad attends to itself, and no later token attends to it.
         return x[:, -1], cache._replace(filled=cache.filled.at[:, x.shape[1] - 1].set(mask[:, -1]))
 
     def forward(
@@ -118,11 +125,14 @@ class LlamaGen(LlamaBackbone):
         conditional: Bool[Array, " B"] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B T V"], Float[Array, " blenders"]]:
-        """``teacher_forced`` as training needs it: also each blender's mean gate.
+        """Returns the logits of ``teacher_forced`` and each blender's mean gate, which training needs.
 
         Args:
-          conditional: rows that still have their caption; blenders are silent in the others.
-          rngs: for dropout; None = none.
+          condition: classes, or features and mask.
+          codes: row t of the logits predicts ``codes[:, t]``.
+          neighbors: retrieved codes, -1 where absent; None = no blending.
+          conditional: True for rows that have their caption; blenders do nothing in the other rows.
+          rngs: for dropout; None = no dropout.
         """
         x, mask = self._embedded(condition)
         batch, drawn = codes.shape[0], codes.shape[1] - 1
@@ -132,16 +142,19 @@ class LlamaGen(LlamaBackbone):
         return self.continued(x, codes, positions, filled, neighbors, conditional, rngs)
 
     def _embedded(self, condition: Classes | Features) -> tuple[Float[Array, "B L D"], Bool[Array, "B L"]]:
-        """The tokens of a condition, and which of them may be seen."""
+        """Returns the embedded tokens of a condition, and which of them may be attended to."""
         if self.config.family == "c2i":
             return self.cls_embedding(condition), jnp.ones((len(condition), 1), bool)
         features, mask = condition
         return self.cls_embedding(features), mask
 
     def unconditional(self, condition: Classes | Features) -> Classes | Features:
-        """The condition of classifier-free guidance: no class, or the features of no caption under the same mask.
+        """Returns the unconditional input of classifier-free guidance: "no class", or "no caption" with the same mask.
 
-        Of those features a shorter condition takes the last ones, where a caption's real tokens stand.
+        A condition with fewer tokens takes the last features of "no caption", because captions are padded on the left.
+
+        Raises:
+          UserError: if the model was trained without an unconditional class.
         """
         if self.config.family == "c2i":
             if not self.config.guided:
@@ -154,12 +167,15 @@ class LlamaGen(LlamaBackbone):
         return jnp.broadcast_to(rows[None].astype(features.dtype), features.shape), mask
 
     def check_condition(self, condition: ArrayLike, mask: ArrayLike = None) -> Classes | Features:
-        """Classes, or features and mask, as device arrays, or a UserError that names what is wrong with them.
+        """Returns classes, or features and mask, as device arrays.
 
         Args:
-          condition: of c2i int [B], where the number after the last class stands for none; of t2i float [B, T, C], or
-            the pair (features, mask).
-          mask: of features alone; None = all are real.
+          condition: for c2i int [B], where the number after the last class means "no class"; for t2i float [B, T, C]
+            or the pair (features, mask).
+          mask: for features only; None = all features are real.
+
+        Raises:
+          UserError: if the condition does not fit the model; the message says what is wrong.
         """
         if self.language_model is None:
             raise UserError("this is an image tokenizer alone, without the language model that draws")

@@ -1,8 +1,8 @@
-"""``config.json`` of a LlamaGen: its schema, the shape that it describes, and the published sizes.
+"""``config.json`` of a LlamaGen: its schema, the model shape that it describes, and the published sizes.
 
-Published checkpoints have no config. Ours has ``"model_type": "llamagen"``, a ``family`` and the hyper-parameters under
-their official names; what is absent is what the official code takes. The tokenizer's stand in a section ``vq``, or
-beside the others. FAiD's keys are those of the published FAiD.
+Published checkpoints have no config. Ours has ``"model_type": "llamagen"``, a ``family``, and the hyper-parameters
+under their official names. A key that is absent has the default of the official code. The keys of the image tokenizer
+are in a section ``vq`` or at the top level. The keys of FAiD are those of the published FAiD.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from arrag_jax.ops.grid import MOST_SIDE
 from arrag_jax.parsing import in_range, parse, shown
 
 MODEL_TYPE = "llamagen"
-FAMILIES = ("c2i", "t2i")  # drawn from a class | from a text
-NAMED = ("dim", "n_layer", "n_head")  # hyper-parameters that have no default
+FAMILIES = ("c2i", "t2i")  # generates from a class | from a text
+NAMED = ("dim", "n_layer", "n_head")  # hyper-parameters without a default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +32,13 @@ class LlamaGenConfig:
 
     Attributes:
       family: one of ``FAMILIES``.
-      language: the decoder, whose vocabulary is that of the codes; None: an image tokenizer alone.
-      classes: of c2i; one more row stands for "no class", unless ``guided`` is off.
-      caption_width, caption_tokens: of t2i's text features.
-      guided: is there an unconditional class?
+      language: the decoder, whose vocabulary is the codebook; None = the folder holds an image tokenizer alone.
+      vision: the image tokenizer.
+      grid: height and width in codes.
+      classes: number of classes of a c2i model. The class embedding has one more row for "no class" if ``guided``.
+      caption_width: width of the text features of a t2i model.
+      caption_tokens: number of text features of a t2i model.
+      guided: whether there is an unconditional class.
     """
 
     family: str = "c2i"
@@ -46,36 +49,36 @@ class LlamaGenConfig:
     caption_width: int = 2048
     caption_tokens: int = 120
     guided: bool = True
-    faid: FaidConfig | None = None  # None: no blenders
+    faid: FaidConfig | None = None  # None = no blenders
 
     @property
     def blended_neighbors(self) -> int:
-        """K of FAiD's blenders; 0: the model has none."""
+        """K of FAiD's blenders; 0 = the model has none."""
         return self.faid.neighbors if self.faid else 0
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Height and width of an image in pixels."""
         return self.grid[0] * self.vision.downsampling, self.grid[1] * self.vision.downsampling
 
     def with_grid(self, grid: ArrayLike) -> "LlamaGenConfig":
-        """The same model over another grid of codes.
+        """Returns the config of the same model for another grid of codes.
 
         Raises:
-          UserError: ``grid`` is not two numbers of 1 to 1024.
+          UserError: if ``grid`` is not two whole numbers from 1 to 1024.
         """
         return dataclasses.replace(self, grid=JanusConfig().with_grid(grid).grid)
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFields:
-    """The VQ tokenizer; what is absent is VQ-16's."""
+    """The keys of the VQ tokenizer; the defaults are VQ-16."""
 
     ch: int = 128
     groupnorm_groups: int = 32
     groupnorm_eps: float = 1e-6
     encoder_ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    decoder_ch_mult: tuple[int, ...] = ()  # the same as the encoder's
+    decoder_ch_mult: tuple[int, ...] = ()  # empty = the same as the encoder's
     z_channels: int = 256
     codebook_size: int = 16384
     codebook_embed_dim: int = 8
@@ -98,7 +101,7 @@ class TokenizerFields:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFields:
-    """The decoder and its condition, with FAiD's keys among their own."""
+    """The keys of the decoder, its condition and FAiD."""
 
     family: str
     dim: int | None = None
@@ -144,7 +147,7 @@ class ModelFields:
             self._require_fitting(given)
 
     def _require_fitting(self, given: list[str]) -> None:
-        """Raises UserError where numbers of the decoder are at odds."""
+        """Raises UserError if hyper-parameters of the decoder are missing or contradict one another."""
         absent = [name for name in NAMED if name not in given]
         if absent:
             raise UserError(f"it gives {', '.join(given)}, but no {', '.join(absent)}")
@@ -168,23 +171,23 @@ class ModelFields:
             raise UserError(f"block_size={self.block_size} is no square; give the grid: [height, width]")
 
     def computed_hidden(self) -> int:
-        """Width of the MLP by the official rule: 8/3 of ``dim``, times a factor, rounded up."""
+        """Returns the MLP width by the official rule: 8/3 of ``dim``, times a factor, rounded up to a multiple."""
         hidden = int(2 * (4 * self.dim) / 3)
         hidden = int(hidden * _given(self.ffn_dim_multiplier, 1))
         multiple = _given(self.multiple_of, 256)
         return -(-hidden // multiple) * multiple
 
     def sides(self) -> tuple[int, int]:
-        """Height and width in codes."""
+        """Returns the height and width of the grid in codes."""
         side = _given(self.grid, math.isqrt(_given(self.block_size, math.prod(LlamaGenConfig.grid))))
         return side if isinstance(side, tuple) else (side, side)
 
 
 def read_config(directory: Path) -> LlamaGenConfig:
-    """Shape of the model in a folder.
+    """Returns the shape of the model in a folder.
 
     Raises:
-      UserError: the config is damaged, or holds values of the wrong type, out of range or at odds.
+      UserError: if the config is damaged, or has values of the wrong type, out of range or in contradiction.
     """
     path, content = directory / "config.json", read_json(directory)
     try:
@@ -254,7 +257,7 @@ def _faid(fields: ModelFields) -> FaidConfig | None:
 
 
 def config_to_json(config: LlamaGenConfig) -> dict[str, Any]:
-    """The ``config.json`` of a shape; ``read_config`` of it gives the same shape back."""
+    """Returns the ``config.json`` of a shape; ``read_config`` returns the same shape from it."""
     vision, language, faid = config.vision, config.language, config.faid
     form = {
         "model_type": MODEL_TYPE,
@@ -301,7 +304,7 @@ def _published(layers: int, heads: int, width: int, **more: Any) -> LlamaGenConf
     return LlamaGenConfig(language=_language(fields), **more)
 
 
-# Sizes as published, over the grid of 256 pixels; ``with_grid((24, 24))`` is that of 384 pixels, (32, 32) of 512.
+# The published sizes for images of 256 pixels. ``with_grid((24, 24))`` is the grid of 384 pixels, (32, 32) of 512.
 PRESETS = {
     "llamagen-c2i-b": _published(12, 12, 768),
     "llamagen-c2i-l": _published(24, 16, 1024),

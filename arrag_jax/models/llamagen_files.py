@@ -1,7 +1,8 @@
-"""The folder of a LlamaGen: ``config.json``, weights, and what its prompts need.
+"""Reads and writes the folder of a LlamaGen: ``config.json``, the weights, and the files that its prompts need.
 
-The weights stand under their official names, in ``model.safetensors`` (with an index, in several) or a published
-``.pt``; the tokenizer's in the same file, as ours has it, or in one of their own, ``vq*.safetensors`` or ``vq*.pt``.
+The weights have their official names. They are in ``model.safetensors`` (or in several files with an index) or in a
+published ``.pt``. The weights of the image tokenizer are in the same file, which is how we write them, or in a file of
+their own, ``vq*.safetensors`` or ``vq*.pt``.
 """
 
 import math
@@ -54,13 +55,14 @@ LAYOUT = Layout(
 def _open(
     directory: Path, also: tuple[str, ...] = (), parts: tuple[str, ...] | None = None
 ) -> tuple[LlamaGen, Layout, dict[str, Stored]]:
-    """The model that a folder holds, shapes without numbers; its layout; and its tensors.
+    """Returns the abstract model of a folder (shapes without numbers), its layout, and its tensors by key.
 
     Args:
-      parts: the parts to build; None = all that the folder holds.
+      also: further files to look for tensors in.
+      parts: the parts to build; None = all parts that the folder holds.
 
     Raises:
-      UserError: a part is missing, or the config asks for more than the tensors hold.
+      UserError: if a part is missing, or the config describes a larger model than the tensors hold.
     """
     shape, stored = read_config(directory), stored_tensors(directory, tuple(dict.fromkeys((*TOKENIZER, *also))))
     held = {key: tensor for key, tensor in stored.items() if TOKENIZER_KEY.fullmatch(key)}
@@ -89,7 +91,7 @@ def _open(
 
 
 def _require_room(shape: LlamaGenConfig, stored: dict[str, Stored], parts: tuple[str, ...], path: Path) -> None:
-    """Raises UserError where a config asks for more than the weights beside it hold, before it is built."""
+    """Raises UserError if a config describes a larger model than the weights hold; called before modules are built."""
     text, vision, layers, blocks, numbers = shape.language, shape.vision, 0, 0, 0
     if "language_model" in parts:
         layers, numbers = text.layers, text.layers * 3 * text.width * text.mlp
@@ -105,7 +107,7 @@ def _require_room(shape: LlamaGenConfig, stored: dict[str, Stored], parts: tuple
 
 
 def _load(directory: Path, dtype: str, grid: ArrayLike, parts: tuple[str, ...] | None = None) -> LlamaGen:
-    """Reads the named parts of the model in a folder; the others are None."""
+    """Returns the model in a folder with the named parts; the other parts are None."""
     model, layout, stored = _open(directory, (), parts)
     model = model if grid is None else model.with_grid(grid)
     read_weights(model, match(model, stored, layout, directory), dtype, layout.exact)

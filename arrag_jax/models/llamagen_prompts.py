@@ -1,4 +1,4 @@
-"""Prompts of a LlamaGen: the number of a class, or a caption whose text features are looked up or computed."""
+"""Prompts of a LlamaGen: a class number, or a caption whose text features are looked up in a file or computed."""
 
 import zipfile
 from collections.abc import Sequence
@@ -12,18 +12,22 @@ from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_write
 from arrag_jax.models.t5 import caption_features
 
-FEATURES = "features.npz"  # captions with features that were computed before
+FEATURES = "features.npz"  # captions with precomputed features
 T5 = "t5"  # folder of the T5 encoder
 
 
 class ClassNumbers:
-    """Prompts that are numbers of classes, "207" for one."""
+    """Encodes prompts that are class numbers, such as "207"."""
 
     def __init__(self, classes: int):
         self.classes = classes
 
     def __call__(self, prompts: Sequence[str], length: int | None = None) -> Int[np.ndarray, " B"]:
-        """The classes of prompts; a UserError where one is no number of a class."""
+        """Returns the classes of prompts.
+
+        Raises:
+          UserError: if a prompt is not the number of a class.
+        """
         for prompt in prompts:
             if not prompt.strip().isdecimal() or int(prompt) >= self.classes:
                 raise UserError(
@@ -38,17 +42,17 @@ class ClassNumbers:
 
 
 class CaptionEncoder:
-    """Prompts that are captions: T5 features, of the left-padded ones the real last.
+    """Encodes captions as T5 features, which are padded on the left.
 
-    A caption that ``features.npz`` holds has the features there (see ``save_features``). Those of others are computed
-    once by the T5 encoder in the folder ``t5``, which ``transformers`` runs.
+    Captions in ``features.npz`` have their features there (see ``save_features``). The features of other captions are
+    computed once by the T5 encoder in the folder ``t5``; the ``transformers`` library runs it.
     """
 
     def __init__(self, directory: Path, width: int, length: int):
-        """``directory``: of the model; features are float [length, width].
+        """Opens the model folder ``directory``; the features of a caption are float [length, width].
 
         Raises:
-          UserError: it has neither, or the file is damaged or of another model.
+          UserError: if the folder has neither ``features.npz`` nor ``t5``, or the file is damaged or for another model.
         """
         self.t5, self.width, self.tokens = directory / T5, width, length
         file = directory / FEATURES
@@ -75,11 +79,11 @@ class CaptionEncoder:
     def __call__(
         self, prompts: Sequence[str], length: int | None = None
     ) -> tuple[Float[np.ndarray, "B T C"], Bool[np.ndarray, "B T"]]:
-        """Features and mask of prompts, padded on the left to ``length`` tokens (None: as many as the model takes).
+        """Returns features and mask of prompts, padded on the left to ``length`` tokens (None = the model's maximum).
 
         Raises:
-          UserError: a prompt is empty, or longer than ``length``; one has no stored features and there is no T5; or
-            the T5 is not one that this model takes.
+          UserError: if a prompt is empty or longer than ``length``, a prompt has no stored features and there is no T5,
+            or the T5 does not fit this model.
         """
         self.length(prompts)
         fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
@@ -101,13 +105,13 @@ class CaptionEncoder:
 def save_features(
     path: Path, prompts: Sequence[str], features: Float[np.ndarray, "N T C"], mask: Bool[np.ndarray, "N T"]
 ) -> None:
-    """Writes captions with their features, padded on the left, as ``CaptionEncoder`` reads them."""
+    """Writes the file of captions and their left-padded features that ``CaptionEncoder`` reads."""
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, prompts=np.array(prompts, np.str_), features=features, mask=mask)
 
 
 def _read_features(path: Path, width: int, length: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Features and mask by caption, padded on the left to ``length``."""
+    """Returns caption → (features, mask), both padded on the left to ``length``."""
     try:
         with open(path, "rb") as file:
             prompts, features, mask = _arrays(file)
@@ -125,7 +129,7 @@ def _read_features(path: Path, width: int, length: int) -> dict[str, tuple[np.nd
         raise UserError(f"{path}: its features must be finite floats")
     pads = ((0, 0), (length - most, 0))
     features, marked = np.pad(features.astype(np.float32), (*pads, (0, 0))), np.pad(marked, pads)
-    order = np.argsort(marked, axis=1, kind="stable")  # pads on the right go to the left
+    order = np.argsort(marked, axis=1, kind="stable")  # moves pads on the right to the left
     features, marked = np.take_along_axis(features, order[..., None], 1), np.take_along_axis(marked, order, 1)
     features = np.where(marked[..., None], features, 0)
     return {str(prompt): (x, row) for prompt, x, row in zip(prompts, features, marked, strict=True)}

@@ -1,4 +1,4 @@
-"""``manifest.json`` of an exported model: what it reached, where it comes from, and the hashes of its files."""
+"""``manifest.json`` of an exported model: its evaluation results, its origin, and the hashes of its files."""
 
 import dataclasses
 from pathlib import Path
@@ -11,17 +11,17 @@ from arrag_jax.parsing import parse
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
-HASHED = ("config.json", "tokenizer.json")  # the sums of the weights stand in their own file
+HASHED = ("config.json", "tokenizer.json")  # the weights' own file holds checksums of the tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportManifest:
-    """What is read of it, beside what training passes on.
+    """The fields of a manifest that identify and verify an export. A manifest also records how the model was trained.
 
     Attributes:
-      tokenizer_fingerprint: by which one of ours is known; None in other people's.
-      sha256: of the weights.
-      files: name → SHA-256 of the small files; absent in the oldest ones.
+      tokenizer_fingerprint: every manifest that this package writes has one; None = the manifest is not ours.
+      sha256: hash of the file of weights.
+      files: name → SHA-256 of the small files; early manifests have none.
     """
 
     tokenizer_fingerprint: str | None = None
@@ -30,10 +30,10 @@ class ExportManifest:
 
 
 def read_manifest(directory: Path) -> ExportManifest:
-    """What a folder's manifest says; nothing where it has none, or somebody else's.
+    """Returns a folder's manifest; an empty one if the folder has none, or one that this package did not write.
 
     Raises:
-      UserError: it is damaged.
+      UserError: if the manifest is damaged.
     """
     path = directory / MANIFEST
     if not path.is_file():
@@ -45,7 +45,7 @@ def read_manifest(directory: Path) -> ExportManifest:
 
 
 def require_written(path: Path) -> None:
-    """Raises UserError where a small file of an export is not what its manifest says."""
+    """Raises UserError if a small file of an export does not match the hash in its manifest."""
     expected = read_manifest(path.parent).files.get(path.name)
     if expected is not None and sha256_of(path) != expected:
         raise UserError(
@@ -55,13 +55,13 @@ def require_written(path: Path) -> None:
 
 
 def require_weights_written(directory: Path) -> None:
-    """Raises UserError where an export's file of weights is not what its manifest says; reads all of it."""
+    """Raises UserError if an export's file of weights does not match the hash in its manifest; reads the whole file."""
     path, expected = directory / WEIGHTS, read_manifest(directory).sha256
     if expected is not None and path.is_file() and sha256_of(path) != expected:
         raise UserError(f"{path} is damaged: its SHA-256 is not the manifest's; copy the checkpoint again")
 
 
 def write_manifest(directory: Path, content: dict[str, Any]) -> None:
-    """Writes a manifest with the hashes of the folder's files."""
+    """Writes a folder's manifest: ``content`` and the hashes of the folder's files."""
     files = {name: sha256_of(directory / name) for name in HASHED if (directory / name).is_file()}
     write_json(directory / MANIFEST, {**content, "sha256": sha256_of(directory / WEIGHTS), "files": files})

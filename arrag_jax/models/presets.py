@@ -1,4 +1,4 @@
-"""Shapes of the models: one preset a published size, and the one a laptop trains."""
+"""The shape of a Janus, and its presets: one per published size, and a small one that a laptop can train."""
 
 import dataclasses
 import operator
@@ -11,42 +11,42 @@ from arrag_jax.nn.vq import VQConfig
 from arrag_jax.ops.grid import MOST_SIDE
 from arrag_jax.parsing import shown
 
-PAD = "<｜▁pad▁｜>"  # as Janus' tokenizers call it
+PAD = "<｜▁pad▁｜>"  # the pad token of Janus' tokenizers
 
 
 @dataclasses.dataclass(frozen=True)
 class JanusConfig:
-    """A Janus: language model, tokenizer, and the parts that join them."""
+    """The shape of a Janus: language model, image tokenizer, and the parts that join them."""
 
-    language: LlamaConfig | None = LlamaConfig()  # None: an image tokenizer alone
+    language: LlamaConfig | None = LlamaConfig()  # None = an image tokenizer alone
     vision: VQConfig = VQConfig()
     grid: tuple[int, int] = (24, 24)
     aligner_depth: int = 2
     head_width: int = 2048
-    pad_id: int = 100002  # the token that fills the unconditional prompt: ``PAD`` of Janus-Pro's tokenizer
-    max_positions: int | None = None  # longest prompt and picture together that it was trained on; None = not said
-    faid: FaidConfig | None = None  # None: no blenders
+    pad_id: int = 100002  # fills the unconditional prompt; the default is ``PAD`` of Janus-Pro's tokenizer
+    max_positions: int | None = None  # the most tokens of prompt and image that it was trained on; None = unknown
+    faid: FaidConfig | None = None  # None = no blenders
 
     @property
     def draws(self) -> bool:
-        """Is there a language model? A vocabulary of 0 stands for none: so were tokenizers exported at first."""
+        """Whether there is a language model. A vocabulary of 0, as in early exports of tokenizers, means none."""
         return self.language is not None and self.language.vocab_size > 0
 
     @property
     def blended_neighbors(self) -> int:
-        """K of FAiD's blenders; 0: the model has none."""
+        """K of FAiD's blenders; 0 = the model has none."""
         return self.faid.neighbors if self.faid else 0
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Height and width of an image in pixels."""
         return self.grid[0] * self.vision.downsampling, self.grid[1] * self.vision.downsampling
 
     def with_grid(self, grid: ArrayLike) -> "JanusConfig":
-        """The same model over another grid of codes.
+        """Returns the config of the same model for another grid of codes.
 
         Raises:
-          UserError: ``grid`` is not two numbers of 1 to 1024.
+          UserError: if ``grid`` is not two whole numbers from 1 to 1024.
         """
         try:
             height, width = map(operator.index, grid)
@@ -66,7 +66,7 @@ PRESETS = {
     "janus-pro-7b": JanusConfig(
         language=LlamaConfig(width=4096, layers=30, heads=32, kv_heads=32, mlp=11008), head_width=4096
     ),
-    # 48 x 48 pixels, f4, 12 x 12 codes; vocab_size and pad_id are filled in from the caption tokenizer.
+    # 48 x 48 pixels, downsampling 4, 12 x 12 codes. Training takes vocab_size and pad_id from the caption tokenizer.
     "janus-emoji": JanusConfig(
         language=LlamaConfig(vocab_size=0, width=192, layers=6, heads=3, kv_heads=3, mlp=512),
         vision=VQConfig(

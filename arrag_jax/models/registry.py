@@ -1,4 +1,4 @@
-"""The families of models, one line each, and which of them a folder, a model or a preset belongs to."""
+"""Lists the model families, one line each, and finds the family of a folder, a model or a preset."""
 
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,30 @@ FAMILIES: tuple[Family, ...] = (
     LLAMAGEN,
 )  # fmt: skip
 
-# Targets of ``convert``, of all families.
+# The targets of ``convert``, for all families.
 TARGETS = tuple(dict.fromkeys(target for family in FAMILIES for target in family.layouts))
 
 
 def family_in(directory: Path) -> Family:
-    """The family of the model in a checkpoint folder.
+    """Returns the family of the model in a checkpoint folder.
 
     Raises:
-      UserError: this is no checkpoint folder, or its model is of no family.
+      UserError: if this is no checkpoint folder, or its model belongs to no family.
     """
     directory = checkpoint_folder(directory)
     return family_of_config(read_json(directory), directory / "config.json")
 
 
 def family_of_config(config: dict[str, Any], path: Path) -> Family:
-    """The family whose model a ``config.json`` describes; ``path`` names it in the UserError where there is none."""
+    """Returns the family of the model that a ``config.json`` describes.
+
+    Args:
+      config: content of the file.
+      path: the file, for the message.
+
+    Raises:
+      UserError: if the model belongs to no family.
+    """
     given = config.get("model_type")
     known = [family for family in FAMILIES if given in family.model_types]
     known += [family for family in FAMILIES if family.recognises(config)]
@@ -46,15 +54,15 @@ def family_of_config(config: dict[str, Any], path: Path) -> Family:
 
 
 def family_of(model: nnx.Module) -> Family:
-    """The family of a model at hand."""
+    """Returns the family of a model."""
     return next(family for family in FAMILIES if isinstance(model, family.kind))
 
 
 def preset_of(name: str) -> tuple[Training, ModelConfig]:
-    """The preset of a name, and how its family's models begin to be trained.
+    """Returns how models of a preset's family are trained from scratch, and the shape of the preset.
 
     Raises:
-      UserError: no family that can be trained has such a preset.
+      UserError: if no family that can be trained has such a preset.
     """
     trained = {key: (x.training, shape) for x in FAMILIES if x.training for key, shape in x.presets.items()}
     if name not in trained:

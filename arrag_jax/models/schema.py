@@ -1,6 +1,6 @@
-"""Schemas of the JSON files in a checkpoint folder: what is read of each, of which types and in which ranges.
+"""Schemas of the JSON files in a checkpoint folder: the keys that are read, their types and their ranges.
 
-Fields have the names that the files give them. Keys that are no fields are passed over: published files hold many more.
+A field has the name of its key. Other keys are ignored, because published files hold many more.
 """
 
 import dataclasses
@@ -11,12 +11,12 @@ from arrag_jax.ops.grid import MOST_SIDE
 from arrag_jax.parsing import in_range
 
 MOST_LAYERS = 10_000
-MOST_WIDTH = 2**20  # of a hidden state, of a convolution's channels
+MOST_WIDTH = 2**20  # of a hidden state, or channels of a convolution
 MOST_TOKENS = 2**31 - 1  # ids and positions are int32
 
 
 def _sizes(section: Any, high: int, *names: str, low: int = 1) -> None:
-    """Raises UserError where a field that is given lies outside of low … high."""
+    """Raises UserError if a field that is given lies outside [low, high]."""
     for name in names:
         value = getattr(section, name)
         if value is not None:
@@ -24,7 +24,7 @@ def _sizes(section: Any, high: int, *names: str, low: int = 1) -> None:
 
 
 def _tokenizer(section: Any, sizes: tuple[str, ...], multipliers: tuple[int, ...]) -> None:
-    """Raises UserError unless a tokenizer's sizes, numbers of blocks and multipliers can be."""
+    """Raises UserError if a tokenizer's sizes, number of blocks or multipliers are out of range."""
     _sizes(section, MOST_WIDTH, *sizes)
     _sizes(section, MOST_LAYERS, "num_res_blocks")
     in_range("the number of multipliers of channels", len(multipliers), 1, 16)
@@ -34,7 +34,7 @@ def _tokenizer(section: Any, sizes: tuple[str, ...], multipliers: tuple[int, ...
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """``rope_parameters`` or ``rope_scaling``: newer libraries keep the rotary numbers there."""
+    """``rope_parameters`` or ``rope_scaling``, in which newer libraries keep the rotary parameters."""
 
     rope_type: str | None = None
     type: str | None = None
@@ -42,15 +42,16 @@ class Rope:
 
     @property
     def kind(self) -> str:
-        """ "default", or how the positions are stretched."""
+        """The name of the rule that scales the positions; "default" = no scaling."""
         return self.rope_type or self.type or "default"
 
 
 @dataclasses.dataclass(frozen=True)
 class TextSection:
-    """The language model, with FAiD's keys among its own.
+    """The section of the language model, which also holds the keys of FAiD.
 
-    Both layouts leave out what is the default of transformers' LlamaConfig (Janus-Pro-7B's gives little but its depth).
+    Both layouts omit keys that have the default of transformers' LlamaConfig, so our defaults are the same. The config
+    of Janus-Pro-7B gives little more than the number of layers.
     """
 
     vocab_size: int = 32000
@@ -93,13 +94,13 @@ class TextSection:
 
     @property
     def rope(self) -> Rope:
-        """The rotary numbers, wherever they stand."""
+        """The rotary parameters, from whichever section holds them."""
         return self.rope_parameters or self.rope_scaling or Rope()
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSize:
-    """Of the image-understanding tower: its images' side and, in transformers' layout, its patches'."""
+    """Side of the images of the image-understanding tower and, in transformers' layout, of its patches, in pixels."""
 
     image_size: int | None = None
     patch_size: int = 16
@@ -111,20 +112,20 @@ class ImageSize:
 
 @dataclasses.dataclass(frozen=True)
 class TowerSection:
-    """``vision_config`` as published."""
+    """``vision_config`` of the published layout."""
 
     params: ImageSize | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerParams:
-    """The VQ tokenizer as published, with keys of our own; what is absent is VQ-16's."""
+    """The VQ tokenizer in the published layout, with additional keys of ours; the defaults are VQ-16."""
 
     image_token_size: int = 16384
     n_embed: int = 8
     ch: int = 128
     encoder_ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    decoder_ch_mult: tuple[int, ...] = ()  # the same as the encoder's
+    decoder_ch_mult: tuple[int, ...] = ()  # empty = the same as the encoder's
     z_channels: int = 256
     num_res_blocks: int = 2
     norm_scope: str = "image"
@@ -147,7 +148,7 @@ class TokenizerSection:
 
 @dataclasses.dataclass(frozen=True)
 class AlignerParams:
-    """Of the layers through which image codes enter."""
+    """The layers that map image codes to inputs of the language model."""
 
     projector_type: str = "mlp_gelu"
     depth: int = 2
@@ -165,7 +166,7 @@ class AlignerSection:
 
 @dataclasses.dataclass(frozen=True)
 class HeadParams:
-    """Of the layers through which image codes leave; absent = the language model's width."""
+    """The layers that map hidden states to image codes, and their inner width; None = the language model's width."""
 
     image_token_embed: int | None = None
 
@@ -182,10 +183,10 @@ class HeadSection:
 
 @dataclasses.dataclass(frozen=True)
 class PublishedConfig:
-    """``config.json`` of Janus-Pro, of FAiD and of ours."""
+    """``config.json`` of Janus-Pro, of FAiD and of our own checkpoints."""
 
     gen_vision_config: TokenizerSection
-    language_config: TextSection | None = None  # None: the folder holds the image tokenizer alone
+    language_config: TextSection | None = None  # None = the folder holds an image tokenizer alone
     gen_head_config: HeadSection = HeadSection()
     gen_aligner_config: AlignerSection = AlignerSection()
     vision_config: TowerSection | None = None
@@ -237,7 +238,7 @@ class GenerationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AddedToken:
-    """A token of ``tokenizer.json`` that stands outside of its vocabulary."""
+    """An entry of ``added_tokens`` in ``tokenizer.json``: a token outside the model's vocabulary."""
 
     content: str = ""
     id: int | None = None
@@ -248,14 +249,14 @@ class AddedToken:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFile:
-    """What is read of ``tokenizer.json`` beside what its own library reads."""
+    """The part of ``tokenizer.json`` that we read ourselves, in addition to the ``tokenizers`` library."""
 
     added_tokens: tuple[AddedToken, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """``adapter_config.json`` of the PEFT library; of the last four anything but nothing is unknown here."""
+    """``adapter_config.json`` of the PEFT library; an adapter that sets one of the last four keys is not supported."""
 
     r: int
     lora_alpha: float

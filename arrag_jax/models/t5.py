@@ -1,4 +1,4 @@
-"""Features of captions by a T5 encoder: PyTorch and ``transformers`` compute them, which are optional extras."""
+"""Computes features of captions with a T5 encoder. It needs PyTorch and ``transformers``, which are optional extras."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +15,18 @@ from arrag_jax.parsing import shown
 def caption_features(
     directory: Path, captions: Sequence[str], length: int
 ) -> tuple[Float[np.ndarray, "N T C"], Bool[np.ndarray, "N T"]]:
-    """Returns features of captions and which are real, in float32: real ones last and in order, zeros before them.
+    """Returns float32 features of captions, padded on the left with zeros, and the mask of the real ones.
 
     Args:
-      directory: of a T5 encoder, e.g. flan-t5-xl: config.json, weights and tokenizer.json.
+      directory: folder of a T5 encoder such as flan-t5-xl: config.json, weights and tokenizer.json.
       captions: are cleaned first, see ``clean_caption``.
-      length: T; longer captions are cut.
+      length: T, the number of tokens; longer captions are cut.
 
     Raises:
-      UserError: PyTorch or ``transformers`` is absent, or the folder holds no T5 encoder.
+      UserError: if PyTorch or ``transformers`` is not installed, or the folder holds no T5 encoder.
     """
     try:
-        import torch  # here alone: everything else runs without them
+        import torch  # imported here only, because everything else runs without them
         from transformers import T5EncoderModel
         from transformers.utils import logging
     except ImportError as error:
@@ -37,7 +37,7 @@ def caption_features(
     path = directory / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exceptions
+    except Exception as error:  # the library raises plain Exceptions
         raise UserError(f"{path} cannot be read as a tokenizer ({shown(str(error))}); copy the T5 again") from error
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=0, pad_token=tokenizer.id_to_token(0))

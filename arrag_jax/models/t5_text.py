@@ -1,8 +1,8 @@
-"""Captions as LlamaGen's T5 reads them: the cleaning that its training captions went through.
+"""Cleans captions in the way in which LlamaGen's training captions were cleaned.
 
-The rules remove real words, too ("png image", "page 7", "512x512"): the model never saw them. They are applied twice,
-as there. The official code repairs mis-decoded letters with the ``ftfy`` library; where that is not installed, letters
-beyond ASCII are read as they stand.
+The rules also remove real words ("png image", "page 7", "512x512"), because the model never saw them in training. They
+are applied twice, as in the official code. The official code repairs wrongly decoded characters with the ``ftfy``
+library. If that library is not installed, characters beyond ASCII are kept as they are.
 """
 
 import functools
@@ -18,36 +18,36 @@ _SITE = r"[a-z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
 _ENDINGS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 _MARKS = "#®•©™&@·º½¾¿¡§~()[]{}|\\/*"
 
-Rules = tuple[tuple[str, str], ...]  # pattern → replacement, one after another
+Rules = tuple[tuple[str, str], ...]  # (pattern, replacement), applied in order
 
-# Before HTML is taken away.
+# Applied before HTML tags are removed.
 _ADDRESSES: Rules = (
     ("<person>", "person"),
     (rf"\b(?:https?:(?:/{{1,3}}|[a-z0-9%])|{_SITE})", ""),
     (rf"\b(?:www:(?:/{{1,3}}|[a-z0-9%])|{_SITE})", ""),
 )
 _SIGNS: Rules = (
-    (r"@\w+\b", ""),  # names of accounts
-    ("[\u31c0-\u4dff\u4e00-\u9fff]+", ""),  # Chinese, Japanese and Korean signs
+    (r"@\w+\b", ""),  # account names
+    ("[\u31c0-\u4dff\u4e00-\u9fff]+", ""),  # Chinese, Japanese and Korean characters
     ("[`´«»“”¨]", '"'),
     ("[‘’]", "'"),
     ("&quot;?", ""),
     ("&amp", ""),
-    (r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # internet addresses
+    (r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # IP addresses
     (r"\d:\d\d\s+$", ""),
     (r"\\n", " "),
     (r"#\d{1,3}\b", ""),
     (r"#\d{5,}\b", ""),
     (r"\b\d{6,}\b", ""),
-    (rf"\S+\.(?:{_ENDINGS})", ""),  # names of files
+    (rf"\S+\.(?:{_ENDINGS})", ""),  # file names
     ("[\"']{2,}", '"'),
     (r"[.]{2,}", " "),
     (f"[{re.escape(_MARKS)}]+", " "),
     (r"\s+\.\s+", " "),
 )
-# After mis-decoded letters are repaired.
+# Applied after wrongly decoded characters are repaired.
 _WORDS: Rules = (
-    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # numbers of articles: jc6640, jc6640vc, 6640vc231
+    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # article numbers: jc6640, jc6640vc, 6640vc231
     (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),
     (r"\b\d+[a-zA-Z]+\d+\b", ""),
     (r"(worldwide\s+)?(free\s+)?shipping", ""),
@@ -70,7 +70,7 @@ _ENDS: Rules = (
 
 
 def clean_caption(caption: str) -> str:
-    """Returns a caption as the model's training captions were cleaned: the official rules, twice."""
+    """Returns a caption after two passes of the official cleaning rules, as for the model's training captions."""
     return _once(_once(caption))
 
 
@@ -79,7 +79,7 @@ def _once(caption: str) -> str:
     text = _apply(_SIGNS[:2], _without_html(text))
     text = "".join("-" if unicodedata.category(sign) == "Pd" else sign for sign in text)
     text = _apply(_SIGNS[2:], text)
-    if len(re.findall("[-_]", text)) > 3:  # words joined by hyphens: a name of a file, or of a page
+    if len(re.findall("[-_]", text)) > 3:  # many hyphens mean the name of a file or page
         text = re.sub("[-_]", " ", text)
     text = html.unescape(html.unescape(_repair(text)))
     return _apply(_ENDS, _apply(_WORDS, text).strip()).strip()
@@ -92,7 +92,7 @@ def _apply(rules: Rules, text: str) -> str:
 
 
 class _Text(HTMLParser):
-    """Collects what a page shows."""
+    """An HTML parser that collects the text between tags."""
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
@@ -103,7 +103,7 @@ class _Text(HTMLParser):
 
 
 def _without_html(text: str) -> str:
-    """The text between the tags, with its entities read."""
+    """Returns the text between the tags, with entities decoded."""
     parser = _Text()
     parser.feed(text)
     parser.close()
@@ -111,8 +111,8 @@ def _without_html(text: str) -> str:
 
 
 def _repair(text: str) -> str:
-    """Mis-decoded letters as they were meant, where the ``ftfy`` library is there to tell."""
-    if text.isascii():  # nothing to repair
+    """Returns a text with wrongly decoded characters repaired, if the ``ftfy`` library is installed."""
+    if text.isascii():
         return text
     try:
         import ftfy  # an optional extra

@@ -1,7 +1,8 @@
-"""Files of tensors in a checkpoint folder: which tensor lies in which file; read one after another.
+"""Finds the tensors in the files of a checkpoint folder, reads them one after another, and writes safetensors files.
 
-Safetensors in one file or several, ``pytorch_model.bin`` in one or several or published ``.pt`` (PyTorch then has to
-be installed, and loads weights only, so that no code in the file is run), and a LoRA adapter in a file of its own.
+Weights may be safetensors in one or several files, ``pytorch_model.bin`` in one or several files, or published ``.pt``
+files. A LoRA adapter is in a file of its own. PyTorch's formats need PyTorch, which loads weights only, so that no code
+in a file is run.
 """
 
 import argparse
@@ -26,11 +27,11 @@ from arrag_jax.models.layouts import plain_key
 from arrag_jax.models.schema import WeightsIndex
 from arrag_jax.parsing import parse
 
-CHECKSUMS = "checksums"  # in the metadata of a file of ours: JSON, from each tensor's name to its checksum
+CHECKSUMS = "checksums"  # key in the metadata of our files; its value is JSON, tensor name → checksum
 PACKAGE = Path(__file__).resolve().parents[1]
 ADAPTER = "adapter_model"  # the PEFT library's name
-WRAPPERS = ("model", "module", "state_dict")  # keys under which training code saves weights beside its own state
-# What has been read of a mapped file counts as this process's memory, so files are closed after so many bytes.
+WRAPPERS = ("model", "module", "state_dict")  # keys under which training code saves the weights
+# Pages read from a mapped file count as memory of this process, so files are closed after this many bytes.
 OPEN_BYTES = 32 * 2**20
 
 _DTYPES = {
@@ -44,10 +45,10 @@ class Stored:
     """A tensor on disk.
 
     Attributes:
-      file: that holds it.
-      name: under which it stands there.
+      file: the file that holds it.
+      name: its name in the file.
       shape: as stored, in PyTorch's order of axes.
-      dtype: numpy's name of it; "bfloat16" is that of ml_dtypes.
+      dtype: numpy's name of its dtype; "bfloat16" is the dtype of ml_dtypes.
     """
 
     file: Path
@@ -57,13 +58,15 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
+        """Size on disk in bytes."""
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
 class _Safetensors:
-    """A safetensors file. The library checks that it is whole; the bytes are read plainly, for what its map has
-    touched stays in memory with every array that looks into it."""
+    """A safetensors file. The safetensors library checks that it is complete.
+
+    Tensors are read without the library's memory map: an array that refers to a map keeps all touched pages in memory.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -98,7 +101,7 @@ class _Safetensors:
         return np.fromfile(self.path, dtype, math.prod(shape), offset=offset).reshape(shape)
 
     def check(self, name: str, value: np.ndarray) -> None:
-        """Raises UserError where a tensor that was read is not what was written; other people's files do not tell."""
+        """Raises UserError if a tensor does not match its checksum; files that are not ours have no checksums."""
         if self._sums and self._sums.get(name) != checksum(value):
             raise UserError(f"{self.path} is damaged: {name} is not what was written; copy the checkpoint again")
 
@@ -110,16 +113,16 @@ class _TorchFile:
         self.path = path
         _require_file(path)
         try:
-            import torch  # here alone: everything else runs without it
+            import torch  # imported here only, because everything else runs without it
         except ImportError as error:
             raise UserError(
                 f"{path} can be read with PyTorch only, which is not installed: pip install torch, or convert the "
                 "checkpoint once where it is (python -m arrag_jax.convert --source … --target …)"
             ) from error
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # where training code keeps its settings
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the class of saved training settings
                 self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises many kinds for one cause
+        except Exception as error:  # torch raises many types for the same cause
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"{path} is not a whole PyTorch file of weights alone ({reason}); copy the checkpoint again"
@@ -145,35 +148,35 @@ class _TorchFile:
         ]
 
     def read(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name].detach()  # it may be a torch.nn.Parameter
+        tensor = self._tensors[name].detach()  # the tensor may be a torch.nn.Parameter
         dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype == "bfloat16":  # numpy has no such type of its own
+        if dtype == "bfloat16":  # numpy itself has no bfloat16
             tensor = tensor.view(self._int16)
-        return np.array(tensor.numpy(), order="C").view(jnp.dtype(dtype))  # a copy, for the file will be closed
+        return np.array(tensor.numpy(), order="C").view(jnp.dtype(dtype))  # a copy, because the file will be closed
 
     def check(self, name: str, value: np.ndarray) -> None:
-        """Does nothing: PyTorch writes no sums of its tensors."""
+        """Does nothing, because PyTorch's files have no checksums."""
 
 
 def is_run(directory: Path) -> bool:
-    """Is it the --workdir of a training run? A folder of weights may well hold one named ``checkpoints``."""
+    """Returns whether a folder is the --workdir of a training run; weight folders may hold ``checkpoints``, too."""
     return (directory / "checkpoints").is_dir() and (directory / "base.json").is_file()
 
 
 def wherever(directory: Path) -> Path:
-    """The folder as it is named, or where nothing is there and it is named so, the one inside this package.
+    """Returns the folder, or the folder inside this package if the path names one and does not exist.
 
-    So "arrag_jax/assets/emoji_janus", as the shipped configs have it, holds from any working directory.
+    So "arrag_jax/assets/emoji_janus" in the shipped configs works from any working directory.
     """
     inside = PACKAGE.parent / directory
     return inside if directory.parts[:1] == (PACKAGE.name,) and not directory.exists() else directory
 
 
 def checkpoint_folder(directory: Path) -> Path:
-    """The folder itself (``wherever`` it is, ``~`` expanded), or the export in it where it is that of a training run.
+    """Returns the folder (see ``wherever``; ``~`` is expanded), or the export in it if it is that of a training run.
 
     Raises:
-      UserError: an address, no such folder, or a run that has no export yet.
+      UserError: if the path is a URL or no folder, or the training run has no export yet.
     """
     directory = wherever(Path(local_path(directory, "checkpoint")))
     if not directory.is_dir():
@@ -189,7 +192,7 @@ def checkpoint_folder(directory: Path) -> Path:
 
 
 def _no_folder(directory: Path) -> str:
-    """What is said of a model that is not there."""
+    """Returns the message for a model folder that does not exist."""
     if directory.exists():
         return f"{directory} is a file; give the checkpoint's folder"
     if re.fullmatch(r"[\w.-]+/[\w.-]+|(https?:|hf:).*|huggingface\.co/.*", str(directory)):
@@ -201,13 +204,13 @@ def _no_folder(directory: Path) -> str:
 
 
 def stored_tensors(directory: Path, also: tuple[str, ...] = ()) -> dict[str, Stored]:
-    """The tensors of a checkpoint folder, its LoRA adapter's among them, by plain key.
+    """Returns the tensors of a checkpoint folder, including those of a LoRA adapter, by plain key.
 
     Args:
-      also: further files to look into, where they are there; patterns of names, too.
+      also: names or patterns of further files to read; files that do not exist are ignored.
 
     Raises:
-      UserError: no weights, a truncated file, an index that does not match its files, or a tensor that is there twice.
+      UserError: if there are no weights, a file is truncated, an index does not match, or a tensor is there twice.
     """
     directory = checkpoint_folder(directory)
     names = (f"{ADAPTER}.safetensors", f"{ADAPTER}.bin", *also)
@@ -224,17 +227,17 @@ def stored_tensors(directory: Path, also: tuple[str, ...] = ()) -> dict[str, Sto
 
 
 def has_checksums(path: Path) -> bool:
-    """Whether a file of weights holds checksums of its tensors."""
+    """Returns whether a file of weights holds checksums of its tensors."""
     return path.suffix == ".safetensors" and path.is_file() and _Safetensors(path).has_checksums
 
 
 def read_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor's key and its numbers, in the mapping's order, one in memory at a time.
+    """Yields each tensor's key and values, in the mapping's order, with one tensor in memory at a time.
 
-    While the caller works on a tensor, another thread checks it against the sum that its file gives, where it does.
+    While the caller works on a tensor, another thread verifies its checksum, if the file has one.
 
     Raises:
-      UserError: a tensor is not what was written; at the latest when the next one is asked for.
+      UserError: if a tensor does not match its checksum; raised at the latest when the next tensor is requested.
     """
     opened: dict[Path, _Safetensors | _TorchFile] = {}
     taken = 0
@@ -255,9 +258,12 @@ def read_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, np.ndarray
 
 
 def _weights(directory: Path, beside: list[Path]) -> list[Stored]:
-    """The weights proper: by an index, or those of the single file; safetensors before PyTorch's, ``.pt`` last.
+    """Returns the tensors of the model's weights, from an index or a single file.
 
-    ``beside``: files that hold something else. A folder may hold these alone.
+    Safetensors files come before PyTorch's ``.bin``; ``.pt`` files come last.
+
+    Args:
+      beside: files with other tensors, which are not read here. A folder may hold only these.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = directory / f"{single}.index.json"
@@ -280,7 +286,7 @@ def _weights(directory: Path, beside: list[Path]) -> list[Stored]:
 
 
 def _indexed(index: Path) -> list[Stored]:
-    """The tensors of the files that an index names, which must hold what it says."""
+    """Returns the tensors of the files that an index names; files and index must agree."""
     try:
         listed = parse(WeightsIndex, read_json(index), index.name, ignore_unknown=True).weight_map
     except UserError as error:
@@ -304,7 +310,7 @@ def _open(path: Path) -> _Safetensors | _TorchFile:
 
 
 def _require_file(path: Path) -> None:
-    """Raises UserError where a file of weights cannot be read or is a pointer of Git LFS."""
+    """Raises UserError if a file of weights cannot be read, or is a Git LFS pointer."""
     try:
         with open(path, "rb") as file:
             require_no_pointer(file.read(64), str(path))
@@ -313,14 +319,14 @@ def _require_file(path: Path) -> None:
 
 
 def some(items: list[str], limit: int = 12) -> str:
-    """The first items and how many more there are, for messages."""
+    """Returns a text with the first items and the number of the remaining ones, for messages."""
     return "; ".join(items[:limit]) + (f"; and {len(items) - limit} more" if len(items) > limit else "")
 
 
 def write_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Writes a safetensors file with a checksum of every tensor, which ``read_tensors`` compares.
+    """Writes a safetensors file with a checksum of every tensor, which ``read_tensors`` verifies.
 
-    It is readable for whoever may read new files there: the library's own is for its owner.
+    The file has the permissions of a new file, because the library makes files that only their owner can read.
     """
     path.touch()
     mode = path.stat().st_mode
@@ -331,12 +337,12 @@ def write_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
 
 
 def _order_metadata(path: Path) -> None:
-    """Puts the metadata of a safetensors file in order: the library writes them in another one every time."""
+    """Sorts the metadata of a safetensors file, because the library writes them in a different order every time."""
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # as the library writes it, padded with blanks
+        if len(text) <= size:  # padded with spaces, which the format allows
             file.seek(8)
             file.write(text.ljust(size))

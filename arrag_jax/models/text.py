@@ -1,7 +1,7 @@
-"""Prompts: the chat form of Janus, through a ``tokenizer.json`` of the ``tokenizers`` library.
+"""Tokenizes prompts in the chat form of Janus, with a ``tokenizer.json`` of the ``tokenizers`` library.
 
-Source: docs/reference.md "Prompt". Text becomes ``<|User|>: TEXT\\n\\n<|Assistant|>:<begin_of_image>``
-after the begin-of-sentence token; batches are padded on the left.
+Source: docs/reference.md "Prompt". A prompt becomes the begin-of-sentence token and
+``<|User|>: TEXT\\n\\n<|Assistant|>:<begin_of_image>``. Batches are padded on the left.
 """
 
 import math
@@ -26,22 +26,22 @@ from arrag_jax.parsing import shown
 BOS, UNKNOWN = "<｜begin▁of▁sentence｜>", "<unk>"
 USER, ASSISTANT, IMAGE_START = "<|User|>", "<|Assistant|>", "<begin_of_image>"
 SPECIAL = [BOS, PAD, UNKNOWN, USER, ASSISTANT, IMAGE_START]
-COLON = ":"  # the one mark of the chat form
+COLON = ":"  # the only punctuation mark of the chat form
 
 
 def chat_form(prompt: str) -> str:
-    """The text that Janus reads for a prompt; the next token it writes is the first image code."""
+    """Returns the text that Janus reads for a prompt; the model's next token is the first image code."""
     return f"{USER}: {prompt}\n\n{ASSISTANT}:{IMAGE_START}"
 
 
 class PromptTokenizer:
-    """Prompts → ids and mask.
+    """Turns prompts into ids and a mask.
 
     Attributes:
-      pad_id: fills the left of short prompts; of a checkpoint's tokenizer it is the model's, too.
-      vocab_size: ids are below it.
-      max_length: longest prompt in tokens, chat form included; of a checkpoint's tokenizer what its config leaves
-        beside a picture, where that says how many positions the model was trained on.
+      pad_id: id that fills the left of short prompts. ``load`` takes it from the model's config.
+      vocab_size: upper bound of the ids, exclusive.
+      max_length: longest prompt in tokens, including the chat form. If the model's config says how many positions the
+        model was trained on, ``load`` sets it to that number less the positions of an image.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_length: int = 512):
@@ -53,13 +53,17 @@ class PromptTokenizer:
         self.pad_id, self._bos = tokenizer.token_to_id(PAD), tokenizer.token_to_id(BOS)
         added = tokenizer.get_added_tokens_decoder().values()
         self._special = dict.fromkeys([*SPECIAL, *(token.content for token in added if token.special)])
-        # The words of a word-level tokenizer; any other one reads every text as it stands.
+        # The words that a word-level tokenizer knows; None for other tokenizers, which can read any text.
         by_words = isinstance(tokenizer.model, models.WordLevel)
         self._words = frozenset(tokenizer.get_vocab()) - {*self._special, COLON} if by_words else None
 
     @classmethod
     def load(cls, directory: str | Path) -> "PromptTokenizer":
-        """Reads ``tokenizer.json`` from a checkpoint folder, or from the export of a training run."""
+        """Returns the tokenizer of a checkpoint folder, or of the export of a training run.
+
+        Raises:
+          UserError: if ``tokenizer.json`` is absent or damaged, or does not fit the model's config.
+        """
         directory = checkpoint_folder(Path(directory))
         path = directory / "tokenizer.json"
         config = read_config(directory) if (directory / "config.json").is_file() else None
@@ -72,14 +76,14 @@ class PromptTokenizer:
             require_no_pointer(file.read(64), str(path))
         try:
             text = cls(Tokenizer.from_file(str(path)))
-            # parts of the file that contradict one another show themselves only here
+            # Contradictions between parts of the file become visible only when a text is encoded.
             frame = text.tokenizer.encode(chat_form("")).ids
             largest = max(*text.tokenizer.get_vocab().values(), *frame)
             if largest > MOST_TOKENS or text.tokenizer.token_to_id(UNKNOWN) in frame:
                 raise ValueError(f"it frames a prompt by the ids {frame}, of which one is too large or unknown")
         except (UserError, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the library raises bare Exceptions, and panics that are none
+        except BaseException as error:  # the library raises plain Exceptions and, after a panic, a BaseException
             reason = shown(" ".join(str(error).split()))
             raise UserError(f"{path} cannot be read as a tokenizer ({reason}); copy it again") from error
         if config is not None:
@@ -95,7 +99,7 @@ class PromptTokenizer:
 
     @classmethod
     def of_words(cls, captions: Iterable[str]) -> "PromptTokenizer":
-        """A word-level tokenizer of exactly the words in ``captions``, with Janus' special tokens."""
+        """Returns a word-level tokenizer whose vocabulary is the words in ``captions`` and Janus' special tokens."""
         words = sorted({word for caption in captions for word in caption.split()})
         vocabulary = [*SPECIAL, COLON, *words]
         ids = {token: place for place, token in enumerate(vocabulary)}
@@ -112,12 +116,13 @@ class PromptTokenizer:
     def __call__(
         self, prompts: Sequence[str], length: int | None = None
     ) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-        """Ids and mask of prompts, padded on the left to the longest one or to ``length`` tokens.
+        """Returns ids and mask of prompts, padded on the left to the longest one or to ``length`` tokens.
 
-        A word-level tokenizer reads a word that it does not know in lower case, and no marks: "A cat." is "a cat".
+        A word-level tokenizer tries an unknown word in lower case and ignores punctuation marks: "A cat." is "a cat".
 
         Raises:
-          UserError: a prompt is empty, too long, or holds a special token or a word that the tokenizer does not know.
+          UserError: if a prompt is empty, too long, or holds a special token or a word that the tokenizer does not
+            know.
         """
         encodings = [self._encode(prompt) for prompt in prompts]
         width = length or max(map(len, encodings))
@@ -137,14 +142,14 @@ class PromptTokenizer:
     def _encode(self, prompt: str) -> list[int]:
         if not prompt.strip():
             raise UserError("a prompt is empty; say what to draw")
-        if any("\ud800" <= sign <= "\udfff" for sign in prompt):  # as Python reads bytes that are not UTF-8
+        if any("\ud800" <= sign <= "\udfff" for sign in prompt):  # Python decodes bytes that are not UTF-8 to these
             raise UserError(f"the prompt {prompt[:60]!a} is not UTF-8 text; write it in UTF-8")
         special = next((token for token in self._special if token in prompt), None)
         if special is not None:
             raise UserError(f"a prompt holds {special!r}, a special token of the model; say it in words alone")
         words = prompt.strip() if self._words is None else self._in_known_words(prompt)
         encoding = self.tokenizer.encode(chat_form(words))
-        # Published tokenizers leave the first token to the code around them, ours puts it there itself.
+        # Our tokenizers add the begin-of-sentence token; published ones leave it to the calling code.
         ids = encoding.ids if encoding.ids[0] == self._bos else [self._bos, *encoding.ids]
         unknown = self.tokenizer.token_to_id(UNKNOWN)
         if unknown is not None and unknown in ids:
@@ -155,9 +160,9 @@ class PromptTokenizer:
         """Returns a prompt in the words of a word-level tokenizer.
 
         Raises:
-          UserError: a word is unknown in lower case, too, or nothing but marks is left.
+          UserError: if a word is unknown even in lower case, or the prompt has no words.
         """
-        text = "".join(sign for sign in prompt if unicodedata.category(sign) != "Cf")  # signs that nobody sees
+        text = "".join(sign for sign in prompt if unicodedata.category(sign) != "Cf")  # invisible characters
         found = re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", unicodedata.normalize("NFKC", text))
         words = [word for word in found if word in self._words or not _is_mark(word)]
         words = [word if word in self._words else word.lower() for word in words]
@@ -170,22 +175,22 @@ class PromptTokenizer:
         return " ".join(words)
 
     def _known_parts(self, word: str) -> list[str]:
-        """The parts of a word with apostrophes, where they are known and the word is not; else the word."""
+        """Returns the parts of a word with apostrophes if they are known and the word is not; else the word."""
         parts = [word] if word in self._words else words_in(word)
         return parts if parts and self._words.issuperset(parts) else [word]
 
     def known_words(self) -> str:
-        """The words of a word-level tokenizer, for messages."""
+        """Returns the words of a word-level tokenizer, for messages."""
         return " ".join(sorted(w for w in self.tokenizer.get_vocab() if w.isalpha()))
 
 
 def words_in(text: str) -> list[str]:
-    """Returns the words of a text in lower case, without punctuation marks; "a dog's Ball." has a, dog, s and ball."""
-    text = "".join(sign for sign in text if unicodedata.category(sign) != "Cf")  # signs that nobody sees
+    """Returns the words of a text in lower case, without punctuation: "a dog's Ball." gives a, dog, s and ball."""
+    text = "".join(sign for sign in text if unicodedata.category(sign) != "Cf")  # invisible characters
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
     return [word for word in re.findall(r"\w+|[^\w\s]", text) if not _is_mark(word)]
 
 
 def _is_mark(word: str) -> bool:
-    """Returns whether this is one punctuation mark of any script."""
+    """Returns whether a word is a single punctuation mark of any script."""
     return len(word) == 1 and unicodedata.category(word).startswith("P")

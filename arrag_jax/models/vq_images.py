@@ -1,4 +1,4 @@
-"""Images to codes and back, for every model that holds a VQ tokenizer; checks what comes from outside."""
+"""Encodes images to codes and decodes codes, for every model with a VQ tokenizer; validates the caller's arrays."""
 
 import hashlib
 import math
@@ -16,19 +16,19 @@ from arrag_jax.interfaces import ArrayLike
 from arrag_jax.models.weights import parameters
 from arrag_jax.nn.vq import VQTokenizer
 
-ROUNDING = 1e-3  # by which pixels may lie outside [-1, 1]: what bfloat16 or a resized image may add
-NAMED = "gen_vision_model"  # what parameters' names begin with in a fingerprint, whatever model holds them
+ROUNDING = 1e-3  # how far pixels may lie outside [-1, 1], because bfloat16 and resizing round
+NAMED = "gen_vision_model"  # prefix of parameter names in a fingerprint, the same for every model
 
 
 class VQImages(nnx.Module):
-    """``interfaces.ImageTokenizer`` over a ``VQTokenizer``.
+    """Implements ``interfaces.ImageTokenizer`` with a ``VQTokenizer``.
 
-    A model that inherits from it gives ``with_grid`` and what is listed here.
+    A subclass defines ``with_grid`` and these attributes.
 
     Attributes:
-      vq: the tokenizer's module.
+      vq: the module of the tokenizer.
       grid: height and width in codes.
-      codebook_size: V.
+      codebook_size: V, the number of codes.
     """
 
     vq: VQTokenizer
@@ -42,14 +42,14 @@ class VQImages(nnx.Module):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels of an image of this grid."""
+        """Height and width of an image of this grid in pixels."""
         return self.grid[0] * self.vq.config.downsampling, self.grid[1] * self.vq.config.downsampling
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the tokenizer: sha256 over its parameters in float32, sixteen hex digits.
+        """Identity of the tokenizer: the first sixteen hex digits of the SHA-256 of its parameters in float32.
 
-        Two models have it in common exactly if they give images the same codes and codes the same vectors.
+        Models with the same fingerprint map images to the same codes and codes to the same vectors.
         """
         digest = hashlib.sha256()
         for name, value in sorted(parameters(self.vq).items()):
@@ -58,13 +58,13 @@ class VQImages(nnx.Module):
         return digest.hexdigest()[:16]
 
     def encode_images(self, images: ArrayLike) -> tuple[Int[Array, "B T"], Float[Array, "B H W C"]]:
-        """Codes in raster order, and l2-normalised latents before quantisation.
+        """Returns codes in raster order, and l2-normalised latents before quantisation.
 
         Args:
-          images: float [B, h, w, 3], pixels in [-1, 1]; any height and width that the tokenizer's downsampling divides.
+          images: float [B, h, w, 3], pixels in [-1, 1]; height and width are multiples of the tokenizer's downsampling.
 
         Raises:
-          UserError: if it does not divide them, they are integers, or hold NaN or values outside [-1, 1].
+          UserError: if height or width is no such multiple, or pixels are integers, NaN or outside [-1, 1].
         """
         require_own_process()
         images = images if isinstance(images, Array) else np.asarray(images)
@@ -78,10 +78,10 @@ class VQImages(nnx.Module):
         return codes.reshape(len(images), -1), latents
 
     def decode_codes(self, codes: ArrayLike, height: SupportsIndex, width: SupportsIndex) -> Float[Array, "B h w 3"]:
-        """Pixels in [-1, 1] of a grid of height x width codes.
+        """Returns the pixels, in [-1, 1], of a grid of height x width codes.
 
         Raises:
-          UserError: if the codes do not fill that grid, or are not of this codebook.
+          UserError: if the codes do not fill that grid, or are not codes of this codebook.
         """
         require_own_process()
         codes = codes if isinstance(codes, jax.core.Tracer) else np.asarray(codes)
@@ -93,7 +93,7 @@ class VQImages(nnx.Module):
 
 
 def check_ids(name: str, ids: ArrayLike, size: int, lowest: int = 0) -> None:
-    """Raises UserError unless ids are integers of [lowest, size) (the values of tracers are not known)."""
+    """Raises UserError unless ids are integers in [lowest, size); the values of tracers cannot be checked."""
     if not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"{name} must be integers, got {ids.dtype}")
     if not isinstance(ids, jax.core.Tracer) and ids.size and (ids.min() < lowest or ids.max() >= size):
@@ -101,7 +101,7 @@ def check_ids(name: str, ids: ArrayLike, size: int, lowest: int = 0) -> None:
 
 
 def _check_pixels(images: Array) -> None:
-    """Raises UserError unless pixels lie in [-1, 1], but for rounding (of tracers nothing is known)."""
+    """Raises UserError unless pixels lie in [-1, 1] up to ``ROUNDING``; the values of tracers cannot be checked."""
     if isinstance(images, jax.core.Tracer) or not images.size:
         return
     low, high = float(images.min()), float(images.max())
@@ -113,7 +113,7 @@ def _check_pixels(images: Array) -> None:
         )
 
 
-# Jitted once a shape; the tokenizer travels as (graphdef, state), its arrays as arguments.
+# Compiled once per shape. The tokenizer is passed as (graphdef, state), so its arrays are arguments, not constants.
 
 
 @jax.jit(static_argnums=0)

@@ -1,4 +1,4 @@
-"""Weights between files and a model, strictly: every missing, unknown and mis-shaped key is reported at once."""
+"""Reads a model's weights from files and writes them; one error reports every missing, unknown and mis-shaped key."""
 
 from pathlib import Path
 
@@ -16,21 +16,21 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """A model's parameters by dotted path, bookkeeping of training left out."""
+    """Returns a model's parameters by dotted path, without the state that only training uses (``CodeUsage``)."""
     flat = nnx.to_flat_state(nnx.state(model))
     return {".".join(map(str, path)): value for path, value in flat if not isinstance(value, CodeUsage)}
 
 
 def match(model: nnx.Module, stored: dict[str, Stored], layout: Layout, directory: Path) -> dict[str, Stored]:
-    """The tensor on disk of each of a model's parameters.
+    """Returns the path of each of a model's parameters → its tensor on disk.
 
     Args:
-      model: may be abstract, and may lack parts; the keys of a part that it lacks are passed over.
-      stored: by the layout's keys.
-      directory: for the message.
+      model: may be abstract and may lack parts; the keys of parts that it lacks are ignored.
+      stored: key in the layout → tensor.
+      directory: the folder, for the message.
 
     Raises:
-      UserError: with every missing, unknown and mis-shaped key, one a line.
+      UserError: if keys are missing, unknown or mis-shaped; the message lists them all, one per line.
     """
     wanted = {layout.key(path): path for path in parameters(model)}
     passed = tuple(prefix for part, prefix in layout.parts.items() if getattr(model, part) is None)
@@ -53,32 +53,32 @@ def match(model: nnx.Module, stored: dict[str, Stored], layout: Layout, director
 
 
 def read_weights(model: nnx.Module, matched: dict[str, Stored], dtype: str, exact: tuple[str, ...]) -> None:
-    """Fills a model, tensor by tensor: in memory are the model and one tensor.
+    """Fills a model, tensor by tensor; only the model and one tensor are in memory at a time.
 
     Args:
-      model: built abstractly (``nnx.eval_shape``); receives its parameters in ``dtype``.
-      matched: of ``match``.
+      model: an abstract model (``nnx.eval_shape``), whose parameters are set in ``dtype``.
+      matched: the result of ``match``.
       exact: parts that are read in float32 (``Layout.exact``).
 
     Raises:
-      UserError: a tensor that is damaged, or that holds numbers which are not finite, in the file or in ``dtype``.
+      UserError: if a tensor is damaged, or has values that are not finite in the file or in ``dtype``.
     """
     variables = parameters(model)
-    # The largest first: what a tensor needs besides its place is then needed while little else is held.
+    # Largest first, because reading needs temporary memory of a tensor's size, and less of the model is loaded then.
     largest_first = sorted(matched.items(), key=lambda item: (-item[1].nbytes, item[0]))
     for path, value in read_tensors(dict(largest_first)):
-        with np.errstate(over="ignore"):  # it is told below
+        with np.errstate(over="ignore"):  # overflow is reported below
             ours = np.ascontiguousarray(to_ours(value, path), _kept(path, dtype, exact))
         if not all_finite(ours):
             require_finite(value, matched[path])
             what = f"{matched[path].name} in {matched[path].file}"
             raise UserError(f"{what} has numbers too large for {dtype}; choose dtype float32 or bfloat16")
         ours = jnp.asarray(ours)
-        variables[path].set_value(ours.block_until_ready())  # copies still under way would keep their sources
+        variables[path].set_value(ours.block_until_ready())  # an unfinished copy keeps its source in memory
 
 
 def require_finite(value: np.ndarray, tensor: Stored) -> None:
-    """Raises UserError where a tensor that was read holds NaN or an infinity."""
+    """Raises UserError if a tensor holds NaN or infinity."""
     if not all_finite(value):
         raise UserError(
             f"{tensor.name} in {tensor.file} holds NaN or infinite numbers; copy the checkpoint again, or train it anew"
@@ -86,7 +86,7 @@ def require_finite(value: np.ndarray, tensor: Stored) -> None:
 
 
 def write_weights(model: nnx.Module, path: Path, dtype: str, layout: Layout) -> None:
-    """Writes a model's parameters under a layout's keys to one file, in ``dtype`` but for the layout's exact parts."""
+    """Writes a model's parameters to one file under a layout's keys, in ``dtype`` or, for exact parts, in float32."""
     tensors = {}
     for name, value in parameters(model).items():
         kept = np.asarray(value[...].astype(_kept(name, dtype, layout.exact)))
@@ -95,5 +95,5 @@ def write_weights(model: nnx.Module, path: Path, dtype: str, layout: Layout) -> 
 
 
 def _kept(path: str, dtype: str, exact: tuple[str, ...]):
-    """The dtype in which a parameter is held."""
+    """Returns the dtype of a parameter."""
     return DTYPES["float32" if path.startswith(exact) else dtype]

@@ -1,4 +1,4 @@
-"""TFDS builder of ``emoji_scenes``: pictures and captions of ``data/scenes.py``, written as ArrayRecord files.
+"""TFDS builder of ``emoji_scenes``: the images and captions of ``scenes.py``, written as ArrayRecord files.
 
 Importing this module registers the builder, so that ``tfds.builder("emoji_scenes/small", data_dir=...)`` finds it.
 Neither building nor reading needs TensorFlow.
@@ -33,7 +33,7 @@ Sprites: Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0.
 
 @dataclass
 class EmojiScenesConfig(tfds.core.BuilderConfig):
-    """A size of the data set: scenes in each split. The same index is the same scene in every size."""
+    """A size of the data set: the number of scenes in each split. An index gives the same scene in every size."""
 
     sizes: tuple[tuple[str, int], ...] = ()
 
@@ -43,13 +43,13 @@ def _config(name: str, **sizes: int) -> EmojiScenesConfig:
 
 
 class EmojiScenes(tfds.core.GeneratorBasedBuilder):
-    """Examples stand in the order of their index."""
+    """Builds the data set; examples are in the order of their index."""
 
-    # Nothing is downloaded. TFDS would look for a file of checksums beside this one, and to find this one it imports
-    # importlib_resources, which it does not declare.
+    # Nothing is downloaded. Without this line TFDS looks for a file of checksums next to this module, and for that it
+    # imports importlib_resources, which it does not declare as a dependency.
     url_infos = None
     VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES = {  # noqa: RUF012 - TFDS reads it as a class attribute
+    RELEASE_NOTES = {  # noqa: RUF012 - TFDS reads this class attribute
         "1.0.0": "First release.",
         "1.1.0": "full has 100,000 scenes to train on, the first 40,000 of them as before.",
     }
@@ -59,16 +59,17 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder):
         _config("tiny", train=64, store=64, valid=64, test=64),
     ]
 
-    bar: progress.Bar | None = None  # counts the scenes that are made
+    bar: progress.Bar | None = None  # counts the scenes that have been rendered
 
     def __init__(self, *, file_format: str = "array_record", **kwargs: Any):
-        """TFDS's own default, TFRecord, has no random access and needs TensorFlow."""
+        """Uses ArrayRecord, because TFDS's default, TFRecord, has no random access and needs TensorFlow."""
         super().__init__(file_format=file_format, **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        """Classes, colours and boxes (x0, y0, x1, y1 in pixels) are padded with -1 to four sprites.
+        """Returns the features of an example.
 
-        A class is its place in ``scenes.CLASSES``; a colour its place in ``scenes.COLOURS``, -1 if natural.
+        Classes, colours and boxes (x0, y0, x1, y1 in pixels) are padded with -1 to four sprites. A class is an index
+        into ``scenes.CLASSES``. A colour is an index into ``scenes.COLOURS``, or -1 for natural colours.
         """
         slots = scenes.MAX_SPRITES
         features = {
@@ -104,7 +105,7 @@ NAMES = tuple(f"emoji_scenes/{config.name}" for config in EmojiScenes.BUILDER_CO
 
 
 def _example(scene: scenes.Scene, index: int) -> dict[str, Any]:
-    png = io.BytesIO()  # TFDS would encode an array with TensorFlow; a file it takes as it is
+    png = io.BytesIO()  # TFDS encodes an array with TensorFlow, but stores a file unchanged
     Image.fromarray(scenes.render(scene)).save(png, "PNG", compress_level=1)
     png.seek(0)
     names, tints = list(scenes.CLASSES), list(scenes.COLOURS)
@@ -127,7 +128,7 @@ def _example(scene: scenes.Scene, index: int) -> dict[str, Any]:
 
 
 def _prepare(builder: EmojiScenes, name: str) -> None:
-    """Writes the data set, with one bar over all splits or, where the console is not quiet, with TFDS's own bars."""
+    """Writes the data set. Shows one progress bar over all splits or, if the console is not quiet, TFDS's own bars."""
     tfds.display_progress_bar(progress.shown() and not console.is_quiet())
     total = sum(count for _, count in builder.builder_config.sizes)
     own = progress.bar(total=total, unit="scene", desc=f"making {name}", wanted=console.is_quiet())
@@ -136,18 +137,20 @@ def _prepare(builder: EmojiScenes, name: str) -> None:
 
 
 def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = True) -> Sequence[dict[str, Any]]:
-    """Random-access source of a split, built first if it is absent; of several processes one builds, the others wait.
+    """Returns the random-access source of a split; builds the data set if it is absent.
 
-    TFDS builds in a folder of another name and renames it at the end, so a killed build is never taken for whole.
+    If several processes call this, one builds and the others wait. TFDS builds in a temporary folder and renames it at
+    the end, so an interrupted build never looks complete.
 
     Args:
       name: ``emoji_scenes/full``, ``emoji_scenes/small`` or ``emoji_scenes/tiny``.
-      split: ``train``, ``store``, ``valid`` or ``test``; a TFDS slice such as ``train[:100]`` works too.
+      split: ``train``, ``store``, ``valid`` or ``test``; a TFDS slice such as ``train[:100]`` works, too.
       data_dir: the folder of all TFDS data sets.
-      images: if False, an example's picture stays the bytes of its PNG file, which is much faster.
+      images: if False, "image" is the bytes of a PNG file, which is much faster.
 
     Raises:
-      UserError: unknown name or split, a slice beyond its end, or no place to build it.
+      UserError: if the name or split is unknown, the slice is beyond the end of the split, or the folder cannot be
+        written.
     """
     if name not in NAMES:
         raise UserError(f"unknown data set {name!r}; take one of {', '.join(NAMES)}")
@@ -159,7 +162,7 @@ def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = T
         with write_errors(Path(data_dir)):
             sizes.mkdir(parents=True, exist_ok=True)
             with exclusive_lock(sizes, wait=True, alone=jax.process_count() == 1):
-                # anew: another process may have built it meanwhile
+                # Look again, because another process may have built it while this one waited for the lock.
                 builder = tfds.builder(name, data_dir=str(data_dir))
                 if not builder.is_prepared():
                     logging.info("building %s in %s", name, data_dir)
@@ -173,14 +176,14 @@ def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = T
 
 
 class SceneSource:
-    """A size of the data set as an image source (``data.examples.Source``); a split is built when it is asked for.
+    """A size of the data set as an image source (``data.examples.Source``); it is built when a split is requested.
 
     Args:
-      name, data_dir: as of ``load_source``.
+      name, data_dir: as in ``load_source``.
       size: height and width that the images must have.
     """
 
-    identity = ""  # a name's scenes never change
+    identity = ""  # the scenes of a name never change
 
     def __init__(self, name: str, data_dir: str | Path, size: tuple[int, int], captions: bool = False):
         del captions  # every scene has one
@@ -188,7 +191,7 @@ class SceneSource:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Every word of the captions of all splits."""
+        """The words of the captions of all splits."""
         return scenes.words()
 
     def images(self, split: str) -> "SceneImages":
@@ -197,10 +200,10 @@ class SceneSource:
 
 
 class SceneImages:
-    """A split or slice of the data set (``data.examples.Images``), as TFDS decodes it.
+    """A split or slice of the data set (``data.examples.Images``), decoded by TFDS.
 
     Raises:
-      UserError: as ``load_source``; an empty split, or a size that is not the scenes'.
+      UserError: as ``load_source``; also if the split is empty or ``size`` is not the size of the scenes.
     """
 
     def __init__(self, name: str, split: str, data_dir: str | Path, size: tuple[int, int]):
@@ -220,7 +223,7 @@ class SceneImages:
         return self._examples[index]
 
     def source_id(self, index: int) -> str:
-        """The id of an image: "emoji_scenes/full/store/17"."""
+        """Returns the id of an image, such as "emoji_scenes/full/store/17"."""
         split, number = self._places[index]
         return f"{self._name}/{split}/{number}"
 
@@ -229,5 +232,5 @@ class SceneImages:
         return self._load(images=False)
 
     def caption(self, index: int) -> str:
-        """The caption of an image, whose file is not decoded."""
+        """Returns the caption of an image without decoding its pixels."""
         return caption_of(self._files[index])

