@@ -252,7 +252,11 @@ class PromptEncoder(Protocol):
         ...
 
     def length(self, prompts: Sequence[str]) -> int:
-        """The smallest ``length`` that fits all prompts; a UserError names a prompt that cannot be one."""
+        """Returns the smallest ``length`` that fits all prompts.
+
+        Raises:
+          UserError: if a prompt is not valid; the message names it and the reason.
+        """
         ...
 
 

@@ -209,7 +209,7 @@ def test_a_shard_of_nothing_but_duplicates_is_added_to(config, store, tmp_path):
     build_datastore.run(more, str(store), append=True)
     assert Datastore.open(store).segments[-1].num_images == 2
     build_datastore.run(dataclasses.replace(config, keys=BOTH), str(store))
-    assert len(Datastore.open(store).latents) == Datastore.open(store).num_images
+    assert len(Datastore.open(store).records("latents")) == Datastore.open(store).num_images
 
 
 @pytest.mark.parametrize(

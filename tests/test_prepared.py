@@ -18,6 +18,7 @@ from arrag_jax.data import pixels
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.nn.vq import from_uint8
+from arrag_jax.retrieval import neighbor_sets
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.images import encoder
 from arrag_jax.store.neighbor_set import NeighborSet
@@ -85,7 +86,7 @@ def test_neighbors_of_a_prepared_set(config, tmp_path, monkeypatch):
     """A slice's images go by their numbers in the whole split, so that each is left out, however it is encoded."""
     build_datastore.run(config, str(tmp_path / "store"))
     store = Datastore.open(tmp_path / "store")
-    monkeypatch.setattr(build_neighbors, "encoder", lambda tokenizer: one_cell_off(encoder(tokenizer)))
+    monkeypatch.setattr(neighbor_sets, "encoder", lambda tokenizer: one_cell_off(encoder(tokenizer)))
     retrieval, source = RetrievalConfig(str(tmp_path / "store"), k=2, search="dense"), (config.source, config.data_dir)
     sets = NeighborsConfig(
         config.model, retrieval, "train[2:]", "train[:2]", *source, max_bad_fraction=0.3, batch_size=4

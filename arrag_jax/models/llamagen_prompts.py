@@ -36,7 +36,7 @@ class ClassNumbers:
         return np.array([int(prompt) for prompt in prompts], np.int32)
 
     def length(self, prompts: Sequence[str]) -> int:
-        """Returns 1, the length of every class; errors as the call."""
+        """Returns 1, because a class is one token. Raises UserError where a prompt is not a class."""
         self(prompts)
         return 1
 
@@ -64,7 +64,7 @@ class CaptionEncoder:
         self.known = _read_features(file, width, length) if file.is_file() else {}
 
     def length(self, prompts: Sequence[str]) -> int:
-        """Returns the length of all captions; a UserError where one is empty, or its features cannot be had."""
+        """Returns the tokens of every caption. Raises UserError where one is empty, or there is no way to its features."""
         for prompt in prompts:
             if not prompt.strip():
                 raise UserError("a prompt is empty; say what to draw")

@@ -136,7 +136,7 @@ class PromptTokenizer:
         return out, mask
 
     def length(self, prompts: Sequence[str]) -> int:
-        """Returns the tokens of the longest prompt; errors as the call."""
+        """Returns the tokens of the longest prompt. Raises the same errors as the call."""
         return max(self([prompt])[0].shape[1] for prompt in prompts)
 
     def _encode(self, prompt: str) -> list[int]:
