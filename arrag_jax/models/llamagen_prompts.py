@@ -64,7 +64,7 @@ class CaptionEncoder:
         self.known = _read_features(file, width, length) if file.is_file() else {}
 
     def length(self, prompts: Sequence[str]) -> int:
-        """Returns the tokens of every caption. Raises UserError where one is empty, or there is no way to its features."""
+        """Returns the tokens of every caption. Raises UserError where one is empty, or has no features and no T5."""
         for prompt in prompts:
             if not prompt.strip():
                 raise UserError("a prompt is empty; say what to draw")
