@@ -1,5 +1,6 @@
 """Where a process stands among those of its run, and how it waits for the others at the coordinator's address."""
 
+import dataclasses
 import json
 import os
 import select
@@ -7,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from jax._src import clusters, distributed  # how jax starts; its public function cannot be told how to fail
 from jax._src.lib import _jax
@@ -19,13 +21,14 @@ REMINDER = 10.0  # seconds between two lines that say who is waited for
 GREETING = 3.0  # seconds in which a hub greets
 
 
-class Place(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Place:
     """Where a process stands in its run."""
 
     address: str  # of the coordinator, host:port
     count: int
     index: int
-    devices: list[int] | None = None  # of this host that are this process's; None: all
+    devices: Sequence[int] | None = None  # of this host that are this process's; None: all
 
 
 def described(seconds: float = 60) -> Place | None:
@@ -52,7 +55,7 @@ def described(seconds: float = 60) -> Place | None:
         or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")
     ):
-        detect = clusters.ClusterEnv.auto_detect_unset_distributed_params  # from the cluster's own variables
+        detect: Any = clusters.ClusterEnv.auto_detect_unset_distributed_params  # from the cluster's own variables
         place = Place(*detect(None, None, None, None, None, int(seconds)))
     else:
         return None
@@ -197,9 +200,9 @@ def start_hub(place: Place, patience: float) -> str:
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", f"[::]:{port}")
     # -P: what lies beside hub.py is no module of its own. Its stderr is the file of ``native_output``.
     command = [sys.executable, "-P", hub.__file__, port, str(place.count), str(patience), bind, _jax.__name__]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     global _hub
-    _hub = subprocess.Popen(command, **pipes, start_new_session=True)
+    _hub = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    assert _hub.stdout is not None
     word = _hub.stdout.readline().decode().strip()
     return "" if word == "listening" else word or "its helper program did not start"
 

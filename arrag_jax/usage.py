@@ -50,7 +50,7 @@ def _keys(cls: type, prefix: str) -> Iterator[str]:
     said = meanings(cls)
     for field in dataclasses.fields(cls):
         hint, name = hints(cls)[field.name], f"{prefix}.{field.name}"
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from _keys(hint, name)
             continue
         default = "required" if _required(field) else f"default {_default(field)!r}"
@@ -63,7 +63,8 @@ def _required(field: dataclasses.Field) -> bool:
 
 
 def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    make: Any = field.default_factory
+    return field.default if field.default is not dataclasses.MISSING else make()
 
 
 def _type_name(hint: Any) -> str:
@@ -81,7 +82,8 @@ def _type_name(hint: Any) -> str:
 def _attributes(doc: str) -> dict[str, str]:
     """Names and texts under "Attributes:" in a docstring; "a, b: text" is said of both."""
     _, _, part = doc.partition("Attributes")
-    found, names = {}, []
+    found: dict[str, str] = {}
+    names: list[str] = []
     for line in part.partition("\n")[2].splitlines():
         if not line.startswith("  "):
             if line.strip():
@@ -120,6 +122,8 @@ def _comments(cls: type) -> dict[str, str]:
 
 def _class_body(source: str) -> Iterator[tuple[str, int, int]]:
     """Name, first and last line of every annotated name in the body of the class that a source defines."""
-    for node in ast.parse(source).body[0].body:
+    defined = ast.parse(source).body[0]
+    assert isinstance(defined, ast.ClassDef)
+    for node in defined.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            yield node.target.id, node.lineno, node.end_lineno
+            yield node.target.id, node.lineno, node.end_lineno or node.lineno

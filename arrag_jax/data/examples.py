@@ -55,8 +55,11 @@ class Source(Protocol):
       identity: changes with the images or their captions; "" where the source's name alone tells what they are.
     """
 
-    words: tuple[str, ...] | None
-    identity: str
+    @property
+    def words(self) -> tuple[str, ...] | None: ...
+
+    @property
+    def identity(self) -> str: ...
 
     def images(self, split: str) -> Images:
         """Returns the images of a split or of a slice of one ("train[:100]"), or raises UserError if there are none."""

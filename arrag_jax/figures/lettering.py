@@ -5,6 +5,7 @@ packages ``manimgx-fonts`` and ``manimgx-fonts-cjk``, where they are installed. 
 its near Latin letters, or else as Python escapes it: nothing is ever drawn as an empty box.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -27,7 +28,8 @@ JOINERS = "\u200c\u200d"  # tell how the signs beside them are shaped
 KANA, HANGUL = ("\u3040", "\u30ff"), ("\uac00", "\ud7a3")
 
 
-class Face(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Face:
     """A font: its file ("" is PIL's own), and which of the file's faces."""
 
     file: str
@@ -102,7 +104,9 @@ def shortened(words: str, width: int) -> str:
 def font_of(face: Face, layout: ImageFont.Layout | None = None) -> ImageFont.FreeTypeFont:
     """Returns a font at ``FONT_SIZE``, regular."""
     if face == OWN:
-        return ImageFont.load_default(FONT_SIZE)
+        default = ImageFont.load_default(FONT_SIZE)
+        assert isinstance(default, ImageFont.FreeTypeFont)
+        return default
     font = ImageFont.truetype(face.file, FONT_SIZE, index=face.index, layout_engine=layout)
     font.set_variation_by_axes([400])
     return font

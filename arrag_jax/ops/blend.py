@@ -16,7 +16,7 @@ the gradients of a number that several products take: it is widened first, and r
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +78,8 @@ def centre(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Cen
       kernels: one a hop.
       weights: of the hops; they sum to 1.
     """
-    matrix, bias = 0.0, 0.0
+    matrix: Any = 0.0
+    bias: Any = 0.0
     for weight, (first, first_bias, second, second_bias) in zip(weights, kernels, strict=True):
         # The pairs that reach the centre are a tap and its mirror image. The first bias, which every tap of the second
         # kernel meets, goes along as one more row.
@@ -99,7 +100,8 @@ def around_staged(
       hidden: of the cells themselves; cells outside the map count as zeros.
     """
     _, height, width, _ = hidden.shape
-    wide, total = hidden.astype(jnp.float32), 0.0
+    wide = hidden.astype(jnp.float32)
+    total: Any = 0.0
     for weight, kernel in zip(weights, kernels, strict=True):
         hop, pairs = kernel.hop, live_pairs(kernel.hop)
         first, second = _taps(kernel.first), _taps(kernel.second)
@@ -109,7 +111,7 @@ def around_staged(
         # Padded tap by tap: the gradient of a slice is as large as what it was cut from.
         around = ((0, 0), (hop, 0), (hop, hop), (0, 0))
         of_tap = {a: jnp.pad(x, around) for a, x in zip(taps, jnp.split(of_positions, len(taps), axis=-1), strict=True)}
-        summed = {}
+        summed: dict[Offset, Any] = {}
         for a, u, (row, column) in pairs:
             rows, columns = slice(hop + row, hop + row + height), slice(hop + column, hop + column + width)
             summed[u] = summed.get(u, 0.0) + of_tap[a][:, rows, columns]
@@ -121,7 +123,8 @@ def around_staged(
 
 def compose(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Float[Array, "n D D"]:
     """One matrix a live offset of the largest hop, in the order of ``live_offsets``."""
-    matrices, dtype = {}, kernels[0].first.dtype
+    matrices: dict[Offset, Any] = {}
+    dtype = kernels[0].first.dtype
     for weight, kernel in zip(weights, kernels, strict=True):
         pairs = live_pairs(kernel.hop)
         of_first, of_second = _taps(kernel.first), _taps(kernel.second)

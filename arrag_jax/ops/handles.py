@@ -21,7 +21,7 @@ _numbers = itertools.count()
 _lock = threading.RLock()  # a holder may go while another is made: collecting garbage can happen anywhere
 _targets: dict[int, Any] = {}
 _handles: "weakref.WeakValueDictionary[int, Handle]" = weakref.WeakValueDictionary()
-_leaving: list[tuple[int, list[jax.Array]]] = []  # objects without holders, and results that may still need them
+_leaving: list[tuple[int, list[Any]]] = []  # objects without holders, and results that may still need them
 
 
 class Handle:

@@ -58,7 +58,7 @@ def build_datastore(
         if build.leads:
             _write_codebook(directory / CODEBOOK, codebook)
         for shard in build.pending():
-            contents = {kind: [] for kind in shard.files if kind != "sources"}
+            contents: dict[str, list[Any]] = {kind: [] for kind in shard.files if kind != "sources"}
             for batch in shard.batches():
                 taken = batch if known is None else _without_known(batch, known, shard)
                 for kind, items in contents.items():
@@ -95,7 +95,9 @@ def build_neighbor_set(
     images = EncodedImages(_Captioned(images.examples), images.source_id, images.encode, images.batch_size)
     with building.begun(NeighborSet, directory, images, settings, limit) as build:
         for shard in build.pending():
-            codes, captions, records = [], [], []
+            codes: list[np.ndarray] = []
+            captions: list[str] = []
+            records: Iterable[bytes] = []
             for batch in shard.batches():
                 codes.append(batch.codes)
                 captions += batch.captions
@@ -116,7 +118,7 @@ def items_of(kind: str, batch: Batch) -> list[bytes] | list[str]:
     return batch.captions
 
 
-def write_file(path: Path, kind: str, items: Iterable[bytes] | Iterable[str]) -> None:
+def write_file(path: Path, kind: str, items: Iterable[Any]) -> None:
     """Writes a file of a store's shard, whole or not at all: records that keys are made of, else lines."""
     if kind in (key.file for key in KEY_KINDS.values()):
         building.write_records(path, items, RECORD_OPTIONS)

@@ -205,7 +205,8 @@ class SceneImages:
 
     def __init__(self, name: str, split: str, data_dir: str | Path, size: tuple[int, int]):
         self._load = functools.partial(load_source, name, split, data_dir)
-        self._examples, self._name = self._load(), name
+        self._examples: Any = self._load()
+        self._name = name
         if len(self._examples) == 0:
             raise UserError(f"split {split} of {name} is empty; choose another")
         found, wanted = self._examples[0]["image"].shape, (*size, 3)

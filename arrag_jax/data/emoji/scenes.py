@@ -183,7 +183,7 @@ def test_prompts(n: int) -> list[Scene]:
     return [scene("test", index) for index in range(n)]
 
 
-test_prompts.__test__ = False  # its name looks like a test's to pytest
+vars(test_prompts)["__test__"] = False  # its name looks like a test's to pytest
 
 
 def words() -> tuple[str, ...]:
