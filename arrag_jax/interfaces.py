@@ -31,7 +31,8 @@ class Retriever(Protocol):
     A pytree: its arrays are leaves and pass through ``jit`` as arguments, never as constants.
     """
 
-    k: int  # neighbours returned a query
+    @property
+    def k(self) -> int: ...  # neighbours returned a query
 
     def search(self, context: Int[Array, "B 4"]) -> Neighbors:
         """Neighbours of B contexts given as code ids (the retriever holds the codebook).
@@ -46,12 +47,22 @@ class Retriever(Protocol):
 class ImageTokenizer(Protocol):
     """Turns images into grids of codes and back; an ``nnx.Module``, whose methods may be traced."""
 
-    grid: tuple[int, int]  # height and width in codes
-    codebook_size: int
+    @property
+    def grid(self) -> tuple[int, int]: ...  # height and width in codes
+
+    @property
+    def codebook_size(self) -> int: ...
+
     if TYPE_CHECKING:  # a check of types at run time would compute these, and traced weights have no fingerprint
-        image_size: tuple[int, int]  # height and width in pixels of an image of that grid
-        codebook: Float[Array, "V C"]  # rows of length one
-        fingerprint: str  # identity of the weights: sha256 over them in float32, sixteen hex digits
+
+        @property
+        def image_size(self) -> tuple[int, int]: ...  # height and width in pixels of an image of that grid
+
+        @property
+        def codebook(self) -> Float[Array, "V C"]: ...  # rows of length one
+
+        @property
+        def fingerprint(self) -> str: ...  # identity of the weights: sha256 over them in float32, sixteen hex digits
 
     def with_grid(self, grid: ArrayLike) -> "ImageTokenizer":
         """The same tokenizer for another grid (height, width); it shares every parameter."""
@@ -70,8 +81,11 @@ class ImageTokenizer(Protocol):
 class Backbone(Protocol):
     """An autoregressive model over code grids, seen one cell at a time or all at once; an ``nnx.Module``."""
 
-    grid: tuple[int, int]
-    codebook_size: int
+    @property
+    def grid(self) -> tuple[int, int]: ...
+
+    @property
+    def codebook_size(self) -> int: ...
 
     def with_grid(self, grid: ArrayLike) -> "Backbone":
         """The same model over another grid (height, width); it shares every parameter."""
@@ -119,7 +133,8 @@ class Backbone(Protocol):
 class BlendingBackbone(Backbone, Protocol):
     """A backbone that takes features of neighbours, as FAiD gives them."""
 
-    blended_neighbors: int  # neighbours whose features ``step`` takes; 0: it takes none
+    @property
+    def blended_neighbors(self) -> int: ...  # neighbours whose features ``step`` takes; 0: it takes none
 
     def fused(self) -> "BlendingBackbone":
         """A copy for ``decode``: it shares every array, and has precomputed what does not depend on the cell."""
@@ -197,8 +212,13 @@ class PromptEncoder(Protocol):
 class DecodePolicy(Protocol):
     """What retrieval does to the decode loop; a small frozen object of numbers."""
 
-    uses_retrieval: bool
-    blends: bool  # does it give the backbone features? Then it has ``neighbors`` too: of how many (None: the model's)
+    @property
+    def uses_retrieval(self) -> bool: ...
+
+    @property
+    def blends(
+        self,
+    ) -> bool: ...  # does it give the backbone features? Then it has ``neighbors`` too: of how many (None: the model's)
 
     def features(self, model: Any, neighbors: Neighbors, has_context: Bool[Array, ""]) -> Any:
         """What the backbone's step takes from the neighbours (None: nothing), before the step.

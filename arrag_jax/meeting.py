@@ -45,7 +45,8 @@ def described(seconds: float = 60) -> Place | None:
         try:
             place = Place(env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"]))
             if env.get("JAX_LOCAL_DEVICE_IDS"):
-                place = place._replace(devices=[int(number) for number in env["JAX_LOCAL_DEVICE_IDS"].split(",")])
+                devices = [int(number) for number in env["JAX_LOCAL_DEVICE_IDS"].split(",")]
+                place = dataclasses.replace(place, devices=devices)
         except KeyError as error:
             raise UserError(f"JAX_COORDINATOR_ADDRESS is set, so {error.args[0]} must be set too") from error
         except ValueError as error:

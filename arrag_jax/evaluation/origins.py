@@ -6,6 +6,7 @@ of the credit. A patch that more than one in ``COMMON`` of the images hold is *c
 background: it tells nothing about where a picture came from, and nobody has credit for it.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -69,10 +70,11 @@ def origins(
     spread = [np.full(rows.shape, empty) for empty in (0, 0, -1, -1, False)]
     for whole, known in zip(spread, (copies, images, held.image[best], held.position[best], common), strict=True):
         whole[found] = known[which]
-    return Origins(*spread, credit)
+    return Origins(*(*spread, credit))
 
 
-class _Held(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Held:
     """Patches that images hold, one row per pair: patch, image, how often, and the first cell."""
 
     patch: Int[np.ndarray, " m"]

@@ -80,6 +80,12 @@ class Pipeline:
     folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
     bar: PositionBar = dataclasses.field(default_factory=PositionBar)
 
+    @property
+    def datastore(self) -> Datastore:
+        """``store``, where a method retrieves."""
+        assert self.store is not None
+        return self.store
+
     def policy(self, method: str) -> DecodePolicy:
         """The policy that a method's name stands for."""
         return METHODS[method].policy(self.config)
@@ -97,12 +103,14 @@ class Pipeline:
         if not METHODS[method].limited:
             return self.retriever
         config, images = self.config.retrieval, self.images_for(method, prompts)
-        k = min(config.k, images.shape[1] * self.store.settings.patches_per_image)
-        return LimitedRetriever.create(self.store, images, config.keys, k)
+        k = min(config.k, images.shape[1] * self.datastore.settings.patches_per_image)
+        return LimitedRetriever.create(self.datastore, images, config.keys, k)
 
     def images_for(self, method: str, prompts: Sequence[str]) -> Int[np.ndarray, "B M"]:
         """Returns the stored images that a method with ``Search.CAPTIONS`` searches for each prompt."""
-        return self.captions.nearest(prompts, METHODS[method].images(self.config))
+        count = METHODS[method].images
+        assert self.captions is not None and count is not None
+        return self.captions.nearest(prompts, count(self.config))
 
     def reports_every_position(self, method: str) -> bool:
         """Whether a method's decode loop tells the host of every cell, for the progress bar.
@@ -111,7 +119,7 @@ class Pipeline:
         where drawing takes far longer than compiling.
         """
         on_host = METHODS[method].search is Search.STORE and self.config.retrieval.search == "scann"
-        size = sum(value[...].size for value in parameters(self.model_of(method)).values())
+        size = sum(int(value[...].size) for value in parameters(self.model_of(method)).values())
         return on_host or size >= LARGE_MODEL
 
     def draw(
@@ -141,7 +149,7 @@ class Pipeline:
             for numbers in batches:
                 # The last batch is filled up with its own rows over again, so that one shape is compiled.
                 rows, keep = np.resize(numbers, size), len(numbers)
-                retriever = self.retriever_for(method, [prompts[i] for i in rows])
+                retriever = self.retriever_for(method, [prompts[int(i)] for i in rows])
                 result = sample(
                     self.model_of(method), jax.tree.map(lambda x, rows=rows: x[rows], condition), self.policy(method),
                     retriever, seed=seeds[rows], on_position=on_position, mesh=self.mesh,
@@ -166,8 +174,8 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = ()) -> Pipeline:
     Raises:
       UserError: a method that they can't do, a checkpoint that can't be read, a store of another tokenizer, …
     """
-    mesh = make_mesh(config.mesh)
-    mesh = mesh if mesh.size > 1 else None
+    devices = make_mesh(config.mesh)
+    mesh = devices if devices.size > 1 else None
     blended = config.faid_model or (config.model if config_of(config.model).blended_neighbors else "")
     folders = {Kind.BASE: config.model, Kind.LORA: config.lora_model, Kind.FAID: blended}
     chosen = chosen_methods(tuple(methods or config.methods), {kind for kind, folder in folders.items() if folder})

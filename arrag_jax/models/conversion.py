@@ -109,7 +109,8 @@ def _unused(stored: dict[str, Stored], layout: Layout, written: Layout) -> tuple
 
 def _shards(tensors: dict[str, Stored]) -> dict[str, dict[str, Stored]]:
     """File names and what goes into them, in the order of keys; one file where it is small enough."""
-    shards, size = [{}], 0
+    shards: list[dict[str, Stored]] = [{}]
+    size = 0
     for key, tensor in sorted(tensors.items()):
         if size and size + tensor.nbytes > SHARD_BYTES:
             shards, size = [*shards, {}], 0
@@ -158,9 +159,7 @@ def _write_tensors(
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
 
 
-def _write_companions(
-    folder: Path, source: Path, model: nnx.Module, family: Family, written: Layout, apart: bool
-) -> None:
+def _write_companions(folder: Path, source: Path, model: Any, family: Family, written: Layout, apart: bool) -> None:
     """The config, with whatever else a published source says in its own; the tokenizer; the LoRA's config."""
     given = read_json(source)
     kept = given if family.layout_of(given) is written else {}

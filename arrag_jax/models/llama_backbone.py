@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.transformer import Llama
 
+Model = TypeVar("Model", bound="LlamaBackbone")
+
 
 class LlamaBackbone(VQImages):
     """``interfaces.TunableModel`` over a ``Llama``.
@@ -32,7 +34,28 @@ class LlamaBackbone(VQImages):
 
     config: Any
     language_model: Llama
-    gen_head: nnx.Module
+    gen_head: Any
+
+    if TYPE_CHECKING:
+
+        def __init__(self, config: Any, rngs: nnx.Rngs, parts: tuple[str, ...] = ...): ...
+
+        def check_condition(self, condition: ArrayLike, mask: ArrayLike = None) -> Condition: ...
+
+        def unconditional(self, condition: Condition) -> Condition: ...
+
+        def prefill(self, condition: Condition, blended_rows: int) -> tuple[Float[Array, "R D"], Cache]: ...
+
+        def embed_codes(self, codes: Int[Array, "*dims"]) -> Float[Array, "*dims D"]: ...
+
+        def forward(
+            self,
+            condition: Condition,
+            codes: Int[Array, "B T"],
+            neighbors: Int[Array, "B T K"] | None = None,
+            conditional: Bool[Array, " B"] | None = None,
+            rngs: nnx.Rngs | None = None,
+        ) -> tuple[Float[Array, "B T V"], Float[Array, " blenders"]]: ...
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -48,7 +71,7 @@ class LlamaBackbone(VQImages):
         """What FAiD's first blender takes: embeddings of retrieved codes, zeros for the absent (-1)."""
         return jnp.where(neighbors[..., None] >= 0, self.embed_codes(jnp.maximum(neighbors, 0)), 0)
 
-    def with_grid(self, grid: ArrayLike) -> "LlamaBackbone":
+    def with_grid(self: Model, grid: ArrayLike) -> Model:
         """The same model over another grid (height, width): it shares every parameter.
 
         Raises:
@@ -63,7 +86,7 @@ class LlamaBackbone(VQImages):
         """Names of the attributes that hold the parts of the model."""
         raise NotImplementedError
 
-    def fused(self) -> "LlamaBackbone":
+    def fused(self: Model) -> Model:
         """A copy for drawing with FAiD: it shares every array, its blenders' kernels are multiplied out."""
         copy = nnx.merge(*nnx.split(self))
         copy.language_model = nnx.data(self.language_model.fused())
@@ -94,7 +117,7 @@ class LlamaBackbone(VQImages):
 
     def adapters(self, blenders: bool = True) -> list[nnx.Module]:
         """The modules that fine-tuning trains: the head, every LoRA and, unless told otherwise, every blender."""
-        parts = [self.gen_head]
+        parts: list[nnx.Module | None] = [self.gen_head]
         for layer in self.language_model.layers:
             parts += [layer.attention.q_lora, layer.attention.v_lora, layer.blender if blenders else None]
         return [part for part in parts if part is not None]

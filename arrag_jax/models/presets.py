@@ -28,6 +28,13 @@ class JanusConfig:
     faid: FaidConfig | None = None  # None: no blenders
 
     @property
+    def decoder(self) -> LlamaConfig:
+        """``language`` of a model that has one."""
+        if self.language is None:
+            raise UserError("this is an image tokenizer alone, without the language model that draws")
+        return self.language
+
+    @property
     def draws(self) -> bool:
         """Is there a language model? A vocabulary of 0 stands for none: so were tokenizers exported at first."""
         return self.language is not None and self.language.vocab_size > 0

@@ -1,11 +1,16 @@
 """The linear layer and the embedding of all modules but the tokenizer."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from arrag_jax.ops import products
+
+Held = TypeVar("Held", bound=tuple[Any, ...])
 
 
 class Linear(nnx.Module):
@@ -20,7 +25,7 @@ class Linear(nnx.Module):
         outputs: int,
         rngs: nnx.Rngs,
         bias: bool = True,
-        init: jax.nn.initializers.Initializer | None = None,
+        init: Callable[..., Array] | None = None,
     ):
         """``init`` takes shapes [I, O], for which flax's initializers are made; None = flax's own for linear layers."""
         init = nnx.initializers.lecun_normal() if init is None else init
@@ -38,9 +43,9 @@ def embedding(count: int, width: int, rngs: nnx.Rngs, init: jax.nn.initializers.
     Left alone, ``nnx.Embed`` looks up in the type it was made with, float32, whatever was loaded into it since; and
     what follows the first look-up of a bfloat16 model would all be computed in float32.
     """
-    more = {} if init is None else {"embedding_init": init}
+    more: dict[str, Any] = {} if init is None else {"embedding_init": init}
     return nnx.Embed(count, width, promote_dtype=_as_held, rngs=rngs, **more)
 
 
-def _as_held(arrays: tuple[Array, ...], **_) -> tuple[Array, ...]:
+def _as_held(arrays: Held, /, **_: Any) -> Held:
     return arrays

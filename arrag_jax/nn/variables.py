@@ -1,5 +1,7 @@
 """Variable types: what is trained is said by a type, not by a name."""
 
+from typing import Any
+
 from flax import nnx
 
 
@@ -11,7 +13,7 @@ class Adapter(nnx.Param):
     """A parameter that fine-tuning trains."""
 
 
-def retype(module: nnx.Module, kind: type[nnx.Variable]) -> None:
+def retype(module: Any, kind: type[nnx.Variable]) -> None:
     """Turns every ``nnx.Param`` of a module, and of the modules in it, into a variable of another type, in place."""
     for _, node in list(nnx.iter_graph(module)):
         if isinstance(node, nnx.Module):
@@ -20,6 +22,6 @@ def retype(module: nnx.Module, kind: type[nnx.Variable]) -> None:
                     setattr(node, name, kind(value[...]))
 
 
-def freeze(module: nnx.Module) -> None:
+def freeze(module: Any) -> None:
     """Keeps every ``nnx.Param`` of a module as it is from now on."""
     retype(module, Frozen)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -49,6 +49,7 @@ def build(config: DatastoreConfig | None, directory: Path, append: bool = False,
         what = (config, directory, tokenizer, workers, keep_duplicates)
         store = from_images.add(*what, partial(_new_indexes, config)) if append else from_images.build(*what)
         if workers.leads:
+            assert store is not None  # who leads has images, or has told that there are none
             _finish(store, config, start)
         else:
             workers.wait_for_leader_to_leave()
@@ -100,6 +101,7 @@ def _new_indexes(config: DatastoreConfig, store: Datastore) -> Iterator[None]:
 
 def _finish(store: Datastore, config: DatastoreConfig | None, start: float) -> None:
     """Builds the indexes that are wanted and not there, and says what the store holds."""
+    kinds: Sequence[str]
     if config is None:  # indexes that fit may have options of their own
         kinds, options = [kind for kind in measure.indexed(store) if not index.fits(store, kind)], (ScannOptions(), 1)
     else:

@@ -159,7 +159,7 @@ def _require_same_merge(record: Path, merged: dict[str, Any]) -> None:
 def _taken(stores: list[Datastore], keep_duplicates: bool) -> Iterator[_Taken]:
     """What is taken of each segment of each store, in order."""
     names: list[str] = []
-    reported: frozenset[str] = frozenset()
+    reported: frozenset[tuple[str, str]] = frozenset()
     contents = [np.zeros(0, np.uint64)]
     for store in stores:
         known, before = KnownContents(np.concatenate(contents), list(names)), reported

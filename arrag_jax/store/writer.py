@@ -104,7 +104,8 @@ def build_neighbor_set(
             names = shard.write_left_out()
             if names:
                 grids = np.concatenate(codes)
-                neighbors = neighbors_of_positions(search(grids, names, shard.count).code, settings.grid)
+                found = np.asarray(search(grids, names, shard.count).code)
+                neighbors = neighbors_of_positions(found, settings.grid)
                 records = map(to_record, grids.reshape(len(grids), -1), neighbors, map(str.encode, captions))
             building.write_records(shard.files["neighbors"], records, NEIGHBOR_RECORD_OPTIONS)
     return NeighborSet.open(directory)

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import grain
 import jax
@@ -42,15 +42,24 @@ Scalars = dict[str, Float[Array, ""]]
 SampleImages = dict[str, UInt8[np.ndarray, "h w 3"]]  # by name; may be empty
 
 
+Model = TypeVar("Model")
+
+
 @runtime_checkable
-class Task(Protocol):
+class Task(Protocol[Model]):
     """What is trained, on what, and how it is judged."""
 
-    trainable: type  # the nnx.Variable subclass that gets gradients and optimizer state
-    best_metric: tuple[str, str]  # the held-out metric by which the best checkpoint is kept, and its "min" or "max"
-    tokens: int  # that one training example costs, for the pace
+    @property
+    def trainable(self) -> type: ...  # the nnx.Variable subclass that gets gradients and optimizer state
 
-    def init_model(self, rngs: nnx.Rngs) -> nnx.Module:
+    @property
+    def best_metric(self) -> tuple[str, str]:  # a held-out one, by which the best checkpoint is kept; "min" or "max"
+        ...
+
+    @property
+    def tokens(self) -> int: ...  # that one training example costs, for the pace
+
+    def init_model(self, rngs: nnx.Rngs) -> Model:
         """The model at step 0, from scratch or from a checkpoint; the same on every process.
 
         Its ``Frozen`` variables are kept out of the run's checkpoints: a resumed run takes them from here.
@@ -72,23 +81,23 @@ class Task(Protocol):
         """Held-out batches, the same at every call and on every process."""
         ...
 
-    def loss(self, model: nnx.Module, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
+    def loss(self, model: Model, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
         """Loss and metrics. May write non-trainable variables of the model: the step carries them on."""
         ...
 
-    def after_update(self, model: nnx.Module, key: Array) -> None:
+    def after_update(self, model: Model, key: Array) -> None:
         """Edits the model after the optimizer, inside the jitted step (dead-code revival); may do nothing."""
         ...
 
-    def eval_metrics(self, model: nnx.Module, batch: Batch) -> Scalars:
+    def eval_metrics(self, model: Model, batch: Batch) -> Scalars:
         """Metrics of one held-out batch, jitted; means over its examples, for the loop averages them so."""
         ...
 
-    def sample_callback(self) -> Callable[[nnx.Module], SampleImages]:
+    def sample_callback(self) -> Callable[[Model], SampleImages]:
         """What draws the sample grids of an evaluation; called before the first step, and finds all that it needs."""
         ...
 
-    def export(self, model: nnx.Module, directory: Path, run: dict[str, Any]) -> None:
+    def export(self, model: Model, directory: Path, run: dict[str, Any]) -> None:
         """Writes the weights in the product's own layout into an empty directory.
 
         ``run`` says where they come from, for a manifest: see ``origin``.
@@ -266,7 +275,8 @@ def make_evaluation(
 
 def mean_over_examples(metrics_of: Callable[[Batch], Scalars], batches: Iterable[Batch]) -> dict[str, float]:
     """Means over all examples of what ``metrics_of`` gives as means over each batch's."""
-    totals, examples = {}, 0
+    totals: dict[str, float] = {}
+    examples = 0
     for batch in batches:
         rows = len(next(iter(batch.values())))
         totals = {name: totals.get(name, 0.0) + rows * float(value) for name, value in metrics_of(batch).items()}
@@ -306,7 +316,8 @@ def whole_model(graph: nnx.GraphDef, params: PyTree, frozen: PyTree, rest: PyTre
 def _split(model: nnx.Module, trainable: type) -> tuple[nnx.GraphDef, PyTree, PyTree, PyTree]:
     """Graph, trainable, frozen and all other variables; the latter as pure dicts."""
     graph, *states = nnx.split(model, trainable, Frozen, ...)
-    return graph, *map(nnx.to_pure_dict, states)
+    params, frozen, rest = map(nnx.to_pure_dict, states)
+    return graph, params, frozen, rest
 
 
 def _cast(params: PyTree, dtype: str) -> PyTree:

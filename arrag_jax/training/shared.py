@@ -88,7 +88,7 @@ class RunImages:
     def _is_taken(self, images: Images, number: int) -> bool:
         """Whether an image has a prompt, or is a bad one, which whoever reads it counts."""
         try:
-            return self._is_prompt(images.caption(number))
+            return self._is_prompt is None or self._is_prompt(images.caption(number))
         except BadImage:
             return True
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -205,14 +205,13 @@ class SceneImages:
 
     def __init__(self, name: str, split: str, data_dir: str | Path, size: tuple[int, int]):
         self._load = functools.partial(load_source, name, split, data_dir)
-        self._examples: Any = self._load()
-        self._name = name
+        self._examples, self._name = self._load(), name
         if len(self._examples) == 0:
             raise UserError(f"split {split} of {name} is empty; choose another")
         found, wanted = self._examples[0]["image"].shape, (*size, 3)
         if found != wanted:
             raise UserError(f"images of {name} are {found}, the model's tokenizer takes {wanted}; use another model")
-        self._places = places(split, self._examples.dataset_info.splits)
+        self._places = places(split, cast(Any, self._examples).dataset_info.splits)
 
     def __len__(self) -> int:
         return len(self._examples)
