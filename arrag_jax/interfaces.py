@@ -216,9 +216,9 @@ class DecodePolicy(Protocol):
     def uses_retrieval(self) -> bool: ...
 
     @property
-    def blends(
-        self,
-    ) -> bool: ...  # does it give the backbone features? Then it has ``neighbors`` too: of how many (None: the model's)
+    def blends(self) -> bool:
+        # does it give the backbone features? Then it has ``neighbors`` too: of how many (None: the model's)
+        ...
 
     def features(self, model: Any, neighbors: Neighbors, has_context: Bool[Array, ""]) -> Any:
         """What the backbone's step takes from the neighbours (None: nothing), before the step.

@@ -243,5 +243,6 @@ class FaidTask:
         model.merge_lora()
         save_model(model, directory, "bfloat16")
         self.text.save(directory)
-        mean = mean_bits(self, load_model(directory), self.eval_batches(rows_of_a_device(self.config)))
-        write_manifest(directory, model, run, valid_bits_per_code=mean)
+        tuned = load_model(directory)
+        mean = mean_bits(self, tuned, self.eval_batches(rows_of_a_device(self.config)))
+        write_manifest(directory, tuned, run, valid_bits_per_code=mean)

@@ -53,7 +53,8 @@ class Task(Protocol[Model]):
     def trainable(self) -> type: ...  # the nnx.Variable subclass that gets gradients and optimizer state
 
     @property
-    def best_metric(self) -> tuple[str, str]:  # a held-out one, by which the best checkpoint is kept; "min" or "max"
+    def best_metric(self) -> tuple[str, str]:
+        # the held-out metric by which the best checkpoint is kept, and its "min" or "max"
         ...
 
     @property
