@@ -39,6 +39,7 @@ test-fast: $(DEV)  ## Run the tests that are not marked slow or long, and name t
 test-long: $(DEV)  ## Run the tests that take minutes each.
 	$(BIN)/python -m pytest -m long
 
-lint: $(DEV)  ## Check style and format, change nothing.
+lint: $(DEV)  ## Check style, format and types, change nothing.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -207,8 +207,8 @@ def _parse(
     """Returns the flags' values by name, including "config"; if --help is given, prints the help and exits."""
     values = absl_flags.FlagValues()
     values.set_gnu_getopt()
-    define = {bool: absl_flags.DEFINE_bool, int: absl_flags.DEFINE_integer, float: absl_flags.DEFINE_float}
-    define[tuple] = absl_flags.DEFINE_multi_string
+    define: dict[type, Callable] = {bool: absl_flags.DEFINE_bool, int: absl_flags.DEFINE_integer}
+    define |= {float: absl_flags.DEFINE_float, tuple: absl_flags.DEFINE_multi_string}
     if config_class is not None:
         flags = {"config": CONFIG, **flags}
     for name, flag in flags.items():
@@ -223,7 +223,7 @@ def _parse(
         sys.exit(0)
     try:
         rest = values(argv, known_only=True)
-        parsed = {name: values[name].value for name in flags}
+        parsed: dict[str, Any] = {name: values[name].value for name in flags}
         missing = [f"--{name}" for name, flag in flags.items() if flag.default is REQUIRED and not parsed[name]]
         if missing:
             raise UserError(f"missing {', '.join(missing)} (see --help)")
@@ -232,9 +232,9 @@ def _parse(
                 parsed[name] = _local(parsed[name], f"--{name}")
             if isinstance(parsed[name], float) and not math.isfinite(parsed[name]):
                 raise UserError(f"--{name}={parsed[name]} must be a finite number")
-        if parsed.get("config"):
+        if config_class and parsed.get("config"):
             parsed["config"], rest = _override(_load(parsed["config"], config_class), config_class, rest)
-        elif recorded and any(map(OVERRIDE.match, rest[1:])):
+        elif config_class and recorded and any(map(OVERRIDE.match, rest[1:])):
             config = ConfigDict(recorded(parsed))
             _open_up(config, config_class)
             parsed["config"], rest = _override(config, config_class, rest)
@@ -278,7 +278,7 @@ def _load(value: str, config_class: type) -> ConfigDict:
 def _open_up(config: ConfigDict, config_class: type) -> None:
     """Adds an empty section for each one that is left out, and lets overrides set optional keys to None."""
     for name, hint in typing.get_type_hints(config_class).items():
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if name not in config:
                 config[name] = {}
             if isinstance(config[name], ConfigDict):
@@ -310,7 +310,7 @@ def _split_lists(config: ConfigDict, config_class: type) -> None:
     """Splits texts such as "codebook,latent" into tuples, for fields that are tuples; absl does not split them."""
     for name, hint in typing.get_type_hints(config_class).items():
         value = config.get(name)
-        if dataclasses.is_dataclass(hint) and isinstance(value, ConfigDict):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, ConfigDict):
             _split_lists(value, hint)
             continue
         texts = (value,) if isinstance(value, str) else value

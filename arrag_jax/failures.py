@@ -9,7 +9,7 @@ FULL_DISK = "the disk is full: free some space and run the same command again to
 AGAIN = "run the same command again to continue"
 
 # Failures that concern one path: what the user can do about them.
-_PLACES = {
+_PLACES: dict[int | None, str] = {
     errno.ENOENT: "check the path",
     errno.EEXIST: "something else is there already: move it away, or choose another place",
     errno.ENOTEMPTY: "something else is there already: move it away, or choose another place",
@@ -28,7 +28,7 @@ _PLACES = {
     errno.ENOSYS: "this file system cannot do that: choose another place",
 }
 # Failures of the machine itself, which do not depend on the path.
-_MACHINE = {
+_MACHINE: dict[int | None, str] = {
     errno.ENOSPC: FULL_DISK,
     errno.EDQUOT: "the quota is used up: free some space and run the same command again to continue",
     errno.EFBIG: "this file system, or a limit (ulimit -f), takes no file as large: choose another place",
@@ -63,7 +63,7 @@ def code_of(error: BaseException) -> int | None:
     text = str(error)
     if _LOOP in text:
         return errno.ELOOP
-    return next((code for code in (*_MACHINE, *_PLACES) if os.strerror(code) in text), None)
+    return next((code for code in (*_MACHINE, *_PLACES) if code and os.strerror(code) in text), None)
 
 
 def tells_of_a_full_disk(error: BaseException) -> bool:

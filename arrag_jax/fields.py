@@ -51,7 +51,7 @@ class Settings:
             own(self)  # runs before the finite check, because messages about ranges are clearer
             _require_finite(self)
 
-        cls.__post_init__ = __post_init__
+        cls.__post_init__ = __post_init__  # type: ignore[method-assign]  # to wrap the class's own is what this is for
 
 
 def local_path(path: str | os.PathLike, name: str) -> str:
@@ -97,14 +97,14 @@ def paths_in(config: Any, where: str = "config") -> Iterator[tuple[str, str]]:
         value, name = getattr(config, field.name), f"{where}.{field.name}"
         if dataclasses.is_dataclass(value):
             yield from paths_in(value, name)
-        elif is_path(hints(type(config))[field.name]) and value:
+        elif is_path(hints(config.__class__)[field.name]) and value:
             yield name, value
 
 
 def _convert(settings: Any) -> None:
     """Replaces numbers by Python's numbers and paths by expanded paths, in place."""
     for field in dataclasses.fields(settings):
-        hint, value = hints(type(settings))[field.name], getattr(settings, field.name)
+        hint, value = hints(settings.__class__)[field.name], getattr(settings, field.name)
         kinds = typing.get_args(hint) if not is_path(hint) and typing.get_args(hint) else (hint,)
         if is_path(hint):
             value = local_path(value, field.name)

@@ -38,6 +38,12 @@ class Peer:
         self.state = "joining"  # later "working", "done" or "ended"
         self.heard = time.monotonic()
 
+    @property
+    def number(self) -> int:
+        """The index of a process that has introduced itself."""
+        assert self.index is not None
+        return self.index
+
     def send(self, kind: str, **content: Any) -> None:
         """Sends a message; errors are ignored, because reading the connection shows that the process is gone."""
         with contextlib.suppress(OSError):
@@ -93,10 +99,10 @@ class Hub:
             sockets = [peer.connection for peer in self.peers] + ([self.listener] if self.listener else [])
             lifeline = [sys.stdin] if self.listener else []  # shows whether process 0 lives before it has connected
             readable = select.select([*sockets, *lifeline], [], [], PING / 4)[0]
-            if sys.stdin in readable and not sys.stdin.buffer.read1(1):
+            if sys.stdin in readable and not os.read(sys.stdin.fileno(), 1):
                 return
-            if self.listener in readable:
-                self._accept()
+            if self.listener and self.listener in readable:
+                self._accept(self.listener)
             for peer in [peer for peer in self.peers if peer.connection in readable]:
                 self._hear(peer)
             if self.listener:
@@ -106,8 +112,8 @@ class Hub:
     def _lingers(self) -> bool:
         return self.over_since is not None and time.monotonic() - self.over_since > LINGER
 
-    def _accept(self) -> None:
-        connection, _ = self.listener.accept()
+    def _accept(self, listener: socket.socket) -> None:
+        connection, _ = listener.accept()
         connection.settimeout(5)
         keep_alive(connection, self.patience)
         self.peers.append(Peer(connection))
@@ -121,7 +127,7 @@ class Hub:
             self.peers.remove(peer)
             peer.connection.close()
             if peer.state == "working":
-                self._failed(peer.index, f"process {peer.index} of {self.count} died")
+                self._failed(peer.number, f"process {peer.index} of {self.count} died")
             self._settle()
 
     def _take(self, peer: Peer, message: dict[str, Any]) -> None:
@@ -132,13 +138,13 @@ class Hub:
         elif kind == "ended":
             peer.state = "ended"
             peer.send("noted")
-            self._failed(peer.index, message["line"], message["code"], message.get("stopped", False))
+            self._failed(peer.number, message["line"], message["code"], message.get("stopped", False))
         elif kind == "done":
             peer.state = "done"
             self._settle()
         elif kind == "same":
             values = self.values.setdefault(message["name"], {})
-            values[peer.index] = message["value"]
+            values[peer.number] = message["value"]
             if len(values) == self.count:
                 del self.values[message["name"]]
                 self._tell_all("values", name=message["name"], values=[values[i] for i in range(self.count)])
@@ -146,7 +152,7 @@ class Hub:
             self.stop, self.steps = {"number": message["number"], "index": peer.index}, {}
             self._tell_all("stop", **self.stop)
         elif kind == "step" and self.steps is not None:
-            self.steps[peer.index] = message["step"]
+            self.steps[peer.number] = message["step"]
             if {other.index for other in self.peers if other.state == "working"} <= self.steps.keys():
                 self._tell_all("stop_at", step=max(self.steps.values()) + 1)
 
@@ -188,7 +194,8 @@ class Hub:
         self.over_since = time.monotonic()
 
     def _close_listener(self) -> None:
-        self.listener.close()
+        if self.listener:
+            self.listener.close()
         self.listener = None
 
     def _tick(self) -> None:
@@ -203,7 +210,7 @@ class Hub:
             silent = now - peer.heard > self.patience
             if silent and peer.state == "working" and peer.hello.get("together") and peer.index not in self.failures:
                 words = f"process {peer.index} of {self.count} gave no sign of life for {self.patience:.0f} s"
-                self._failed(peer.index, words)
+                self._failed(peer.number, words)
 
     # During and after the run
 

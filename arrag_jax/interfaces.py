@@ -6,20 +6,13 @@ decode policy decides how these neighbours change the next code's distribution.
 
 Every annotation uses these letters:
 
-  B  batch size
-  H  height of the code grid
-  W  width of the code grid
-  T  positions of the grid in raster order, T = H·W
-  L  prompt length in tokens
-  V  number of codes in the codebook
-  C  dimension of one code's vector
-  E  dimension of a retrieval key; E = 4C for the paper's key
-  K  neighbours per position
-  N  stored patches
-  U  unique contexts among the stored patches
-  S  shards
-  D  width of the model
-  R  rows of a guided batch: 2B with classifier-free guidance, else B
+  B  batch size                            K  neighbours per position
+  H, W  height and width of the code grid  N  stored patches
+  T  positions of the grid, T = H·W        U  unique contexts among the stored patches
+  L  prompt length in tokens               S  shards
+  V  number of codes in the codebook       D  width of the model
+  C  dimension of one code's vector        R  rows of a guided batch: 2B with guidance, else B
+  E  dimension of a key; 4C for the paper's
 
 A *position* is one place of the code grid. The *context* of a position is the L-shape of four positions that are drawn
 before it: up-left, up, up-right and left. Codes are int32. The value -1 marks a code, a neighbour or a context position
@@ -46,7 +39,8 @@ class Retriever(Protocol):
     A retriever is a pytree. Its arrays are leaves, so they pass through ``jit`` as arguments and never as constants.
     """
 
-    k: int  # number of neighbours returned per query
+    @property
+    def k(self) -> int: ...  # number of neighbours returned per query
 
     def search(self, context: Int[Array, "B 4"]) -> Neighbors:
         """Returns the ``k`` nearest neighbours of each context, nearest first.
@@ -66,26 +60,33 @@ class ImageTokenizer(Protocol):
     It is an ``nnx.Module``, and its methods can be traced by ``jit``.
     """
 
-    grid: tuple[int, int]  # height and width in codes
-    codebook_size: int
+    @property
+    def grid(self) -> tuple[int, int]: ...  # height and width in codes
+
+    @property
+    def codebook_size(self) -> int: ...
+
     # Hidden from isinstance checks, because these evaluate each property, and traced weights have no fingerprint.
     if TYPE_CHECKING:
-        image_size: tuple[int, int]  # height and width, in pixels, of an image with this grid
-        codebook: Float[Array, "V C"]  # one vector of unit length per code
-        fingerprint: str  # identity of the weights: the first sixteen hex digits of their SHA-256 in float32
+
+        @property
+        def image_size(self) -> tuple[int, int]: ...  # height and width, in pixels, of an image with this grid
+
+        @property
+        def codebook(self) -> Float[Array, "V C"]: ...  # one vector of unit length per code
+
+        @property
+        def fingerprint(self) -> str: ...  # identity of the weights: the first sixteen hex digits of their SHA-256
 
     def with_grid(self, grid: ArrayLike) -> "ImageTokenizer":
         """Returns a tokenizer for another grid (height, width) that shares every parameter with this one."""
         ...
 
     def encode_images(self, images: ArrayLike) -> tuple[Int[Array, "B T"], Float[Array, "B H W C"]]:
-        """Returns the codes of images, and the latents they were quantised from.
+        """Returns the codes of images in raster order, and the L2-normalised latents before quantisation.
 
         Args:
           images: RGB floats in [-1, 1].
-
-        Returns:
-          The codes in raster order, and the L2-normalised latents before quantisation.
         """
         ...
 
@@ -102,8 +103,11 @@ class Backbone(Protocol):
     give the same logits for the same codes.
     """
 
-    grid: tuple[int, int]
-    codebook_size: int
+    @property
+    def grid(self) -> tuple[int, int]: ...
+
+    @property
+    def codebook_size(self) -> int: ...
 
     def with_grid(self, grid: ArrayLike) -> "Backbone":
         """Returns a model over another grid (height, width) that shares every parameter with this one."""
@@ -163,7 +167,8 @@ class Backbone(Protocol):
 class BlendingBackbone(Backbone, Protocol):
     """A backbone whose blenders mix features of retrieved codes into its hidden states (the paper's FAiD)."""
 
-    blended_neighbors: int  # neighbours per position whose features ``step`` takes; 0 if it takes none
+    @property
+    def blended_neighbors(self) -> int: ...  # neighbours per position whose features ``step`` takes; 0 if it takes none
 
     def fused(self) -> "BlendingBackbone":
         """Returns a copy for decoding whose position-independent kernels are precomputed; all arrays are shared."""
@@ -198,11 +203,7 @@ class TunableModel(BlendingBackbone, ImageTokenizer, Protocol):
         ...
 
     def adapters(self, blenders: bool = True) -> list[Any]:
-        """Returns the modules that are trained; everything else is frozen.
-
-        Args:
-          blenders: include the blenders.
-        """
+        """Returns the modules that are trained, with or without the blenders; everything else is frozen."""
         ...
 
     def merge_lora(self) -> None:
@@ -252,11 +253,7 @@ class PromptEncoder(Protocol):
         ...
 
     def length(self, prompts: Sequence[str]) -> int:
-        """Returns the smallest ``length`` that fits all prompts.
-
-        Raises:
-          UserError: if a prompt is not valid; the message names it and the reason.
-        """
+        """Returns the smallest ``length`` that fits all prompts. Raises the same errors as the call."""
         ...
 
 
@@ -264,10 +261,13 @@ class PromptEncoder(Protocol):
 class DecodePolicy(Protocol):
     """A rule for how retrieval changes the decode loop; a small frozen object that holds numbers only."""
 
-    uses_retrieval: bool  # whether the decode loop has to search
+    @property
+    def uses_retrieval(self) -> bool: ...  # whether the decode loop has to search
+
     # Whether ``features`` returns features. A policy that blends also has an attribute ``neighbors``: the number of
     # neighbours it blends, or None for the model's own number.
-    blends: bool
+    @property
+    def blends(self) -> bool: ...
 
     def features(self, model: Any, neighbors: Neighbors, has_context: Bool[Array, ""]) -> Any:
         """Returns the features that the backbone's step takes; None if it takes none. Called before the step.

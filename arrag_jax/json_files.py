@@ -80,7 +80,7 @@ def _require_plain(value: Any) -> None:
         depth += 1
         if depth > MAX_DEPTH:
             raise RecursionError
-        inner = []
+        inner: list[Any] = []
         for item in level:
             if isinstance(item, str):
                 item.encode()  # a UnicodeEncodeError is a ValueError

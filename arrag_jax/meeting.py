@@ -1,5 +1,6 @@
 """Finds the place of a process in its run, and connects it to the others at the coordinator's address."""
 
+import dataclasses
 import json
 import os
 import select
@@ -7,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from jax._src import clusters, distributed  # private, because the public function does not let us handle failures
 from jax._src.lib import _jax
@@ -19,13 +21,14 @@ REMINDER = 10.0  # seconds between two lines that name the missing processes
 GREETING = 3.0  # seconds within which a hub sends its greeting
 
 
-class Place(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Place:
     """The place of a process in its run."""
 
     address: str  # address of the coordinator, host:port
     count: int  # number of processes
     index: int  # number of this process
-    devices: list[int] | None = None  # devices of this host that this process uses; None = all
+    devices: Sequence[int] | None = None  # devices of this host that this process uses; None = all
 
 
 def described(seconds: float = 60) -> Place | None:
@@ -42,7 +45,8 @@ def described(seconds: float = 60) -> Place | None:
         try:
             place = Place(env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"]))
             if env.get("JAX_LOCAL_DEVICE_IDS"):
-                place = place._replace(devices=[int(number) for number in env["JAX_LOCAL_DEVICE_IDS"].split(",")])
+                devices = [int(number) for number in env["JAX_LOCAL_DEVICE_IDS"].split(",")]
+                place = dataclasses.replace(place, devices=devices)
         except KeyError as error:
             raise UserError(f"JAX_COORDINATOR_ADDRESS is set, so {error.args[0]} must be set too") from error
         except ValueError as error:
@@ -52,7 +56,7 @@ def described(seconds: float = 60) -> Place | None:
         or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")
     ):
-        detect = clusters.ClusterEnv.auto_detect_unset_distributed_params  # reads the cluster's variables
+        detect: Any = clusters.ClusterEnv.auto_detect_unset_distributed_params  # reads the cluster's variables
         place = Place(*detect(None, None, None, None, None, int(seconds)))
     else:
         return None
@@ -205,9 +209,9 @@ def start_hub(place: Place, patience: float) -> str:
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", f"[::]:{port}")
     # -P keeps the folder of hub.py off the module path. The hub's stderr is the file of ``native_output``.
     command = [sys.executable, "-P", hub.__file__, port, str(place.count), str(patience), bind, _jax.__name__]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     global _hub
-    _hub = subprocess.Popen(command, **pipes, start_new_session=True)
+    _hub = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    assert _hub.stdout is not None
     word = _hub.stdout.readline().decode().strip()
     return "" if word == "listening" else word or "its helper program did not start"
 

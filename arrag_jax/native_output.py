@@ -80,13 +80,14 @@ def hushed() -> Iterator[None]:
     with tempfile.TemporaryFile() as file, os.fdopen(os.dup(2), "wb", 0) as terminal:
         os.dup2(file.fileno(), 2)
         signals.write_to(terminal.fileno())
+        own: io.TextIOWrapper | None = None
         if _is_descriptor_2(stderr):
-            sys.stderr = io.TextIOWrapper(terminal, stderr.encoding, stderr.errors, write_through=True)
+            sys.stderr = own = io.TextIOWrapper(terminal, stderr.encoding, stderr.errors, write_through=True)
         try:
             yield
         finally:
-            if sys.stderr is not stderr:
-                sys.stderr.detach()
+            if own is not None:
+                own.detach()
                 sys.stderr = stderr
             os.dup2(terminal.fileno(), 2)
             signals.write_to(2)

@@ -137,7 +137,7 @@ def _check(hint: Any, value: Any, where: str, errors: list[str], ignore_unknown:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         base = typing.get_origin(option) or option
-        if dataclasses.is_dataclass(base) and (hasattr(value, "items") or len(options) == 1):
+        if isinstance(base, type) and dataclasses.is_dataclass(base) and (hasattr(value, "items") or len(options) == 1):
             return _parse(base, value, where, errors, ignore_unknown)
         if base is dict and hasattr(value, "items"):
             inner = (*typing.get_args(option), Any, Any)[1]

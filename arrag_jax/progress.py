@@ -4,9 +4,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from tqdm import tqdm
+from tqdm import tqdm as Bar
 
-Bar = tqdm
 _wanted = True
 
 
@@ -36,7 +35,7 @@ def bar(items: Iterable[Any] | None = None, wanted: bool = True, **options: Any)
       wanted: False hides the bar, for a process whose progress another process shows.
       options: options of ``tqdm``: desc, unit, total, initial.
     """
-    return tqdm(items, disable=not (wanted and shown()), dynamic_ncols=True, **options)
+    return Bar(items, disable=not (wanted and shown()), dynamic_ncols=True, **options)
 
 
 def tell(line: str) -> None:

@@ -328,7 +328,7 @@ def _watch(reading: int) -> None:
 
 
 def _remind(came: float) -> None:
-    main = ctypes.c_ulong(threading.main_thread().ident)
+    main = ctypes.c_ulong(threading.main_thread().ident or 0)
     while True:
         time.sleep(0.2 if _holding else REMIND / 2)
         if _leaving or _starting or (_agree and _holding) or _result is not None:

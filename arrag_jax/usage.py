@@ -51,7 +51,7 @@ def _keys(cls: type, prefix: str) -> Iterator[str]:
     said = meanings(cls)
     for field in dataclasses.fields(cls):
         hint, name = hints(cls)[field.name], f"{prefix}.{field.name}"
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from _keys(hint, name)
             continue
         default = "required" if _required(field) else f"default {_default(field)!r}"
@@ -64,7 +64,8 @@ def _required(field: dataclasses.Field) -> bool:
 
 
 def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    make: Any = field.default_factory
+    return field.default if field.default is not dataclasses.MISSING else make()
 
 
 def _type_name(hint: Any) -> str:
@@ -82,7 +83,8 @@ def _type_name(hint: Any) -> str:
 def _attributes(doc: str) -> dict[str, str]:
     """Returns the texts under "Attributes:" in a docstring, by name; "a, b: text" gives both names that text."""
     _, _, part = doc.partition("Attributes")
-    found, names = {}, []
+    found: dict[str, str] = {}
+    names: list[str] = []
     for line in part.partition("\n")[2].splitlines():
         if not line.startswith("  "):
             if line.strip():
@@ -121,6 +123,8 @@ def _comments(cls: type) -> dict[str, str]:
 
 def _class_body(source: str) -> Iterator[tuple[str, int, int]]:
     """Yields the name, first line and last line of every annotated field of the class that a source defines."""
-    for node in ast.parse(source).body[0].body:
+    defined = ast.parse(source).body[0]
+    assert isinstance(defined, ast.ClassDef)
+    for node in defined.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            yield node.target.id, node.lineno, node.end_lineno
+            yield node.target.id, node.lineno, node.end_lineno or node.lineno

@@ -55,8 +55,11 @@ class Source(Protocol):
       identity: a text that changes if the images or their captions change; "" if the source's name determines them.
     """
 
-    words: tuple[str, ...] | None
-    identity: str
+    @property
+    def words(self) -> tuple[str, ...] | None: ...
+
+    @property
+    def identity(self) -> str: ...
 
     def images(self, split: str) -> Images:
         """Returns the images of a split or of a slice such as "train[:100]".

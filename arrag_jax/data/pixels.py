@@ -39,7 +39,7 @@ FORMATS = sorted(set(Image.OPEN) - {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"
 SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in {*FORMATS, "MPO"}))
 LONGEST = 16  # maximum ratio of the sides; a longer image is cropped before scaling, or it would need gigabytes
 SIXTEEN_BITS = 65535
-_TURNS = {  # EXIF orientation → transposition that reverts it
+_TURNS: dict[int | None, Image.Transpose] = {  # EXIF orientation → transposition that reverts it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -65,10 +65,9 @@ def decode(data: bytes, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.draft(None, (2 * size[1], 2 * size[0]))
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise BadImage(
-                    f"too large: {image.width:,} x {image.height:,} pixels, more than {Image.MAX_IMAGE_PIXELS:,}"
-                )
+            most = Image.MAX_IMAGE_PIXELS
+            if most is not None and image.width * image.height > most:
+                raise BadImage(f"too large: {image.width:,} x {image.height:,} pixels, more than {most:,}")
             return np.array(fitted(to_rgb(turned(image)), size))
     except BadImage:
         raise
@@ -103,7 +102,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _from_numbers(numbers, next((white for white in (1, 255) if numbers.max() <= white), SIXTEEN_BITS))
     if image.mode == "LAB":
         lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+        converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+        assert converted is not None  # as it is in place
+        return converted
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -51,7 +51,9 @@ def members(file: BinaryIO, end: int) -> Iterator[Member]:
     """
     if end == 0:
         raise TarError("empty file")
-    offset, shared, own, long_name = 0, {}, {}, None
+    shared: dict[str, str] = {}
+    own: dict[str, str] = {}
+    offset, long_name = 0, None
     while (offset := _after_zeros(file, offset, end)) < end:
         info, extended = _header(file, offset)
         offset += BLOCK

@@ -8,7 +8,7 @@ index.
 
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
+from typing import Any, NamedTuple, SupportsFloat, SupportsIndex, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from arrag_jax.config import SamplingConfig
 from arrag_jax.decode.policies import Plain
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
-from arrag_jax.interfaces import ArrayLike, Backbone, Condition, DecodePolicy, Retriever
+from arrag_jax.interfaces import ArrayLike, Backbone, BlendingBackbone, Condition, DecodePolicy, Retriever
 from arrag_jax.mesh import put_everywhere, put_rows
 from arrag_jax.ops import handles
 from arrag_jax.ops.grid import context_codes, context_positions, has_context
@@ -44,13 +44,13 @@ class SampleOutput(NamedTuple):
       log_probs: the whole distribution from which each code was sampled; None unless requested.
     """
 
-    codes: Int[Array, "B T"]
-    log_p: Float[Array, "B T"]
-    log_p_model: Float[Array, "B T"]
-    source: Int[Array, "B T"]
-    rank: Int[Array, "B T"]
-    distance: Float[Array, "B T"]
-    log_probs: Float[Array, "B T V"] | None = None
+    codes: Int[Array | np.ndarray, "B T"]
+    log_p: Float[Array | np.ndarray, "B T"]
+    log_p_model: Float[Array | np.ndarray, "B T"]
+    source: Int[Array | np.ndarray, "B T"]
+    rank: Int[Array | np.ndarray, "B T"]
+    distance: Float[Array | np.ndarray, "B T"]
+    log_probs: Float[Array | np.ndarray, "B T V"] | None = None
 
 
 def decode(
@@ -84,7 +84,7 @@ def decode(
         drawn, hidden, cache = carry
         position, context, complete = this
         neighbors = nothing
-        if policy.uses_retrieval:
+        if policy.uses_retrieval and retriever is not None:
             neighbors = retriever.search(context_codes(drawn, context))
         features = policy.features(model, neighbors, complete)
         logits, cache = model.step(hidden, cache, position, features)
@@ -233,15 +233,15 @@ def sample(
     policy = Plain() if policy is None else policy
     if policy.uses_retrieval and retriever is None:
         raise UserError(f"{type(policy).__name__} needs a retriever: build a datastore, or draw with --method plain")
-    if policy.blends:
-        require_blenders(model, retriever, policy.neighbors)
+    if policy.blends and retriever is not None:
+        require_blenders(model, retriever, getattr(policy, "neighbors", None))
     numbers = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling = _sampling(model, numbers, bool(greedy))
     cond = model.check_condition(condition, prompt_mask)
     uncond = None if cfg_scale is None else model.unconditional(cond)
     keys = image_keys(seed, len(jax.tree.leaves(cond)[0]))
     retriever = retriever if policy.uses_retrieval else None
-    graph, state = nnx.split(model.fused() if policy.blends else model)
+    graph, state = nnx.split(cast(BlendingBackbone, model).fused() if policy.blends else model)
     if mesh is not None:
         if len(keys) % mesh.shape["data"]:
             raise UserError(f"{len(keys)} prompts do not split evenly over a mesh of data={mesh.shape['data']}")

@@ -1,6 +1,7 @@
 """The decode policies: no retrieval (``Plain``), a mixed distribution (``Daid``) or blended features (``Faid``)."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -78,10 +79,10 @@ class Daid:
         return mix(log_p, log_q, self.weight, found & has_context)
 
 
-def _unflattened(reduction: str, numbers: tuple[Any, Any]) -> Daid:
+def _unflattened(reduction: str, numbers: Iterable[Any]) -> Daid:
     """Returns a ``Daid`` without checking its leaves, because JAX also puts gradients, shapes and tracers there."""
     policy = object.__new__(Daid)
-    for name, value in (("weight", numbers[0]), ("temperature", numbers[1]), ("reduction", reduction)):
+    for name, value in zip(("weight", "temperature", "reduction"), (*numbers, reduction), strict=True):
         object.__setattr__(policy, name, value)
     return policy
 
@@ -118,7 +119,8 @@ class Faid:
         self, model: BlendingBackbone, neighbors: Neighbors, has_context: Bool[Array, ""]
     ) -> Float[Array, "B K D"]:
         """Returns the features of the nearest neighbours; zeros where a slot is empty."""
-        return model.retrieved_features(neighbors.code[:, : self.neighbors or model.blended_neighbors])
+        codes = jnp.asarray(neighbors.code)
+        return model.retrieved_features(codes[:, : self.neighbors or model.blended_neighbors])
 
     def log_probs(
         self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]

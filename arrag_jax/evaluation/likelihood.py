@@ -1,6 +1,6 @@
 """Held-out likelihood in bits per code: teacher-forced, without or with a policy, as kNN-LM reports perplexity."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +41,7 @@ class Scored(NamedTuple):
 def look_up(
     tokenizer: ImageTokenizer,
     text: PromptEncoder,
-    examples: Sequence[dict[str, Any]],
+    examples: Sequence[Mapping[str, Any]],
     retriever: Retriever | None,
     batch_size: int = 50,
     limit: Callable[[list[str]], Retriever | None] | None = None,

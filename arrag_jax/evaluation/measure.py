@@ -95,7 +95,7 @@ def likelihoods(pipeline: Pipeline, source: Sequence[Mapping[str, Any]]) -> dict
     "gain" is how far they are below the baseline, if the baseline is measured, too. With fewer examples than parts, the
     result is empty.
     """
-    bits = {method: [] for method in pipeline.methods}
+    bits: dict[str, list[float]] = {method: [] for method in pipeline.methods}
     for number in range(PARTS if len(source) >= PARTS else 0):
         # Parts are consecutive examples: if kinds of examples alternate, every PARTS-th one holds only a few kinds.
         part = range(number * len(source) // PARTS, (number + 1) * len(source) // PARTS)
@@ -111,7 +111,7 @@ def likelihoods(pipeline: Pipeline, source: Sequence[Mapping[str, Any]]) -> dict
             if key not in scored:
                 scored[key] = score_scenes(model, found[search], policy.blends)
             bits[method].append(bits_per_code(scored[key], policy))
-    figures = {method: mean_and_std(values) for method, values in bits.items() if values}
+    figures: dict[str, dict[str, Any]] = {method: mean_and_std(values) for method, values in bits.items() if values}
     for method in figures if BASELINE in figures else ():
         figures[method]["gain"] = mean_and_std(list(np.subtract(bits[BASELINE], bits[method])))
     return figures
@@ -141,7 +141,9 @@ def _true(
 ) -> Iterator[ImageBatch]:
     for start in range(0, count, BLOCK):
         numbers = np.arange(start, min(start + BLOCK, count))
-        yield ImageBatch(numbers, through(benchmark.true_images(numbers)))
+        images = benchmark.true_images(numbers)
+        assert images is not None  # where they are asked for, prompts have some
+        yield ImageBatch(numbers, through(images))
 
 
 def report(results: Mapping[str, Any], benchmark: Benchmark) -> str:

@@ -6,6 +6,7 @@ Each copy gets an equal part of the credit. A patch that more than one in ``COMM
 such as a plain background. It says nothing about the origin of an image, and no image gets credit for it.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -70,10 +71,11 @@ def origins(
     spread = [np.full(rows.shape, empty) for empty in (0, 0, -1, -1, False)]
     for whole, known in zip(spread, (copies, images, held.image[best], held.position[best], common), strict=True):
         whole[found] = known[which]
-    return Origins(*spread, credit)
+    return Origins(*(*spread, credit))
 
 
-class _Held(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Held:
     """Patches that images hold, one row per pair: patch, image, number of copies, and first position."""
 
     patch: Int[np.ndarray, " m"]

@@ -83,6 +83,12 @@ class Pipeline:
     folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
     bar: PositionBar = dataclasses.field(default_factory=PositionBar)
 
+    @property
+    def datastore(self) -> Datastore:
+        """``store``, where a method retrieves."""
+        assert self.store is not None
+        return self.store
+
     def policy(self, method: str) -> DecodePolicy:
         """Returns the policy of a method."""
         return METHODS[method].policy(self.config)
@@ -100,12 +106,14 @@ class Pipeline:
         if not METHODS[method].limited:
             return self.retriever
         config, images = self.config.retrieval, self.images_for(method, prompts)
-        k = min(config.k, images.shape[1] * self.store.settings.patches_per_image)
-        return LimitedRetriever.create(self.store, images, config.keys, k)
+        k = min(config.k, images.shape[1] * self.datastore.settings.patches_per_image)
+        return LimitedRetriever.create(self.datastore, images, config.keys, k)
 
     def images_for(self, method: str, prompts: Sequence[str]) -> Int[np.ndarray, "B M"]:
         """Returns the stored images that a method with ``Search.CAPTIONS`` searches for each prompt."""
-        return self.captions.nearest(prompts, METHODS[method].images(self.config))
+        count = METHODS[method].images
+        assert self.captions is not None and count is not None
+        return self.captions.nearest(prompts, count(self.config))
 
     def reports_every_position(self, method: str) -> bool:
         """Returns whether a method's decode loop calls the host at every position, for the progress bar.
@@ -114,7 +122,7 @@ class Pipeline:
         the host anyway, to search, or if generating takes far longer than compiling.
         """
         on_host = METHODS[method].search is Search.STORE and self.config.retrieval.search == "scann"
-        size = sum(value[...].size for value in parameters(self.model_of(method)).values())
+        size = sum(int(value[...].size) for value in parameters(self.model_of(method)).values())
         return on_host or size >= LARGE_MODEL
 
     def draw(
@@ -144,7 +152,7 @@ class Pipeline:
             for numbers in batches:
                 # The last batch is padded with its own rows, so that only one shape is compiled.
                 rows, keep = np.resize(numbers, size), len(numbers)
-                drawn_here = [prompts[i] for i in rows]
+                drawn_here = [prompts[int(i)] for i in rows]
                 result = sample(
                     self.model_of(method), self.text(drawn_here, length), self.policy(method),
                     self.retriever_for(method, drawn_here), seed=seeds[rows], on_position=on_position, mesh=self.mesh,
@@ -169,8 +177,8 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = ()) -> Pipeline:
     Raises:
       UserError: if the models cannot do a method, a checkpoint cannot be read, a store belongs to another tokenizer, …
     """
-    mesh = make_mesh(config.mesh)
-    mesh = mesh if mesh.size > 1 else None
+    devices = make_mesh(config.mesh)
+    mesh = devices if devices.size > 1 else None
     blended = config.faid_model or (config.model if config_of(config.model).blended_neighbors else "")
     folders = {Kind.BASE: config.model, Kind.LORA: config.lora_model, Kind.FAID: blended}
     chosen = chosen_methods(tuple(methods or config.methods), {kind for kind, folder in folders.items() if folder})

@@ -50,12 +50,12 @@ def page_and_record(
         "log_p_moved", the same minus its value before retrieval, null if the model alone never samples the code.
     """
     studied = _study(pipeline, method, prompt, drawn)
-    record = {"prompt": prompt, "method": method, "index": pipeline.index_hash(method)}
+    record: dict[str, Any] = {"prompt": prompt, "method": method, "index": pipeline.index_hash(method)}
     record |= image_record(drawn, *studied)
     shown = [source["image"] for source in record["sources"]]
     origin = np.where(studied.origins.copies == 0, NOT_FOUND, studied.origins.image)
     origin = np.where(studied.origins.common, COMMON_GROUND, origin).reshape(pipeline.model.grid)
-    moved = (drawn.log_p - drawn.log_p_model).reshape(pipeline.model.grid)
+    moved = np.asarray(drawn.log_p - drawn.log_p_model).reshape(pipeline.model.grid)
     names = {number: studied.sources[number] for number in shown}
     mixed = studied.retrieved is not None
     page = provenance_page(image, origin, moved if mixed else None, _stored_images(pipeline, shown), names)
@@ -79,10 +79,10 @@ class Studied(NamedTuple):
 
 
 def _study(pipeline: Pipeline, method: str, prompt: str, drawn: SampleOutput) -> Studied:
-    stored = pipeline.store.codes
+    stored = pipeline.datastore.codes
     searched = pipeline.images_for(method, [prompt]) if METHODS[method].limited else None
-    found = origins(drawn.source, stored, None if searched is None else searched[0])
-    return Studied(stored, pipeline.store.sources, found, share_of_draws(drawn, pipeline.policy(method)))
+    found = origins(np.asarray(drawn.source), stored, None if searched is None else searched[0])
+    return Studied(stored, pipeline.datastore.sources, found, share_of_draws(drawn, pipeline.policy(method)))
 
 
 def share_of_draws(drawn: SampleOutput, policy: DecodePolicy) -> Float[np.ndarray, "*n"] | None:
@@ -122,10 +122,11 @@ def image_record(
     See ``page_and_record`` for its keys.
     """
     height, width = stored.shape[1:]
-    found = origins(drawn.source, stored) if found is None else found
-    equal = equal_in_place(drawn.codes.reshape(height, width), stored)
+    codes, rows = np.asarray(drawn.codes), np.asarray(drawn.source)
+    found = origins(rows, stored) if found is None else found
+    equal = equal_in_place(codes.reshape(height, width), stored)
     nearest = int(equal.argmax())
-    runs = _runs(drawn.codes, *image_and_position(drawn.source, height, width), nearest, stored)
+    runs = _runs(codes, *image_and_position(rows, height, width), nearest, stored)
     return {
         "share_retrieved": None if retrieved is None else round(float(retrieved.mean()), 4),
         "share_among_neighbors": round(float((found.copies > 0).mean()), 4),
@@ -216,6 +217,6 @@ def _stored_images(pipeline: Pipeline, images: Sequence[int]) -> dict[int, UInt8
     The batch is padded to this size, so that only one shape is compiled.
     """
     rows = np.resize(np.asarray(images, np.int64), THUMBNAILS)
-    codes = pipeline.store.codes[rows].reshape(THUMBNAILS, -1).astype(np.int32)
+    codes = pipeline.datastore.codes[rows].reshape(THUMBNAILS, -1).astype(np.int32)
     pictures = np.asarray(to_uint8(pipeline.model.decode_codes(codes, *pipeline.model.grid)))
     return dict(zip(images, pictures, strict=False))

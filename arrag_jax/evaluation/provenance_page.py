@@ -108,7 +108,8 @@ def _most_used(source: Int[np.ndarray, "H W"], top: int) -> Shown:
 def _place(position: tuple[int, int], image: RGBImage, scale: int, grid: tuple[int, int]) -> tuple[slice, slice]:
     """Returns the pixels of a position in the enlarged image."""
     steps = [scale * side // positions for side, positions in zip(image.shape[:2], grid, strict=True)]
-    return tuple(slice(i * step, (i + 1) * step) for i, step in zip(position, steps, strict=True))
+    rows, columns = (slice(i * step, (i + 1) * step) for i, step in zip(position, steps, strict=True))
+    return rows, columns
 
 
 def _origins(image: RGBImage, scale: int, source: Int[np.ndarray, "H W"], shown: Shown) -> RGBImage:

@@ -63,12 +63,13 @@ def texts_of(settings: Mapping[str, Any], number: int, method: str) -> dict[str,
 
 def _method(pipeline: Pipeline, method: str) -> dict[str, Any]:
     """Returns the model, store and settings that a method uses."""
-    folder, policy, config = pipeline.folders[method], pipeline.policy(method), pipeline.config
-    facts = {"model": folder, "model_sha256": _sha256_of_model(folder)}
+    policy: Any = pipeline.policy(method)
+    folder, config = pipeline.folders[method], pipeline.config
+    facts: dict[str, Any] = {"model": folder, "model_sha256": _sha256_of_model(folder)}
     if not policy.uses_retrieval:
         return facts
-    facts |= {"store": config.retrieval.store, "store_fingerprint": pipeline.store.store_fingerprint}
-    index = index_directory(pipeline.store, config.retrieval.keys) / INDEX_RECORD
+    facts |= {"store": config.retrieval.store, "store_fingerprint": pipeline.datastore.store_fingerprint}
+    index = index_directory(pipeline.datastore, config.retrieval.keys) / INDEX_RECORD
     search = METHODS[method].search
     if config.retrieval.search == "scann" and search is Search.STORE and index.exists():
         facts["index"] = sha256_of(index)

@@ -29,7 +29,7 @@ def sweep(pipeline: Pipeline, source: Sequence[Mapping[str, Any]], out: Path) ->
     Also writes ``sweep.json`` and the heat maps ``sweep_REDUCTION_kK.png``.
     """
     config = dataclasses.replace(pipeline.config.retrieval, k=max(NEIGHBORS))
-    _, retriever = load_retriever(config, pipeline.store.settings.fingerprint)
+    _, retriever = load_retriever(config, pipeline.datastore.settings.fingerprint)
     found = look_up(pipeline.model, pipeline.text, [source[i] for i in range(len(source))], retriever)
     scored = score_scenes(pipeline.model, found)
     plain = bits_per_code(scored, Plain())
@@ -57,11 +57,11 @@ def sweep(pipeline: Pipeline, source: Sequence[Mapping[str, Any]], out: Path) ->
 
 def scaling(pipeline: Pipeline, source: Sequence[Mapping[str, Any]]) -> str:
     """Returns a table of the gain in bits per code for growing parts of the store, up to the whole store."""
-    config, total = pipeline.config.retrieval, pipeline.store.num_images
+    config, total = pipeline.config.retrieval, pipeline.datastore.num_images
     examples, rows = [source[i] for i in range(len(source))], []
     for size in sorted({total // 4**i for i in range(5)} - {0}):
         part = dataclasses.replace(config, num_images=size)
-        store, retriever = load_retriever(part, pipeline.store.settings.fingerprint)
+        store, retriever = load_retriever(part, pipeline.datastore.settings.fingerprint)
         scored = score_scenes(pipeline.model, look_up(pipeline.model, pipeline.text, examples, retriever))
         plain, daid = bits_per_code(scored, Plain()), bits_per_code(scored, pipeline.policy("daid"))
         rows.append([size, store.num_patches, plain, daid, plain - daid])

@@ -35,7 +35,8 @@ def value_color(value: float, low: float, high: float) -> tuple[int, int, int]:
         return (225, 225, 225)
     place = (value - low) / (high - low) if high > low else 0.5
     steps = np.linspace(0, 1, len(_VALUE_COLORS))
-    return tuple(round(float(np.interp(place, steps, channel))) for channel in _VALUE_COLORS.T)
+    red, green, blue = (round(float(np.interp(place, steps, channel))) for channel in _VALUE_COLORS.T)
+    return red, green, blue
 
 
 def luminance(color: Sequence[int]) -> float:

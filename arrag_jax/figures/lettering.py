@@ -5,6 +5,7 @@ PIL's own font comes first, so that figures in plain English look the same every
 similar Latin letters, or else by its Python escape. So no character is drawn as an empty box.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -27,7 +28,8 @@ JOINERS = "\u200c\u200d"  # they control the shape of the adjacent characters
 KANA, HANGUL = ("\u3040", "\u30ff"), ("\uac00", "\ud7a3")
 
 
-class Face(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Face:
     """A font: its file ("" = PIL's own font), and the number of the face in the file."""
 
     file: str
@@ -106,7 +108,9 @@ def shortened(words: str, width: int) -> str:
 def font_of(face: Face, layout: ImageFont.Layout | None = None) -> ImageFont.FreeTypeFont:
     """Returns the regular style of a font at ``FONT_SIZE``."""
     if face == OWN:
-        return ImageFont.load_default(FONT_SIZE)
+        default = ImageFont.load_default(FONT_SIZE)
+        assert isinstance(default, ImageFont.FreeTypeFont)
+        return default
     font = ImageFont.truetype(face.file, FONT_SIZE, index=face.index, layout_engine=layout)
     font.set_variation_by_axes([400])
     return font

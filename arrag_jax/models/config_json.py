@@ -202,10 +202,9 @@ def _faid(text: TextSection) -> FaidConfig | None:
     stride, hops, neighbors = text.num_SmoothPatchBlender, text.num_hop, text.retrieved_key_num
     if stride is None and hops is None:
         return None
-    hops = FaidConfig.hops if hops is None else sorted(hops if isinstance(hops, tuple) else [hops])
     return FaidConfig(
         stride=FaidConfig.stride if stride is None else stride,
-        hops=tuple(hops),
+        hops=FaidConfig.hops if hops is None else tuple(sorted(hops if isinstance(hops, tuple) else [hops])),
         neighbors=FaidConfig.neighbors if neighbors is None else neighbors,
     )
 

@@ -113,7 +113,8 @@ def _unused(stored: dict[str, Stored], layout: Layout, written: Layout) -> tuple
 
 def _shards(tensors: dict[str, Stored]) -> dict[str, dict[str, Stored]]:
     """Returns file name → tensors in the order of their keys; a single file if the tensors fit into one shard."""
-    shards, size = [{}], 0
+    shards: list[dict[str, Stored]] = [{}]
+    size = 0
     for key, tensor in sorted(tensors.items()):
         if size and size + tensor.nbytes > SHARD_BYTES:
             shards, size = [*shards, {}], 0
@@ -162,9 +163,7 @@ def _write_tensors(
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
 
 
-def _write_companions(
-    folder: Path, source: Path, model: nnx.Module, family: Family, written: Layout, apart: bool
-) -> None:
+def _write_companions(folder: Path, source: Path, model: Any, family: Family, written: Layout, apart: bool) -> None:
     """Writes the config, the tokenizer and, if ``apart``, the config of the LoRA.
 
     If the source has the target's layout, further keys of its config are kept.

@@ -17,9 +17,14 @@ from arrag_jax.models.vq_images import VQImages
 class ModelConfig(Protocol):
     """The shape of a model, as its ``config.json`` describes it; a frozen dataclass."""
 
-    grid: tuple[int, int]
-    image_size: tuple[int, int]  # height and width in pixels
-    blended_neighbors: int  # K of FAiD's blenders; 0 = the model has none
+    @property
+    def grid(self) -> tuple[int, int]: ...
+
+    @property
+    def image_size(self) -> tuple[int, int]: ...  # height and width in pixels
+
+    @property
+    def blended_neighbors(self) -> int: ...  # K of FAiD's blenders; 0 = the model has none
 
 
 @runtime_checkable
@@ -44,7 +49,7 @@ class Training:
 
     tokenizer: Callable[[Any, nnx.Rngs], VQImages]
     text: Callable[[Iterable[str]], SavedEncoder]
-    prior: Callable[[Any, Any, SavedEncoder, int, nnx.Rngs], ImageModel]
+    prior: Callable[[Any, Any, Any, int, nnx.Rngs], ImageModel]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,16 +44,20 @@ class Projector(nnx.Module):
 class Janus(LlamaBackbone):
     """The backbone (``interfaces.BlendingBackbone``) with its VQ tokenizer (``interfaces.ImageTokenizer``)."""
 
+    gen_vision_model: VQTokenizer
+    gen_embed: nnx.Embed
+    gen_aligner: Projector
+
     def __init__(self, config: JanusConfig, rngs: nnx.Rngs, parts: tuple[str, ...] = PARTS):
         """Builds the named parts; the others are None, such as the language model of an image tokenizer alone."""
-        language, vision = config.language, config.vision
+        vision = config.vision
         self.config = config
         makers = {
-            "language_model": lambda: Llama(language, rngs, config.faid),
+            "language_model": lambda: Llama(config.decoder, rngs, config.faid),
             "gen_vision_model": lambda: VQTokenizer(vision, rngs),
             "gen_embed": lambda: embedding(vision.codebook_size, vision.code_dim, rngs),
-            "gen_aligner": lambda: Projector((vision.code_dim, *[language.width] * config.aligner_depth), rngs),
-            "gen_head": lambda: Projector((language.width, config.head_width, vision.codebook_size), rngs),
+            "gen_aligner": lambda: Projector((vision.code_dim, *[config.decoder.width] * config.aligner_depth), rngs),
+            "gen_head": lambda: Projector((config.decoder.width, config.head_width, vision.codebook_size), rngs),
         }
         for name, make in makers.items():
             setattr(self, name, nnx.data(make()) if name in parts else None)

@@ -68,17 +68,18 @@ def abstract_model(
         parts = PARTS if shape.draws else VISION
     if set(parts) - set(VISION):
         require_language(shape, directory)
-    if shape.draws and shape.pad_id >= shape.language.vocab_size:
+    if shape.draws and shape.pad_id >= shape.decoder.vocab_size:
         raise UserError(
-            f"{directory} has a vocabulary of {shape.language.vocab_size}, but its pad token is {shape.pad_id}"
+            f"{directory} has a vocabulary of {shape.decoder.vocab_size}, but its pad token is {shape.pad_id}"
         )
     stored = stored_tensors(directory, also)
     _require_room(shape, stored, parts, directory / "config.json")
 
     def build() -> Janus:
         model = Janus(shape, nnx.Rngs(0), parts)
-        for layer in model.language_model.layers if lora and model.language_model else ():
-            layer.attention.add_lora(lora, nnx.Rngs(0))
+        if lora and model.language_model:
+            for layer in model.language_model.layers:
+                layer.attention.add_lora(lora, nnx.Rngs(0))
         return model
 
     return nnx.eval_shape(build), layout_of(config), stored
@@ -89,15 +90,16 @@ def _require_room(shape: JanusConfig, stored: dict[str, Stored], parts: tuple[st
 
     It compares lower bounds: each layer or block has at least one tensor, and each layer at least its MLP matrices.
     """
-    text, vision, layers, width, blocks, depth, numbers = shape.language, shape.vision, 0, 0, 0, 0, 0
+    vision, layers, width, blocks, depth, numbers = shape.vision, 0, 0, 0, 0, 0
     if "language_model" in parts:
+        text = shape.decoder
         layers, width, numbers = text.layers, text.width, text.layers * 3 * text.width * text.mlp
     if "gen_vision_model" in parts:
         blocks = len(vision.multipliers) * vision.res_blocks
         numbers += blocks * vision.channels**2
     if "gen_aligner" in parts:
         depth = shape.aligner_depth
-        numbers += depth * text.width
+        numbers += depth * shape.decoder.width
     held = sum(math.prod(tensor.shape) for tensor in stored.values())
     if layers + blocks + depth > len(stored) or numbers > held:
         raise UserError(
@@ -127,7 +129,7 @@ def _fresh_prior(
     """
     if tokenizer.vq.config != preset.vision:
         raise UserError(f"{tokenizer.vq.config} against {preset.vision}")
-    language = dataclasses.replace(preset.language, vocab_size=text.vocab_size)
+    language = dataclasses.replace(preset.decoder, vocab_size=text.vocab_size)
     longest = prompt_length + math.prod(preset.grid)
     shape = dataclasses.replace(preset, language=language, pad_id=text.pad_id, max_positions=longest)
     model = Janus(shape, rngs)

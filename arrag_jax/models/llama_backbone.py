@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from arrag_jax.models.vq_images import VQImages, check_ids
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.transformer import Llama
+
+Model = TypeVar("Model", bound="LlamaBackbone")
 
 
 class LlamaBackbone(VQImages):
@@ -33,7 +35,28 @@ class LlamaBackbone(VQImages):
 
     config: Any
     language_model: Llama
-    gen_head: nnx.Module
+    gen_head: Any
+
+    if TYPE_CHECKING:
+
+        def __init__(self, config: Any, rngs: nnx.Rngs, parts: tuple[str, ...] = ...): ...
+
+        def check_condition(self, condition: ArrayLike, mask: ArrayLike = None) -> Condition: ...
+
+        def unconditional(self, condition: Condition) -> Condition: ...
+
+        def prefill(self, condition: Condition, blended_rows: int) -> tuple[Float[Array, "R D"], Cache]: ...
+
+        def embed_codes(self, codes: Int[Array, "*dims"]) -> Float[Array, "*dims D"]: ...
+
+        def forward(
+            self,
+            condition: Condition,
+            codes: Int[Array, "B T"],
+            neighbors: Int[Array, "B T K"] | None = None,
+            conditional: Bool[Array, " B"] | None = None,
+            rngs: nnx.Rngs | None = None,
+        ) -> tuple[Float[Array, "B T V"], Float[Array, " blenders"]]: ...
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -49,7 +72,7 @@ class LlamaBackbone(VQImages):
         """Returns the input of FAiD's first blender: embeddings of retrieved codes, zeros for absent codes (-1)."""
         return jnp.where(neighbors[..., None] >= 0, self.embed_codes(jnp.maximum(neighbors, 0)), 0)
 
-    def with_grid(self, grid: ArrayLike) -> "LlamaBackbone":
+    def with_grid(self: Model, grid: ArrayLike) -> Model:
         """Returns the same model for another grid (height, width); the two models share every parameter.
 
         Raises:
@@ -64,7 +87,7 @@ class LlamaBackbone(VQImages):
         """Returns the names of the attributes that hold the parts of the model."""
         raise NotImplementedError
 
-    def fused(self) -> "LlamaBackbone":
+    def fused(self: Model) -> Model:
         """Returns a copy for generation with FAiD whose blenders' kernels are fused; it shares all other arrays."""
         copy = nnx.merge(*nnx.split(self))
         copy.language_model = nnx.data(self.language_model.fused())
@@ -97,7 +120,7 @@ class LlamaBackbone(VQImages):
 
     def adapters(self, blenders: bool = True) -> list[nnx.Module]:
         """Returns the modules that fine-tuning trains: the head, every LoRA and, if ``blenders``, every blender."""
-        parts = [self.gen_head]
+        parts: list[nnx.Module | None] = [self.gen_head]
         for layer in self.language_model.layers:
             parts += [layer.attention.q_lora, layer.attention.v_lora, layer.blender if blenders else None]
         return [part for part in parts if part is not None]

@@ -6,6 +6,8 @@ has no rotary positions (``nn.rotary``). A condition is int [B] (classes), or th
 bool [B, T] (True = a real feature).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,7 @@ class ClassEmbedding(nnx.Module):
     def __init__(self, config: LlamaGenConfig, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
         rows = config.classes + config.guided
-        self.embedding_table = embedding(rows, config.language.width, rngs, init)
+        self.embedding_table = embedding(rows, config.decoder.width, rngs, init)
 
     def __call__(self, labels: Int[Array, " B"]) -> Float[Array, "B 1 D"]:
         return self.embedding_table(labels)[:, None]
@@ -45,7 +47,7 @@ class CaptionEmbedding(nnx.Module):
     """Two linear layers over text features, and the fixed (untrained) features that stand for "no caption"."""
 
     def __init__(self, config: LlamaGenConfig, rngs: nnx.Rngs):
-        init, width = nnx.initializers.normal(0.02), config.language.width
+        init, width = nnx.initializers.normal(0.02), config.decoder.width
         self.fc1 = Linear(config.caption_width, width, rngs, bias=False, init=init)
         self.fc2 = Linear(width, width, rngs, bias=False, init=init)
         shape = (config.caption_tokens, config.caption_width)
@@ -59,16 +61,20 @@ class CaptionEmbedding(nnx.Module):
 class LlamaGen(LlamaBackbone):
     """The backbone (``interfaces.BlendingBackbone``) with, if it has one, its image tokenizer (``ImageTokenizer``)."""
 
+    gen_vision_model: VQTokenizer
+    cls_embedding: Any  # a ClassEmbedding or a CaptionEmbedding
+
     def __init__(self, config: LlamaGenConfig, rngs: nnx.Rngs, parts: tuple[str, ...] = PARTS):
         """Builds the named parts; the others are None. Without a tokenizer the model works on codes alone."""
-        language = config.language
         self.config = config
         condition = ClassEmbedding if config.family == "c2i" else CaptionEmbedding
         makers = {
-            "language_model": lambda: Llama(language, rngs, config.faid),
+            "language_model": lambda: Llama(config.decoder, rngs, config.faid),
             "gen_vision_model": lambda: VQTokenizer(config.vision, rngs),
             "cls_embedding": lambda: condition(config, rngs),
-            "gen_head": lambda: Linear(language.width, language.vocab_size, rngs, False, nnx.initializers.zeros),
+            "gen_head": lambda: Linear(
+                config.decoder.width, config.decoder.vocab_size, rngs, False, nnx.initializers.zeros
+            ),
         }
         for name, make in makers.items():
             setattr(self, name, nnx.data(make()) if name in parts else None)
@@ -161,6 +167,7 @@ class LlamaGen(LlamaBackbone):
                 raise UserError(
                     "this LlamaGen has no unconditional class (class_dropout_prob 0); draw with cfg_scale=None"
                 )
+            assert not isinstance(condition, tuple)
             return jnp.full_like(condition, self.config.classes)
         features, mask = condition
         rows = self.cls_embedding.uncond_embedding[-features.shape[1] :]

@@ -52,6 +52,13 @@ class LlamaGenConfig:
     faid: FaidConfig | None = None  # None = no blenders
 
     @property
+    def decoder(self) -> LlamaConfig:
+        """``language`` of a model that has one."""
+        if self.language is None:
+            raise UserError("this is an image tokenizer alone, without the language model that draws")
+        return self.language
+
+    @property
     def blended_neighbors(self) -> int:
         """K of FAiD's blenders; 0 = the model has none."""
         return self.faid.neighbors if self.faid else 0
@@ -142,17 +149,23 @@ class ModelFields:
         in_range("class_dropout_prob", self.class_dropout_prob, 0, 1)
         for side in self.grid if isinstance(self.grid, tuple) else (_given(self.grid, 1),):
             in_range("a side of grid", side, 1, MOST_SIDE)
-        given = [name for name in NAMED if getattr(self, name) is not None]
-        if given:
-            self._require_fitting(given)
+        if any(getattr(self, name) is not None for name in NAMED):
+            self._require_fitting()
 
-    def _require_fitting(self, given: list[str]) -> None:
-        """Raises UserError if hyper-parameters of the decoder are missing or contradict one another."""
-        absent = [name for name in NAMED if name not in given]
-        if absent:
+    def sizes(self) -> tuple[int, int, int]:
+        """``NAMED``; a UserError where some of them are absent."""
+        dim, layers, heads = self.dim, self.n_layer, self.n_head
+        if dim is None or layers is None or heads is None:
+            given = [name for name in NAMED if getattr(self, name) is not None]
+            absent = [name for name in NAMED if name not in given]
             raise UserError(f"it gives {', '.join(given)}, but no {', '.join(absent)}")
-        heads, width = self.n_head, self.dim // self.n_head
-        if self.dim % heads or heads % _given(self.n_kv_head, heads) or self.head_dim not in (None, width):
+        return dim, layers, heads
+
+    def _require_fitting(self) -> None:
+        """Raises UserError if hyper-parameters of the decoder are missing or contradict one another."""
+        dim, _, heads = self.sizes()
+        width = dim // heads
+        if dim % heads or heads % _given(self.n_kv_head, heads) or self.head_dim not in (None, width):
             raise UserError(
                 f"dim={self.dim}, n_head={heads}, n_kv_head={self.n_kv_head} and head_dim={self.head_dim} do not fit: "
                 "dim is n_head · head_dim, and n_head a multiple of n_kv_head"
@@ -172,7 +185,7 @@ class ModelFields:
 
     def computed_hidden(self) -> int:
         """Returns the MLP width by the official rule: 8/3 of ``dim``, times a factor, rounded up to a multiple."""
-        hidden = int(2 * (4 * self.dim) / 3)
+        hidden = int(2 * (4 * self.sizes()[0]) / 3)
         hidden = int(hidden * _given(self.ffn_dim_multiplier, 1))
         multiple = _given(self.multiple_of, 256)
         return -(-hidden // multiple) * multiple
@@ -214,12 +227,13 @@ def _given(value: Any, otherwise: Any) -> Any:
 
 
 def _language(fields: ModelFields) -> LlamaConfig:
+    width, layers, heads = fields.sizes()
     return LlamaConfig(
         vocab_size=fields.vocab_size,
-        width=fields.dim,
-        layers=fields.n_layer,
-        heads=fields.n_head,
-        kv_heads=_given(fields.n_kv_head, fields.n_head),
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=_given(fields.n_kv_head, heads),
         mlp=_given(fields.ffn_hidden, fields.computed_hidden()),
         rope_theta=fields.rope_base,
         norm_eps=fields.norm_eps,

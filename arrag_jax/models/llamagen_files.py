@@ -82,18 +82,19 @@ def _open(
     elif shape.language is None:
         raise UserError(f"{path} gives no dim, n_layer and n_head: it describes an image tokenizer alone")
     _require_room(shape, stored, parts, path)
-    if set(parts) == set(PARTS) and shape.vision.codebook_size < shape.language.vocab_size:
+    if set(parts) == set(PARTS) and shape.vision.codebook_size < shape.decoder.vocab_size:
         raise UserError(
             f"{path} gives a tokenizer of {shape.vision.codebook_size} codes, but the model draws "
-            f"{shape.language.vocab_size}; put the tokenizer there that the model was trained with"
+            f"{shape.decoder.vocab_size}; put the tokenizer there that the model was trained with"
         )
     return nnx.eval_shape(lambda: LlamaGen(shape, nnx.Rngs(0), parts)), LAYOUT, stored
 
 
 def _require_room(shape: LlamaGenConfig, stored: dict[str, Stored], parts: tuple[str, ...], path: Path) -> None:
     """Raises UserError if a config describes a larger model than the weights hold; called before modules are built."""
-    text, vision, layers, blocks, numbers = shape.language, shape.vision, 0, 0, 0
+    vision, layers, blocks, numbers = shape.vision, 0, 0, 0
     if "language_model" in parts:
+        text = shape.decoder
         layers, numbers = text.layers, text.layers * 3 * text.width * text.mlp
     if "gen_vision_model" in parts:
         blocks = len(vision.multipliers) * vision.res_blocks

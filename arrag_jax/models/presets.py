@@ -28,6 +28,13 @@ class JanusConfig:
     faid: FaidConfig | None = None  # None = no blenders
 
     @property
+    def decoder(self) -> LlamaConfig:
+        """``language`` of a model that has one."""
+        if self.language is None:
+            raise UserError("this is an image tokenizer alone, without the language model that draws")
+        return self.language
+
+    @property
     def draws(self) -> bool:
         """Whether there is a language model. A vocabulary of 0, as in early exports of tokenizers, means none."""
         return self.language is not None and self.language.vocab_size > 0

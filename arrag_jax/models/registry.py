@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from arrag_jax.errors import UserError
 from arrag_jax.models.config_json import read_json
 from arrag_jax.models.family import Family, ModelConfig, Training
@@ -53,7 +51,7 @@ def family_of_config(config: dict[str, Any], path: Path) -> Family:
     return known[0]
 
 
-def family_of(model: nnx.Module) -> Family:
+def family_of(model: object) -> Family:
     """Returns the family of a model."""
     return next(family for family in FAMILIES if isinstance(model, family.kind))
 

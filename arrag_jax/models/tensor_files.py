@@ -216,7 +216,7 @@ def stored_tensors(directory: Path, also: tuple[str, ...] = ()) -> dict[str, Sto
     names = (f"{ADAPTER}.safetensors", f"{ADAPTER}.bin", *also)
     beside = [path for name in names for path in sorted(directory.glob(name)) if path.is_file()]
     further = [tensor for path in beside for tensor in _open(path).tensors()]
-    stored = {}
+    stored: dict[str, Stored] = {}
     for tensor in (*_weights(directory, beside), *further):
         key = plain_key(tensor.name)
         if key in stored:
@@ -273,9 +273,9 @@ def _weights(directory: Path, beside: list[Path]) -> list[Stored]:
             return _open(directory / single).tensors()
     shards = sorted(path.name for kind in ("safetensors", "bin") for path in directory.glob(f"*-of-*.{kind}"))
     if shards:
-        index = "model.safetensors" if shards[0].endswith(".safetensors") else "pytorch_model.bin"
+        single = "model.safetensors" if shards[0].endswith(".safetensors") else "pytorch_model.bin"
         raise UserError(
-            f"{directory} holds {shards[0]} but not {index}.index.json, which tells what lies where; copy it too"
+            f"{directory} holds {shards[0]} but not {single}.index.json, which tells what lies where; copy it too"
         )
     published = [path for path in sorted(directory.glob("*.pt")) if path not in beside]
     if published or beside:

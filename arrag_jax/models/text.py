@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -47,10 +48,11 @@ class PromptTokenizer:
     def __init__(self, tokenizer: Tokenizer, max_length: int = 512):
         self.tokenizer, self.max_length = tokenizer, max_length
         self.vocab_size = tokenizer.get_vocab_size()
-        missing = [t for t in (BOS, PAD, IMAGE_START) if tokenizer.token_to_id(t) is None]
+        places: dict[str, Any] = {t: tokenizer.token_to_id(t) for t in (BOS, PAD, IMAGE_START)}
+        missing = [t for t, place in places.items() if place is None]
         if missing:
             raise UserError(f"this tokenizer has no {missing[0]} token: it is not a Janus tokenizer")
-        self.pad_id, self._bos = tokenizer.token_to_id(PAD), tokenizer.token_to_id(BOS)
+        self.pad_id, self._bos = places[PAD], places[BOS]
         added = tokenizer.get_added_tokens_decoder().values()
         self._special = dict.fromkeys([*SPECIAL, *(token.content for token in added if token.special)])
         # The words that a word-level tokenizer knows; None for other tokenizers, which can read any text.
@@ -87,10 +89,10 @@ class PromptTokenizer:
             reason = shown(" ".join(str(error).split()))
             raise UserError(f"{path} cannot be read as a tokenizer ({reason}); copy it again") from error
         if config is not None:
-            if config.language.vocab_size <= largest:
+            if config.decoder.vocab_size <= largest:
                 raise UserError(
                     f"{path} gives ids up to {largest}, the model beside it has a vocabulary of "
-                    f"{config.language.vocab_size}; copy the checkpoint again"
+                    f"{config.decoder.vocab_size}; copy the checkpoint again"
                 )
             text.pad_id = config.pad_id
             if config.max_positions is not None:
@@ -147,7 +149,7 @@ class PromptTokenizer:
         special = next((token for token in self._special if token in prompt), None)
         if special is not None:
             raise UserError(f"a prompt holds {special!r}, a special token of the model; say it in words alone")
-        words = prompt.strip() if self._words is None else self._in_known_words(prompt)
+        words = prompt.strip() if self._words is None else self._in_known_words(prompt, self._words)
         encoding = self.tokenizer.encode(chat_form(words))
         # Our tokenizers add the begin-of-sentence token; published ones leave it to the calling code.
         ids = encoding.ids if encoding.ids[0] == self._bos else [self._bos, *encoding.ids]
@@ -156,7 +158,7 @@ class PromptTokenizer:
             raise UserError(f"the model's tokenizer cannot write all of the prompt {prompt[:60]!r}; say it otherwise")
         return ids
 
-    def _in_known_words(self, prompt: str) -> str:
+    def _in_known_words(self, prompt: str, known: frozenset[str]) -> str:
         """Returns a prompt in the words of a word-level tokenizer.
 
         Raises:
@@ -164,24 +166,25 @@ class PromptTokenizer:
         """
         text = "".join(sign for sign in prompt if unicodedata.category(sign) != "Cf")  # invisible characters
         found = re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", unicodedata.normalize("NFKC", text))
-        words = [word for word in found if word in self._words or not _is_mark(word)]
-        words = [word if word in self._words else word.lower() for word in words]
-        words = [part for word in words for part in self._known_parts(word)]
-        unknown = [word for word in dict.fromkeys(words) if word not in self._words]
+        words = [word for word in found if word in known or not _is_mark(word)]
+        words = [word if word in known else word.lower() for word in words]
+        words = [part for word in words for part in _known_parts(word, known)]
+        unknown = [word for word in dict.fromkeys(words) if word not in known]
         if unknown:
             raise UserError(f"the model does not know {', '.join(map(repr, unknown))}; it knows: {self.known_words()}")
         if not words:
             raise UserError("a prompt is empty; say what to draw")
         return " ".join(words)
 
-    def _known_parts(self, word: str) -> list[str]:
-        """Returns the parts of a word with apostrophes if they are known and the word is not; else the word."""
-        parts = [word] if word in self._words else words_in(word)
-        return parts if parts and self._words.issuperset(parts) else [word]
-
     def known_words(self) -> str:
         """Returns the words of a word-level tokenizer, for messages."""
         return " ".join(sorted(w for w in self.tokenizer.get_vocab() if w.isalpha()))
+
+
+def _known_parts(word: str, known: frozenset[str]) -> list[str]:
+    """Returns the parts of a word with apostrophes if they are known and the word is not; else the word."""
+    parts = [word] if word in known else words_in(word)
+    return parts if parts and known.issuperset(parts) else [word]
 
 
 def words_in(text: str) -> list[str]:

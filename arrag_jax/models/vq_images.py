@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from typing import SupportsIndex
+import operator
+from typing import TYPE_CHECKING, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,18 @@ class VQImages(nnx.Module):
       codebook_size: V, the number of codes.
     """
 
-    vq: VQTokenizer
-    grid: tuple[int, int]
-    codebook_size: int
+    if TYPE_CHECKING:  # some models hold these, others work them out
+
+        @property
+        def vq(self) -> VQTokenizer: ...
+
+        @property
+        def grid(self) -> tuple[int, int]: ...
+
+        @property
+        def codebook_size(self) -> int: ...
+
+        def with_grid(self, grid: ArrayLike) -> "VQImages": ...
 
     @property
     def codebook(self) -> Float[Array, "V C"]:
@@ -85,6 +95,7 @@ class VQImages(nnx.Module):
         """
         require_own_process()
         codes = codes if isinstance(codes, jax.core.Tracer) else np.asarray(codes)
+        height, width = operator.index(height), operator.index(width)
         if codes.ndim != 2 or codes.shape[1] != height * width:
             raise UserError(f"codes must be [B, {height * width}] for a {height} x {width} grid, got {codes.shape}")
         check_ids("codes", codes, self.codebook_size)

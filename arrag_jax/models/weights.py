@@ -1,6 +1,7 @@
 """Reads a model's weights from files and writes them; one error reports every missing, unknown and mis-shaped key."""
 
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from arrag_jax.nn.vq import CodeUsage
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
-def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
+def parameters(model: Any) -> dict[str, nnx.Variable]:
     """Returns a model's parameters by dotted path, without the state that only training uses (``CodeUsage``)."""
     flat = nnx.to_flat_state(nnx.state(model))
     return {".".join(map(str, path)): value for path, value in flat if not isinstance(value, CodeUsage)}
@@ -68,7 +69,7 @@ def read_weights(model: nnx.Module, matched: dict[str, Stored], dtype: str, exac
     largest_first = sorted(matched.items(), key=lambda item: (-item[1].nbytes, item[0]))
     for path, value in read_tensors(dict(largest_first)):
         with np.errstate(over="ignore"):  # overflow is reported below
-            ours = np.ascontiguousarray(to_ours(value, path), _kept(path, dtype, exact))
+            ours: Any = np.ascontiguousarray(to_ours(value, path), _kept(path, dtype, exact))
         if not all_finite(ours):
             require_finite(value, matched[path])
             what = f"{matched[path].name} in {matched[path].file}"

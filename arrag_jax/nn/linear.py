@@ -1,11 +1,16 @@
 """Defines the linear layer and the embedding that all modules except the tokenizer use."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from arrag_jax.ops import products
+
+Held = TypeVar("Held", bound=tuple[Any, ...])
 
 
 class Linear(nnx.Module):
@@ -21,7 +26,7 @@ class Linear(nnx.Module):
         outputs: int,
         rngs: nnx.Rngs,
         bias: bool = True,
-        init: jax.nn.initializers.Initializer | None = None,
+        init: Callable[..., Array] | None = None,
     ):
         """Creates the layer; ``init`` is called with the shape [I, O], as in flax; None = flax's default."""
         init = nnx.initializers.lecun_normal() if init is None else init
@@ -39,9 +44,9 @@ def embedding(count: int, width: int, rngs: nnx.Rngs, init: jax.nn.initializers.
     By default, the outputs of ``nnx.Embed`` have the dtype that it was created with, float32, even if a bfloat16 table
     was loaded later. Then a bfloat16 model would compute all its layers in float32.
     """
-    more = {} if init is None else {"embedding_init": init}
+    more: dict[str, Any] = {} if init is None else {"embedding_init": init}
     return nnx.Embed(count, width, promote_dtype=_as_held, rngs=rngs, **more)
 
 
-def _as_held(arrays: tuple[Array, ...], **_) -> tuple[Array, ...]:
+def _as_held(arrays: Held, /, **_: Any) -> Held:
     return arrays

@@ -6,7 +6,7 @@ stacked weights at every step.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,8 @@ class Attention(nnx.Module):
             self.k = _linear(config.width, keys, rngs)
             self.v = _linear(config.width, keys, rngs)
         self.o = _linear(config.heads * self.head_dim, config.width, rngs)
-        self.q_lora, self.v_lora = nnx.data(None), nnx.data(None)
+        self.q_lora: Lora | None = nnx.data(None)
+        self.v_lora: Lora | None = nnx.data(None)
 
     def add_lora(self, config: LoraConfig, rngs: nnx.Rngs) -> None:
         """Adds a fresh LoRA to the query projection and one to the value projection, in place."""
@@ -153,7 +154,7 @@ class Attention(nnx.Module):
         rows, length, _ = x.shape
         shape = (rows, length, -1, self.head_dim)
         q, k, v = self._project(x)
-        if self.q_lora is not None:
+        if self.q_lora is not None and self.v_lora is not None:
             q, v = q + self.q_lora(x, rngs), v + self.v_lora(x, rngs)
         rotate = turn_halves if self.config.rotary == "tokens" else turn_neighbors
         q, k = rotate(q.reshape(shape), turn), rotate(k.reshape(shape), turn)
@@ -183,7 +184,7 @@ class Layer(nnx.Module):
         self.attention = Attention(config, rngs)
         self.mlp_norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, rngs=rngs)
         self.mlp = Mlp(config, rngs)
-        self.blender: Blender | FusedBlender | None = nnx.data(None)  # fused in copies of ``Llama.fused``
+        self.blender: Any = nnx.data(None)  # a Blender, or a FusedBlender in copies of ``Llama.fused``
 
     def attend(self, x, turn, mask, kv=None, slot=None, rngs=None):
         """Returns the normed input, which the blender uses, then x after attention, and (keys, values)."""
@@ -311,7 +312,8 @@ class Llama(nnx.Module):
         slot = slots.shape[1] - cells + position
         mask = ((cache.filled & (slots < slot)) | (slots == slot))[:, None]
         turn = self._turn((cache.first + position)[:, None], grid[1])
-        x, keys, values, looked_at = x[:, None], [], [], []
+        looked_at: list[Array] = []
+        x, keys, values = x[:, None], [], []
         for layer, k, v in zip(self.layers, cache.keys, cache.values, strict=True):
             normed, x, (k, v) = layer.attend(x, turn, mask, (k, v), slot)
             keys.append(k)

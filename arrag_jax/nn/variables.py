@@ -1,5 +1,7 @@
 """Defines the variable types that say which parameters are trained."""
 
+from typing import Any
+
 from flax import nnx
 
 
@@ -11,7 +13,7 @@ class Adapter(nnx.Param):
     """A parameter that fine-tuning trains."""
 
 
-def retype(module: nnx.Module, kind: type[nnx.Variable]) -> None:
+def retype(module: Any, kind: type[nnx.Variable]) -> None:
     """Changes the type of every ``nnx.Param`` in a module and its submodules to ``kind``, in place."""
     for _, node in list(nnx.iter_graph(module)):
         if isinstance(node, nnx.Module):
@@ -20,6 +22,6 @@ def retype(module: nnx.Module, kind: type[nnx.Variable]) -> None:
                     setattr(node, name, kind(value[...]))
 
 
-def freeze(module: nnx.Module) -> None:
+def freeze(module: Any) -> None:
     """Makes every ``nnx.Param`` of a module ``Frozen``, in place."""
     retype(module, Frozen)

@@ -24,7 +24,7 @@ float32.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +91,8 @@ def centre(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Cen
       kernels: one per hop.
       weights: weights of the hops; they sum to 1.
     """
-    matrix, bias = 0.0, 0.0
+    matrix: Any = 0.0
+    bias: Any = 0.0
     for weight, (first, first_bias, second, second_bias) in zip(weights, kernels, strict=True):
         # A tap and its mirror image reach the centre together. The first bias is appended as one more row, because
         # every tap of the second kernel multiplies it.
@@ -114,7 +115,8 @@ def around_staged(
       hidden: hidden states of the positions; positions outside the map count as zeros.
     """
     _, height, width, _ = hidden.shape
-    wide, total = hidden.astype(jnp.float32), 0.0
+    wide = hidden.astype(jnp.float32)
+    total: Any = 0.0
     for weight, kernel in zip(weights, kernels, strict=True):
         hop, pairs = kernel.hop, live_pairs(kernel.hop)
         first, second = _taps(kernel.first), _taps(kernel.second)
@@ -124,7 +126,7 @@ def around_staged(
         # Each tap is padded on its own, because the gradient of a slice is as large as the array it is cut from.
         around = ((0, 0), (hop, 0), (hop, hop), (0, 0))
         of_tap = {a: jnp.pad(x, around) for a, x in zip(taps, jnp.split(of_positions, len(taps), axis=-1), strict=True)}
-        summed = {}
+        summed: dict[Offset, Any] = {}
         for a, u, (row, column) in pairs:
             rows, columns = slice(hop + row, hop + row + height), slice(hop + column, hop + column + width)
             summed[u] = summed.get(u, 0.0) + of_tap[a][:, rows, columns]
@@ -136,7 +138,8 @@ def around_staged(
 
 def compose(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Float[Array, "n D D"]:
     """Returns one matrix per live offset of the largest hop, in the order of ``live_offsets``."""
-    matrices, dtype = {}, kernels[0].first.dtype
+    matrices: dict[Offset, Any] = {}
+    dtype = kernels[0].first.dtype
     for weight, kernel in zip(weights, kernels, strict=True):
         pairs = live_pairs(kernel.hop)
         of_first, of_second = _taps(kernel.first), _taps(kernel.second)

@@ -22,7 +22,7 @@ _numbers = itertools.count()
 _lock = threading.RLock()  # re-entrant, because garbage collection can delete a handle at any point
 _targets: dict[int, Any] = {}
 _handles: "weakref.WeakValueDictionary[int, Handle]" = weakref.WeakValueDictionary()
-_leaving: list[tuple[int, list[jax.Array]]] = []  # objects without a handle, and pending results that may need them
+_leaving: list[tuple[int, list[Any]]] = []  # objects without a handle, and pending results that may need them
 
 
 class Handle:

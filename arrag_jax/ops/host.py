@@ -24,7 +24,7 @@ Kinds = tuple[jax.ShapeDtypeStruct, ...]
 
 _host_call = Primitive("host_call")
 _host_call.multiple_results = True
-_unfinished: list[jax.Array] = []  # results of running programs that call the host
+_unfinished: list[Any] = []  # results of running programs that call the host
 _closing = False
 
 
@@ -68,7 +68,7 @@ def _abstract(*arguments: Any, function: Callable, kinds: Kinds) -> list[Any]:
 
 def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, function: Callable, kinds: Kinds) -> Any:
     if getattr(ctx.module_context.axis_context, "num_devices", None) == 1:
-        call = functools.partial(mlir.emit_python_callback, has_side_effect=False, returns_token=False)
+        call: Callable = functools.partial(mlir.emit_python_callback, has_side_effect=False, returns_token=False)
 
         def ask(*arguments: Any) -> tuple[np.ndarray, ...]:
             if _closing:

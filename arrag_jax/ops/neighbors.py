@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -16,9 +17,9 @@ class Neighbors(NamedTuple):
       id: number of the stored row (see ``ops.grid``); -1 in an empty slot.
     """
 
-    code: Int[Array, "B K"]
-    distance: Float[Array, "B K"]
-    id: Int[Array, "B K"]
+    code: Int[Array | np.ndarray, "B K"]
+    distance: Float[Array | np.ndarray, "B K"]
+    id: Int[Array | np.ndarray, "B K"]
 
 
 def empty_neighbors(batch: int, k: int) -> Neighbors:

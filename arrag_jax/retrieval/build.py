@@ -5,7 +5,7 @@ It is part of ``retrieval`` because the package ``store`` does not depend on ind
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -53,6 +53,7 @@ def build(config: DatastoreConfig | None, directory: Path, append: bool = False,
         what = (config, directory, tokenizer, workers, keep_duplicates)
         store = from_images.add(*what, partial(_new_indexes, config)) if append else from_images.build(*what)
         if workers.leads:
+            assert store is not None  # who leads has images, or has told that there are none
             _finish(store, config, start)
         else:
             workers.wait_for_leader_to_leave()
@@ -108,6 +109,7 @@ def _new_indexes(config: DatastoreConfig, store: Datastore) -> Iterator[None]:
 
 def _finish(store: Datastore, config: DatastoreConfig | None, start: float) -> None:
     """Builds the requested indexes that do not exist yet, and prints what the store holds."""
+    kinds: Sequence[str]
     if config is None:  # indexes that fit stay, because they may have other options
         kinds, options = [kind for kind in measure.indexed(store) if not index.fits(store, kind)], (ScannOptions(), 1)
     else:

@@ -108,7 +108,7 @@ class DenseRetriever:
         """
         require_k(k, len(patches.codes))
         leaves = jax.tree.map(jnp.asarray, leaves_of(patches, storage))
-        static = {"kind": patches.kind, "k": k, "score_bytes": score_bytes}
+        static: dict[str, Any] = {"kind": patches.kind, "k": k, "score_bytes": score_bytes}
         return cls(codebook=jnp.asarray(codebook, jnp.float32), **static, **leaves)
 
     def with_k(self, k: int) -> "DenseRetriever":
@@ -134,7 +134,8 @@ class DenseRetriever:
 
         found, sure = nearest(widths[0])
         for width in widths[1:]:
-            found, sure = unless(sure, (found, sure), lambda _, once, width=width: nearest(width, once))
+            wider = functools.partial(lambda width, _, once: nearest(width, once), width)
+            found, sure = unless(sure, (found, sure), wider)
         if widths[-1] == self._num_unique:
             return found
         compare = functools.partial(self._compare, query, complete, scores_of)
@@ -312,7 +313,8 @@ def exact_top_k(scores: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B K"
     """
     batch, n = scores.shape
     if n <= CHUNK * k:
-        return tuple(jax.lax.top_k(scores, k))
+        score, place = jax.lax.top_k(scores, k)
+        return score, place
     chunks = jnp.pad(scores, ((0, 0), (0, -n % CHUNK)), constant_values=-jnp.inf).reshape(batch, -1, CHUNK)
     best = jnp.sort(jax.lax.top_k(chunks.max(2), k)[1], 1)
     members = jnp.take_along_axis(chunks, best[:, :, None], 1).reshape(batch, -1)

@@ -66,7 +66,7 @@ class LeaveOneOut:
             for start in range(0, len(left), max(1, ANSWERS // k)):
                 part = slice(start, start + max(1, ANSWERS // k))
                 queries, answer = left[part], Neighbors(*(x[which[part]] for x in found))
-                image, stored = queries // self.patches, answer.id // self.patches
+                image, stored = queries // self.patches, np.asarray(answer.id) // self.patches
                 own = self._equal(stored, codes, sums, image) | (self.stored[stored] == requested[image][:, None])
                 own &= answer.id >= 0
                 others = _nearest_others(answer, own, self.k)
@@ -76,7 +76,7 @@ class LeaveOneOut:
                 short.append(queries[(others.id[:, -1] < 0) & (answer.id[:, -1] >= 0)])
             left = np.concatenate(short) if k < self.rows else left[:0]
             k = min(WIDER * k, self.rows)
-        return best
+        return Neighbors(*best)
 
     def _ask(self, context: Int[np.ndarray, "n 4"], k: int, images: int, count: Callable[[int], Any]) -> Neighbors:
         """Searches the store, ``ANSWERS`` slots per call; spreads ``images`` evenly over the calls of ``count``."""

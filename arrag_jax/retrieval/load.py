@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jax.sharding import Mesh
 
@@ -37,6 +37,7 @@ def settled(directory: str | Path, read: Callable[[], T]) -> T:
       UserError: as in ``read``, if the store does not change.
     """
     directory = Path(directory)
+    found: Any = None
     for tries in range(TRIES, 0, -1):
         before, found, failure = _state(directory), None, None
         try:

@@ -15,8 +15,10 @@ from arrag_jax.files import require_within
 from arrag_jax.interfaces import ImageTokenizer
 from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.ops.neighbors import Neighbors
+from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.leave_one_out import LeaveOneOut
 from arrag_jax.retrieval.load import load_retriever
+from arrag_jax.retrieval.scann import ScannRetriever
 from arrag_jax.store import writer
 from arrag_jax.store.building import require_same_settings, state_of
 from arrag_jax.store.datastore import Datastore
@@ -35,8 +37,9 @@ def build(config: NeighborsConfig, directory: Path) -> None:
     """
     start, tokenizer = time.perf_counter(), load_tokenizer(config.model)
     store, retriever = load_retriever(config.retrieval, tokenizer.fingerprint)
-    splits = {"train": config.train_split, "valid": config.valid_split}
-    splits = {require_within(directory, directory / name): split for name, split in splits.items()}
+    assert isinstance(retriever, DenseRetriever | ScannRetriever)  # as it is without a mesh
+    named = {"train": config.train_split, "valid": config.valid_split}
+    splits = {require_within(directory, directory / name): split for name, split in named.items()}
     there = {folder: state_of(NeighborSet, folder) for folder in splits}
     states = {state for state, _ in there.values()}
     state = states.pop() if len(states) == 1 else "begun"

@@ -24,7 +24,6 @@ from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.distances import rounded
 from arrag_jax.ops.keys import KEY_KINDS, KeyKind
-from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.store.datastore import Datastore
 
 MOST_ROWS = 2**31 - 1  # ids are int32
@@ -34,7 +33,8 @@ MOST_ROWS = 2**31 - 1  # ids are int32
 class Keys(Protocol):
     """A sequence of keys: a numpy array, or an object that computes keys from smaller data."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -160,8 +160,9 @@ class Patches:
         The number of patches is 0 if there is no equal context; the first result is then meaningless. It is also 0 if
         another context may be at distance 0, because two rows of the codebook are equal.
         """
-        if self.contexts is None:
+        if self.contexts is None or self.starts is None or self.by_context is None:
             return np.zeros(len(context), np.int32), np.zeros(len(context), np.int32)
+        assert isinstance(self.keys, KeysOfContexts)
         wanted, held = packed(context), self.contexts.view("<u8")[:, 0]
         place = np.searchsorted(held, wanted, sorter=self.by_context)
         unique = self.by_context[np.minimum(place, len(held) - 1)]
@@ -183,7 +184,7 @@ class Patches:
           codes, distances and stored rows, [n, k].
         """
         unique, distance = unique[:, :k], distance[:, :k]
-        found = no_neighbors(len(unique), k)
+        found_code, found_distance, found_id = no_neighbors(len(unique), k)
         if self.starts is None:
             first, count = unique, (unique >= 0).astype(np.int64)
         else:
@@ -207,15 +208,15 @@ class Patches:
             place[tied] = place[tied[order]]  # queries and distances are already sorted
         kept = slot < k
         where, place = (query[kept], slot[kept]), place[kept]
-        found.code[where], found.distance[where] = self.codes[place], distance[kept]
-        found.id[where] = place if self.rows is None else self.rows[place]
-        return tuple(found)
+        found_code[where], found_distance[where] = self.codes[place], distance[kept]
+        found_id[where] = place if self.rows is None else self.rows[place]
+        return found_code, found_distance, found_id
 
 
-def no_neighbors(queries: int, k: int) -> Neighbors:
+def no_neighbors(queries: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns neighbours with only empty slots, as writable numpy arrays."""
     none = np.full((queries, k), -1, np.int32)
-    return Neighbors(none, np.full((queries, k), np.inf, np.float32), none.copy())
+    return none, np.full((queries, k), np.inf, np.float32), none.copy()
 
 
 def one_key_each(

@@ -30,7 +30,7 @@ def lay_out(
       codes, starts, rows: as in ``DenseRetriever``.
     """
     short = k - unique.shape[1]
-    if starts is None:
+    if starts is None or rows is None:
         unique = jnp.pad(unique, ((0, 0), (0, max(0, short))), constant_values=-1)[:, :k]
         distance = jnp.pad(distance, ((0, 0), (0, max(0, short))), constant_values=jnp.inf)[:, :k]
         code = jnp.take(codes, jnp.maximum(unique, 0)).astype(jnp.int32)
@@ -57,7 +57,8 @@ def lay_out(
 
     def merged(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         both = tuple(jnp.concatenate(x, 1) for x in zip(best, slots(i * k), strict=True))
-        return tuple(x[:, :k] for x in jax.lax.sort(both, num_keys=2, is_stable=False))
+        distances, row, code = (x[:, :k] for x in jax.lax.sort(both, num_keys=2, is_stable=False))
+        return distances, row, code
 
     best = jax.lax.sort(slots(jnp.int32(0)), num_keys=2, is_stable=False)
     distance, row, code = jax.lax.fori_loop(1, -(-ends[:, -1].max() // k), merged, tuple(best))

@@ -99,7 +99,8 @@ def kth_distances(
 ) -> list[Float[np.ndarray, " n"]]:
     """Returns, for each K in ``ks``, each query's distance to its K-th nearest patch, by comparison with every key."""
     most = max(ks)
-    near, count = np.full((len(query), 0), np.inf, np.float32), np.zeros((len(query), 0), np.int64)
+    near: np.ndarray = np.full((len(query), 0), np.inf, np.float32)
+    count: np.ndarray = np.zeros((len(query), 0), np.int64)
     for part in parts:
         members = np.ones(len(part.keys), np.int64) if part.starts is None else np.diff(part.starts)
         for first in range(0, len(part.keys), BLOCK):

@@ -18,7 +18,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -146,10 +146,10 @@ class ShardSearch:
         while len(left):
             requested = min(requested, unique)
             found, distance, bound = self._nearest(query[left], requested)
-            found = self.patches.lay_out(found, distance, k)
-            for whole, part in zip(answer, found, strict=True):
+            laid = self.patches.lay_out(found, distance, k)
+            for whole, part in zip(answer, laid, strict=True):
                 whole[left] = part
-            left = left[np.isfinite(bound) & (found[1][:, -1] >= bound)]
+            left = left[np.isfinite(bound) & (laid[1][:, -1] >= bound)]
             requested *= MORE
         return answer
 
@@ -311,12 +311,12 @@ class ScannRetriever:
     def tree_unflatten(cls, kind: _Kind, leaves: Any) -> "ScannRetriever":
         """Inverts ``tree_flatten``; the number selects the handle, because JAX may pass another, equal kind."""
         handle = handles.holder(leaves[1]) or (kind.handle() if kind.handle is not None else None)
-        return cls(*leaves, kind.k, handle)
+        return cls(leaves[0], leaves[1], kind.k, handle)
 
     @property
     def host(self) -> HostSearch:
         """The host search, for k neighbours; not available inside a program."""
-        return self.handle.target.with_k(self.k)
+        return cast(handles.Handle, self.handle).target.with_k(self.k)
 
     @classmethod
     def create(
@@ -338,7 +338,7 @@ class ScannRetriever:
 
     def with_k(self, k: int) -> "ScannRetriever":
         """Returns the same search for another number of neighbours; errors as in ``create``."""
-        require_k(k, self.handle.target.bounds[-1][1])
+        require_k(k, self.host.bounds[-1][1])
         return dataclasses.replace(self, k=k)
 
     def search(self, context: Int[Array, "B 4"]) -> Neighbors:

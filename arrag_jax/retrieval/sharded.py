@@ -105,7 +105,7 @@ def shard_dense(
         missing = [(0, sizes[name] - len(leaf))] + [(0, 0)] * (leaf.ndim - 1)
         return np.pad(leaf, missing, constant_values=empty)
 
-    leaves = dict.fromkeys(one) | {
+    leaves: dict[str, Any] = dict.fromkeys(one) | {
         name: _stacked(functools.partial(padded, name), (sizes[name], *one[name].shape[1:]), mesh, axis)
         for name in held
     }
@@ -150,11 +150,11 @@ def _first_rows(bounds: list[tuple[int, int]], mesh: Mesh, axis: str) -> Array:
     return _stacked(lambda s: np.int32(bounds[s][0]), (), mesh, axis)
 
 
-def _stacked(shard: Callable[[int], np.ndarray], shape: tuple[int, ...], mesh: Mesh, axis: str) -> Array:
+def _stacked(shard: Callable[[int], Any], shape: tuple[int, ...], mesh: Mesh, axis: str) -> Array:
     """Returns an array [S, *shape] sharded over a mesh axis; each process computes only its own devices' shards."""
     number = mesh.shape[axis]
-    return jax.make_array_from_callback(
-        (number, *shape),
-        NamedSharding(mesh, P(axis)),
-        lambda index: np.stack([shard(s) for s in range(number)[index[0]]]),
-    )
+
+    def made(index: Any) -> np.ndarray:
+        return np.stack([shard(s) for s in range(number)[index[0]]])
+
+    return jax.make_array_from_callback((number, *shape), NamedSharding(mesh, P(axis)), made)

@@ -48,7 +48,8 @@ class Batch(NamedTuple):
 
     def of(self, taken: Bool[np.ndarray, " n"]) -> "Batch":
         """Returns the batch that holds only the images where ``taken`` is True."""
-        numbers, examples = (list(itertools.compress(items, taken)) for items in (self.numbers, self.examples))
+        numbers = list(itertools.compress(self.numbers, taken))
+        examples = list(itertools.compress(self.examples, taken))
         return Batch(numbers, examples, self.codes[taken], self.latents[taken])
 
 
@@ -88,7 +89,7 @@ class EncodedImages:
         Raises:
           UserError: if codes have another grid or lie outside the codebook, or encoder outputs are not finite.
         """
-        unfinished: deque = deque()
+        unfinished: deque[tuple[list[tuple[int, Example]], tuple[Any, Any]]] = deque()
         for read in _in_batches(_read_ahead(self.examples, numbers, self.batch_size, skip), self.batch_size):
             images = np.stack([example["image"] for _, example in read])
             padded = np.pad(images, ((0, self.batch_size - len(read)), (0, 0), (0, 0), (0, 0)))

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt16
@@ -116,8 +117,8 @@ def _jobs(store: Datastore, keys: tuple[str, ...], captions: bool) -> list[_Job]
     """Returns the jobs of all shards: those of the segments first, those of the store's own shards last."""
     jobs = []
     for segment in (*store.segments, store.alone):
-        both = {"keys": all_keys(segment.settings.keys, keys), "captions": captions or segment.settings.captions}
-        wanted = dataclasses.replace(segment.settings, **both)
+        kept = segment.settings
+        wanted = dataclasses.replace(kept, keys=all_keys(kept.keys, keys), captions=captions or kept.captions)
         jobs += [_Job(segment, wanted, shard) for shard in range(wanted.num_shards)]
     return jobs
 
@@ -137,7 +138,8 @@ def _write_shard(job: _Job, images: EncodedImages, numbers: Mapping[str, int], b
             f"{images.source_id(number)} of {place} can no longer be read: {reason}; put it back and run this again"
         )
 
-    contents, done, stored = {kind: [] for kind in job.absent}, 0, job.stored_codes
+    contents: dict[str, list[Any]] = {kind: [] for kind in job.absent}
+    done, stored = 0, job.stored_codes
     for batch in images.batches([numbers[id_] for id_ in ids], job.wanted, lost):
         differ = (batch.codes != stored[done : done + len(batch.codes)]).any((1, 2))
         if differ.any():

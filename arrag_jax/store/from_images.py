@@ -99,7 +99,7 @@ def build(
         return None
     source.keep_listing()
     settings = settings_of(
-        config, tokenizer, config.num_images or (found.num_images if begun == "whole" else len(images))
+        config, tokenizer, config.num_images or (found.num_images if found and begun == "whole" else len(images))
     )
     elsewhere = counts_of(whole) if whole else SkippedCounts(0, 0)
     store = writer.build_datastore(

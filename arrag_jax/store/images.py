@@ -57,7 +57,9 @@ class ImageSource:
         copies: bool = True,
     ):
         self.name, self.data_dir, self.captions, self.tokenizer = name, data_dir, captions, tokenizer
-        self.state, self.listing, self.entries, self.beside = state, listing, [], {}
+        self.state, self.listing = state, listing
+        self.entries: list[sources.Entry] = []
+        self.beside: dict[str, int] = {}
         if state == "begun" and not is_data_set(name):
             self.entries, self.beside = sources.load_whole_listing(listing)
         elif state == "nothing" and not is_data_set(name):
@@ -146,7 +148,7 @@ def told_of(folders: Sequence[ShardFolder], bad: str, duplicates: int = 0) -> st
     number = sum(folder.num_bad for folder in folders)
     passed = [id_ for folder in folders for id_, reason in folder.bad if reason.startswith(PASSED_OVER)]
     beside = {x.settings.found_in: x.settings.beside for x in folders}
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for found in beside.values():
         counts.update(found)
     words = [

@@ -136,7 +136,7 @@ def merge(stores: list[Datastore], directory: str | Path, keep_duplicates: bool 
             segment.require_manifest()
         if store.directory.resolve() == directory.resolve():
             raise UserError(f"--workdir={directory} is one of the stores to merge; choose another")
-    merged = {"merged": [store.store_fingerprint for store in stores]}
+    merged: dict[str, Any] = {"merged": [store.store_fingerprint for store in stores]}
     if keep_duplicates:
         merged["keep_duplicates"] = True
     state, _ = state_of(Datastore, directory) if not (directory / MERGING).exists() else ("merging", None)
@@ -164,7 +164,9 @@ def _require_same_merge(record: Path, merged: dict[str, Any]) -> None:
 
 def _taken(stores: list[Datastore], keep_duplicates: bool) -> Iterator[_Taken]:
     """Yields what is taken from each segment of each store, in order."""
-    contents, names, reported = [np.zeros(0, np.uint64)], [], frozenset()
+    names: list[str] = []
+    reported: frozenset[tuple[str, str]] = frozenset()
+    contents = [np.zeros(0, np.uint64)]
     for store in stores:
         known, before = KnownContents(np.concatenate(contents), list(names)), reported
         for segment in store.wholes:
@@ -240,7 +242,7 @@ def _shards(taken: _Taken) -> Iterator[_Shard]:
 
 def _writers(taken: _Taken) -> dict[str, Callable[[Path], None]]:
     """Returns file name → function that writes the file with only the images taken, for a rewritten segment."""
-    writers = {}
+    writers: dict[str, Callable[[Path], None]] = {}
     for shard in _shards(taken):
         for kind, name in shard.files.items():
             writers[name] = functools.partial(_write_new, taken.segment, kind, shard)

@@ -25,7 +25,7 @@ from arrag_jax.store.skipped import BAD_FILES, LEFT_OUT, bad_line, counts_of, re
 MANIFEST = "manifest.json"
 MOST_IMAGES = 2**40
 
-Folder = TypeVar("Folder")
+Folder = TypeVar("Folder", bound="ShardFolder")
 
 
 @dataclasses.dataclass(frozen=True)

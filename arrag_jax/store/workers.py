@@ -34,6 +34,7 @@ class Workers:
 
     def __init__(self, directory: Path, index: int, count: int):
         self.directory, self.index, self.count = directory, index, count
+        self._seen: dict[int, tuple[str | None, float | None]]
         self._seen = {other: (self._sign_of(other), None) for other in range(count)}
         self._before = {other: sign for other, (sign, _) in self._seen.items()}  # may be left by a killed run
         self._stopping = False

@@ -58,7 +58,7 @@ def build_datastore(
         if build.leads:
             _write_codebook(directory / CODEBOOK, codebook)
         for shard in build.pending():
-            contents = {kind: [] for kind in shard.files if kind != "sources"}
+            contents: dict[str, list[Any]] = {kind: [] for kind in shard.files if kind != "sources"}
             for batch in shard.batches():
                 taken = batch if known is None else _without_known(batch, known, shard)
                 for kind, items in contents.items():
@@ -95,14 +95,17 @@ def build_neighbor_set(
     images = EncodedImages(_Captioned(images.examples), images.source_id, images.encode, images.batch_size)
     with building.begun(NeighborSet, directory, images, settings, limit) as build:
         for shard in build.pending():
-            codes, captions, records = [], [], []
+            codes: list[np.ndarray] = []
+            captions: list[str] = []
+            records: Iterable[bytes] = []
             for batch in shard.batches():
                 codes.append(batch.codes)
                 captions += batch.captions
             names = shard.write_left_out()
             if names:
                 grids = np.concatenate(codes)
-                neighbors = neighbors_of_positions(search(grids, names, shard.count).code, settings.grid)
+                found = np.asarray(search(grids, names, shard.count).code)
+                neighbors = neighbors_of_positions(found, settings.grid)
                 records = map(to_record, grids.reshape(len(grids), -1), neighbors, map(str.encode, captions))
             building.write_records(shard.files["neighbors"], records, NEIGHBOR_RECORD_OPTIONS)
     return NeighborSet.open(directory)
@@ -116,7 +119,7 @@ def items_of(kind: str, batch: Batch) -> list[bytes] | list[str]:
     return batch.captions
 
 
-def write_file(path: Path, kind: str, items: Iterable[bytes] | Iterable[str]) -> None:
+def write_file(path: Path, kind: str, items: Iterable[Any]) -> None:
     """Writes one file of a store's shard atomically: ArrayRecord for a ``KeyKind.file``, else a text file."""
     if kind in (key.file for key in KEY_KINDS.values()):
         building.write_records(path, items, RECORD_OPTIONS)

@@ -319,7 +319,7 @@ def _free(key: str) -> bool:
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns a flat dict: {"a": {"b": 1}} → {"a.b": 1}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

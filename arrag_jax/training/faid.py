@@ -100,9 +100,10 @@ class FaidTask:
             raise UserError("of config.data task faid reads eval_examples alone; its data are config.options.neighbors")
         self.config, self.options = config, options
         self.tokens = math.prod(config_of(options.base).grid)
-        self.text = load_prompts(options.base)
-        if not isinstance(self.text, SavedEncoder):
+        text = load_prompts(options.base)
+        if not isinstance(text, SavedEncoder):
             raise UserError(f"config.options.base={options.base} holds a kind of model that cannot be tuned here")
+        self.text = text
         self.sets = {name: NeighborSet.open(Path(options.neighbors) / name) for name in ("train", "valid")}
         for neighbors in self.sets.values():
             neighbors.verify()  # training reads them in random order, in which no hash can be checked
@@ -188,7 +189,7 @@ class FaidTask:
         ids, mask = batch["prompt_ids"], batch["prompt_mask"]
         kept = ~jax.random.bernoulli(caption_key, self.options.caption_dropout, (len(ids),))
         ids = jnp.where(kept[:, None], ids, model.unconditional((ids, mask))[0])
-        loss, gates = self._cross_entropy(model, batch | {"prompt_ids": ids}, kept, nnx.Rngs(dropout_key))
+        loss, gates = self._cross_entropy(model, {**batch, "prompt_ids": ids}, kept, nnx.Rngs(dropout_key))
         metrics = {"bits_per_code": loss * BITS}
         return loss, metrics | {f"gate_{i}": gate for i, gate in enumerate(gates)}
 
@@ -218,7 +219,8 @@ class FaidTask:
         """
         policy, name = (Faid(), "FAiD") if self.options.blend else (Plain(), "LoRA")
         retriever = load_retriever(self.options.retrieval, self.sets["train"].settings.fingerprint)[1]
-        stored, unchanging = self.sets["valid"], []
+        unchanging: list[UInt8[np.ndarray, "N h w 3"]] = []
+        stored = self.sets["valid"]
         captions = [stored[i]["caption"] for i in range(min(PICTURES, len(stored)))]
         ids, mask = self.text(captions, self.options.prompt_length)
 
@@ -244,6 +246,6 @@ class FaidTask:
         model.merge_lora()
         save_model(model, directory, "bfloat16")
         self.text.save(directory)
-        model = load_model(directory)
-        mean = mean_bits(self, model, self.eval_batches(rows_of_a_device(self.config)))
-        write_manifest(directory, model, run, valid_bits_per_code=mean)
+        tuned = load_model(directory)
+        mean = mean_bits(self, tuned, self.eval_batches(rows_of_a_device(self.config)))
+        write_manifest(directory, tuned, run, valid_bits_per_code=mean)

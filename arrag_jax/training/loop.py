@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import grain
 import jax
@@ -42,15 +42,23 @@ Scalars = dict[str, Float[Array, ""]]
 SampleImages = dict[str, UInt8[np.ndarray, "h w 3"]]  # by name; may be empty
 
 
+Model = TypeVar("Model")
+
+
 @runtime_checkable
-class Task(Protocol):
+class Task(Protocol[Model]):
     """A training task: the model, its data, its loss and its metrics."""
 
-    trainable: type  # the nnx.Variable subclass that has gradients and optimizer state
-    best_metric: tuple[str, str]  # the held-out metric that selects the best checkpoint, and "min" or "max"
-    tokens: int  # tokens per training example, for the tokens per second
+    @property
+    def trainable(self) -> type: ...  # the nnx.Variable subclass that has gradients and optimizer state
 
-    def init_model(self, rngs: nnx.Rngs) -> nnx.Module:
+    @property
+    def best_metric(self) -> tuple[str, str]: ...  # held-out metric that selects the best checkpoint; "min" or "max"
+
+    @property
+    def tokens(self) -> int: ...  # tokens per training example, for the tokens per second
+
+    def init_model(self, rngs: nnx.Rngs) -> Model:
         """Returns the model at step 0, from scratch or from a checkpoint; it is the same on every process.
 
         The run's checkpoints do not contain its ``Frozen`` variables; a resumed run takes them from this method again.
@@ -72,32 +80,32 @@ class Task(Protocol):
         """Returns the held-out batches; they are the same at every call and on every process."""
         ...
 
-    def loss(self, model: nnx.Module, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
+    def loss(self, model: Model, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
         """Returns the loss and metrics of a batch.
 
         It may write non-trainable variables of the model; the step keeps their new values.
         """
         ...
 
-    def after_update(self, model: nnx.Module, key: Array) -> None:
+    def after_update(self, model: Model, key: Array) -> None:
         """Edits the model after the optimizer's update, inside the jitted step, e.g. revives dead codes."""
         ...
 
-    def eval_metrics(self, model: nnx.Module, batch: Batch) -> Scalars:
+    def eval_metrics(self, model: Model, batch: Batch) -> Scalars:
         """Returns the metrics of one held-out batch; the loop jits it.
 
         Each metric must be a mean over the batch's examples, because the loop averages the batches by their sizes.
         """
         ...
 
-    def sample_callback(self) -> Callable[[nnx.Module], SampleImages]:
+    def sample_callback(self) -> Callable[[Model], SampleImages]:
         """Returns the function that generates the sample images of an evaluation.
 
         The loop calls this method before the first step; it opens everything that the function needs.
         """
         ...
 
-    def export(self, model: nnx.Module, directory: Path, run: dict[str, Any]) -> None:
+    def export(self, model: Model, directory: Path, run: dict[str, Any]) -> None:
         """Writes the weights in the project's own layout into an empty directory.
 
         ``run`` describes the origin of the weights, for a manifest: see ``origin``.
@@ -279,7 +287,8 @@ def make_evaluation(
 
 def mean_over_examples(metrics_of: Callable[[Batch], Scalars], batches: Iterable[Batch]) -> dict[str, float]:
     """Returns means over all examples; ``metrics_of`` returns the means over one batch's examples."""
-    totals, examples = {}, 0
+    totals: dict[str, float] = {}
+    examples = 0
     for batch in batches:
         rows = len(next(iter(batch.values())))
         totals = {name: totals.get(name, 0.0) + rows * float(value) for name, value in metrics_of(batch).items()}
@@ -323,7 +332,8 @@ def whole_model(graph: nnx.GraphDef, params: PyTree, frozen: PyTree, rest: PyTre
 def _split(model: nnx.Module, trainable: type) -> tuple[nnx.GraphDef, PyTree, PyTree, PyTree]:
     """Returns the graph, and the trainable, frozen and all other variables as pure dicts."""
     graph, *states = nnx.split(model, trainable, Frozen, ...)
-    return graph, *map(nnx.to_pure_dict, states)
+    params, frozen, rest = map(nnx.to_pure_dict, states)
+    return graph, params, frozen, rest
 
 
 def _cast(params: PyTree, dtype: str) -> PyTree:

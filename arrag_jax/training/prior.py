@@ -112,7 +112,7 @@ class PriorTask:
     def _require_short_prompts(self, images: ReadableImages) -> None:
         """Raises UserError if a prompt is longer than ``prompt_length``."""
         lengths = {name: int(self.text([self._prompt(caption)])[1].sum()) for name, caption in _captions(images)}
-        name = max(lengths, key=lengths.get, default=None)
+        name = max(lengths, key=lengths.__getitem__, default=None)
         if name is not None and lengths[name] > self.options.prompt_length:
             raise UserError(
                 f"config.options.prompt_length={self.options.prompt_length} is too short: the prompt of {name} has "

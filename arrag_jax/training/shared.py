@@ -95,7 +95,7 @@ class RunImages:
     def _is_taken(self, images: Images, number: int) -> bool:
         """Returns whether an image has a prompt; True for an unreadable image, because its reader counts it later."""
         try:
-            return self._is_prompt(images.caption(number))
+            return self._is_prompt is None or self._is_prompt(images.caption(number))
         except BadImage:
             return True
 

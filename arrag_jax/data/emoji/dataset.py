@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -214,7 +214,7 @@ class SceneImages:
         found, wanted = self._examples[0]["image"].shape, (*size, 3)
         if found != wanted:
             raise UserError(f"images of {name} are {found}, the model's tokenizer takes {wanted}; use another model")
-        self._places = places(split, self._examples.dataset_info.splits)
+        self._places = places(split, cast(Any, self._examples).dataset_info.splits)
 
     def __len__(self) -> int:
         return len(self._examples)

@@ -49,7 +49,8 @@ class EmojiScenes:
         "families": the mean of each family. "held_out_pairs" and "other_prompts": the means of prompts with and without
         pairs that training leaves out; null if there are no such prompts.
         """
-        right, scenes = [], []
+        right: list[np.ndarray] = []
+        scenes: list[Scene] = []
         for batches in repeats:
             scenes, parts = [], []
             for numbers, images in batches:

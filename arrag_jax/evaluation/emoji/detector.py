@@ -40,20 +40,23 @@ class Detection(NamedTuple):
     score: float
 
 
+Numbers = np.ndarray | Array
+
+
 class _Bank(NamedTuple):
     """All sprites of one size s as kernels, n = 3 s s.
 
     Looks are (class, tint) pairs; masks are the alphas of the classes.
     """
 
-    colours: Float[Array, "n looks"]  # a C
-    alphas: Float[Array, "n masks_channels"]  # a, once per channel
-    mask_of_look: Int[Array, " looks"]
-    alpha_sum: Float[Array, "1 masks"]  # sums of a and of a² over the s s pixels
-    alpha_square_sum: Float[Array, "1 masks"]
-    colour_sum: Float[Array, "masks_channels looks"]  # sums of a C and of a² C, zero outside the look's own mask
-    colour_square_sum: Float[Array, "masks_channels looks"]
-    energy: Float[Array, "1 looks"]  # sum of a² C²
+    colours: Float[Numbers, "n looks"]  # a C
+    alphas: Float[Numbers, "n masks_channels"]  # a, once per channel
+    mask_of_look: Int[Numbers, " looks"]
+    alpha_sum: Float[Numbers, "1 masks"]  # sums of a and of a² over the s s pixels
+    alpha_square_sum: Float[Numbers, "1 masks"]
+    colour_sum: Float[Numbers, "masks_channels looks"]  # sums of a C and of a² C, zero outside the look's own mask
+    colour_square_sum: Float[Numbers, "masks_channels looks"]
+    energy: Float[Numbers, "1 looks"]  # sum of a² C²
 
 
 class _Templates(NamedTuple):
@@ -75,7 +78,7 @@ def detect(pictures: UInt8[np.ndarray, "B 48 48 3"]) -> list[list[Detection]]:
         rows = zip(*(np.asarray(part) for part in peaks), strict=True)
         for score, look, place in itertools.islice(rows, len(batch)):
             kept = np.flatnonzero(score > THRESHOLD)
-            found.append([Detection(*looks[look[i]], boxes[place[i]], float(score[i])) for i in kept])
+            found.append([Detection(*(*looks[look[i]], boxes[place[i]], float(score[i]))) for i in kept])
     return found
 
 
@@ -85,7 +88,7 @@ def _match(
 ) -> tuple[Float[Array, "B peaks"], Int[Array, "B peaks"], Int[Array, "B peaks"]]:
     """Returns score, look and place of each image's best peaks; a place is a row of ``_boxes``."""
     scores = [
-        _scores(pictures.astype(jnp.float32), bank, size)
+        _scores(jnp.asarray(pictures).astype(jnp.float32), bank, size)
         for bank, size in zip(templates.banks, scenes.SIZES, strict=True)
     ]
     places = jnp.concatenate(scores, axis=1)  # [B places looks]

@@ -55,7 +55,7 @@ def is_right(found: Sequence[Detection], scene: Scene) -> bool:
     if scene.family == "counting":
         name = scene.sprites[0].name
         return sum(detection.name == name for detection in found) == len(scene.sprites)
-    best = [
+    best: list[Any] = [
         next((d for d in found if d.name == sprite.name and sprite.colour in (None, d.colour)), None)
         for sprite in scene.sprites
     ]
