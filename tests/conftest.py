@@ -6,7 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import children
+from helpers import children
+from helpers.golden import SHARED
 
 # Eight virtual devices, so that the tests of meshes run anywhere; set before jax wakes.
 FLAGS = f" --xla_force_host_platform_device_count=8 {children.QUICK}"
@@ -29,8 +30,6 @@ import pytest
 from arrag_jax.retrieval import leave_one_out
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import naive_blend
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
-from jaxprs import equations
 from safetensors.numpy import load_file
 
 from arrag_jax.errors import UserError
@@ -17,6 +14,8 @@ from arrag_jax.models.weights import to_ours
 from arrag_jax.nn.faid import Blended, Blender, FaidConfig, FusedBlender, window_positions
 from arrag_jax.ops import blend
 from arrag_jax.ops.grid import has_context
+from helpers import naive_blend, tiny
+from helpers.jaxprs import equations
 
 # Every subset of hops, and K.
 CASES = [((1,), 1), ((2,), 3), ((3,), 2), ((1, 2), 3), ((1, 3), 1), ((2, 3), 2), ((1, 2, 3), 4)]

@@ -8,7 +8,6 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from safetensors.numpy import load_file, save_file
 
 from arrag_jax import convert as command
@@ -18,6 +17,7 @@ from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.conversion import convert
 from arrag_jax.models.tensor_files import read_tensors, stored_tensors
 from arrag_jax.models.weights import parameters
+from helpers import tiny
 
 
 def tensors(folder) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
 from arrag_jax.config import SamplingConfig
@@ -17,6 +16,7 @@ from arrag_jax.ops import grid
 from arrag_jax.ops.sampling import guide, truncate
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.scann import ScannRetriever
+from helpers import tiny
 
 
 @pytest.fixture(scope="module")

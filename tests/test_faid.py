@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 from flax import nnx
 from safetensors.numpy import load_file
 
@@ -27,6 +26,7 @@ from arrag_jax.ops import grid
 from arrag_jax.ops.sampling import guide, truncate
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.training.faid import mark_adapters
+from helpers import tiny
 
 K = 3
 CONFIG = dataclasses.replace(tiny.CONFIG, faid=FaidConfig(stride=1, hops=(1, 2), neighbors=K))

@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import children
-import drawings
 import pytest
-from drawings import MODEL, PROMPTS, bytes_of
 
 from arrag_jax import signals
 from arrag_jax.errors import run_command
+from helpers import children, drawings
+from helpers.drawings import MODEL, PROMPTS, bytes_of
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = "error: interrupted; run the same command again to continue"

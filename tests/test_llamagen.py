@@ -4,10 +4,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import llamagens
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
 from arrag_jax.decode.loop import sample
@@ -22,6 +20,7 @@ from arrag_jax.nn.rotary import turn_by_grid
 from arrag_jax.nn.transformer import Layer
 from arrag_jax.ops import grid
 from arrag_jax.ops.sampling import guide
+from helpers import llamagens, tiny
 
 FILES = {
     "c2i_a": ("c2i_a.pt", "vq16.pt"),

@@ -3,10 +3,8 @@
 import json
 import shutil
 
-import llamagens
 import numpy as np
 import pytest
-import running
 from safetensors.numpy import load_file, save_file
 
 from arrag_jax.errors import UserError
@@ -14,6 +12,7 @@ from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.conversion import convert
 from arrag_jax.models.llamagen_config import PRESETS, config_to_json, read_config
 from arrag_jax.models.weights import parameters
+from helpers import llamagens, running
 
 torch = pytest.importorskip("torch")
 

@@ -4,7 +4,6 @@ import builtins
 import json
 import shutil
 
-import llamagens
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.models import t5_text
 from arrag_jax.models.llamagen_prompts import CaptionEncoder, ClassNumbers, save_features
 from arrag_jax.models.t5 import caption_features
+from helpers import llamagens
 
 
 def features(rows: int = 3, length: int = 8, width: int = 7):

@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
-import llamagens
 import numpy as np
 import pytest
 
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model, load_tokenizer
 from arrag_jax.nn.vq import l2_normalize
+from helpers import llamagens
 
 FILES = {"vq8": "vq8.safetensors", "vq16": "vq16.pt", "vq8_g32": "vq8_g32.safetensors"}
 

@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
-from jaxprs import equations
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, processors
 
@@ -24,6 +22,8 @@ from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.models.weights import parameters
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.vq import ResBlock, VQConfig, to_uint8
+from helpers import tiny
+from helpers.jaxprs import equations
 
 
 @pytest.fixture(scope="module")

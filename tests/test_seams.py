@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
 import arrag_jax
@@ -19,6 +18,7 @@ from arrag_jax.models import registry
 from arrag_jax.models.checkpoint import load_model, load_prompts, load_tokenizer, save_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.models.text import PromptTokenizer
+from helpers import tiny
 
 LABELS, SIZE, WIDTH = 5, 9, 6
 

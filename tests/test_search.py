@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from stored import keys_of_maps
 
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
@@ -19,6 +18,7 @@ from arrag_jax.retrieval import dense, sharded
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.patches import one_key_each
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever, build_host, num_leaves
+from helpers.stored import keys_of_maps
 
 K = 16
 

@@ -6,11 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import conftest
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
 from arrag_jax.models.llamagen import PARTS, LlamaGen
@@ -18,8 +16,10 @@ from arrag_jax.models.llamagen_config import LlamaGenConfig
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.transformer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
+from helpers import tiny
+from helpers.golden import SHARED
 
-GOLDEN = conftest.SHARED / "reference" / "llamagen"
+GOLDEN = SHARED / "reference" / "llamagen"
 
 SHAPE = LlamaConfig(9, width=16, layers=2, heads=4, kv_heads=2, mlp=24, rotary="positions", joined=True)
 CONFIG = LlamaGenConfig(
