@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from flax import nnx
 
 from arrag_jax import mesh
 from arrag_jax.config import MeshConfig, OptimizerConfig, RetrievalConfig, TrainConfig
