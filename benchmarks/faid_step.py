@@ -36,7 +36,7 @@ from arrag_jax.training.faid import mark_adapters
 from arrag_jax.training.metrics import peak_memory_gib
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-import naive_blend
+from helpers import naive_blend
 
 BASE = PRESETS["janus-pro-1b"]
 CASES = {

@@ -4,9 +4,10 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-import children
+from helpers import children, golden
 
 # Eight virtual devices, so that the tests of meshes run anywhere; set before jax wakes.
 FLAGS = f" --xla_force_host_platform_device_count=8 {children.QUICK}"
@@ -30,22 +31,28 @@ from arrag_jax.retrieval import leave_one_out
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-
 
 @pytest.fixture(scope="session")
-def reference() -> Path:
-    """Folder of golden numbers from the official implementation; skips where it is absent."""
-    path = SHARED / "reference" / "dev"
-    if not path.is_dir():
-        pytest.skip("golden numbers of the reference are not on this machine (../shared/reference/dev)")
+def reference(tmp_path_factory) -> Callable[..., Path]:
+    """Gives the path of golden numbers of the official AR-RAG by their name, or of a checkpoint (``…_layout``).
+
+    With ``whole=True`` it is not the committed part; skips where it is absent.
+    """
+    made = tmp_path_factory.mktemp("reference")
+
+    def path(name: str, whole: bool = False) -> Path:
+        if not name.endswith("_layout"):
+            return golden.find("dev", name, whole)
+        folder = made / name
+        return folder if folder.exists() else golden.write_checkpoint(folder, name == "faid_layout")
+
     return path
 
 
 @pytest.fixture(scope="session")
 def photos() -> Path:
     """Folder of real photos; skips where it is absent."""
-    path = SHARED / "data"
+    path = golden.SHARED / "data"
     if not path.is_dir():
         pytest.skip("real photos are not on this machine (../shared/data)")
     return path

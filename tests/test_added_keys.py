@@ -8,9 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
-import folders
 import pytest
-from folders import BAD, contents, write_scenes
 
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig, ScannOptions
@@ -21,6 +19,8 @@ from arrag_jax.retrieval import index
 from arrag_jax.store import building, extension, from_images, shards
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.workers import workers_in
+from helpers import folders
+from helpers.folders import BAD, contents, write_scenes
 
 BOTH = ("codebook", "latent")
 

@@ -4,12 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import naive_blend
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
-from jaxprs import equations
 from safetensors.numpy import load_file
 
 from arrag_jax.errors import UserError
@@ -17,6 +14,8 @@ from arrag_jax.models.weights import to_ours
 from arrag_jax.nn.faid import Blended, Blender, FaidConfig, FusedBlender, window_positions
 from arrag_jax.ops import blend
 from arrag_jax.ops.grid import has_context
+from helpers import naive_blend, tiny
+from helpers.jaxprs import equations
 
 # Every subset of hops, and K.
 CASES = [((1,), 1), ((2,), 3), ((3,), 2), ((1, 2), 3), ((1, 3), 1), ((2, 3), 2), ((1, 2, 3), 4)]
@@ -197,7 +196,7 @@ def test_unknown_hops_are_refused(hops):
 
 def reference_blender(reference, name: str) -> Blender:
     """A blender of the reference; the official module is given features that are normed already."""
-    weights = load_file(reference / "blender_alone.safetensors")
+    weights = load_file(reference("blender_alone.safetensors"))
     hops = tuple(int(hop) for hop in name[1:])
     model = nnx.eval_shape(lambda: Blender(FaidConfig(stride=1, hops=hops), 64, 1e-6, nnx.Rngs(0)))
     official = {"gate.0": "mlp.0", "gate.1": "mlp.2"}
@@ -216,7 +215,7 @@ def reference_blender(reference, name: str) -> Blender:
 
 @pytest.mark.parametrize("name", ["h1", "h2", "h12"])
 def test_the_reference_blends_the_same(reference, name):
-    golden, model = np.load(reference / "blender_alone.npz"), reference_blender(reference, name)
+    golden, model = np.load(reference("blender_alone.npz")), reference_blender(reference, name)
     hidden = jnp.asarray(golden[f"{name}_train_hidden"])[:, -36:].reshape(2, 6, 6, 64)
     out = model.blend_map(hidden, jnp.asarray(golden[f"{name}_train_retrieved"])).features
     expected = golden[f"{name}_train_out"]
@@ -226,7 +225,7 @@ def test_the_reference_blends_the_same(reference, name):
 @pytest.mark.parametrize("name", ["h1", "h2", "h12"])
 def test_the_reference_blends_cell_by_cell_the_same(reference, name):
     """Its decoding path, which has no rule for boundary cells: all count as having a context."""
-    golden, model = np.load(reference / "blender_alone.npz"), FusedBlender(reference_blender(reference, name))
+    golden, model = np.load(reference("blender_alone.npz")), FusedBlender(reference_blender(reference, name))
     for i, position in enumerate(golden[f"{name}_eval_pos"]):
         window = window_positions(model.config.hops, 6, 6)[position]
         tokens = golden[f"{name}_eval_hidden_padded"][i][:, 5:]  # five of the prompt come first

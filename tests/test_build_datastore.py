@@ -7,8 +7,6 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-from stored import values_of
 
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig, RetrievalConfig, ScannOptions
@@ -22,6 +20,8 @@ from arrag_jax.nn.vq import VQConfig
 from arrag_jax.retrieval import index
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store.datastore import Datastore
+from helpers import tiny
+from helpers.stored import values_of
 
 MODEL = JanusConfig(
     language=LlamaConfig(vocab_size=8, width=16, layers=1, heads=2, kv_heads=2, mlp=16),

@@ -5,8 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import tiny
-from stored import assert_nearest, one_cell_off
 from test_datastore import contents
 
 from arrag_jax import build_datastore, build_neighbors
@@ -20,6 +18,8 @@ from arrag_jax.store.building import BUILDING
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.images import encoder
 from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings
+from helpers import tiny
+from helpers.stored import assert_nearest, one_cell_off
 
 pytestmark = pytest.mark.usefixtures("small_calls")
 

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import tarfile
 
-import folders
-import malformed
 import pytest
 
 from arrag_jax import build_datastore
@@ -13,6 +11,7 @@ from arrag_jax.data import sources
 from arrag_jax.data.examples import caption_of
 from arrag_jax.data.sidecars import LONGEST_JSON, LONGEST_TEXT
 from arrag_jax.store.datastore import Datastore
+from helpers import folders, malformed
 
 # Name of an image → the files beside it, and its caption.
 CASES = {

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-from stored import CODES, GRID, build, keys_of, values_of
 
 from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid
@@ -21,6 +19,8 @@ from arrag_jax.retrieval import captions as captions_module
 from arrag_jax.retrieval.captions import CaptionIndex, LimitedRetriever
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.store.datastore import Datastore
+from helpers import tiny
+from helpers.stored import CODES, GRID, build, keys_of, values_of
 
 CAPTIONS = [
     "a cat",

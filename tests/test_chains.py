@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
-from folders import write_scenes
-from in_turn import run_in_turn
 from PIL import Image
-from published import write_checkpoint
 
 from arrag_jax.data.emoji.scenes import scene
 from arrag_jax.models.checkpoint import load_model, load_tokenizer, save_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.models.tensor_files import read_tensors, stored_tensors
 from arrag_jax.store.datastore import Datastore
+from helpers import tiny
+from helpers.folders import write_scenes
+from helpers.in_turn import run_in_turn
+from helpers.published import write_checkpoint
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 pytestmark = pytest.mark.slow

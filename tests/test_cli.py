@@ -5,15 +5,14 @@ import shlex
 import subprocess
 import sys
 
-import children
 import pytest
-import running
-from in_turn import parse_in_turn
 
 import arrag_jax
 from arrag_jax import cli, console, demo, errors
 from arrag_jax.errors import UserError
 from arrag_jax.parsing import CONFIGS, config_file
+from helpers import children, running
+from helpers.in_turn import parse_in_turn
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 
-import children
 import pytest
 from ml_collections import ConfigDict
 
@@ -15,6 +14,7 @@ from arrag_jax.config import DrawConfig, MeshConfig, OptimizerConfig, TrainConfi
 from arrag_jax.errors import UserError
 from arrag_jax.parsing import parse
 from arrag_jax.training.prior import PriorOptions
+from helpers import children
 
 GOOD = {"task": "prior", "steps": 3, "batch_size": 4, "options": {}}
 

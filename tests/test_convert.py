@@ -8,7 +8,6 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from safetensors.numpy import load_file, save_file
 
 from arrag_jax import convert as command
@@ -18,6 +17,7 @@ from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.conversion import convert
 from arrag_jax.models.tensor_files import read_tensors, stored_tensors
 from arrag_jax.models.weights import parameters
+from helpers import tiny
 
 
 def tensors(folder) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
@@ -51,11 +51,11 @@ def test_whoever_may_read_the_config_may_read_the_weights(tmp_path):
 @pytest.mark.parametrize("layout", ["janus_layout", "faid_layout"])
 def test_there_and_back_every_tensor_is_byte_equal(reference, tmp_path, layout):
     """There through the command, as a user runs it."""
-    words = ["--source", str(reference / layout), "--target", str(tmp_path / "ours")]
+    words = ["--source", str(reference(layout)), "--target", str(tmp_path / "ours")]
     subprocess.run([sys.executable, "-m", "arrag_jax.convert", *words], check=True, capture_output=True)
     convert(tmp_path / "ours", tmp_path / "back", "janus")
-    assert tensors(tmp_path / "back") == tensors(reference / layout)
-    before, after = (parameters(load_model(folder)) for folder in (reference / layout, tmp_path / "ours"))
+    assert tensors(tmp_path / "back") == tensors(reference(layout))
+    before, after = (parameters(load_model(folder)) for folder in (reference(layout), tmp_path / "ours"))
     for path, value in before.items():
         np.testing.assert_array_equal(after[path][...], value[...], err_msg=path)
 
@@ -120,19 +120,18 @@ def test_a_model_beside_a_folder_of_checkpoints_is_no_training_run(saved, tmp_pa
 def adapted(reference, tmp_path):
     """The reference's FAiD model with its LoRA as an adapter beside it."""
     folder = tmp_path / "source"
-    shutil.copytree(reference / "faid_layout", folder)
-    folder.chmod(0o755)
-    held = load_file(reference / "lora.safetensors")
+    shutil.copytree(reference("faid_layout"), folder)
+    held = load_file(reference("lora.safetensors"))
     adapter = {key: value for key, value in held.items() if "::" not in key}
     save_file(adapter, folder / "adapter_model.safetensors")
-    golden = np.load(reference / "lora.npz")
+    golden = np.load(reference("lora.npz"))
     config = {"r": int(golden["r"]), "lora_alpha": float(golden["alpha"]), "lora_dropout": 0.05}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
 def reference_score(model, reference):
-    inputs = np.load(reference / "faid.npz")
+    inputs = np.load(reference("faid.npz"))
     names = ("text_ids_left", "gt_tokens", "retrieved_codes", "text_mask_left")
     return model.score(*(inputs[name] for name in names))
 
@@ -141,11 +140,11 @@ def test_merged_lora_is_the_references(adapted, reference, tmp_path):
     convert(adapted, tmp_path / "merged", "janus")
     stored = stored_tensors(tmp_path / "merged")
     merged = dict(read_tensors(stored))
-    for key, value in load_file(reference / "lora.safetensors").items():
+    for key, value in load_file(reference("lora.safetensors")).items():
         if key.startswith("merged::"):
             np.testing.assert_allclose(merged[key.removeprefix("merged::")], value, atol=1e-6)
     assert not [key for key in stored if "lora" in key]
-    expected = np.load(reference / "lora.npz")["tf_logits_left"][:, -37:-1]
+    expected = np.load(reference("lora.npz"))["tf_logits_left"][:, -37:-1]
     np.testing.assert_allclose(reference_score(load_model(tmp_path / "merged"), reference), expected, atol=1e-4)
 
 
@@ -155,5 +154,5 @@ def test_lora_apart_stays_to_the_byte(adapted, reference, tmp_path):
     for key, value in tensors(adapted).items():
         assert again.get(key, value) == value, key
     assert {key for key in again if "lora" in key} == {key for key in tensors(adapted) if "lora" in key}
-    expected = np.load(reference / "lora.npz")["tf_logits_left"][:, -37:-1]
+    expected = np.load(reference("lora.npz"))["tf_logits_left"][:, -37:-1]
     np.testing.assert_allclose(reference_score(load_model(tmp_path / "apart"), reference), expected, atol=1e-4)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stored
 
 from arrag_jax import build_datastore
 from arrag_jax.errors import UserError
@@ -16,6 +15,7 @@ from arrag_jax.retrieval import index
 from arrag_jax.retrieval.patches import MOST_ROWS, stored_patches
 from arrag_jax.retrieval.scann import EXHAUSTIVE, shard_bounds
 from arrag_jax.store.datastore import Datastore
+from helpers import stored
 
 CODES, LATENTS, SOURCES = (
     "codes-00001-of-00003.arrayrecord",

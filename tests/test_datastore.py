@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stored import keys_of, values_of
 
 from arrag_jax import files
 from arrag_jax.config import ScannOptions
@@ -24,6 +23,7 @@ from arrag_jax.store import building, writer
 from arrag_jax.store.datastore import Datastore, StoreSettings
 from arrag_jax.store.encoding import Encode, EncodedImages
 from arrag_jax.store.skipped import SkipLimit
+from helpers.stored import keys_of, values_of
 
 GRID, V, C = (4, 5), 16, 8
 CODEBOOK = unit_norm(np.random.default_rng(0).normal(size=(V, C)))

@@ -7,12 +7,9 @@ import sys
 import weakref
 from pathlib import Path
 
-import children
-import drawings
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawings import MODEL
 
 from arrag_jax import eval
 from arrag_jax.config import DrawConfig, MeshConfig, RetrievalConfig
@@ -26,6 +23,8 @@ from arrag_jax.files import sha256_of
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.retrieval.load import load_retriever
+from helpers import children, drawings
+from helpers.drawings import MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
 

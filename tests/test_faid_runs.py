@@ -6,14 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import children
 import numpy as np
 import pytest
-import workshop
-from toy import assert_same_bits, final_state, kill, lines, losses, split_leaves
 
 from arrag_jax.config import MeshConfig
 from arrag_jax.training.tasks import make_task
+from helpers import children, workshop
+from helpers.toy import assert_same_bits, final_state, kill, lines, losses, split_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow

@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import workshop
 from flax import nnx
-from toy import by_path, lines, losses, split_leaves
 
 from arrag_jax import convert, generate, mesh
 from arrag_jax.config import DataConfig, DataSetConfig, DrawConfig, MeshConfig, RetrievalConfig
@@ -26,6 +24,8 @@ from arrag_jax.training.faid import FaidTask
 from arrag_jax.training.loop import init_state, make_train_step, train
 from arrag_jax.training.optimizer import make_optimizer
 from arrag_jax.training.tasks import make_task
+from helpers import workshop
+from helpers.toy import by_path, lines, losses, split_leaves
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-from pixels import find, random_images
-from toy import lines, toy_config
 
 from arrag_jax.decode.loop import SampleOutput, sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
@@ -21,6 +18,9 @@ from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.ops.sampling import mix, neighbor_log_probs
 from arrag_jax.training import metrics
+from helpers import tiny
+from helpers.pixels import find, random_images
+from helpers.toy import lines, toy_config
 
 
 def drawn_with(weight: float) -> tuple[SampleOutput, Daid, np.ndarray]:

@@ -6,10 +6,8 @@ import itertools
 import tarfile
 from pathlib import Path
 
-import folders
 import numpy as np
 import pytest
-from stored import assert_nearest, one_cell_off
 
 from arrag_jax import build_datastore, build_neighbors, files
 from arrag_jax.config import DatastoreConfig, NeighborsConfig, RetrievalConfig
@@ -22,6 +20,8 @@ from arrag_jax.store.building import BUILDING
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.images import LISTING, encoder, names_below, names_in
 from arrag_jax.store.neighbor_set import NeighborSet
+from helpers import folders
+from helpers.stored import assert_nearest, one_cell_off
 
 pytestmark = pytest.mark.usefixtures("small_calls")
 

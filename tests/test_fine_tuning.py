@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from toy import ONE_DEVICE, WIDTH, ToyTask, assert_same_bits, by_path, final_state, lines, losses, toy_config
 
 from arrag_jax.config import MeshConfig, OptimizerConfig
 from arrag_jax.data.loader import make_loader
@@ -20,6 +19,7 @@ from arrag_jax.training.checkpoint import Checkpoints, read_params
 from arrag_jax.training.export import export_checkpoint
 from arrag_jax.training.loop import init_state, make_train_step, train
 from arrag_jax.training.optimizer import make_optimizer
+from helpers.toy import ONE_DEVICE, WIDTH, ToyTask, assert_same_bits, by_path, final_state, lines, losses, toy_config
 
 OTHER = toy_config(seed=5, ema_decay=0.5, eval_every=2, steps=8)
 # AdamW adds 1e-8 to a gradient's size: clipped so far down, a gradient would show its rounding in the update.

@@ -9,12 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import children
-import folders
 import numpy as np
 import pytest
-from folders import BAD, codes_of, contents, write_scenes
-from stored import values_of
 
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig, ScannOptions
@@ -28,6 +24,9 @@ from arrag_jax.store import building, writer
 from arrag_jax.store.datastore import Datastore, StoreSettings
 from arrag_jax.store.encoding import EncodedImages
 from arrag_jax.store.images import LISTING
+from helpers import children, folders
+from helpers.folders import BAD, codes_of, contents, write_scenes
+from helpers.stored import values_of
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = str(ROOT / "arrag_jax" / "assets" / "emoji_janus")

@@ -5,10 +5,10 @@ import signal
 import warnings
 
 import numpy as np
-import tiny
 
 from arrag_jax.decode.loop import sample
 from arrag_jax.errors import UserError
+from helpers import tiny
 
 
 def test_a_forked_child_is_refused_and_does_not_hang():

@@ -6,14 +6,11 @@ import json
 import os
 from pathlib import Path
 
-import drawings
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawings import MODEL, changed
 from PIL import Image
-from pixels import find
 
 from arrag_jax import generate
 from arrag_jax.config import CaptionConfig, DaidConfig, DrawConfig, RetrievalConfig
@@ -29,6 +26,9 @@ from arrag_jax.figures.canvas import upscale
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.ops.grid import image_and_position
 from arrag_jax.retrieval.captions import CaptionIndex
+from helpers import drawings
+from helpers.drawings import MODEL, changed
+from helpers.pixels import find
 
 
 @pytest.fixture(scope="module")

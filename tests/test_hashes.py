@@ -8,9 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import stored
-import tiny
-import toy
 from safetensors.numpy import load_file, save_file
 
 from arrag_jax.checksums import WORDS, all_finite, checksum
@@ -27,6 +24,7 @@ from arrag_jax.training.checkpoint import Checkpoints, read_params
 from arrag_jax.training.loop import init_state
 from arrag_jax.training.optimizer import make_optimizer
 from arrag_jax.training.sums import _on_devices, sums_of_arrays
+from helpers import stored, tiny, toy
 
 
 def flipped(data: bytes, rng: np.random.Generator) -> bytes:

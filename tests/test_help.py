@@ -5,13 +5,13 @@ import importlib
 import subprocess
 
 import pytest
-import running
 from test_numbers import sections
 
 from arrag_jax.config import DatastoreConfig, DrawConfig, NeighborsConfig, TrainConfig
 from arrag_jax.fields import hints
 from arrag_jax.training.tasks import TASKS
 from arrag_jax.usage import meanings
+from helpers import running
 
 CONFIGS = {
     "train": TrainConfig,

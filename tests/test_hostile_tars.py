@@ -9,9 +9,6 @@ import sys
 import tarfile
 import time
 
-import children
-import folders
-import malformed
 import pytest
 
 from arrag_jax import build_datastore
@@ -20,6 +17,7 @@ from arrag_jax.data.examples import BadImage
 from arrag_jax.errors import UserError, printable, run_command
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.skipped import read_lines
+from helpers import children, folders, malformed
 
 GOOD = malformed.encoded("PNG")
 

@@ -8,11 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import folders
 import numpy as np
 import pytest
-import stored
-from folders import contents, write_scenes
 
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig
@@ -23,6 +20,8 @@ from arrag_jax.retrieval import build
 from arrag_jax.store import from_images, segments, writer
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.images import encoder
+from helpers import folders, stored
+from helpers.folders import contents, write_scenes
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,12 +5,8 @@ import json
 import tarfile
 from pathlib import Path
 
-import folders
-import malformed
 import numpy as np
 import pytest
-import tiny
-from in_turn import run_in_turn
 from test_chains import command, pictures
 from test_prepared import Pets
 from test_tasks import PRESET
@@ -29,6 +25,8 @@ from arrag_jax.models.text import PromptTokenizer, words_in
 from arrag_jax.parsing import parse
 from arrag_jax.training.checkpoint import claimed, read_config
 from arrag_jax.training.tasks import make_task
+from helpers import folders, malformed, tiny
+from helpers.in_turn import run_in_turn
 
 SIZE = (12, 12)
 CAPTIONS = ["A dog's ball.", "two dogs; a Cat", "", "a cat", "…", "a zebra and a cat", "zebras!"]

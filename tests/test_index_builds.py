@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import stored
 
 from arrag_jax.config import ScannOptions
 from arrag_jax.retrieval import index
 from arrag_jax.retrieval.patches import one_key_each
 from arrag_jax.retrieval.scann import ScannRetriever, build_searcher
+from helpers import stored
 
 TREE = ScannOptions(exhaustive_below=0, leaves=30, leaves_to_search=3)
 OTHER_TREE = ScannOptions(exhaustive_below=0, leaves=20, leaves_to_search=3)

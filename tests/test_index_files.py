@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stored
 
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
@@ -14,6 +13,7 @@ from arrag_jax.files import sha256_of
 from arrag_jax.retrieval import index
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.shards import content_hash
+from helpers import stored
 
 OPTIONS = {
     "flat": ScannOptions(),

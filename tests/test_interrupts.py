@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import children
-import drawings
 import pytest
-from drawings import MODEL, PROMPTS, bytes_of
 
 from arrag_jax import signals
 from arrag_jax.errors import run_command
+from helpers import children, drawings
+from helpers.drawings import MODEL, PROMPTS, bytes_of
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = "error: interrupted; run the same command again to continue"
@@ -116,14 +115,15 @@ def test_a_drawing_that_is_interrupted_again_and_again_ends_with_the_same_bytes(
 
 
 def test_a_second_interrupt_ends_a_compilation_at_once(store, tmp_path):
-    command = Running(drawing(store, tmp_path))
-    command.wait_for(lambda: (tmp_path / "run.json").exists())
-    time.sleep(0.3)  # compiling takes seconds, on however many cores
+    slowly = {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}  # 16 times as long as the two signals are apart
+    command = Running(drawing(store, tmp_path), children.alone() | slowly | {"JAX_LOG_COMPILES": "1"})
+    command.wait_for(lambda: any("Compiling jit(_decode)" in line for line in list(command.lines)))
     command.send(signal.SIGINT)
     command.wait_for(lambda: command.says("once more stops at once"))
-    time.sleep(2 * signals.TWICE)
+    time.sleep(signals.TWICE + 0.02)
     command.send(signal.SIGINT)
-    assert command.end() == (130, ["stopping after this batch; once more stops at once", INTERRUPTED])
+    code, printed = command.end()  # before the two last lines it says what it compiles
+    assert (code, printed[-2:]) == (130, ["stopping after this batch; once more stops at once", INTERRUPTED])
     assert not list(tmp_path.glob("[0-9]*.png"))
 
 

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stored
-import tiny
-from mutations import assert_told, mutations
 from safetensors.numpy import load_file, save_file
 
 from arrag_jax.config import ScannOptions
@@ -33,6 +30,8 @@ from arrag_jax.training.checkpoint import require_base
 from arrag_jax.training.metrics import training_minutes
 from arrag_jax.training.shared import made_by
 from arrag_jax.training.sums import read_sums
+from helpers import stored, tiny
+from helpers.mutations import assert_told, mutations
 
 NUMBER = 500
 

@@ -5,11 +5,11 @@ import importlib.util
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from pixels import random_images
 
 from arrag_jax.figures import grids, lettering
 from arrag_jax.figures.canvas import Canvas
 from arrag_jax.figures.lettering import OWN, font_of, has, shortened, text_size, wrapped
+from helpers.pixels import random_images
 
 FONTS = all(importlib.util.find_spec(package) for package in lettering.PACKAGES)
 with_fonts = pytest.mark.skipif(not FONTS, reason="the packages of fonts are not installed")

@@ -1,13 +1,12 @@
 """LlamaGen's golden numbers, and the laws of the decode loop with it: both families, plain, DAiD and FAiD."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
-import llamagens
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
 from arrag_jax.decode.loop import sample
@@ -22,22 +21,22 @@ from arrag_jax.nn.rotary import turn_by_grid
 from arrag_jax.nn.transformer import Layer
 from arrag_jax.ops import grid
 from arrag_jax.ops.sampling import guide
+from helpers import llamagens, tiny
 
 FILES = {
     "c2i_a": ("c2i_a.pt", "vq16.pt"),
     "c2i_b": ("c2i_b_fsdp.pt", "vq8_g32.safetensors"),
     "t2i": ("t2i.safetensors", ""),
-    "t2i_120": ("t2i_120_training.pt", "vq16.pt"),
+    "t2i_120": ("t2i_120.safetensors", ""),
 }
-GUIDANCE = {"c2i_a": "cfg_a", "c2i_b": "cfg_b", "t2i": "cfg_t"}
+GUIDANCE = {"c2i_a": "cfg_a", "c2i_b": "cfg_b", "t2i": "cfg_t", "t2i_120": "cfg_120"}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The golden models, as they are published."""
-    llamagens.golden()
+    """Gives a golden model by its name, as it is published."""
     path = tmp_path_factory.mktemp("llamagen")
-    return {name: load_model(llamagens.folder(path / name, name, *files)) for name, files in FILES.items()}
+    return functools.cache(lambda name: load_model(llamagens.folder(path / name, name, *FILES[name])))
 
 
 def close(ours, golden, tolerance=1e-4):
@@ -46,14 +45,14 @@ def close(ours, golden, tolerance=1e-4):
 
 @pytest.mark.parametrize("name", ["c2i_a", "c2i_b"])
 def test_classes_score_as_the_reference(models, name):
-    model, golden = models[name], llamagens.arrays(name)
+    model, golden = models(name), llamagens.arrays(name)
     close(model.score(golden["labels"], golden["codes"]), golden["tf_logits"])
     none = model.unconditional(model.check_condition(golden["labels"]))
     close(model.score(none, golden["codes"]), golden["tf_uncond_logits"])
 
 
 def test_captions_score_as_the_reference(models):
-    model, golden = models["t2i"], llamagens.arrays("t2i")
+    model, golden = models("t2i"), llamagens.arrays("t2i")
     features, mask, codes = (golden[key] for key in ("c_indices", "c_emb_masks", "codes"))
     first = features.shape[1] - 1
     close(model.score((features, mask), codes), golden["tf_logits"][:, first:])
@@ -65,10 +64,21 @@ def test_captions_score_as_the_reference(models):
     close(model.cls_embedding(none[0][:1])[0], golden["cap_uncond"])
 
 
+def states_on_the_right(golden) -> np.ndarray:
+    """What the text encoder made of captions, [B, 120, C], padded on the left by zeros."""
+    rows = zip(golden["t5_last_hidden_state"], golden["t5_attention_mask"].sum(1), strict=True)
+    return np.stack([np.concatenate([0 * states[count:], states[:count]]) for states, count in rows])
+
+
+def test_captions_of_120_tokens_score_as_the_reference(models):
+    model, golden = models("t2i_120"), llamagens.arrays("t2i_120")
+    close(model.score((states_on_the_right(golden), golden["c_emb_masks"]), golden["codes"]), golden["tf_logits"])
+
+
 def test_hidden_states_are_the_references(models, monkeypatch):
     golden, hidden, feed_forward = llamagens.arrays("c2i_a"), [], Layer.feed_forward
     monkeypatch.setattr(Layer, "feed_forward", lambda self, x: hidden.append(feed_forward(self, x)) or hidden[-1])
-    models["c2i_a"].teacher_forced(*(jnp.asarray(golden[key]) for key in ("labels", "codes")))
+    models("c2i_a").teacher_forced(*(jnp.asarray(golden[key]) for key in ("labels", "codes")))
     assert len(hidden) == 3
     for i, states in enumerate(hidden):
         close(states, golden[f"tf_hidden_{i}"])
@@ -77,12 +87,12 @@ def test_hidden_states_are_the_references(models, monkeypatch):
 def test_condition_tokens_have_no_angle(models):
     golden = llamagens.arrays("t2i")["freqs_cis"]
     positions = jnp.concatenate([jnp.full(10, -1), jnp.arange(36)])[None]
-    turn = turn_by_grid(positions, 6, models["t2i"].config.language.head_width, 10000.0)
+    turn = turn_by_grid(positions, 6, models("t2i").config.language.head_width, 10000.0)
     close(jnp.stack(turn, axis=-1)[0], golden, 1e-6)
 
 
 def test_bfloat16_is_as_near_to_float32_as_the_references(tmp_path):
-    golden = llamagens.golden() and llamagens.arrays("c2i_a")
+    golden = llamagens.arrays("c2i_a")
     model = load_model(llamagens.folder(tmp_path, "c2i_a", "c2i_a.safetensors"), "bfloat16")
     away = np.abs(np.asarray(model.score(golden["labels"], golden["codes"])) - golden["tf_logits"])
     assert away.max() < 2 * np.abs(golden["tf_logits_bf16"] - golden["tf_logits"]).max()
@@ -90,6 +100,8 @@ def test_bfloat16_is_as_near_to_float32_as_the_references(tmp_path):
 
 def conditions(name: str, golden: dict[str, np.ndarray], run: str):
     """What a golden run drew under: condition and mask."""
+    if name == "t2i_120":
+        return states_on_the_right(golden), golden["c_emb_masks"]
     if name.startswith("c2i"):
         return golden["labels"], None
     if run == "gen_right":
@@ -102,11 +114,12 @@ def conditions(name: str, golden: dict[str, np.ndarray], run: str):
     [
         *((name, run) for name in ("c2i_a", "c2i_b") for run in ("gen_cfg", "gen_nocfg")),
         *(("t2i", run) for run in ("gen_left", "gen_nocfg", "gen_right", "gen_nomask")),
+        ("t2i_120", "gen_left"),
     ],
 )
 def test_greedy_draws_are_the_references(models, name, run):
     """Tokens; and of the guided runs with both rows kept, the logits of each step."""
-    model, golden = models[name], llamagens.arrays(name)
+    model, golden = models(name), llamagens.arrays(name)
     condition, mask = conditions(name, golden, run)
     scale = None if run == "gen_nocfg" else llamagens.golden()["cfg_scales"][GUIDANCE[name]]
     tokens, logits = golden[f"{run}_tokens"], golden[f"{run}_logits"]
@@ -122,7 +135,7 @@ def test_greedy_draws_are_the_references(models, name, run):
 
 
 def test_a_drawn_image_is_the_references(models):
-    model, golden = models["c2i_a"], llamagens.arrays("c2i_a")
+    model, golden = models("c2i_a"), llamagens.arrays("c2i_a")
     pixels = np.asarray(model.decode_codes(golden["gen_cfg_tokens"][:1], 6, 6))
     ours = np.trunc(np.clip(127.5 * pixels + 128, 0, 255)).astype(int)  # as the official sampler rounds
     away = np.abs(ours - golden["gen_cfg_image_u8"].astype(int))
@@ -135,7 +148,7 @@ def loss_of(logits, codes):
 
 @pytest.mark.parametrize("name", ["c2i_a", "t2i"])
 def test_losses_and_gradients_are_the_references(models, name):
-    model, golden = models[name], llamagens.arrays(name)
+    model, golden = models(name), llamagens.arrays(name)
     codes = jnp.asarray(golden["codes"])
     if name == "c2i_a":
         condition, wanted = jnp.asarray(golden["labels"]), golden["train_loss"]

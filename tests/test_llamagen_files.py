@@ -3,10 +3,8 @@
 import json
 import shutil
 
-import llamagens
 import numpy as np
 import pytest
-import running
 from safetensors.numpy import load_file, save_file
 
 from arrag_jax.errors import UserError
@@ -14,6 +12,7 @@ from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.conversion import convert
 from arrag_jax.models.llamagen_config import PRESETS, config_to_json, read_config
 from arrag_jax.models.weights import parameters
+from helpers import llamagens, running
 
 torch = pytest.importorskip("torch")
 
@@ -56,9 +55,9 @@ def test_there_and_back_every_tensor_is_byte_equal(tmp_path, name, weights, toke
     convert(source, tmp_path / "ours", "ours")
     convert(tmp_path / "ours", tmp_path / "back", "llamagen")
     back = load_file(tmp_path / "back" / "model.safetensors")
-    wanted = load_file(llamagens.GOLDEN / f"{name}.safetensors")
+    wanted = load_file(llamagens.path(f"{name}.safetensors"))
     if tokenizer:
-        held = torch.load(llamagens.GOLDEN / tokenizer, weights_only=True)["model"]
+        held = torch.load(llamagens.path(tokenizer), weights_only=True)["model"]
         wanted |= {key: value.numpy() for key, value in held.items()}
     assert back.keys() == wanted.keys()  # the counter of used codes, too, which drawing never needs
     for key, value in wanted.items():
@@ -162,7 +161,7 @@ def test_generate_draws_classes_from_a_published_checkpoint(tmp_path, capsys, mo
 def test_generate_draws_captions_by_the_text_encoder_beside_the_weights(tmp_path, capsys, monkeypatch):
     pytest.importorskip("transformers")
     folder = llamagens.folder(tmp_path / "model", "t2i_120", "t2i_120_training.pt", "vq16.pt")
-    shutil.copytree(llamagens.GOLDEN / "t5", folder / "t5")
+    shutil.copytree(llamagens.path("t5"), folder / "t5")
     words = ["--config", str(running.ROOT / "configs/llamagen_t2i.py"), f"--config.model={folder}", "--method=plain"]
     words += ["--config.sampling.top_k=50", "--config.dtype=float32", f"--workdir={tmp_path / 'out'}"]
     done = running.run(capsys, monkeypatch, "generate", *words, "--prompt=two small dogs")

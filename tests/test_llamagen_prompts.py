@@ -4,7 +4,6 @@ import builtins
 import json
 import shutil
 
-import llamagens
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.models import t5_text
 from arrag_jax.models.llamagen_prompts import CaptionEncoder, ClassNumbers, save_features
 from arrag_jax.models.t5 import caption_features
+from helpers import llamagens
 
 
 def features(rows: int = 3, length: int = 8, width: int = 7):
@@ -76,8 +76,7 @@ def test_a_folder_without_either_is_named(tmp_path):
 
 
 def test_captions_are_cleaned_as_the_references(monkeypatch):
-    llamagens.golden()
-    for given in json.loads((llamagens.GOLDEN / "text_clean.json").read_text()):
+    for given in json.loads(llamagens.path("text_clean.json").read_text()):
         if "mojibake" in given["text"]:
             continue  # ftfy's work
         assert t5_text._once(given["text"]) == given["cleaned_once"]
@@ -92,7 +91,7 @@ def test_mis_decoded_letters_are_mended_by_ftfy():
 def test_text_features_are_the_references(tmp_path):
     pytest.importorskip("transformers")
     prompts, golden = llamagens.golden()["prompts"], llamagens.arrays("t2i_120")
-    shutil.copytree(llamagens.GOLDEN / "t5", tmp_path / "t5")
+    shutil.copytree(llamagens.path("t5"), tmp_path / "t5")
     encode = CaptionEncoder(tmp_path, 16, 120)
     values, mask = encode(prompts)
     np.testing.assert_array_equal(mask, golden["c_emb_masks"])
@@ -107,8 +106,7 @@ def test_text_features_are_the_references(tmp_path):
 def test_absent_libraries_and_damaged_encoders_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"tokenizer\.json cannot be read as a tokenizer"):
         caption_features(tmp_path, ["a"], 8)
-    llamagens.golden()
-    shutil.copyfile(llamagens.GOLDEN / "t5" / "tokenizer.json", tmp_path / "tokenizer.json")
+    shutil.copyfile(llamagens.path("t5/tokenizer.json"), tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match="holds no T5 encoder"):
         caption_features(tmp_path, ["a"], 8)
     imported = builtins.__import__

@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
-import llamagens
 import numpy as np
 import pytest
 
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_model, load_tokenizer
 from arrag_jax.nn.vq import l2_normalize
+from helpers import llamagens
 
 FILES = {"vq8": "vq8.safetensors", "vq16": "vq16.pt", "vq8_g32": "vq8_g32.safetensors"}
 
@@ -20,7 +20,7 @@ FILES = {"vq8": "vq8.safetensors", "vq16": "vq16.pt", "vq8_g32": "vq8_g32.safete
 def folder(path: Path, name: str) -> Path:
     """A folder that holds a golden tokenizer alone."""
     section = llamagens.golden()["vq"][name]
-    shutil.copyfile(llamagens.GOLDEN / FILES[name], path / f"vq{Path(FILES[name]).suffix}")
+    shutil.copyfile(llamagens.path(FILES[name]), path / f"vq{Path(FILES[name]).suffix}")
     (path / "config.json").write_text(json.dumps({"model_type": "llamagen", "family": "c2i", "vq": section}))
     return path
 

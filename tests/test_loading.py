@@ -9,7 +9,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -24,6 +23,7 @@ from arrag_jax.models.weights import parameters
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.transformer import LlamaConfig
+from helpers import tiny
 
 
 def assert_same(model, other):

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
-import workshop
 from test_chains import commands_in
 
 from arrag_jax import build_datastore, build_neighbors
@@ -29,6 +27,7 @@ from arrag_jax.models.checkpoint import load_model, load_tokenizer, save_model
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store import segments
 from arrag_jax.store.datastore import Datastore
+from helpers import tiny, workshop
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ONE = MeshConfig(1, 1)

@@ -6,13 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import children
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from toy import ToyTask, losses, toy_config
 
 from arrag_jax.config import MeshConfig, OptimizerConfig
 from arrag_jax.errors import UserError
@@ -27,6 +25,8 @@ from arrag_jax.mesh import (
 )
 from arrag_jax.training.loop import train
 from arrag_jax.training.optimizer import make_optimizer
+from helpers import children
+from helpers.toy import ToyTask, losses, toy_config
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import grain
 import numpy as np
 import pytest
 import test_datastore as base
-from stored import keys_of, values_of
 
 from arrag_jax.config import ScannOptions
 from arrag_jax.data.examples import BadImage
@@ -21,6 +20,7 @@ from arrag_jax.store import building, shards, writer
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings, from_record, to_record
 from arrag_jax.store.skipped import SkipLimit
+from helpers.stored import keys_of, values_of
 
 GRID, V, CODEBOOK = base.GRID, base.V, base.CODEBOOK
 CELLS, PATCHES, K = GRID[0] * GRID[1], 9, 4

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jaxtyping import TypeCheckError
 
 from arrag_jax import config
@@ -19,6 +18,7 @@ from arrag_jax.fields import Settings, hints
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.parsing import parse
 from arrag_jax.training.tasks import TASKS
+from helpers import tiny
 
 
 @dataclasses.dataclass(frozen=True)

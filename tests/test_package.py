@@ -5,16 +5,16 @@ import subprocess
 import sys
 import tomllib
 
-import children
 import pytest
 from packaging.requirements import Requirement
-from running import ROOT
 from test_house import PACKAGE, listed_files, pins, plain
 
 import arrag_jax
 from arrag_jax import cli
 from arrag_jax.data.pixels import HEIF_PACKAGE
 from arrag_jax.parsing import CONFIGS
+from helpers import children
+from helpers.running import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]

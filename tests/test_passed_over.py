@@ -6,9 +6,6 @@ import subprocess
 import sys
 import tarfile
 
-import children
-import folders
-import malformed
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +16,7 @@ from arrag_jax.data.examples import DUPLICATE, PASSED_OVER, BadImage
 from arrag_jax.errors import UserError
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.skipped import SkipLimit
+from helpers import children, folders, malformed
 
 ODD = ("a.CR2", "b.nef", "c.zip", "d.mov", "e.svg", "noend", "f.jxl", "g.unheard-of-and-long", "h.jpg.gz", "i.")
 BESIDE = ("a.txt", "b.JSON", "c.caption", "d.npy", "list.csv", ".DS_Store", "Thumbs.db", "._a.png")

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import running
-import stored
 from test_help import CONFIGS, keys
 
 from arrag_jax import files
@@ -23,6 +21,7 @@ from arrag_jax.store.datastore import Datastore
 from arrag_jax.training.checkpoint import Checkpoints
 from arrag_jax.training.metrics import MetricWriter
 from arrag_jax.training.tasks import TASKS
+from helpers import running, stored
 
 ADDRESSES = ["gs://b/x", "s3://b/x", "http://h/x", "https://h/x", "hf:o/n", "hf://o/n", "HF:o/n", "s3:b"]
 FILES = {

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from pixels import find, random_images
 
 from arrag_jax.figures import canvas, grids
+from helpers.pixels import find, random_images
 
 
 def test_a_tile_is_its_picture_enlarged_and_gaps_are_white():

@@ -5,12 +5,9 @@ import io
 import sys
 from pathlib import Path
 
-import folders
-import malformed
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from stored import assert_nearest, one_cell_off
 
 from arrag_jax import build_datastore, build_neighbors
 from arrag_jax.config import DatastoreConfig, NeighborsConfig, RetrievalConfig
@@ -22,6 +19,8 @@ from arrag_jax.retrieval import neighbor_sets
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.images import encoder
 from arrag_jax.store.neighbor_set import NeighborSet
+from helpers import folders, malformed
+from helpers.stored import assert_nearest, one_cell_off
 
 FILES = [malformed.encoded("PNG", malformed.photo(size=(20 + i, 31), seed=i)) for i in range(6)]
 FILES[4] = b"no image"

@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import children
 import pytest
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -21,6 +20,7 @@ from arrag_jax import hub, signals
 from arrag_jax.errors import UserError, run_command
 from arrag_jax.processes import require_same, start_distributed
 from arrag_jax.store.workers import workers_in
+from helpers import children
 
 ROOT = Path(__file__).resolve().parents[1]
 DIED = "error: this process ended before its work was done, because "

@@ -9,13 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import children
 import jax
 import numpy as np
 import pytest
-import stored
-import tiny
-import workshop
 from PIL import Image
 
 from arrag_jax.config import MeshConfig, RetrievalConfig, ScannOptions
@@ -26,6 +22,7 @@ from arrag_jax.mesh import PATIENCE, make_mesh, start_distributed
 from arrag_jax.retrieval import index
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store.datastore import Datastore
+from helpers import children, stored, tiny, workshop
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_LINE = "error: this process ended before its work was done"

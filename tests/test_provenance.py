@@ -5,8 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-import tiny
-from pixels import find, random_images
 
 from arrag_jax.decode.loop import SampleOutput, sample
 from arrag_jax.decode.policies import Daid
@@ -17,6 +15,8 @@ from arrag_jax.figures.canvas import BLUE, MARGIN, ORANGE, PALETTE, greyed, upsc
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.grid import contexts_of_grids
 from arrag_jax.retrieval.dense import DenseRetriever
+from helpers import tiny
+from helpers.pixels import find, random_images
 
 SOURCES = [f"picture {i}" for i in range(40)]
 

@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
-from published import write_checkpoint
 
 import arrag_jax
 from arrag_jax import generate
@@ -18,6 +16,8 @@ from arrag_jax.evaluation import pipeline as drawing
 from arrag_jax.models.checkpoint import save_model
 from arrag_jax.models.text import BOS, PromptTokenizer, chat_form
 from arrag_jax.nn.vq import to_uint8
+from helpers import tiny
+from helpers.published import write_checkpoint
 
 
 class TestPrecision:

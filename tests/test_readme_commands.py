@@ -7,15 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import children
 import pytest
-from folders import write_scenes
-from in_turn import parse_in_turn, run_in_turn
-from published import write_checkpoint
 
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig
 from arrag_jax.data.emoji.scenes import scene
+from helpers import children
+from helpers.folders import write_scenes
+from helpers.in_turn import parse_in_turn, run_in_turn
+from helpers.published import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

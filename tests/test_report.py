@@ -4,8 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import stored
-from stored import keys_of
 
 from arrag_jax import build_datastore
 from arrag_jax.config import ScannOptions
@@ -19,6 +17,8 @@ from arrag_jax.retrieval.patches import KeysOfRows, Patches
 from arrag_jax.store import writer
 from arrag_jax.store.datastore import Datastore, StoreSettings
 from arrag_jax.store.encoding import EncodedImages
+from helpers import stored
+from helpers.stored import keys_of
 
 V, IMAGES = 16, 120
 CODEBOOK = unit_norm(np.random.default_rng(0).normal(size=(V, 8)))

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import stored
-import tiny
 from jax.sharding import AxisType
 
 from arrag_jax.decode import loop
@@ -18,6 +16,7 @@ from arrag_jax.ops import handles
 from arrag_jax.retrieval import sharded
 from arrag_jax.retrieval.patches import stored_patches
 from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever, build_host
+from helpers import stored, tiny
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import drawings
 import pytest
-from drawings import MODEL, PROMPTS, bytes_of
 from PIL import Image
 
 from arrag_jax import generate
@@ -12,6 +10,8 @@ from arrag_jax.config import DaidConfig, DrawConfig, MeshConfig, RetrievalConfig
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import generation
 from arrag_jax.files import exclusive_lock
+from helpers import drawings
+from helpers.drawings import MODEL, PROMPTS, bytes_of
 
 
 @pytest.fixture(scope="module")

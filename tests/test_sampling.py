@@ -35,22 +35,22 @@ def test_neighbour_distribution_equals_a_dictionary_of_codes(reduction, temperat
         np.testing.assert_allclose(ours[row], weights / weights.sum(), atol=2e-6)
 
 
-def test_golden_distributions_of_the_reference(reference):
-    golden = np.load(reference / "retrieval.npz")
-    for kind in ("latent", "codebook"):
-        found = Neighbors(
-            jnp.asarray(golden[f"{kind}_topk_codes"], jnp.int32),
-            jnp.asarray(golden[f"{kind}_topk_dist"]),
-            jnp.asarray(golden[f"{kind}_topk_ids"], jnp.int32),
-        )
-        log_p = jnp.log(jnp.asarray(golden["model_probs"]))
-        everywhere = jnp.ones(len(log_p), bool)
-        for t, temperature in enumerate(golden["temps"]):
-            log_q = neighbor_log_probs(found, log_p.shape[1], float(temperature), "max")
-            np.testing.assert_allclose(np.exp(log_q), golden[f"{kind}_retr_probs"][t], atol=1e-5)
-            for r, weight in enumerate(golden["ratios"]):
-                mixed = np.exp(mix(log_p, log_q, float(weight), everywhere))
-                np.testing.assert_allclose(mixed, golden[f"{kind}_merged_probs"][t, r], atol=1e-5)
+@pytest.mark.parametrize("kind", ["latent", "codebook"])
+def test_golden_distributions_of_the_reference(reference, kind):
+    golden = np.load(reference("retrieval.npz", whole=kind == "latent"))
+    found = Neighbors(
+        jnp.asarray(golden[f"{kind}_topk_codes"], jnp.int32),
+        jnp.asarray(golden[f"{kind}_topk_dist"]),
+        jnp.asarray(golden[f"{kind}_topk_ids"], jnp.int32),
+    )
+    log_p = jnp.log(jnp.asarray(golden["model_probs"]))
+    everywhere = jnp.ones(len(log_p), bool)
+    for t, temperature in enumerate(golden["temps"]):
+        log_q = neighbor_log_probs(found, log_p.shape[1], float(temperature), "max")
+        np.testing.assert_allclose(np.exp(log_q), golden[f"{kind}_retr_probs"][t], atol=1e-5)
+        for r, weight in enumerate(golden["ratios"]):
+            mixed = np.exp(mix(log_p, log_q, float(weight), everywhere))
+            np.testing.assert_allclose(mixed, golden[f"{kind}_merged_probs"][t, r], atol=1e-5)
 
 
 def test_no_neighbours_no_distribution():

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
 import arrag_jax
@@ -20,6 +19,7 @@ from arrag_jax.models.checkpoint import load_model, load_prompts, load_tokenizer
 from arrag_jax.models.janus import VISION
 from arrag_jax.models.llamagen_prompts import ClassNumbers
 from arrag_jax.models.text import PromptTokenizer
+from helpers import tiny
 
 LABELS, SIZE, WIDTH = 5, 9, 6
 

@@ -6,10 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-import folders
 import numpy as np
 import pytest
-from folders import codes_of, contents, write_scenes
 
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig, ScannOptions
@@ -18,6 +16,8 @@ from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.retrieval import build, index
 from arrag_jax.store import segments
 from arrag_jax.store.datastore import Datastore
+from helpers import folders
+from helpers.folders import codes_of, contents, write_scenes
 
 
 @pytest.fixture(scope="module")

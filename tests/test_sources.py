@@ -4,7 +4,6 @@ import io
 import os
 import tarfile
 
-import malformed
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -12,6 +11,7 @@ from PIL import Image, ImageOps
 from arrag_jax.data import pixels, sources
 from arrag_jax.data.examples import BadImage
 from arrag_jax.errors import UserError
+from helpers import malformed
 
 SIZE = (12, 12)
 RAMP = np.linspace(0, 1, 144).reshape(SIZE)  # a picture of the very size, so that nothing is scaled

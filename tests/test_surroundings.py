@@ -6,16 +6,15 @@ import os
 import subprocess
 import sys
 
-import children
 import jax
 import pytest
-import running
 from test_config import command
 
 from arrag_jax import console, files
 from arrag_jax.command import enable_compilation_cache
 from arrag_jax.errors import UserError
 from arrag_jax.failures import tells_of_memory
+from helpers import children, running
 
 # A command in little: what stands between a command and its surroundings, without the imports of a real one.
 PROGRAM = """

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
 from arrag_jax.config import DataConfig, OptimizerConfig, TrainConfig
@@ -21,6 +20,7 @@ from arrag_jax.training.loop import train
 from arrag_jax.training.prior import PriorTask
 from arrag_jax.training.tasks import make_task
 from arrag_jax.training.tokenizer import TokenizerTask
+from helpers import tiny
 
 PRESET = dataclasses.replace(
     tiny.CONFIG, grid=(12, 12), vision=dataclasses.replace(tiny.CONFIG.vision, multipliers=(1, 1, 1), codebook_size=16)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax.sharding import AxisType
 
 from arrag_jax.config import ScannOptions
@@ -25,6 +24,7 @@ from arrag_jax.retrieval import sharded
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.patches import KeysOfRows, Patches
 from arrag_jax.retrieval.scann import EXHAUSTIVE, build_host
+from helpers import tiny
 
 V, IMAGES, QUERIES = 24, 100, 2000
 RNG = np.random.default_rng(0)

@@ -8,14 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-import children
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from toy import (
+
+from arrag_jax.config import MeshConfig, OptimizerConfig
+from arrag_jax.data.loader import make_loader
+from arrag_jax.errors import UserError, run_command
+from arrag_jax.files import exclusive_lock
+from arrag_jax.mesh import make_mesh, put_batch
+from arrag_jax.training.loop import init_state, make_evaluation, make_train_step, train
+from arrag_jax.training.metrics import MetricWriter
+from arrag_jax.training.optimizer import make_optimizer
+from helpers import children
+from helpers.toy import (
     ONE_DEVICE,
     PROCESS_CONFIG,
     ToyTask,
@@ -26,15 +35,6 @@ from toy import (
     losses,
     toy_config,
 )
-
-from arrag_jax.config import MeshConfig, OptimizerConfig
-from arrag_jax.data.loader import make_loader
-from arrag_jax.errors import UserError, run_command
-from arrag_jax.files import exclusive_lock
-from arrag_jax.mesh import make_mesh, put_batch
-from arrag_jax.training.loop import init_state, make_evaluation, make_train_step, train
-from arrag_jax.training.metrics import MetricWriter
-from arrag_jax.training.optimizer import make_optimizer
 
 
 def test_training_touches_the_trainable_alone(tmp_path):
@@ -154,10 +154,8 @@ def test_killed_three_times_is_uninterrupted(tmp_path):
 
 def start_process(workdir: Path) -> subprocess.Popen:
     """The toy task in a process of its own, on one device."""
-    script = Path(__file__).with_name("toy.py")
-    return subprocess.Popen(
-        [sys.executable, str(script), str(workdir)], env=children.alone(), stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-m", "helpers.toy", str(workdir)]
+    return subprocess.Popen(command, env=children.alone(), stderr=subprocess.DEVNULL)
 
 
 class DivergingTask(ToyTask):

@@ -8,9 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-import children
 import pytest
-import stored
 
 from arrag_jax import files
 from arrag_jax.config import RetrievalConfig, ScannOptions
@@ -20,6 +18,7 @@ from arrag_jax.retrieval import index, load
 from arrag_jax.retrieval.load import load_retriever, settled
 from arrag_jax.store import segments
 from arrag_jax.store.datastore import Datastore
+from helpers import children, stored
 
 MODEL = str(Path(__file__).resolve().parents[1] / "arrag_jax" / "assets" / "emoji_janus")
 

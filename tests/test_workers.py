@@ -7,10 +7,7 @@ import threading
 import time
 from pathlib import Path
 
-import children
-import folders
 import pytest
-from folders import contents, write_scenes
 
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig
@@ -19,6 +16,8 @@ from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.store import from_images, workers
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.workers import workers_in
+from helpers import children, folders
+from helpers.folders import contents, write_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import tiny
 from PIL import Image
 
 from arrag_jax.config import DatastoreConfig
@@ -12,6 +11,7 @@ from arrag_jax.data.emoji.scenes import render, scene
 from arrag_jax.models.checkpoint import load_tokenizer, save_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.nn.vq import from_uint8
+from helpers import tiny
 
 BAD = {"scene_05.png": b"", "scene_11.png": b"no image"}
 

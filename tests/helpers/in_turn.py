@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import children
+from helpers import children
 
 
 class Done(NamedTuple):
@@ -34,7 +34,7 @@ def parse_in_turn(cwd: Path, *commands: str) -> list[Done]:
 
 
 def _in_a_process(cwd: Path, commands: tuple[str, ...], needed: bool, how: str) -> list[Done]:
-    words = [sys.executable, __file__, str(int(needed)), how, *commands]
+    words = [sys.executable, "-m", "helpers.in_turn", str(int(needed)), how, *commands]
     done = subprocess.run(
         words, cwd=cwd, env=children.alone(), capture_output=True, text=True, check=False, timeout=1800
     )

@@ -6,11 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import conftest
 import jax.numpy as jnp
 import numpy as np
-import pytest
-import tiny
 from flax import nnx
 
 from arrag_jax.models.llamagen import PARTS, LlamaGen
@@ -18,8 +15,8 @@ from arrag_jax.models.llamagen_config import LlamaGenConfig
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.transformer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
-
-GOLDEN = conftest.SHARED / "reference" / "llamagen"
+from helpers import tiny
+from helpers.golden import find
 
 SHAPE = LlamaConfig(9, width=16, layers=2, heads=4, kv_heads=2, mlp=24, rotary="positions", joined=True)
 CONFIG = LlamaGenConfig(
@@ -33,30 +30,33 @@ CONFIG = LlamaGenConfig(
 
 
 def golden() -> dict[str, Any]:
-    """The config of the golden set; skips where it is absent."""
-    if not GOLDEN.is_dir():
-        pytest.skip("golden numbers of LlamaGen are not on this machine (../shared/reference/llamagen)")
-    return json.loads((GOLDEN / "config.json").read_text())
+    """The config of the golden set."""
+    return json.loads(path("config.json").read_text())
+
+
+def path(name: str) -> Path:
+    """Where a file of the golden set lies; skips where it is absent."""
+    return find("llamagen", name)
 
 
 def arrays(name: str) -> dict[str, np.ndarray]:
     """Golden arrays of a model."""
-    with np.load(GOLDEN / f"{name}.npz") as content:
+    with np.load(path(f"{name}.npz")) as content:
         return dict(content)
 
 
-def folder(path: Path, name: str, weights: str, tokenizer: str = "") -> Path:
+def folder(target: Path, name: str, weights: str, tokenizer: str = "") -> Path:
     """A folder as a user makes it: golden hyper-parameters, published weights, and a tokenizer's where asked for."""
     given = golden()
-    path.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     model = given["models"][name]
     config = {**model, "model_type": "llamagen", "family": model["model_type"]}
-    shutil.copyfile(GOLDEN / weights, path / ("model.safetensors" if weights.endswith(".safetensors") else weights))
+    shutil.copyfile(path(weights), target / ("model.safetensors" if weights.endswith(".safetensors") else weights))
     if tokenizer:
         config["vq"] = given["vq"][Path(tokenizer).stem]
-        shutil.copyfile(GOLDEN / tokenizer, path / f"vq{Path(tokenizer).suffix}")
-    (path / "config.json").write_text(json.dumps(config))
-    return path
+        shutil.copyfile(path(tokenizer), target / f"vq{Path(tokenizer).suffix}")
+    (target / "config.json").write_text(json.dumps(config))
+    return target
 
 
 def random(family: str, seed: int = 0) -> LlamaGen:

@@ -4,11 +4,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from arrag_jax.models.checkpoint import save_model
 from arrag_jax.models.text import SPECIAL
+from helpers import tiny
 
 
 def byte_tokenizer() -> Tokenizer:

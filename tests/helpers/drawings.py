@@ -15,7 +15,7 @@ from arrag_jax.config import (
     SamplingConfig,
 )
 
-MODEL = str(Path(__file__).resolve().parents[1] / "arrag_jax" / "assets" / "emoji_janus")
+MODEL = str(Path(__file__).resolve().parents[2] / "arrag_jax" / "assets" / "emoji_janus")
 PROMPTS = ["a cat", "two dogs", "three cats", "a dog"]
 
 

@@ -4,6 +4,7 @@ import os
 import socket
 from pathlib import Path
 
+TESTS = Path(__file__).resolve().parents[1]
 # What runs in a test is small: compiling is what takes the time, and without optimization it takes a third less.
 QUICK = "--xla_backend_optimization_level=0"
 
@@ -11,7 +12,7 @@ QUICK = "--xla_backend_optimization_level=0"
 def alone(devices: int = 1) -> dict[str, str]:
     """Of one process on so many virtual devices."""
     return os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS))),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
     }

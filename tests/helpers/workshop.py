@@ -4,13 +4,12 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import tiny
-
 from arrag_jax import build_datastore, build_neighbors
 from arrag_jax.config import DatastoreConfig, NeighborsConfig, OptimizerConfig, RetrievalConfig, TrainConfig
 from arrag_jax.data.emoji.scenes import words
 from arrag_jax.models.checkpoint import save_model
 from arrag_jax.models.text import PromptTokenizer
+from helpers import tiny
 
 SOURCE = "emoji_scenes/tiny"
 STORED, K = 6, 3  # neighbours a cell in the sets, and in the blenders

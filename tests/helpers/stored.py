@@ -4,13 +4,13 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import tiny
 
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.keys.context import unit_norm
 from arrag_jax.store import writer
 from arrag_jax.store.datastore import Datastore, StoreSettings
 from arrag_jax.store.encoding import Encode, EncodedImages
+from helpers import tiny
 
 GRID, CODES, IMAGES = tiny.CONFIG.grid, tiny.CONFIG.vision.codebook_size, 12
 
