@@ -68,6 +68,8 @@ if __name__ == "__main__":
         report=Flag("measure the index in --workdir, print the figures and write them to report.json", False),
         append=Flag("add the images of config.source that the datastore does not hold yet", False),
         merge=Flag("datastore to copy into --workdir; give it several times, in order", (), path=True),
-        keep_duplicates=Flag("take files of equal content all, and what --append and --merge find twice", False),
+        keep_duplicates=Flag(
+            "keep all files of equal content, and images that --append or --merge finds a second time", False
+        ),
         verify=Flag("read every file in --workdir: exit 0, or the name of the damaged one", False),
     )

@@ -43,8 +43,8 @@ class Flag(NamedTuple):
     path: bool = False  # the flag is the path of a local file or folder; ~ is expanded
 
 
-PROGRESS = Flag("show progress bars, which appear on a terminal alone; --noprogress: not", True)
-VERBOSE = Flag("show what libraries log, their bars and their advice", False)
+PROGRESS = Flag("show progress bars (on a terminal only); --noprogress turns them off", True)
+VERBOSE = Flag("show what libraries log, and their own progress bars", False)
 OWN = {"progress": PROGRESS, "verbose": VERBOSE}  # flags that may differ between the processes of one run
 CONFIG = Flag(
     "config file, path.py or path.py:argument, or the name of a shipped one; --config.key=value overrides a key",
@@ -79,7 +79,7 @@ def main_with_config(
       sections: for each section that the config leaves free: the key that chooses its dataclass, and the choices.
     """
     if processes:
-        flags["wait"] = Flag("of several processes: seconds in which all must have come", WAIT)
+        flags["wait"] = Flag("seconds to wait for the other processes of the same run", WAIT)
 
     def run(argv: list[str]) -> int | None:
         values = _parse(argv, main, config_class, sections or {}, recorded, {**flags, **OWN})

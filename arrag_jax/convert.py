@@ -31,7 +31,9 @@ def run(source: str, target: str, to: str, merge_lora: bool, last: bool) -> None
     done = convert(Path(source), Path(target), to, merge_lora)
     print(f"wrote {target}: {done.tensors} tensors, {done.nbytes:,} bytes")
     if done.dropped:
-        print(f"left out, for that layout has no name for them: {len(done.dropped)} tensors, {done.dropped[0]} …")
+        print(
+            f"left out {len(done.dropped)} tensors ({done.dropped[0]} …), because the target's layout cannot name them"
+        )
 
 
 def _export(source: str, target: str, to: str, merge_lora: bool, last: bool) -> None:

@@ -39,10 +39,10 @@ if __name__ == "__main__":
         run,
         DrawConfig,
         "together",
-        workdir=Flag("folder for the pictures; made when absent", "pictures", path=True),
+        workdir=Flag("folder for the images; made when absent", "pictures", path=True),
         prompt=Flag("what to draw; give it once or several times", ()),
         test_prompts=Flag("draw the first N test prompts of the config's data set as well", 0),
         method=Flag(f"one of {', '.join(METHODS)}; default: all that the models can do, side by side", ""),
-        scale=Flag(f"how many times a picture is enlarged; {AUTO}: small ones to about {SIDE} pixels", AUTO),
-        provenance=Flag("of methods that retrieve, write where the codes came from, and how much is copied", True),
+        scale=Flag(f"how many times an image is enlarged; {AUTO}: small ones to about {SIDE} pixels", AUTO),
+        provenance=Flag("for methods that retrieve, write where the codes came from and how much is copied", True),
     )

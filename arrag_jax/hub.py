@@ -243,7 +243,7 @@ def disagreement(hellos: dict[Any, dict[str, Any]], count: int) -> str:
     for hello in hellos.values():
         index = hello["index"]
         if hello.get("count") != count:
-            words = f"process {index} is told of {hello.get('count')} processes, process 0 of {count}"
+            words = f"process {index} was started for {hello.get('count')} processes, process 0 for {count}"
             return f"{words}; give all one number (JAX_NUM_PROCESSES)"
         if index in seen:
             hosts = " and ".join(sorted({str(seen[index].get("host")), str(hello.get("host"))}))

@@ -130,7 +130,7 @@ def test_every_split_is_scored_alike():
 
 
 def test_one_scene_a_picture(pictures):
-    with pytest.raises(UserError, match="72 pictures against 3 scenes"):
+    with pytest.raises(UserError, match="72 images for 3 scenes"):
         object_score(pictures, PROMPTS[:3])
-    with pytest.raises(UserError, match="0 pictures"):
+    with pytest.raises(UserError, match="0 images"):
         object_score(pictures[:0], [])

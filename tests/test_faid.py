@@ -235,7 +235,7 @@ def test_the_grid_of_codes_is_known_or_named(golden_model, reference):
     golden = np.load(reference("faid.npz"))
     names = ("text_ids_left", "gt_tokens", "retrieved_codes", "text_mask_left")
     ids, codes, neighbors, mask = (golden[name] for name in names)
-    with pytest.raises(UserError, match=r"35 codes do not fill a grid of 5 x 5; say theirs: grid=\(H, W\)"):
+    with pytest.raises(UserError, match=r"35 codes do not fill a grid of 5 x 5; pass the right one: grid=\(H, W\)"):
         golden_model.score(ids, codes[:, :35], neighbors[:, :35], mask)
     with pytest.raises(UserError, match=r"36 codes do not fill a grid of 6 x 5"):
         golden_model.score(ids, codes, neighbors, mask, grid=(6, 5))

@@ -177,7 +177,7 @@ def test_bfloat16_trains_as_float32_does_but_for_its_rounding(folder):
 
 
 def test_a_data_key_that_is_not_read_is_refused(folder):
-    with pytest.raises(UserError, match="task faid reads eval_examples alone"):
+    with pytest.raises(UserError, match="task faid reads only eval_examples"):
         make_task(workshop.config(folder, data=DataConfig(eval_split="test")))
 
 
@@ -200,7 +200,7 @@ def test_eval_measures_what_training_measures_and_generate_draws_it(folder, tmp_
         batch = jax.tree.map(jnp.asarray, next(iter(reference.eval_batches(12))))
         expected = bits(reference, load_model(tuned if blend else plain), batch)
         assert figures[method]["mean"] == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(UserError, match=r"'lora' is not what these models can do: .* give config\.lora_model"):
+    with pytest.raises(UserError, match=r"'lora' needs another model: give config\.lora_model"):
         open_pipeline(config, ["lora"])
     with pytest.raises(UserError, match="no FAiD blenders"):
         open_pipeline(DrawConfig(plain, retrieval, plain, mesh=MeshConfig(1, 1)), ["faid"])
@@ -211,7 +211,7 @@ def test_eval_measures_what_training_measures_and_generate_draws_it(folder, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"faid": {"neighbors": 7}}, r"holds 6 a cell; build it with a larger k"),
+        ({"faid": {"neighbors": 7}}, r"holds 6 neighbours per position; build a set with a larger k"),
         ({"neighbors": "nowhere"}, "no finished neighbor set"),
         ({"base": "nowhere"}, "no checkpoint folder"),
         ({"faid": {"hops": (3, 1)}}, "rising subset"),

@@ -145,7 +145,7 @@ def test_a_second_run_finds_the_loops_without_host_calls_compiled(config):
         ("daid", {"weight": 1.5}, r"λ = 1.5 is outside \[0, 1\]"),
         ("daid", {"temperature": 0.0}, "τ = 0.0 must be above 0"),
         ("daid", {"reduction": "all"}, "choose max"),
-        ("retrieval", {"k": 10**6}, "k=1000000 neighbours asked of 5280 stored patches"),
+        ("retrieval", {"k": 10**6}, "k=1000000 neighbours were requested from 5280 stored patches"),
         ("retrieval", {"store": "no/such/store"}, "no finished datastore in no/such/store"),
         ("retrieval", {"keys": "latent"}, "latent"),
     ],
@@ -164,7 +164,11 @@ def test_settings_that_cannot_be(config, tmp_path, where, fields, message):
         (["a zebra"], "", "does not know 'zebra'; it knows: a above"),
         (["a cat " * 6], "plain", "prompt too long: 18 tokens, at most 16"),
         (["a cat"], "diad", "--method='diad' is unknown; choose one of plain, static, daid, caption, lora, faid, faid"),
-        (["a cat"], "faid", "--method='faid' is not what these models can do: plain, static, daid, caption; give"),
+        (
+            ["a cat"],
+            "faid",
+            "--method='faid' needs another model: give config.faid_model, or choose one of plain",
+        ),
     ],
 )
 def test_prompts_and_methods_that_cannot_be(config, tmp_path, prompt, method, message):

@@ -193,7 +193,7 @@ def test_a_store_merged_with_itself_is_itself(whole, tmp_path):
     assert not both.segments
     doubled = merged([whole, whole], tmp_path / "doubled", keep_duplicates=True)
     assert doubled.sources == whole.sources * 2
-    with pytest.raises(UserError, match="something else than these stores merged"):
+    with pytest.raises(UserError, match="something other than these merged stores"):
         merged([whole, whole], tmp_path / "doubled")
 
 

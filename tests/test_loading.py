@@ -226,7 +226,7 @@ class TestLora:
             load_model(folder)
 
     def test_a_model_with_lora_apart_is_not_saved(self, tuned, tmp_path):
-        with pytest.raises(UserError, match="LoRA is apart; merge it"):
+        with pytest.raises(UserError, match="LoRA is not merged; merge it"):
             save_model(tuned[0], tmp_path / "new")
 
 

@@ -30,8 +30,8 @@ def test_methods_are_chosen_in_the_order_of_the_table():
     ("name", "message"),
     [
         ("diad", f"'diad' is unknown; choose one of {', '.join(METHODS)}".replace("+", r"\+")),
-        ("lora", r"'lora' is not what these models can do: plain, static, daid, caption; give config\.lora_model"),
-        ("faid+daid", r"'faid\+daid' is not what these models can do: .*; give config\.faid_model"),
+        ("lora", r"'lora' needs another model: give config\.lora_model, or choose one of plain, static, daid, caption"),
+        ("faid+daid", r"'faid\+daid' needs another model: give config\.faid_model"),
     ],
 )
 def test_methods_that_cannot_be_drawn(name, message):

@@ -104,7 +104,7 @@ def test_numbers_that_contradict_one_another_are_refused_at_once():
     words = (
         "have the number 1 of 3; give each its own",
         "have the number 0 of 2",
-        "is told of 3 processes, process 0 of 2",
+        "was started for 3 processes, process 0 for 2",
     )
     processes = [start(group, __file__, "begin", "--wait=60") for group in groups]
     for group, word in zip(processes, words, strict=True):

@@ -63,7 +63,7 @@ def test_what_is_added_comes_after_and_changes_nothing_before(whole, config, tmp
     assert {name: after[name] for name in before if name != "manifest.json"} == {
         name: data for name, data in before.items() if name != "manifest.json"
     }
-    with pytest.raises(UserError, match=r"has keys=.*keep the two apart"):
+    with pytest.raises(UserError, match=r"has keys=.*build a store of their own"):
         build_datastore.run(dataclasses.replace(growing, keys=("codebook", "latent")), str(store), append=True)
     part = store / "part-00001" / "manifest.json"
     part.write_text(part.read_text().replace('"split": ""', '"split": "x"'))
@@ -145,7 +145,7 @@ def test_merged_stores_are_one_after_another(whole, config, tmp_path, monkeypatc
     assert both.sources == one.sources + whole.sources
     np.testing.assert_array_equal(both.codes, np.concatenate([one.codes, whole.codes]))
     assert (both.num_bad, both.num_images) == (2, 7 + 21)
-    with pytest.raises(UserError, match="something else than these stores merged"):
+    with pytest.raises(UserError, match="something other than these merged stores"):
         segments.merge([one], merging)
     with pytest.raises(UserError, match="is one of the stores to merge"):
         segments.merge([one], one.directory)

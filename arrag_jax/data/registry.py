@@ -115,6 +115,8 @@ def entries_of_split(source: str, entries: list[sources.Entry], split: str) -> l
             raise ValueError("it is empty")
     except (ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
-        held = f'its {number:,} images are one split, "train", to take slices of, as "train[:-64]" and "train[-64:]"'
+        held = (
+            f'its {number:,} images form one split, "train"; give a slice of it, such as "train[:-64]" or "train[-64:]"'
+        )
         raise UserError(f"{source} has no {split}: {held} ({reason})") from error
     return found

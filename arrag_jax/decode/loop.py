@@ -150,11 +150,11 @@ def image_keys(seed: ArrayLike, batch: int) -> Key[Array, " batch"]:
     """
     seeds = np.asarray(seed)
     if seeds.ndim > 1 or not np.issubdtype(seeds.dtype, np.integer):
-        raise UserError(f"seed = {seed!r} must be a whole number, or one a prompt")
+        raise UserError(f"seed = {seed!r} must be a whole number, or one per prompt")
     if seeds.ndim == 0:
         return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(int(seeds)), i))(jnp.arange(batch))
     if len(seeds) != batch:
-        raise UserError(f"{len(seeds)} seeds for {batch} prompts; give one seed, or one a prompt")
+        raise UserError(f"{len(seeds)} seeds for {batch} prompts; give one seed, or one per prompt")
     return jax.vmap(jax.random.key)(jnp.asarray(seeds))
 
 

@@ -87,5 +87,5 @@ def chosen_methods(names: tuple[str, ...], kinds: set[Kind]) -> tuple[str, ...]:
             raise UserError(f"--method={name!r} is unknown; choose one of {', '.join(METHODS)}")
         if name not in able:
             mend = f"give config.{METHODS[name].model.value}"
-            raise UserError(f"--method={name!r} is not what these models can do: {', '.join(able)}; {mend}")
+            raise UserError(f"--method={name!r} needs another model: {mend}, or choose one of {', '.join(able)}")
     return tuple(name for name in able if (name in names if names else METHODS[name].by_default))

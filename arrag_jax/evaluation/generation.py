@@ -66,13 +66,13 @@ def generate(
         whole = folder.begin()
         missing = missing_for_all(np.array([name not in whole for name in names]), len(names))
         if folder.earlier:
-            progress.tell(f"{out} held pictures of another run ({', '.join(folder.earlier)} differ); they are replaced")
+            progress.tell(f"{out} held images of another run ({', '.join(folder.earlier)} differ); they are replaced")
         elif whole and missing.any():
-            progress.tell(f"continuing: {len(whole)} of {len(names)} pictures are drawn already")
+            progress.tell(f"continuing: {len(whole)} of {len(names)} images are drawn already")
         draw_missing(pipeline, prompt, missing, folder)
         if not folder.complete:
             finish(pipeline, prompt, folder)
-        what = "nothing to do: there are" if folder.complete else "drew"
+        what = "nothing to do, all images are there:" if folder.complete else "drew"
         print(f"{what} {len(prompt)} prompts x {', '.join(pipeline.methods)}: {out / GRID}")
 
 

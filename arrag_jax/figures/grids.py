@@ -65,7 +65,7 @@ def labelled_grid(
     sizes = {image.shape for _, images in rows for image in images}
     counts = {len(images) for _, images in rows}
     if counts != {len(column_titles)} or len(sizes) != 1:
-        raise ValueError(f"{len(column_titles)} titles need rows of as many pictures of one size: {counts}, {sizes}")
+        raise ValueError(f"{len(column_titles)} titles need rows of as many images of one size: {counts}, {sizes}")
     height, width = (side * scale for side in sizes.pop()[:2])
     prompts = [wrapped(prompt, 170) for prompt, _ in rows]
     titles = [wrapped(title, width) for title in column_titles]

@@ -110,7 +110,9 @@ def _require_room(shape: JanusConfig, stored: dict[str, Stored], parts: tuple[st
 
 def _save(model: Janus, directory: Path, dtype: str) -> None:
     if any("_lora." in path for path in parameters(model)):
-        raise UserError("this model's LoRA is apart; merge it (Attention.merge_lora of every layer), then save")
+        raise UserError(
+            "this model's LoRA is not merged; merge it first (Attention.merge_lora of every layer), then save"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").unlink(missing_ok=True)
     with atomic_write(directory / "model.safetensors") as temporary:
@@ -128,7 +130,9 @@ def _fresh_prior(
       UserError: if the tokenizer does not have the shape of the preset.
     """
     if tokenizer.vq.config != preset.vision:
-        raise UserError(f"{tokenizer.vq.config} against {preset.vision}")
+        raise UserError(
+            f"it is {tokenizer.vq.config}, the preset is {preset.vision}; choose the preset that it was trained with"
+        )
     language = dataclasses.replace(preset.decoder, vocab_size=text.vocab_size)
     longest = prompt_length + math.prod(preset.grid)
     shape = dataclasses.replace(preset, language=language, pad_id=text.pad_id, max_positions=longest)

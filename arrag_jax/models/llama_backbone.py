@@ -224,7 +224,9 @@ class LlamaBackbone(VQImages):
             grid = self.grid if math.prod(self.grid) == cells else (side, side)
         grid = self.config.with_grid(grid).grid
         if math.prod(grid) != cells:
-            raise UserError(f"{cells} codes do not fill a grid of {grid[0]} x {grid[1]}; say theirs: grid=(H, W)")
+            raise UserError(
+                f"{cells} codes do not fill a grid of {grid[0]} x {grid[1]}; pass the right one: grid=(H, W)"
+            )
         return grid
 
     def _check_neighbors(self, given: ArrayLike, shape: tuple[int, int]) -> Int[Array, "B T K"]:

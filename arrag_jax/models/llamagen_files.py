@@ -121,7 +121,7 @@ def _load(directory: Path, dtype: str, grid: ArrayLike, parts: tuple[str, ...] |
 
 def _save(model: LlamaGen, directory: Path, dtype: str) -> None:
     if any("_lora." in path for path in parameters(model)):
-        raise UserError("this model's LoRA is apart; merge it (merge_lora), then save")
+        raise UserError("this model's LoRA is not merged; merge it first (merge_lora), then save")
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").unlink(missing_ok=True)
     with atomic_write(directory / "model.safetensors") as temporary:

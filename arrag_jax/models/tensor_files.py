@@ -132,13 +132,13 @@ class _TorchFile:
                 self._tensors = self._tensors[key]
                 break
         if not isinstance(self._tensors, dict) or not all(isinstance(t, torch.Tensor) for t in self._tensors.values()):
-            raise UserError(f"{path} holds other things than tensors by name; give the folder of a Janus checkpoint")
+            raise UserError(f"{path} holds more than named tensors; give the folder of a model's checkpoint")
         for name, tensor in self._tensors.items():
             dtype = str(tensor.dtype).removeprefix("torch.")
             if dtype not in _DTYPES.values() or tensor.layout != torch.strided:
                 raise UserError(f"{name} in {path} has dtype {dtype} ({tensor.layout}), which is not supported")
             if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-                raise UserError(f"{name} in {path} has fewer numbers than its shape {tuple(tensor.shape)} tells")
+                raise UserError(f"{name} in {path} has fewer numbers than its shape {tuple(tensor.shape)} needs")
         self._int16 = torch.int16
 
     def tensors(self) -> list[Stored]:

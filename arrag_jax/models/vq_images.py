@@ -79,7 +79,7 @@ class VQImages(nnx.Module):
         require_own_process()
         images = images if isinstance(images, Array) else np.asarray(images)
         if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise UserError(f"images must be floats in [-1, 1], got {images.dtype}; of 0 … 255 make x / 127.5 - 1")
+            raise UserError(f"images must be floats in [-1, 1], got {images.dtype}; scale 0 … 255 by x / 127.5 - 1")
         images, position = jnp.asarray(images, jnp.float32), self.vq.config.downsampling
         if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] % position or images.shape[2] % position:
             raise UserError(f"images must be [B, h, w, 3] with h and w multiples of {position}, got {images.shape}")
@@ -120,7 +120,7 @@ def _check_pixels(images: Array) -> None:
         raise UserError("images hold NaN; pixels must be numbers in [-1, 1]")
     if low < -1 - ROUNDING or high > 1 + ROUNDING:
         raise UserError(
-            f"images must be floats in [-1, 1], got {low:g} … {high:g}; of 0 … 255 make x / 127.5 - 1, of 0 … 1 2 x - 1"
+            f"images must be floats in [-1, 1], got {low:g} … {high:g}; scale 0 … 255 by x / 127.5 - 1, 0 … 1 by 2x - 1"
         )
 
 

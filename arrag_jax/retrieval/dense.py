@@ -292,7 +292,7 @@ def _stored(vectors: Any, dtype: jnp.dtype) -> Any:
 def require_k(k: int, rows: int) -> None:
     """Raises UserError unless k is in 1..``rows``, the number of stored patches."""
     if not 1 <= k <= rows:
-        raise UserError(f"k={k} neighbours asked of {rows} stored patches; choose k between 1 and {rows}")
+        raise UserError(f"k={k} neighbours were requested from {rows} stored patches; choose k between 1 and {rows}")
 
 
 def _top_k(scores: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:

@@ -99,6 +99,6 @@ def _say(found: NeighborSet, start: float) -> None:
     wordless = sum(reason == NO_CAPTION for _, reason in found.bad)
     left_out = told_of([found], f"that cannot be read or have no caption ({wordless:,})")
     print(
-        f"neighbor set {found.directory} is complete: {len(found):,} images{left_out}, {found.k} neighbours a cell, "
-        f"{size:,} bytes, {time.perf_counter() - start:.1f} s"
+        f"neighbor set {found.directory} is complete: {len(found):,} images{left_out}, "
+        f"{found.k} neighbours per position, {size:,} bytes, {time.perf_counter() - start:.1f} s"
     )

@@ -271,7 +271,7 @@ class _Ask:
     def __call__(self, context: Any, shard: Any, number: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         host = handles.look_up(number)
         if host is None:
-            raise RuntimeError("a program asks a ScannRetriever that is gone: keep it until the results are there")
+            raise RuntimeError("a program searches a ScannRetriever that was freed; keep it until it has ended")
         return host.search(context, shard, self.k)
 
 

@@ -107,7 +107,7 @@ class NeighborSet(ShardFolder):
             if codes.max() >= self.codebook_size or neighbors.max() >= self.codebook_size:
                 raise ValueError(f"image {i} has codes outside a codebook of {self.codebook_size}")
             if "\0" in caption:  # the record holds more numbers than the settings say
-                raise ValueError(f"image {i} has more numbers than {self.grid} and k={self.k} tell")
+                raise ValueError(f"image {i} has a record that does not fit a grid of {self.grid} with k={self.k}")
         return {"codes": codes, "neighbors": neighbors, "caption": caption}
 
     def verify(self) -> None:

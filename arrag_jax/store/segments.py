@@ -51,7 +51,8 @@ def require_fits(store: Datastore, settings: StoreSettings, other: Datastore | N
         if ours != theirs and not (name == "keys" and set(ours) == set(theirs)):
             mend = _mend(name, (store, ours), (other, theirs))
             raise UserError(
-                f"datastore {store.directory} has {name}={ours!r}, what is added {theirs!r}; keep the two apart{mend}"
+                f"datastore {store.directory} has {name}={ours!r}, the images to add have {theirs!r}; build a store of "
+                f"their own{mend}"
             )
 
 
@@ -159,7 +160,7 @@ def merge(stores: list[Datastore], directory: str | Path, keep_duplicates: bool 
 def _require_same_merge(record: Path, merged: dict[str, Any]) -> None:
     found = read_object(record)
     if {name: found[name] for name in ("merged", "keep_duplicates") if name in found} != merged:
-        raise UserError(f"{record.parent} holds something else than these stores merged; choose another --workdir")
+        raise UserError(f"{record.parent} holds something other than these merged stores; choose another --workdir")
 
 
 def _taken(stores: list[Datastore], keep_duplicates: bool) -> Iterator[_Taken]:

@@ -119,7 +119,7 @@ class Workers:
         sign, now = self._sign_of(other), time.monotonic()
         _, changed = self._seen[other]
         if sign is None and changed is not None and not condition():
-            raise UserError(f"process {other} of {self.count} has ended (see what it said); {AGAIN}")
+            raise UserError(f"process {other} of {self.count} has ended (its own last line says why); {AGAIN}")
         elif now - (changed or started) > SILENCE:
             raise UserError(f"process {other} of {self.count} gave no sign of life for {SILENCE:.0f} s; {AGAIN}")
 

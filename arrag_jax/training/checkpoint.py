@@ -310,7 +310,7 @@ def _read_json(path: Path, absent: dict[str, Any]) -> dict[str, Any]:
     try:
         return read_object(path) if path.exists() else absent
     except UserError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it if this run is the one you mean") from error
+        raise UserError(f"{path} is damaged ({error}); delete it to continue this run without it") from error
 
 
 def _free(key: str) -> bool:

@@ -97,7 +97,9 @@ class FaidTask:
 
     def __init__(self, config: TrainConfig, options: FaidOptions):
         if config.data != DataConfig(eval_examples=config.data.eval_examples):
-            raise UserError("of config.data task faid reads eval_examples alone; its data are config.options.neighbors")
+            raise UserError(
+                "task faid reads only eval_examples of config.data; its images come from config.options.neighbors"
+            )
         self.config, self.options = config, options
         self.tokens = math.prod(config_of(options.base).grid)
         text = load_prompts(options.base)
@@ -113,7 +115,7 @@ class FaidTask:
                 if neighbors.k < options.faid.neighbors:
                     raise UserError(
                         f"config.options.faid.neighbors={options.faid.neighbors}, but {neighbors.directory} holds "
-                        f"{neighbors.k} a cell; build it with a larger k, in another --workdir: "
+                        f"{neighbors.k} neighbours per position; build a set with a larger k in another --workdir: "
                         f"--config.retrieval.k={options.faid.neighbors}"
                     )
             if options.retrieval.k < options.faid.neighbors:

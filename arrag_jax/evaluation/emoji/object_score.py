@@ -37,9 +37,7 @@ def verdicts(pictures: UInt8[np.ndarray, "B 48 48 3"], scenes: Sequence[Scene]) 
       UserError: if there are no images, or not one scene per image.
     """
     if not len(pictures) or len(pictures) != len(scenes):
-        raise UserError(
-            f"{len(pictures)} pictures against {len(scenes)} scenes; give one scene a picture, at least one"
-        )
+        raise UserError(f"{len(pictures)} images for {len(scenes)} scenes; give one scene per image, at least one")
     return np.array([is_right(found, scene) for found, scene in zip(detect(pictures), scenes, strict=True)])
 
 

@@ -107,4 +107,4 @@ class KeyKind(abc.ABC):
         """Raises UserError unless a dense search can hold these keys in this form."""
         if storage not in self.storages:
             known = " or ".join(self.storages)
-            raise UserError(f"storage={storage!r} is not to be had of keys={self.name!r}; choose {known}")
+            raise UserError(f"storage={storage!r} is not available for keys={self.name!r}; choose {known}")
