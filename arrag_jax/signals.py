@@ -49,6 +49,7 @@ _since = 0.0  # when it came
 _raised = 0.0  # when a stop was raised last
 _unsaid = [True]  # emptied by whoever says what the first signal does
 _leaving = False  # the program is on its way out
+_ending = threading.RLock()  # held by the thread that ends the process
 _result: int | None = None  # exit code of a command that is done, while the interpreter is taken down
 _tell: Callable[[int], None] | None = None  # hands a signal on to the other processes of the run
 _stderr = 2
@@ -233,6 +234,7 @@ def closing_line(number: int) -> str:
 
 def _end(number: int, code: int) -> NoReturn:
     """Ends this process where it stands; to be called in any thread."""
+    _ending.acquire()  # for ever: handler and watcher may both come here, and one of them says it
     _say_last_words()
     _write(closing_line(number))
     os._exit(code)
