@@ -9,7 +9,7 @@ STAMP := .venv/installed-
 CORE := $(STAMP)requirements.txt
 DEV := $(STAMP)requirements-dev.txt
 
-.PHONY: help install demo test test-fast test-long lint
+.PHONY: help install demo test suite test-fast test-long lint
 
 help:  ## Print the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -30,7 +30,10 @@ $(DEV): requirements-dev.txt $(CORE)
 demo: $(CORE)  ## Build a small datastore and draw with it, plain and with retrieval, into demo/.
 	$(BIN)/python -m arrag_jax.demo
 
-test: lint  ## Run lint, then every test.
+test: $(DEV)  ## Run lint and every test that takes less than a minute or two (the others: make test-long).
+	@$(MAKE) --no-print-directory --jobs=2 lint suite
+
+suite: $(DEV)
 	$(BIN)/python -m pytest -m "not long" --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 test-fast: $(DEV)  ## Run the tests that are not marked slow or long, and name the slowest.

@@ -2,13 +2,12 @@
 
 Inside a ``held`` block the first signal takes effect at the next ``check``, when a batch, a shard or a step is finished
 and saved. Elsewhere ``Stop`` is raised in the main thread at once. ``errors.run_command`` then prints one closing line
-and exits with 130 after SIGINT, or 0 after SIGTERM, because batch systems restart a job that ends with 0. A second
-signal ends the program immediately.
+and exits with 130 after SIGINT, or 0 after SIGTERM, because batch systems restart a job that ends with 0. A second one
+ends the program.
 
 A stopped command ends by ``os._exit``, because an interpreter that shuts down while a compiled program still calls it
-causes a segmentation fault. Files stay valid, because they are written atomically.
-
-This module imports only the standard library, because a command loads it before all slow imports.
+causes a segmentation fault. Files stay valid, because they are written atomically. This module imports only the
+standard library, because a command loads it before all slow imports.
 """
 
 import contextlib
@@ -49,6 +48,7 @@ _since = 0.0  # time of the first signal
 _raised = 0.0  # time when ``Stop`` was last raised
 _unsaid = [True]  # emptied when the effect of the first signal is printed
 _leaving = False  # the program is exiting
+_ending = threading.RLock()  # held for ever by the thread that ends the process
 _result: int | None = None  # exit code of a finished command, while the interpreter shuts down
 _tell: Callable[[int], None] | None = None  # forwards a signal to the other processes of the run
 _stderr = 2
@@ -233,6 +233,7 @@ def closing_line(number: int) -> str:
 
 def _end(number: int, code: int) -> NoReturn:
     """Ends this process immediately; can be called in any thread."""
+    _ending.acquire()  # the signal handler and the watcher may both call this; only one may print the closing line
     _say_last_words()
     _write(closing_line(number))
     os._exit(code)

@@ -88,6 +88,12 @@ def test_training_changes_every_adapter_and_nothing_else(folder, tmp_path):
     assert json.loads((tmp_path / "again" / "manifest.json").read_text())["step"] == 4
     with pytest.raises(UserError, match="--last is for the workdir of a training run"):
         convert.run(str(tmp_path / "export"), str(tmp_path / "more"), "ours", merge_lora=True, last=True)
+    # A further training goes on with its blenders.
+    further = make_task(workshop.config(folder, {"base": str(tmp_path / "export")})).init_model(nnx.Rngs(1))
+    kept = {path: value for path, value in parameters(further).items() if ".blender." in path}
+    assert kept
+    for path, value in kept.items():
+        np.testing.assert_array_equal(value[...], after[path][...], err_msg=path)
 
 
 def test_a_silent_start_and_lora_alone_start_from_the_base(folder):

@@ -247,6 +247,7 @@ def test_the_images_of_a_run_are_those_of_a_store(tiny_run, tmp_path):
         list(make_task(tiny_run("tokenizer", str(folder), eval_split="train", eval_examples=1)).eval_batches(8))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_captioned_folder_trains_a_tokenizer_and_a_prior_and_draws(photos, tmp_path):
     """By the commands, on photos with a bad one among them; and the store of the same folder is searched."""
