@@ -154,7 +154,7 @@ def test_killed_before_any_file_it_goes_on_to_the_same_bytes(config, whole, tmp_
     [
         (
             {"valid_split": "train[-99:]"},
-            r'photos has no train\[-99:\]: its 23 images are one split, "train".*\[-99:23\]',
+            r'photos has no train\[-99:\]: its 23 images form one split, "train".*\[-99:23\]',
         ),
         ({"train_split": "train[3:3]"}, r"has no train\[3:3\].*it is empty"),
         ({"train_split": "store"}, "has no store.*Unknown split 'store'"),

@@ -98,7 +98,7 @@ def test_every_source_gives_named_and_captioned_images(tmp_path):
 
 def test_what_is_not_there_is_named(tmp_path):
     folder = str(write_captioned(tmp_path / "photos", ["a cat"] * 3))
-    with pytest.raises(UserError, match=r'photos has no valid: its 3 images are one split, "train".*"train\[:-64\]"'):
+    with pytest.raises(UserError, match=r'photos has no valid: its 3 images form one split, "train".*"train\[:-64\]"'):
         open_images(folder, "valid", tmp_path, SIZE)
     with pytest.raises(UserError, match="photos has no valid"):
         make_task(TrainConfig("tokenizer", 1, 1, {"preset": "janus-emoji"}, DataConfig(folder)))

@@ -128,7 +128,7 @@ def test_a_policy_is_still_a_pytree_of_any_leaves():
     [
         (np.nan, "NaN"),
         (np.inf, "must be floats in"),
-        (255.0, r"of 0 … 255 make x / 127\.5 - 1"),
+        (255.0, r"scale 0 … 255 by x / 127\.5 - 1"),
         (-1.1, "must be floats in"),
         (1.0011, "must be floats in"),
     ],
