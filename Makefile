@@ -34,7 +34,7 @@ test: $(DEV)  ## Run lint and every test that takes less than a minute or two (t
 	@$(MAKE) --no-print-directory --jobs=2 lint suite
 
 suite: $(DEV)
-	$(BIN)/python -m pytest -m "not long" --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest -m "not long" --numprocesses=3 --dist=loadfile  # 3 on 2 cores: many tests wait for processes
 
 test-fast: $(DEV)  ## Run the tests that are not marked slow or long, and name the slowest.
 	$(BIN)/python -m pytest -m "not slow and not long" --numprocesses=auto --maxprocesses=4 --dist=loadfile --durations=15

@@ -15,7 +15,7 @@ from helpers import children, workshop
 from helpers.toy import assert_same_bits, final_state, kill, lines, losses, split_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,6 @@ def end_of(folder: Path, workdir: Path) -> dict[str, np.ndarray]:
     return final_state(workdir, config, make_task(config))
 
 
-@pytest.mark.long  # tests/test_training.py holds the same law of the loop itself
 def test_killed_three_times_is_uninterrupted(folder, tmp_path):
     """Evaluated, and its best checkpoints saved, between the kills, of which one may fall into an evaluation."""
     moments, whole, parts = random.Random(0), tmp_path / "whole", tmp_path / "parts"

@@ -146,6 +146,7 @@ def test_a_tokenizer_with_fewer_codes_than_are_drawn_is_refused(tmp_path):
         load_model(folder)
 
 
+@pytest.mark.long
 def test_generate_draws_classes_from_a_published_checkpoint(tmp_path, capsys, monkeypatch):
     folder = llamagens.folder(tmp_path / "model", "c2i_a", "c2i_a.pt", "vq16.pt")
     words = ["--config", str(running.ROOT / "configs/llamagen_c2i.py"), f"--config.model={folder}", "--method=plain"]

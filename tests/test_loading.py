@@ -259,6 +259,7 @@ def save_blank(folder: Path, config: JanusConfig) -> None:
     save_file(zeros, folder / "model.safetensors")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_loading_needs_little_more_than_the_model(tmp_path, kind):

@@ -133,6 +133,7 @@ class StoppedTask(ToyTask):
         return paint_and_signal
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_stop_at_one_signal_and_one_process_goes_on_as_if_nothing_had_happened(tmp_path):
     """Noise included; both save the same step, and its checkpoint does not depend on their number."""

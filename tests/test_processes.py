@@ -26,7 +26,7 @@ from helpers import children, stored, tiny, workshop
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_LINE = "error: this process ended before its work was done"
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def start(processes: int, *command: str, devices: int = 1) -> list[subprocess.Popen]:

@@ -93,6 +93,7 @@ def clone(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_command_runs_as_it_stands(clone):
     done = run_in_turn(clone, *runnable())
