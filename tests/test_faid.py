@@ -107,7 +107,7 @@ def test_unconditional_rows_are_not_computed(model, retriever, monkeypatch):
         rows.add((len(window), len(features)))
         return blend_position(self, window, features, complete)
 
-    monkeypatch.setattr(FusedBlender, "blend_cell", noted)
+    monkeypatch.setattr(FusedBlender, "blend_position", noted)
     fused = model.fused()
     jax.eval_shape(lambda: decode(fused, cond, uncond, Faid(), retriever, keys, SamplingConfig(2.0)))
     assert rows == {(3, 3)}
@@ -133,9 +133,9 @@ def test_no_future_code_reaches_a_past_distribution(model):
     """Through attention, and through the blenders' windows, of which there are two in a row here."""
     rng = np.random.default_rng(0)
     llama, (height, width) = model.language_model, model.grid
-    positions, prompt = height * width, 4
-    x = jnp.asarray(rng.normal(size=(1, prompt + positions - 1, 16)), jnp.float32)
-    features = jnp.asarray(rng.normal(size=(1, positions, K, 16)), jnp.float32)
+    cells, prompt = height * width, 4
+    x = jnp.asarray(rng.normal(size=(1, prompt + cells - 1, 16)), jnp.float32)
+    features = jnp.asarray(rng.normal(size=(1, cells, K, 16)), jnp.float32)
     filled, positions = jnp.ones((1, x.shape[1]), bool), jnp.arange(x.shape[1])[None]
 
     def logits_of(inputs):
@@ -143,9 +143,9 @@ def test_no_future_code_reaches_a_past_distribution(model):
         moved = x.at[0, prompt:].add(inputs[:-1])
         return model.gen_head(llama.forward(moved, positions, filled, model.grid, features)[0][0, prompt - 1 :]).sum(-1)
 
-    influence = np.abs(jax.jit(jax.jacobian(logits_of))(jnp.zeros((positions, 16)))).sum(-1)  # [cell, code put in]
-    assert np.all(influence[np.triu_indices(positions)] == 0.0)
-    assert np.all(influence[np.tril_indices(positions, -1)] > 0.0)
+    influence = np.abs(jax.jit(jax.jacobian(logits_of))(jnp.zeros((cells, 16)))).sum(-1)  # [cell, code put in]
+    assert np.all(influence[np.triu_indices(cells)] == 0.0)
+    assert np.all(influence[np.tril_indices(cells, -1)] > 0.0)
 
 
 def test_a_row_without_its_caption_is_not_blended(model):
