@@ -194,7 +194,7 @@ def test_the_size_of_a_store_is_bounded(tmp_path):
             return {"image": images[i].view(np.uint8).reshape(*grid, 2)}
 
     def encode(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return batch.view(np.uint16)[..., 0].astype(np.int32), codebook[:1]
+        return batch.view(np.uint16)[..., 0].astype(np.int32), np.broadcast_to(codebook[0], (len(batch), *grid, 8))
 
     encoded = EncodedImages(Grids(), "holiday/{:06d}.jpg".format, encode, 500)
     store = writer.build_datastore(tmp_path / "store", encoded, codebook, StoreSettings(**settings))
