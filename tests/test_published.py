@@ -92,7 +92,7 @@ class TestAnyArrays:
             np.testing.assert_array_equal(model.encode_images(given)[0], codes)
         pixels = model.decode_codes(codes.tolist(), np.int64(2), np.array(3))
         np.testing.assert_array_equal(pixels, model.decode_codes(codes, 2, 3))
-        with pytest.raises(UserError, match=r"images must be floats in \[-1, 1\], got uint8; of 0 … 255 make"):
+        with pytest.raises(UserError, match=r"images must be floats in \[-1, 1\], got uint8; scale 0 … 255 by"):
             model.encode_images(np.zeros((1, 4, 4, 3), np.uint8))
 
 

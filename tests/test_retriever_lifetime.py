@@ -182,5 +182,5 @@ def test_a_retriever_that_is_gone_is_named(store):
     assert_gone(references)
     assert handles.look_up(number) is None
     gone = ScannRetriever(np.int32(0), number, 4, None)
-    with pytest.raises(Exception, match="ScannRetriever that is gone"):
+    with pytest.raises(Exception, match="ScannRetriever that was freed"):
         jax.block_until_ready(jax.jit(lambda retriever, x: retriever.search(x))(gone, np.zeros((1, 4), np.int32)))
