@@ -36,14 +36,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def reference(tmp_path_factory) -> Callable[..., Path]:
     """Gives the path of golden numbers of the official AR-RAG by their name, or of a checkpoint (``…_layout``).
 
-    With ``whole=True`` it is not the committed part; skips where it is absent.
+    ``whole``: as of ``golden.find``.
     """
     made = tmp_path_factory.mktemp("reference")
 
     def path(name: str, whole: bool = False) -> Path:
-        if not name.endswith("_layout"):
+        shared, folder = golden.SHARED / "reference" / "dev" / name, made / name
+        if shared.exists() or not name.endswith("_layout"):
             return golden.find("dev", name, whole)
-        folder = made / name
         return folder if folder.exists() else golden.write_checkpoint(folder, name == "faid_layout")
 
     return path

@@ -17,8 +17,8 @@ from arrag_jax.ops.grid import has_context
 from helpers import naive_blend, tiny
 from helpers.jaxprs import equations
 
-# Subsets of hops, every hop alone among them, and K.
-CASES = [((1,), 1), ((2,), 3), ((3,), 2), ((1, 2), 3), ((1, 2, 3), 4)]
+# Every subset of hops, and K.
+CASES = [((1,), 1), ((2,), 3), ((3,), 2), ((1, 2), 3), ((1, 3), 1), ((2, 3), 2), ((1, 2, 3), 4)]
 # As large as hop 3 needs it for each of its taps to meet a cell. Only the nine cells inside have a context.
 WIDTH, HEIGHT, ACROSS, BATCH, SLOTS = 8, 4, 5, 2, 3
 
@@ -93,13 +93,13 @@ def test_the_form_is_chosen_by_multiply_adds():
 
 def test_folding_is_done_once_and_again_for_other_weights():
     model = blender()
-    first = model.fold()
-    assert model.fold() is first
+    first = model.fuse()
+    assert model.fuse() is first
     model.conv22.bias[...] = model.conv22.bias[...] + 1
     np.testing.assert_allclose(
-        model.fold().bias[...] - first.bias[...], model.kernels()[1][1], rtol=1e-5
+        model.fuse().bias[...] - first.bias[...], model.kernels()[1][1], rtol=1e-5
     )  # by the hop's weight
-    assert model.fold() is not first
+    assert model.fuse() is not first
 
 
 def test_cells_without_a_context_ignore_their_features():

@@ -20,7 +20,7 @@ from arrag_jax.nn.vq import VQConfig
 from arrag_jax.retrieval import index
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store.datastore import Datastore
-from helpers import tiny
+from helpers import folders, tiny
 from helpers.stored import values_of
 
 MODEL = JanusConfig(
@@ -56,9 +56,7 @@ def config(model, tmp_path_factory) -> DatastoreConfig:
 
 @pytest.fixture(scope="module")
 def store(config, tmp_path_factory) -> Datastore:
-    directory = tmp_path_factory.mktemp("built") / "store"
-    build_datastore.run(config, str(directory))
-    return Datastore.open(directory)
+    return folders.built(config, tmp_path_factory.mktemp("built") / "store")
 
 
 def test_holds_the_codes_of_the_scenes(store, model):

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from arrag_jax.data.emoji.scenes import scene
-from arrag_jax.models.checkpoint import load_tokenizer, save_model
+from arrag_jax.models.checkpoint import load_model, load_tokenizer, save_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.models.tensor_files import read_tensors, stored_tensors
 from arrag_jax.store.datastore import Datastore
 from helpers import tiny
 from helpers.folders import write_scenes
-from helpers.in_turn import parse_in_turn, run_in_turn
+from helpers.in_turn import run_in_turn
 from helpers.published import write_checkpoint
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -51,7 +51,7 @@ CATS = ("--prompt=a cat", "--prompt=two dogs", "--noprovenance")
 
 @pytest.fixture(scope="module")
 def emoji(tmp_path_factory) -> Path:
-    """tokenizer → prior → store → neighbours → FAiD, each by its config, in one folder."""
+    """tokenizer → prior → store → neighbours → FAiD and its control, each by its config, in one folder."""
     folder = tmp_path_factory.mktemp("emoji")
     tuned = ("faid.neighbors=4", "faid.stride=6", "lora.rank=2", "retrieval.k=16", "base=runs/prior/export")
     tuned = [*FEW, *(f"options.{flag}" for flag in tuned)]
@@ -66,11 +66,10 @@ def emoji(tmp_path_factory) -> Path:
             "build_neighbors", "emoji_neighbors", "runs/neighbors", "model=runs/prior", "retrieval.k=8", *neighbors
         ),
         command("train", "emoji_faid", "runs/faid", *tuned),
-        command(
-            "generate", "emoji_compare", "drawn", *DRAW, *CATS, "lora_model=runs/prior/export", "methods=plain,faid"
-        ),
+        command("train", "emoji_lora_only", "runs/lora_only", *tuned),
+        command("generate", "emoji_compare", "drawn", *DRAW, *CATS),
     )
-    for train in (*done[:2], done[4]):  # its last line: what was reached, and where it is
+    for train in (*done[:2], *done[4:6]):  # its last line: what was reached, and where it is
         workdir = re.search(r"--workdir=(\S+)", train.command)[1]
         figures = json.loads((folder / workdir / "export" / "manifest.json").read_text())["figures"]
         last = train.out.splitlines()[-1]
@@ -88,14 +87,15 @@ class TestEmoji:
             command("generate", "emoji_caption", "captions", *DRAW, *CATS, *LIMITED, "methods=static,caption"),
             command("eval", "emoji_daid", "measured", *DRAW, "--num_prompts=0", "--num_scenes=3"),
         )
-        assert pictures(emoji / "drawn").keys() == {f"0{i}_{name}.png" for i in (0, 1) for name in ("plain", "faid")}
+        names = ("plain", "daid", "lora", "faid", "faid+daid")
+        assert pictures(emoji / "drawn").keys() == {f"0{i}_{name}.png" for i in (0, 1) for name in names}
         limited = {f"0{i}_{name}.png" for i in (0, 1) for name in ("static", "caption")}
         assert pictures(emoji / "captions").keys() == limited
         assert (emoji / "measured" / "results.json").exists()
 
     def test_what_is_converted_draws_the_same(self, emoji):
         """The newest checkpoint by ``convert`` is the export; there and back through the published layout, too."""
-        tuned = ("faid_model=published/faid", "lora_model=runs/prior/export", "methods=plain,faid")
+        tuned = ("faid_model=published/faid", "methods=plain,faid")
         run_in_turn(
             emoji,
             *(convert(f"runs/{name}", f"best/{name}") for name in ("tokenizer", "prior")),
@@ -118,7 +118,7 @@ class TestEmoji:
     def test_every_model_is_one_to_start_from_and_to_store_with(self, emoji):
         """Run, export and converted folder alike."""
         scenes, start = ("source=emoji_scenes/tiny", "num_images=8", "indexes=()"), "init_from=runs/prior/export"
-        models = ("runs/prior", "runs/faid/export", "runs/faid")
+        models = ("runs/prior", "runs/faid/export", "runs/lora_only")
         done = run_in_turn(
             emoji,
             command("train", "emoji_tokenizer", "more/tokenizer", *FEW, *TINY, start, "steps=1"),
@@ -135,7 +135,7 @@ class TestEmoji:
         assert all(store.store_fingerprint == stores[0].store_fingerprint for store in stores)
 
     def test_a_tokenizer_alone_does_not_draw_and_says_what_does(self, emoji):
-        """One line, before anything is written; the command that it names is one that trains what draws."""
+        """One line, before anything is written; the command that it names trains what draws."""
         alone = "runs/tokenizer/export"
         refused = run_in_turn(
             emoji,
@@ -152,7 +152,9 @@ class TestEmoji:
             (mend,) = commands_in(done.err)
             assert f"--config.options.tokenizer={alone}" in mend
         assert refused[-1].code == 2 and "does not hold" in refused[-1].err
-        parse_in_turn(CONFIGS.parent, mend)
+        mend = mend.replace("configs/", f"{CONFIGS}/").replace("runs/prior", "mended")
+        run_in_turn(emoji, shlex.join([*shlex.split(mend), *(f"--config.{flag}" for flag in (*FEW, *TINY))]))
+        assert load_model(emoji / "mended").language_model is not None
         assert not (emoji / "none").exists()
 
 
@@ -196,6 +198,8 @@ def test_a_folder_of_images_and_a_published_checkpoint_draw_with_every_method(pu
         command("train", "janus_pro_1b_faid", "lora", *tuned, "options.blend=False"),
         convert("lora", "best/lora"),
         convert("best/lora", "published/lora", "--to=janus"),
+        # Whose blenders are trained further, with the export as its base.
+        command("train", "janus_pro_1b_faid", "further", *tuned, "options.base=faid/export"),
         command("generate", "janus_pro_1b", "every", *small, *CATS, *everything),
         command("build_datastore", "janus_pro_1b_datastore", "stores/at_once", "source=photos", "captions=True"),
         command("generate", "janus_pro_1b", "at_once", *small, *CATS, "retrieval.store=stores/at_once", "methods=daid"),

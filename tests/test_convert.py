@@ -121,6 +121,7 @@ def adapted(reference, tmp_path):
     """The reference's FAiD model with its LoRA as an adapter beside it."""
     folder = tmp_path / "source"
     shutil.copytree(reference("faid_layout"), folder)
+    folder.chmod(0o755)
     held = load_file(reference("lora.safetensors"))
     adapter = {key: value for key, value in held.items() if "::" not in key}
     save_file(adapter, folder / "adapter_model.safetensors")

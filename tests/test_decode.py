@@ -159,10 +159,12 @@ def test_the_reference_draws_the_same(reference):
     for i in (0, 1):
         np.testing.assert_array_equal(drawn.codes[i], golden[f"dec_tokens_{i}"])
         np.testing.assert_allclose(drawn.log_probs[i], jax.nn.log_softmax(golden[f"dec_cfg_logits_{i}"]), atol=1e-4)
-    images, floats = model.decode_codes(drawn.codes[:1], 6, 6)[:, 32:64], golden["dec_image_0"]
-    np.testing.assert_allclose((np.asarray(images) + 1) / 2 * 255, floats, atol=0.01)
-    sure = np.abs(floats - np.round(floats)) > 0.01  # elsewhere rounding may put it on the other side
-    np.testing.assert_array_equal(to_uint8(images)[sure], golden["dec_image_uint8_0"][sure])
+        if (name := f"dec_image_{i}") in golden:
+            images, floats = model.decode_codes(drawn.codes[i : i + 1], 6, 6), golden[name]
+            images = images if floats.shape == images.shape else images[:, 32:64]  # the committed part
+            np.testing.assert_allclose((np.asarray(images) + 1) / 2 * 255, floats, atol=0.01)
+            sure = np.abs(floats - np.round(floats)) > 0.01  # elsewhere rounding may put it on the other side
+            np.testing.assert_array_equal(to_uint8(images)[sure], golden[f"dec_image_uint8_{i}"][sure])
 
 
 @pytest.mark.parametrize("kind", ["latent", "codebook"])

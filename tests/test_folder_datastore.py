@@ -39,9 +39,7 @@ def config(tmp_path_factory) -> DatastoreConfig:
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory) -> Datastore:
-    directory = tmp_path_factory.mktemp("stores") / "whole"
-    build_datastore.run(config, str(directory))
-    return Datastore.open(directory)
+    return folders.built(config, tmp_path_factory.mktemp("stores") / "whole")
 
 
 def test_holds_the_codes_of_the_good_images(whole, config):

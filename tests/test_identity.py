@@ -57,9 +57,7 @@ def base(tmp_path_factory) -> DatastoreConfig:
 
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory) -> Datastore:
-    directory = tmp_path_factory.mktemp("stores") / "whole"
-    build_datastore.run(base, str(directory))
-    return Datastore.open(directory)
+    return folders.built(base, tmp_path_factory.mktemp("stores") / "whole")
 
 
 @pytest.fixture

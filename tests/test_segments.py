@@ -27,9 +27,7 @@ def config(tmp_path_factory) -> DatastoreConfig:
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory) -> Datastore:
-    directory = tmp_path_factory.mktemp("stores") / "whole"
-    build_datastore.run(config, str(directory))
-    return Datastore.open(directory)
+    return folders.built(config, tmp_path_factory.mktemp("stores") / "whole")
 
 
 def test_what_is_added_comes_after_and_changes_nothing_before(whole, config, tmp_path, capsys, monkeypatch):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_tokenizer
@@ -29,9 +28,7 @@ def config(tmp_path_factory) -> DatastoreConfig:
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory) -> Datastore:
-    directory = tmp_path_factory.mktemp("stores") / "whole"
-    build_datastore.run(config, str(directory))
-    return Datastore.open(directory)
+    return folders.built(config, tmp_path_factory.mktemp("stores") / "whole")
 
 
 def test_a_member_that_falls_silent_ends_the_others(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Reads any data set that TFDS has prepared as ArrayRecord files, without TensorFlow and the data set's own code."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,19 @@ PREFIX = "tfds:"
 
 
 class PreparedSource:
-    """A prepared data set as an image source (``data.examples.Source``); the arguments are those of ``PreparedImages``.
+    """A prepared data set as an image source (``data.examples.Source``).
 
     Its identity is the name, config and version of the data set, because a source without a version means the newest.
+
+    Args:
+      source: "tfds:NAME[/config][:version]"; without a version, the newest one.
+      data_dir: the folder of all TFDS data sets.
+      size: height and width of the images that are returned.
+      captions: whether the data set must have captions.
+      key: name of the setting, for error messages.
+
+    Raises:
+      UserError: if there is no such data set, or it is not in ArrayRecord files.
     """
 
     words = None
@@ -32,51 +43,35 @@ class PreparedSource:
         captions: bool = False,
         key: str = "config.source",
     ):
-        self._source, self._data_dir, self._size, self._captions, self._key = source, data_dir, size, captions, key
-        with _told(source, data_dir, key):
-            self.identity = _builder(source, data_dir).info.full_name
+        self._source, self._size, self._captions = source, size, captions
+        self._told = functools.partial(_told, source, data_dir, key)
+        with self._told():
+            self._builder = _builder(source, data_dir)
+            self.identity = self._builder.info.full_name
 
     def images(self, split: str) -> "PreparedImages":
-        """Returns the images of a split."""
-        return PreparedImages(self._source, split, self._data_dir, self._size, self._captions, self._key)
+        """Returns the images of a split, or of a TFDS slice such as "train[:100]".
 
-
-class PreparedImages:
-    """A split of a prepared data set as a random-access source (``data.examples.Images``) of images of one size.
-
-    Args:
-      source: "tfds:NAME[/config][:version]"; without a version, the newest one.
-      split: name of a split, or a TFDS slice such as "train[:100]".
-      data_dir: the folder of all TFDS data sets.
-      size: height and width of the images that are returned.
-      captions: whether the data set must have captions.
-      key: name of the setting, for error messages.
-
-    Raises:
-      UserError: if there is no such data set or split, it is not in ArrayRecord files, or it lacks the feature "image"
-        (or "caption").
-    """
-
-    def __init__(
-        self,
-        source: str,
-        split: str,
-        data_dir: str | Path,
-        size: tuple[int, int],
-        captions: bool = False,
-        key: str = "config.source",
-    ):
-        with _told(source, data_dir, key):
-            builder = _builder(source, data_dir)
-            features = dict(builder.info.features.items())
-            wanted = {"image": tfds.features.Image} | ({"caption": tfds.features.Text} if captions else {})
+        Raises:
+          UserError: if there is no such split, it is empty, or the data set lacks the feature "image" (or "caption").
+        """
+        with self._told():
+            features = dict(self._builder.info.features.items())
+            wanted = {"image": tfds.features.Image} | ({"caption": tfds.features.Text} if self._captions else {})
             for feature, kind in wanted.items():
                 if not isinstance(features.get(feature), kind):
                     raise ValueError(f"it has no {kind.__name__} feature {feature!r} among {', '.join(features)}")
-            if not builder.info.splits[split].num_examples:
+            if not self._builder.info.splits[split].num_examples:
                 raise ValueError(f"split {split} is empty")
-            self.source, self.size, self.places = source, size, places(split, builder.info.splits)
-            self.examples = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+            return PreparedImages(self._source, self._builder, split, self._size)
+
+
+class PreparedImages:
+    """A split of a prepared data set as a random-access source (``data.examples.Images``) of images of one size."""
+
+    def __init__(self, source: str, builder: read_only_builder.ReadOnlyBuilder, split: str, size: tuple[int, int]):
+        self.source, self.size, self.places = source, size, places(split, builder.info.splits)
+        self.examples = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
     def __len__(self) -> int:
         return len(self.examples)

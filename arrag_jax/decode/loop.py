@@ -84,7 +84,8 @@ def decode(
         drawn, hidden, cache = carry
         position, context, complete = this
         neighbors = nothing
-        if policy.uses_retrieval and retriever is not None:
+        if policy.uses_retrieval:
+            assert retriever is not None  # ``sample`` has checked it
             neighbors = retriever.search(context_codes(drawn, context))
         features = policy.features(model, neighbors, complete)
         logits, cache = model.step(hidden, cache, position, features)

@@ -187,7 +187,7 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = ()) -> Pipeline:
     if jax.process_count() > 1:
         require_same({name: value for folder in used for name, value in sample_hashes(folder).items()}, "model")
     model = load_model(config.model, config.dtype)
-    _ = model.fingerprint  # a model without its tokenizer says so now, not after drawing
+    _ = model.codebook  # raises now, not after drawing, if the folder holds no image tokenizer
     text, loaded = load_prompts(config.model), {config.model: model}
     for folder in used - {config.model}:
         loaded[folder] = load_model(folder, config.dtype)

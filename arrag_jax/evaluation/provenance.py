@@ -145,13 +145,13 @@ def image_record(
 
 def _most_credited(found: Origins, sources: Sequence[str]) -> list[dict[str, Any]]:
     """Returns the images that are shown as the origin of the most positions."""
-    images, positions = np.unique(found.image[(found.copies > 0) & ~found.common], return_counts=True)
-    order = np.lexsort((images, -positions))[:THUMBNAILS]  # the same order as on the page
+    images, counts = np.unique(found.image[(found.copies > 0) & ~found.common], return_counts=True)
+    order = np.lexsort((images, -counts))[:THUMBNAILS]  # the same order as on the page
     return [
         {
             "image": int(images[place]),
             "source": sources[images[place]],
-            "cells": int(positions[place]),
+            "cells": int(counts[place]),
             "credit": round(float(found.credit[images[place]]), 4),
         }
         for place in order

@@ -124,7 +124,7 @@ def _from_published(config: dict[str, Any], path: Path) -> JanusConfig:
         head_width=given.gen_head_config.params.image_token_embed or language.width,
         pad_id=_pad_id(text, language, path),
         max_positions=text.max_position_embeddings,
-        faid=_faid(text),
+        faid=read_faid(text),
     ).with_grid(grid)
 
 
@@ -149,7 +149,7 @@ def _from_transformers(config: dict[str, Any], path: Path) -> JanusConfig:
         head_width=vq.projection_dim,
         pad_id=_pad_id(text, language, path),
         max_positions=text.max_position_embeddings,
-        faid=_faid(text),
+        faid=read_faid(text),
     ).with_grid((side, side))
 
 
@@ -194,12 +194,12 @@ def _pad_id(text: TextSection, language: LlamaConfig, path: Path) -> int:
     return ids.get(PAD, called[0] if called else usual)
 
 
-def _faid(text: TextSection) -> FaidConfig | None:
-    """Returns the shape of FAiD's blenders, from the section of the language model; None if there are none.
+def read_faid(section: Any) -> FaidConfig | None:
+    """Returns the shape of FAiD's blenders, from their published keys in a parsed section; None if there are none.
 
     K is not published; the default is 10 (docs/reference.md quirk 10).
     """
-    stride, hops, neighbors = text.num_SmoothPatchBlender, text.num_hop, text.retrieved_key_num
+    stride, hops, neighbors = section.num_SmoothPatchBlender, section.num_hop, section.retrieved_key_num
     if stride is None and hops is None:
         return None
     return FaidConfig(

@@ -8,11 +8,9 @@ import dataclasses
 import math
 from pathlib import Path
 
-import jax.numpy as jnp
 from flax import nnx
 
 from arrag_jax.errors import UserError
-from arrag_jax.files import atomic_write, write_json
 from arrag_jax.interfaces import ArrayLike
 from arrag_jax.models.config_json import (
     config_to_json,
@@ -24,6 +22,7 @@ from arrag_jax.models.config_json import (
     require_language,
 )
 from arrag_jax.models.family import Family, Training
+from arrag_jax.models.folder import filled, require_room, write_folder
 from arrag_jax.models.janus import PARTS, VISION, Janus
 from arrag_jax.models.layouts import PUBLISHED, Layout
 from arrag_jax.models.manifest import WEIGHTS, require_weights_written
@@ -31,7 +30,6 @@ from arrag_jax.models.presets import PRESETS, JanusConfig
 from arrag_jax.models.tensor_files import Stored, has_checksums, stored_tensors
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.models.vq_images import VQImages
-from arrag_jax.models.weights import match, parameters, read_weights, write_weights
 from arrag_jax.nn.variables import freeze
 
 
@@ -40,13 +38,7 @@ def _load(directory: Path, dtype: str, grid: ArrayLike, parts: tuple[str, ...] =
     model, layout, stored = abstract_model(directory, parts)
     if not has_checksums(directory / WEIGHTS) and set(parts) == set(PARTS):
         require_weights_written(directory)  # older exports have no checksums per tensor
-    model = model if grid is None else model.with_grid(grid)
-    read_weights(model, match(model, stored, layout, directory), dtype, layout.exact)
-    if model.gen_vision_model is not None:
-        size, dim = model.config.vision.codebook_size, model.config.vision.code_dim
-        model.gen_vision_model.usage.set_value(jnp.full((size,), 1.0 / size))
-        model.gen_vision_model.spare.set_value(jnp.zeros((size, dim)))
-    return model
+    return filled(model, layout, stored, directory, dtype, grid)
 
 
 def abstract_model(
@@ -73,7 +65,8 @@ def abstract_model(
             f"{directory} has a vocabulary of {shape.decoder.vocab_size}, but its pad token is {shape.pad_id}"
         )
     stored = stored_tensors(directory, also)
-    _require_room(shape, stored, parts, directory / "config.json")
+    aligner = shape.aligner_depth if "gen_aligner" in parts else 0
+    require_room(shape, stored, parts, directory / "config.json", aligner)
 
     def build() -> Janus:
         model = Janus(shape, nnx.Rngs(0), parts)
@@ -85,40 +78,9 @@ def abstract_model(
     return nnx.eval_shape(build), layout_of(config), stored
 
 
-def _require_room(shape: JanusConfig, stored: dict[str, Stored], parts: tuple[str, ...], path: Path) -> None:
-    """Raises UserError if a config describes a larger model than the weights hold; called before modules are built.
-
-    It compares lower bounds: each layer or block has at least one tensor, and each layer at least its MLP matrices.
-    """
-    vision, layers, width, blocks, depth, numbers = shape.vision, 0, 0, 0, 0, 0
-    if "language_model" in parts:
-        text = shape.decoder
-        layers, width, numbers = text.layers, text.width, text.layers * 3 * text.width * text.mlp
-    if "gen_vision_model" in parts:
-        blocks = len(vision.multipliers) * vision.res_blocks
-        numbers += blocks * vision.channels**2
-    if "gen_aligner" in parts:
-        depth = shape.aligner_depth
-        numbers += depth * shape.decoder.width
-    held = sum(math.prod(tensor.shape) for tensor in stored.values())
-    if layers + blocks + depth > len(stored) or numbers > held:
-        raise UserError(
-            f"{path} asks for {layers} layers of width {width}, {blocks} blocks of the tokenizer and an aligner "
-            f"of {depth}, more than the {len(stored)} tensors of {held:,} numbers beside it; copy the checkpoint again"
-        )
-
-
 def _save(model: Janus, directory: Path, dtype: str) -> None:
-    if any("_lora." in path for path in parameters(model)):
-        raise UserError(
-            "this model's LoRA is not merged; merge it first (Attention.merge_lora of every layer), then save"
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").unlink(missing_ok=True)
-    with atomic_write(directory / "model.safetensors") as temporary:
-        write_weights(model, temporary, dtype, PUBLISHED)
     shape = model.config if model.language_model is not None else dataclasses.replace(model.config, language=None)
-    write_json(directory / "config.json", config_to_json(shape))
+    write_folder(model, directory, dtype, PUBLISHED, config_to_json(shape))
 
 
 def _fresh_prior(

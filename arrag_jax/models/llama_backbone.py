@@ -17,6 +17,7 @@ from arrag_jax.models.vq_images import VQImages, check_ids
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.transformer import Llama
+from arrag_jax.nn.vq import VQTokenizer
 
 Model = TypeVar("Model", bound="LlamaBackbone")
 
@@ -28,13 +29,15 @@ class LlamaBackbone(VQImages):
     and these attributes.
 
     Attributes:
-      config: a frozen dataclass with ``language``, ``grid``, ``with_grid``, ``faid`` and ``blended_neighbors``.
+      config: a ``models.shape.ModelShape``.
       language_model: the decoder.
+      gen_vision_model: the image tokenizer.
       gen_head: maps the decoder's hidden states to logits of codes.
     """
 
     config: Any
     language_model: Llama
+    gen_vision_model: VQTokenizer
     gen_head: Any
 
     if TYPE_CHECKING:
@@ -62,6 +65,11 @@ class LlamaBackbone(VQImages):
     def grid(self) -> tuple[int, int]:
         """Height and width of the code grid."""
         return self.config.grid
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image of this grid in pixels."""
+        return self.config.image_size
 
     @property
     def blended_neighbors(self) -> int:

@@ -98,12 +98,6 @@ class LlamaGen(LlamaBackbone):
             )
         return self.gen_vision_model
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of an image of this grid in pixels."""
-        position = self.config.vision.downsampling
-        return self.grid[0] * position, self.grid[1] * position
-
     def part_names(self) -> tuple[str, ...]:
         """Returns the names of the attributes that hold the parts of the model."""
         return PARTS

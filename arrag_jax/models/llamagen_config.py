@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from arrag_jax.errors import UserError
-from arrag_jax.interfaces import ArrayLike
-from arrag_jax.models.config_json import read_json
-from arrag_jax.models.presets import JanusConfig
+from arrag_jax.models.config_json import read_faid, read_json
 from arrag_jax.models.schema import MOST_LAYERS, MOST_WIDTH
-from arrag_jax.nn.faid import FaidConfig
+from arrag_jax.models.shape import ModelShape
 from arrag_jax.nn.transformer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
 from arrag_jax.ops.grid import MOST_SIDE
@@ -27,54 +25,24 @@ NAMED = ("dim", "n_layer", "n_head")  # hyper-parameters without a default
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaGenConfig:
+class LlamaGenConfig(ModelShape):
     """The shape of a LlamaGen.
 
     Attributes:
+      language: the decoder, whose vocabulary is the codebook.
       family: one of ``FAMILIES``.
-      language: the decoder, whose vocabulary is the codebook; None = the folder holds an image tokenizer alone.
-      vision: the image tokenizer.
-      grid: height and width in codes.
       classes: number of classes of a c2i model. The class embedding has one more row for "no class" if ``guided``.
       caption_width: width of the text features of a t2i model.
       caption_tokens: number of text features of a t2i model.
       guided: whether there is an unconditional class.
     """
 
-    family: str = "c2i"
-    language: LlamaConfig | None = None
-    vision: VQConfig = VQConfig()
     grid: tuple[int, int] = (16, 16)
+    family: str = "c2i"
     classes: int = 1000
     caption_width: int = 2048
     caption_tokens: int = 120
     guided: bool = True
-    faid: FaidConfig | None = None  # None = no blenders
-
-    @property
-    def decoder(self) -> LlamaConfig:
-        """``language`` of a model that has one."""
-        if self.language is None:
-            raise UserError("this is an image tokenizer alone, without the language model that draws")
-        return self.language
-
-    @property
-    def blended_neighbors(self) -> int:
-        """K of FAiD's blenders; 0 = the model has none."""
-        return self.faid.neighbors if self.faid else 0
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of an image in pixels."""
-        return self.grid[0] * self.vision.downsampling, self.grid[1] * self.vision.downsampling
-
-    def with_grid(self, grid: ArrayLike) -> "LlamaGenConfig":
-        """Returns the config of the same model for another grid of codes.
-
-        Raises:
-          UserError: if ``grid`` is not two whole numbers from 1 to 1024.
-        """
-        return dataclasses.replace(self, grid=JanusConfig().with_grid(grid).grid)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +184,7 @@ def read_config(directory: Path) -> LlamaGenConfig:
             caption_width=fields.caption_dim,
             caption_tokens=LlamaGenConfig.caption_tokens if tokens is None or fields.family == "c2i" else tokens,
             guided=fields.class_dropout_prob > 0,
-            faid=_faid(fields),
+            faid=read_faid(fields),
         ).with_grid(fields.sides())
     except UserError as error:
         raise UserError(f"{path} describes no LlamaGen ({error}); mend it, or copy the checkpoint again") from error
@@ -255,18 +223,6 @@ def _vision(fields: TokenizerFields) -> VQConfig:
         norm_groups=fields.groupnorm_groups,
         norm_eps=fields.groupnorm_eps,
         unit_codes=fields.codebook_l2_norm,
-    )
-
-
-def _faid(fields: ModelFields) -> FaidConfig | None:
-    stride, hops, neighbors = fields.num_SmoothPatchBlender, fields.num_hop, fields.retrieved_key_num
-    if stride is None and hops is None:
-        return None
-    hops = _given(hops, FaidConfig.hops)
-    return FaidConfig(
-        stride=_given(stride, FaidConfig.stride),
-        hops=tuple(sorted(hops if isinstance(hops, tuple) else [hops])),
-        neighbors=_given(neighbors, FaidConfig.neighbors),
     )
 
 

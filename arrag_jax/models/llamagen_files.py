@@ -5,23 +5,20 @@ published ``.pt``. The weights of the image tokenizer are in the same file, whic
 their own, ``vq*.safetensors`` or ``vq*.pt``.
 """
 
-import math
 import re
 from pathlib import Path
 
-import jax.numpy as jnp
 from flax import nnx
 
 from arrag_jax.errors import UserError
-from arrag_jax.files import atomic_write, write_json
 from arrag_jax.interfaces import ArrayLike, PromptEncoder
 from arrag_jax.models.family import Family
+from arrag_jax.models.folder import filled, require_room, write_folder
 from arrag_jax.models.layouts import Layout
 from arrag_jax.models.llamagen import PARTS, VISION, LlamaGen
-from arrag_jax.models.llamagen_config import MODEL_TYPE, PRESETS, LlamaGenConfig, config_to_json, read_config
+from arrag_jax.models.llamagen_config import MODEL_TYPE, PRESETS, config_to_json, read_config
 from arrag_jax.models.llamagen_prompts import CaptionEncoder, ClassNumbers
 from arrag_jax.models.tensor_files import Stored, stored_tensors
-from arrag_jax.models.weights import match, parameters, read_weights, write_weights
 
 TOKENIZER = ("vq*.safetensors", "vq*.pt")
 TOKENIZER_KEY = re.compile(r"(encoder|decoder|quantize|quant_conv|post_quant_conv)\..*")
@@ -81,7 +78,7 @@ def _open(
             raise UserError(f"{directory} holds no image tokenizer; put its vq.safetensors or vq*.pt there")
     elif shape.language is None:
         raise UserError(f"{path} gives no dim, n_layer and n_head: it describes an image tokenizer alone")
-    _require_room(shape, stored, parts, path)
+    require_room(shape, stored, parts, path)
     if set(parts) == set(PARTS) and shape.vision.codebook_size < shape.decoder.vocab_size:
         raise UserError(
             f"{path} gives a tokenizer of {shape.vision.codebook_size} codes, but the model draws "
@@ -90,43 +87,14 @@ def _open(
     return nnx.eval_shape(lambda: LlamaGen(shape, nnx.Rngs(0), parts)), LAYOUT, stored
 
 
-def _require_room(shape: LlamaGenConfig, stored: dict[str, Stored], parts: tuple[str, ...], path: Path) -> None:
-    """Raises UserError if a config describes a larger model than the weights hold; called before modules are built."""
-    vision, layers, blocks, numbers = shape.vision, 0, 0, 0
-    if "language_model" in parts:
-        text = shape.decoder
-        layers, numbers = text.layers, text.layers * 3 * text.width * text.mlp
-    if "gen_vision_model" in parts:
-        blocks = len(vision.multipliers) * vision.res_blocks
-        numbers += blocks * vision.channels**2
-    held = sum(math.prod(tensor.shape) for tensor in stored.values())
-    if layers + blocks > len(stored) or numbers > held:
-        raise UserError(
-            f"{path} asks for {layers} layers and {blocks} blocks of the tokenizer, more than the {len(stored)} "
-            f"tensors of {held:,} numbers beside it; copy the checkpoint again"
-        )
-
-
 def _load(directory: Path, dtype: str, grid: ArrayLike, parts: tuple[str, ...] | None = None) -> LlamaGen:
     """Returns the model in a folder with the named parts; the other parts are None."""
     model, layout, stored = _open(directory, (), parts)
-    model = model if grid is None else model.with_grid(grid)
-    read_weights(model, match(model, stored, layout, directory), dtype, layout.exact)
-    if model.gen_vision_model is not None:
-        size, dim = model.config.vision.codebook_size, model.config.vision.code_dim
-        model.gen_vision_model.usage.set_value(jnp.full((size,), 1.0 / size))
-        model.gen_vision_model.spare.set_value(jnp.zeros((size, dim)))
-    return model
+    return filled(model, layout, stored, directory, dtype, grid)
 
 
 def _save(model: LlamaGen, directory: Path, dtype: str) -> None:
-    if any("_lora." in path for path in parameters(model)):
-        raise UserError("this model's LoRA is not merged; merge it first (merge_lora), then save")
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").unlink(missing_ok=True)
-    with atomic_write(directory / "model.safetensors") as temporary:
-        write_weights(model, temporary, dtype, LAYOUT)
-    write_json(directory / "config.json", config_to_json(model.config))
+    write_folder(model, directory, dtype, LAYOUT, config_to_json(model.config))
 
 
 def _prompts(directory: Path) -> PromptEncoder:

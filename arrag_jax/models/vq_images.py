@@ -30,6 +30,7 @@ class VQImages(nnx.Module):
       vq: the module of the tokenizer.
       grid: height and width in codes.
       codebook_size: V, the number of codes.
+      image_size: height and width of an image of this grid in pixels.
     """
 
     if TYPE_CHECKING:  # some models hold these, others work them out
@@ -43,17 +44,15 @@ class VQImages(nnx.Module):
         @property
         def codebook_size(self) -> int: ...
 
+        @property
+        def image_size(self) -> tuple[int, int]: ...
+
         def with_grid(self, grid: ArrayLike) -> "VQImages": ...
 
     @property
     def codebook(self) -> Float[Array, "V C"]:
         """The l2-normalised codebook."""
         return self.vq.codebook
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of an image of this grid in pixels."""
-        return self.grid[0] * self.vq.config.downsampling, self.grid[1] * self.vq.config.downsampling
 
     @property
     def fingerprint(self) -> str:
@@ -80,9 +79,9 @@ class VQImages(nnx.Module):
         images = images if isinstance(images, Array) else np.asarray(images)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(f"images must be floats in [-1, 1], got {images.dtype}; scale 0 … 255 by x / 127.5 - 1")
-        images, position = jnp.asarray(images, jnp.float32), self.vq.config.downsampling
-        if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] % position or images.shape[2] % position:
-            raise UserError(f"images must be [B, h, w, 3] with h and w multiples of {position}, got {images.shape}")
+        images, scale = jnp.asarray(images, jnp.float32), self.vq.config.downsampling
+        if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] % scale or images.shape[2] % scale:
+            raise UserError(f"images must be [B, h, w, 3] with h and w multiples of {scale}, got {images.shape}")
         _check_pixels(images)
         codes, latents = _encode(*nnx.split(self.vq), images)
         return codes.reshape(len(images), -1), latents

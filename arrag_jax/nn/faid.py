@@ -114,7 +114,7 @@ class Blender(nnx.Module):
         incoming = jnp.where(complete, self.norm(features), 0.0)
         return _gated(self.gate, around.reshape(batch, -1, dim), incoming, self.centre(kernels, weights))
 
-    def fold(self) -> "FusedBlender":
+    def fuse(self) -> "FusedBlender":
         """Returns the same blender with precomputed kernels, for decoding one position at a time.
 
         The result is cached until a weight changes, because computing it costs as much as about thirty decoding steps
@@ -124,7 +124,7 @@ class Blender(nnx.Module):
         arrays = jax.tree.leaves(state)
         kept = _FUSED.get(self)
         if kept is None or any(known() is not array for known, array in zip(kept[0], arrays, strict=True)):
-            kept = _FUSED[self] = ([weakref.ref(array) for array in arrays], nnx.merge(*_fold(graph, state)))
+            kept = _FUSED[self] = ([weakref.ref(array) for array in arrays], nnx.merge(*_fuse(graph, state)))
         return kept[1]
 
     def centre(self, kernels: list[blend.HopKernels], weights: Float[Array, " hops"]) -> blend.Centre:
@@ -161,12 +161,12 @@ class FusedBlender(nnx.Module):
         return _gated(self.gate, around, incoming, blend.Centre(self.matrix[...], self.bias[...]))
 
 
-# Cache of ``Blender.fold``: by blender, weak references to its arrays and the fused blender made from them.
+# Cache of ``Blender.fuse``: by blender, weak references to its arrays and the fused blender made from them.
 _FUSED: weakref.WeakKeyDictionary[Blender, tuple[list[weakref.ref], FusedBlender]] = weakref.WeakKeyDictionary()
 
 
 @jax.jit(static_argnums=0)
-def _fold(graph, state):
+def _fuse(graph, state):
     return nnx.split(FusedBlender(nnx.merge(graph, state)))
 
 

@@ -219,7 +219,7 @@ class Llama(nnx.Module):
         copy = nnx.merge(*nnx.split(self))
         for layer, mine in zip(copy.layers, self.layers, strict=True):
             if mine.blender is not None:
-                layer.blender = nnx.data(mine.blender.fold())
+                layer.blender = nnx.data(mine.blender.fuse())
         return copy
 
     def _turn(self, positions: Int[Array, "R S"], width: int) -> Turn:

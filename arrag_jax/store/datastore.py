@@ -35,7 +35,7 @@ from jaxtyping import Float, UInt16
 
 from arrag_jax.errors import UserError
 from arrag_jax.files import sha256_of
-from arrag_jax.ops.keys import KEY_KINDS
+from arrag_jax.ops.keys import KEY_KINDS, KINDS_BY_FILE
 from arrag_jax.parsing import in_range
 from arrag_jax.store.shards import (
     MANIFEST,
@@ -51,7 +51,7 @@ CODEBOOK = "codebook.npz"
 SAME_IN_ALL_SEGMENTS = ("fingerprint", "grid", "codebook_size", "code_dim", "keys", "captions")
 GROW = ("keys", "captions")  # settings that can be extended in a complete store
 # Prefixes of the files that can be added to a complete store later; see ``store.extension``
-FURTHER = ("captions-", *(f"{kind.file}-" for kind in KEY_KINDS.values() if kind.file != "codes"))
+FURTHER = ("captions-", *(f"{file}-" for file in KINDS_BY_FILE if file != "codes"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +118,6 @@ class Datastore(ShardFolder):
     format_version: ClassVar[int] = 1
     settings_class: ClassVar[type[ShardSettings]] = StoreSettings
     command: ClassVar[str] = "build_datastore"
-    rebuild: ClassVar[str] = (
-        "build it with: python -m arrag_jax.build_datastore --config=… --workdir=… (in manifest.json), "
-        "once its folder is deleted"
-    )
 
     @classmethod
     def open(cls, directory: str | Path) -> "Datastore":
@@ -251,7 +247,7 @@ class Datastore(ShardFolder):
         Raises:
           UserError: if the store holds no such records.
         """
-        kind = next(kind for kind in KEY_KINDS.values() if kind.file == part)
+        kind = KINDS_BY_FILE[part]
         if part != "codes":
             self.require_kind(kind.name)
         shape = kind.record_shape(self.settings.grid, self.settings.code_dim)

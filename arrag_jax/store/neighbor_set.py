@@ -75,10 +75,6 @@ class NeighborSet(ShardFolder):
     format_version: ClassVar[int] = 1
     settings_class: ClassVar[type[ShardSettings]] = NeighborSettings
     command: ClassVar[str] = "build_neighbors"
-    rebuild: ClassVar[str] = (
-        "build it with: python -m arrag_jax.build_neighbors --config=… --workdir=… (in manifest.json), "
-        "once its folder is deleted"
-    )
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from arrag_jax.data.examples import DUPLICATE
 from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_write, exclusive_lock, folder_in, require_within, write_json
 from arrag_jax.json_files import read_object
-from arrag_jax.ops.keys import KEY_KINDS
+from arrag_jax.ops.keys import KINDS_BY_FILE
 from arrag_jax.store.building import state_of, write_lines
 from arrag_jax.store.datastore import SAME_IN_ALL_SEGMENTS, Datastore, StoreSettings
 from arrag_jax.store.identity import KnownContents, digests_of
@@ -255,7 +255,7 @@ def _writers(taken: _Taken) -> dict[str, Callable[[Path], None]]:
 
 def _write_new(segment: Datastore, kind: str, shard: _Shard, target: Path) -> None:
     """Writes one file of a shard with only the images taken."""
-    if kind in (key.file for key in KEY_KINDS.values()):
+    if kind in KINDS_BY_FILE:
         grids = segment.records_of(kind, shard.images.start, shard.images.stop)
         write_file(target, kind, [grids[number - shard.images.start].tobytes() for number in shard.new])
     else:

@@ -174,6 +174,10 @@ class ShardFolder:
     command: ClassVar[str]  # the command that builds one
     rebuild: ClassVar[str]  # advice for a damaged folder, in messages
 
+    def __init_subclass__(cls):
+        again = f"python -m arrag_jax.{cls.command} --config=… --workdir=… (in manifest.json)"
+        cls.rebuild = f"build it with: {again}, once its folder is deleted"
+
     @classmethod
     def open(cls: type[Folder], directory: str | Path) -> Folder:
         """Opens a folder after checking its manifest and the size of every file.

@@ -11,7 +11,7 @@ from arrag_jax.data.examples import DUPLICATE, BadImage, Example, Examples, capt
 from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_write
 from arrag_jax.ops import grid as grid_ops
-from arrag_jax.ops.keys import KEY_KINDS
+from arrag_jax.ops.keys import KINDS_BY_FILE
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.store import building
 from arrag_jax.store.building import Shard
@@ -113,15 +113,14 @@ def build_neighbor_set(
 
 def items_of(kind: str, batch: Batch) -> list[bytes] | list[str]:
     """Returns a batch's items for a shard's file of this kind of content: a ``KeyKind.file`` or "captions"."""
-    for key in KEY_KINDS.values():
-        if key.file == kind:
-            return [record.tobytes() for record in key.records(batch.codes, batch.latents)]
-    return batch.captions
+    if kind not in KINDS_BY_FILE:
+        return batch.captions
+    return [record.tobytes() for record in KINDS_BY_FILE[kind].records(batch.codes, batch.latents)]
 
 
 def write_file(path: Path, kind: str, items: Iterable[Any]) -> None:
     """Writes one file of a store's shard atomically: ArrayRecord for a ``KeyKind.file``, else a text file."""
-    if kind in (key.file for key in KEY_KINDS.values()):
+    if kind in KINDS_BY_FILE:
         building.write_records(path, items, RECORD_OPTIONS)
     else:
         building.write_lines(path, items)

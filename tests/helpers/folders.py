@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig
 from arrag_jax.data import pixels
 from arrag_jax.data.emoji.scenes import render, scene
 from arrag_jax.models.checkpoint import load_tokenizer, save_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.nn.vq import from_uint8
+from arrag_jax.store.datastore import Datastore
 from helpers import tiny
 
 BAD = {"scene_05.png": b"", "scene_11.png": b"no image"}
@@ -35,6 +37,12 @@ def config(folder: Path) -> DatastoreConfig:
     save_model(tiny.janus(parts=VISION), folder / "model")
     source = str(write_scenes(folder / "photos", range(23)))
     return DatastoreConfig(str(folder / "model"), source, batch_size=4, shard_size=5, max_bad_fraction=0.1, indexes=())
+
+
+def built(config: DatastoreConfig, directory: Path) -> Datastore:
+    """The store that the command makes of a config."""
+    build_datastore.run(config, str(directory))
+    return Datastore.open(directory)
 
 
 def codes_of(model: str, folder: Path, names: list[str]) -> np.ndarray:

@@ -18,10 +18,13 @@ SEED = 1234
 
 
 def find(family: str, name: str, whole: bool = False) -> Path:
-    """Path of a file of a family (``dev`` or ``llamagen``), not the committed part if ``whole``; skips if absent."""
-    places = [SHARED / "reference" / family / name] if whole else [HERE / family / name]
-    places += [SHARED / "reference" / family / name]
-    found = next((place for place in places if place.exists()), None)
+    """Path of a file of a family (``dev`` or ``llamagen``): the whole one where it lies beside the tree, else the part.
+
+    Args:
+      whole: the committed part does not do; skips where the whole file is absent.
+    """
+    places = (SHARED / "reference" / family / name, HERE / family / name)
+    found = next((place for place in places[: 1 if whole else 2] if place.exists()), None)
     if found is None:
         pytest.skip(f"not committed, and absent beside this folder: shared/reference/{family}/{name}")
     return found

@@ -7,3 +7,4 @@ KEY_KINDS: dict[str, KeyKind] = {
     "codebook": CodebookKeys(),  # vectors of the codebook
     "latent": LatentKeys(),  # outputs of the encoder before quantisation, as in the published code
 }
+KINDS_BY_FILE = {kind.file: kind for kind in KEY_KINDS.values()}  # ``KeyKind.file`` → the kind whose records it holds
