@@ -28,7 +28,7 @@ from arrag_jax.command import OPTIONAL_CONFIG, Flag, main_with_config
 from arrag_jax.config import DatastoreConfig
 from arrag_jax.errors import UserError
 from arrag_jax.retrieval import build
-from arrag_jax.retrieval.scann import BY_RULE
+from arrag_jax.retrieval.scann_rules import BY_RULE
 from arrag_jax.store.from_images import recorded_config
 
 

@@ -1,3 +1,4 @@
+# size: all settings stand in one file, so that a reader finds them together
 """Defines every setting as a field of a frozen dataclass; a dataclass raises ``UserError`` if a value is not valid.
 
 A config file in ``configs/`` returns a ``ConfigDict`` whose keys are the fields of one of these dataclasses. Fields
@@ -189,7 +190,10 @@ class DatastoreConfig(Settings):
     min_bad: int = 10  # always tolerates so many unreadable images, but at most one in twenty (or one image)
     batch_size: int = 64  # images that a device encodes together
     shard_size: int = 16_384  # images per file
-    keys: tuple[str, ...] = ("codebook",)  # kinds of key to store: "codebook", "latent" (8 times the size)
+    # Kinds of key to store: "codebook"; "latent" (8 times the size); "hidden" (64 times the size): the states of the
+    # model's backbone, which needs captions.
+    keys: tuple[str, ...] = ("codebook",)
+    hidden_numbers: int = 64  # numbers per hidden key, each one byte
     captions: bool = False  # store captions, to search by them; an image file's caption is a .txt or .json beside it
     indexes: tuple[str, ...] = ("codebook",)  # kinds of key to build a ScaNN index for
     # Searchers per index; a search that is sharded over a mesh needs one per device. The build holds the float32 keys
@@ -200,6 +204,9 @@ class DatastoreConfig(Settings):
     def __post_init__(self):
         for name in ("batch_size", "shard_size", "index_shards"):
             _in_range(name, getattr(self, name), 1)
+        _in_range("hidden_numbers", self.hidden_numbers, 1, 120)
+        for kind in self.keys:
+            _one_of("keys", kind, tuple(KEY_KINDS))
         _in_range("num_images", self.num_images, 0)
         _in_range("max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
         _in_range("min_bad", self.min_bad, 0)
@@ -214,7 +221,7 @@ class RetrievalConfig(Settings):
 
     store: LocalPath  # folder of the datastore
     k: int = 16  # neighbours per position
-    keys: str = "codebook"  # kind of key to search by: "codebook" | "latent"
+    keys: str = "codebook"  # kind of key to search by: "codebook" | "latent" | "hidden"
     search: str = "scann"  # where the search runs: "scann" (on the host) | "dense" (on the device, exact)
     storage: str = "float32"  # how "dense" stores keys: "float32" | "bfloat16"; for codebook keys also "codes" | "int8"
     num_images: int = 0  # search only the first images; 0 = all. A ScaNN index over fewer images is built in memory
@@ -254,12 +261,32 @@ class NeighborsConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class GateConfig(Settings):
+    """Settings of a gate, which multiplies λ by a factor in [0, 1] at every position; see ``decode.gates``."""
+
+    # What the gate depends on: "surprise", "excess", "image_surprise", "image_excess" (of the neighbours),
+    # "prompt_surprise", "prompt_excess", "caption" (of the prompt), "distance", "entropy", "disagreement"; () = none.
+    features: tuple[str, ...] = ()
+    slopes: tuple[float, ...] = ()  # one number per feature: positive = the gate opens as the feature grows
+    thresholds: tuple[float, ...] = ()  # the value of each feature at which its share of the factor is one half
+    combine: str = "product"  # "product" of the features' sigmoids, or one sigmoid of their "sum"
+    images: int = 64  # number of stored images with near captions; the features of a prompt are means over them
+
+    def __post_init__(self):
+        if not len(self.features) == len(self.slopes) == len(self.thresholds):
+            raise UserError(f"gate: {len(self.features)} features need as many slopes and thresholds")
+        _one_of("gate.combine", self.combine, ("product", "sum"))
+        _in_range("gate.images", self.images, 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class DaidConfig(Settings):
     """Settings of DAiD, which mixes the neighbours' distribution into the model's; see ``decode.policies.Daid``."""
 
     weight: float = 0.1  # λ, the share of the neighbours' distribution, in [0, 1]
     temperature: float = 0.05  # τ, in units of squared L2 distance
     reduction: str = "max"  # how copies of one code count: "max" (the nearest copy only, as in the paper) | "sum" (all)
+    gate: GateConfig = GateConfig()  # trusts retrieval more at some positions than at others; needs hidden keys
 
     def __post_init__(self):
         if not 0 <= self.weight <= 1:
@@ -280,6 +307,24 @@ class CaptionConfig(Settings):
     def __post_init__(self):
         for name in ("images", "static_images"):
             _in_range(f"caption.{name}", getattr(self, name), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class HiddenConfig(Settings):
+    """Settings of the methods that search by the backbone's hidden state ("hidden", "gated" and their variants)."""
+
+    store: LocalPath = ""  # folder of a datastore with hidden keys; empty = retrieval.store
+    cut_store: LocalPath = ""  # folder of the part of it that "gated+cut" searches (build_datastore --excess_above)
+    k: int = 64  # neighbours per position
+    search: str = "scann"  # where the search runs, as retrieval.search
+    storage: str = "int8"  # how "dense" stores keys: "int8" (as in the store) | "float32"
+    images: int = 64  # stored images with near captions that "hidden+caption" and "gated+caption" search
+    daid: DaidConfig = DaidConfig(0.9, 0.02, "sum")  # of method "hidden"
+    gated: DaidConfig = DaidConfig(0.99, 0.02, "sum")  # of method "gated"; its gate must have features
+    scann: ScannOptions = ScannOptions()
+
+    def __post_init__(self):
+        _in_range("hidden.images", self.images, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,6 +364,7 @@ class DrawConfig(Settings):
     dtype: str = "float32"  # dtype of the models' parameters: "float32" | "bfloat16"; the tokenizer stays in float32
     daid: DaidConfig = DaidConfig()
     caption: CaptionConfig = CaptionConfig()
+    hidden: HiddenConfig = HiddenConfig()
     methods: tuple[str, ...] = ()  # methods to draw without --method; () = all except those that search by caption
     sampling: SamplingConfig = SamplingConfig()
     data: DataSetConfig = DataSetConfig()  # the data set of eval, and of the prompts that --test_prompts draws

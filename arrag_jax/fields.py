@@ -110,6 +110,8 @@ def _convert(settings: Any) -> None:
             value = local_path(value, field.name)
         elif value is None and type(None) in kinds:
             continue
+        elif float in kinds and typing.get_origin(hint) is tuple:
+            value = tuple(_number(field.name, number, float) for number in value)
         elif float in kinds:
             value = _number(field.name, value, float)
         elif int in kinds and typing.get_origin(hint) is not tuple:

@@ -1,3 +1,4 @@
+# size: all Protocols stand in one file, so that a reader finds them together
 """Defines the shape letters and the Protocols that the whole package uses. Read this file first.
 
 A tokenizer turns an image into a grid of codes and back. A backbone draws such a grid one code after another, in raster
@@ -50,6 +51,18 @@ class Retriever(Protocol):
 
         A row that contains -1 has no complete context; all its neighbours are empty.
         """
+        ...
+
+
+@runtime_checkable
+class StateRetriever(Protocol):
+    """A search whose query is the backbone's state at the position to draw; it runs after the step. A pytree, too."""
+
+    @property
+    def k(self) -> int: ...  # number of neighbours returned per query
+
+    def search_states(self, state: Float[Array, "B D"]) -> Neighbors:
+        """Returns the ``k`` nearest neighbours of each state, nearest first."""
         ...
 
 
@@ -160,6 +173,32 @@ class Backbone(Protocol):
 
     def embed_codes(self, codes: Int[Array, "*dims"]) -> Float[Array, "*dims D"]:
         """Returns the embeddings of codes, which ``step`` takes as ``hidden``."""
+        ...
+
+
+@runtime_checkable
+class StatefulBackbone(Backbone, Protocol):
+    """A backbone that gives the states from which it predicts codes; keys of kind "hidden" need one."""
+
+    if TYPE_CHECKING:  # see ``ImageTokenizer``
+
+        @property
+        def backbone_fingerprint(self) -> str: ...  # identity of everything that determines the states, as hex digits
+
+    def step_state(
+        self, hidden: Float[Array, "R D"], cache: Cache, position: Int[Array, ""], features: Any = None
+    ) -> tuple[Float[Array, "R D"], Cache]:
+        """Runs one position as ``step`` does, and returns the state in place of the logits."""
+        ...
+
+    def states(
+        self, condition: Condition, codes: Int[Array, "B T"], neighbors: Int[Array, "B T K"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Returns the states of all positions at once; the state at position t predicts ``codes[:, t]``."""
+        ...
+
+    def logits(self, state: Float[Array, "*dims D"]) -> Float[Array, "*dims V"]:
+        """Returns the logits that states predict, float32; those of ``step`` and ``teacher_forced``."""
         ...
 
 

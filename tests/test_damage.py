@@ -13,7 +13,8 @@ from arrag_jax import build_datastore
 from arrag_jax.errors import UserError
 from arrag_jax.retrieval import index
 from arrag_jax.retrieval.patches import MOST_ROWS, stored_patches
-from arrag_jax.retrieval.scann import EXHAUSTIVE, shard_bounds
+from arrag_jax.retrieval.scann import shard_bounds
+from arrag_jax.retrieval.scann_rules import EXHAUSTIVE
 from arrag_jax.store.datastore import Datastore
 from helpers import stored
 

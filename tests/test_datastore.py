@@ -18,7 +18,8 @@ from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.keys.context import unit_norm
 from arrag_jax.retrieval import index
 from arrag_jax.retrieval.patches import stored_patches
-from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever
+from arrag_jax.retrieval.scann import ScannRetriever
+from arrag_jax.retrieval.scann_rules import EXHAUSTIVE
 from arrag_jax.store import building, writer
 from arrag_jax.store.datastore import Datastore, StoreSettings
 from arrag_jax.store.encoding import Encode, EncodedImages

@@ -21,7 +21,7 @@ from arrag_jax.models.tensor_files import stored_tensors
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval import index
-from arrag_jax.retrieval.scann import EXHAUSTIVE
+from arrag_jax.retrieval.scann_rules import EXHAUSTIVE
 from arrag_jax.store import building, segments, writer
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.encoding import EncodedImages

@@ -15,7 +15,8 @@ from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval import leave_one_out
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.leave_one_out import LeaveOneOut
-from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever
+from arrag_jax.retrieval.scann import ScannRetriever
+from arrag_jax.retrieval.scann_rules import EXHAUSTIVE
 from arrag_jax.store import building, shards, writer
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings, from_record, to_record

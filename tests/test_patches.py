@@ -14,7 +14,8 @@ from arrag_jax.ops.keys.context import unit_norm
 from arrag_jax.retrieval import sharded
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.patches import KeysOfRows, Patches
-from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever, build_host
+from arrag_jax.retrieval.scann import ScannRetriever, build_host
+from arrag_jax.retrieval.scann_rules import EXHAUSTIVE
 
 V, K = 12, 40
 CODEBOOK = unit_norm(np.random.default_rng(0).normal(size=(V, 8)))

@@ -15,7 +15,8 @@ from arrag_jax.decode.policies import Daid
 from arrag_jax.ops import handles
 from arrag_jax.retrieval import sharded
 from arrag_jax.retrieval.patches import stored_patches
-from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever, build_host
+from arrag_jax.retrieval.scann import ScannRetriever, build_host
+from arrag_jax.retrieval.scann_rules import EXHAUSTIVE
 from helpers import stored, tiny
 
 

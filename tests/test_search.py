@@ -17,7 +17,8 @@ from arrag_jax.ops.keys.context import unit_norm
 from arrag_jax.retrieval import dense, sharded
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.patches import one_key_each
-from arrag_jax.retrieval.scann import EXHAUSTIVE, ScannRetriever, build_host, num_leaves
+from arrag_jax.retrieval.scann import ScannRetriever, build_host
+from arrag_jax.retrieval.scann_rules import EXHAUSTIVE, num_leaves
 from helpers.stored import keys_of_maps
 
 K = 16

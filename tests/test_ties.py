@@ -17,13 +17,14 @@ from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid
 from arrag_jax.ops import distances
 from arrag_jax.ops import grid as grid_ops
-from arrag_jax.ops.keys import KEY_KINDS
+from arrag_jax.ops.keys import KEY_KINDS, TOKENIZER_KINDS
 from arrag_jax.ops.keys.context import unit_norm
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval import sharded
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.patches import KeysOfRows, Patches
-from arrag_jax.retrieval.scann import EXHAUSTIVE, build_host
+from arrag_jax.retrieval.scann import build_host
+from arrag_jax.retrieval.scann_rules import EXHAUSTIVE
 from helpers import tiny
 
 V, IMAGES, QUERIES = 24, 100, 2000
@@ -48,7 +49,7 @@ ROWS = len(CODES)
 # Little noise, so that latents repeat, too, and differ by a step of float16 where they do not
 MAPS = unit_norm(CODEBOOK[GRIDS] + 5e-4 * RNG.integers(0, 2, (*GRIDS.shape, 1)) * np.eye(8)[0]).astype(np.float16)
 INT8 = ScannOptions(exhaustive_below=0, leaves=20, leaves_to_search=20, bytes_a_number=1)  # every leaf is searched
-WAYS = [(kind.name, storage) for kind in KEY_KINDS.values() for storage in kind.storages]
+WAYS = [(kind.name, storage) for kind in TOKENIZER_KINDS.values() for storage in kind.storages]
 MOST = 128  # the larger of two K
 
 

@@ -1,9 +1,9 @@
 """Samples code grids: one prefill, then one ``lax.scan`` over the positions of the grid, for every method.
 
 Each position runs these steps: context → search → policy's features → backbone step → guidance → policy's mixture →
-sampled code. The search needs only codes that were sampled before this position. It therefore does not wait for the
-backbone's step, unless the policy feeds the neighbours into that step. The loop depends on no particular model or
-index.
+sampled code. A search by context needs only codes that were sampled before this position. It therefore does not wait
+for the backbone's step, unless the policy feeds the neighbours into that step. A search by the backbone's state
+(``interfaces.StateRetriever``) runs between the step and the mixture. The loop depends on no particular model or index.
 """
 
 import operator
@@ -18,10 +18,19 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from arrag_jax.config import SamplingConfig
-from arrag_jax.decode.policies import Plain
+from arrag_jax.decode.policies import Plain, weights_of
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
-from arrag_jax.interfaces import ArrayLike, Backbone, BlendingBackbone, Condition, DecodePolicy, Retriever
+from arrag_jax.interfaces import (
+    ArrayLike,
+    Backbone,
+    BlendingBackbone,
+    Condition,
+    DecodePolicy,
+    Retriever,
+    StatefulBackbone,
+    StateRetriever,
+)
 from arrag_jax.mesh import put_everywhere, put_rows
 from arrag_jax.ops import handles
 from arrag_jax.ops.grid import context_codes, context_positions, has_context
@@ -41,6 +50,7 @@ class SampleOutput(NamedTuple):
       source: stored row of the nearest neighbour that holds the sampled code; -1 if no neighbour holds it.
       rank: rank of that neighbour, 0 = nearest; -1 if no neighbour holds the code.
       distance: squared L2 distance of that neighbour; +inf if no neighbour holds the code.
+      weight: the share λ that the policy gave to the neighbours' distribution; 0 where it mixed nothing.
       log_probs: the whole distribution from which each code was sampled; None unless requested.
     """
 
@@ -50,6 +60,7 @@ class SampleOutput(NamedTuple):
     source: Int[Array | np.ndarray, "B T"]
     rank: Int[Array | np.ndarray, "B T"]
     distance: Float[Array | np.ndarray, "B T"]
+    weight: Float[Array | np.ndarray, "B T"]
     log_probs: Float[Array | np.ndarray, "B T V"] | None = None
 
 
@@ -58,7 +69,7 @@ def decode(
     cond: Condition,
     uncond: Condition | None,
     policy: DecodePolicy,
-    retriever: Retriever | None,
+    retriever: Retriever | StateRetriever | None,
     keys: Key[Array, " B"],
     sampling: SamplingConfig,
     on_position: Callable[[Any], None] | None = None,
@@ -78,17 +89,20 @@ def decode(
     positions, batch = height * width, len(keys)
     rows = cond if uncond is None else jax.tree.map(lambda *x: jnp.concatenate(x), cond, uncond)
     hidden, cache = model.prefill(rows, batch if policy.blends else 0)  # unconditional rows are never blended
-    nothing = empty_neighbors(batch, 1)
+    nothing, everywhere = empty_neighbors(batch, 1), jnp.asarray(True)
+    assert retriever is not None or not policy.uses_retrieval  # ``sample`` has checked it
 
     def one_position(carry, this):
         drawn, hidden, cache = carry
         position, context, complete = this
-        neighbors = nothing
-        if policy.uses_retrieval:
-            assert retriever is not None  # ``sample`` has checked it
-            neighbors = retriever.search(context_codes(drawn, context))
-        features = policy.features(model, neighbors, complete)
-        logits, cache = model.step(hidden, cache, position, features)
+        if isinstance(retriever, StateRetriever):
+            stateful = cast(StatefulBackbone, model)
+            state, cache = stateful.step_state(hidden, cache, position)
+            logits, neighbors, complete = stateful.logits(state), retriever.search_states(state[:batch]), everywhere
+        else:
+            neighbors = nothing if retriever is None else retriever.search(context_codes(drawn, context))
+            features = policy.features(model, neighbors, complete)
+            logits, cache = model.step(hidden, cache, position, features)
         scale = None if uncond is None else sampling.cfg_scale
         log_p_model = truncate(guide(logits, scale), sampling.temperature, sampling.top_k, sampling.top_p)
         log_p = policy.log_probs(log_p_model, neighbors, complete)
@@ -97,7 +111,8 @@ def decode(
         hidden = model.embed_codes(code if uncond is None else jnp.tile(code, 2))
         if on_position is not None:
             on_position(position)
-        record = _record(code, log_p, log_p_model, neighbors)
+        weight = weights_of(policy, log_p_model, neighbors, complete)
+        record = _record(code, log_p, log_p_model, neighbors, weight)
         return (drawn, hidden, cache), record._replace(log_probs=log_p if return_log_probs else None)
 
     start = jnp.full((batch, positions), -1, jnp.int32)
@@ -110,7 +125,7 @@ def decode(
     return jax.tree.map(lambda x: x.swapaxes(0, 1), records)
 
 
-def _record(code, log_p, log_p_model, neighbors) -> SampleOutput:
+def _record(code, log_p, log_p_model, neighbors, weight) -> SampleOutput:
     """Returns what is kept of one position; each field has the shape [B]."""
     hit = neighbors.code == code[:, None]
     found, rank = jnp.any(hit, axis=1), jnp.argmax(hit, axis=1)  # the first hit is the nearest
@@ -122,6 +137,7 @@ def _record(code, log_p, log_p_model, neighbors) -> SampleOutput:
         source=jnp.where(found, at(neighbors.id, rank), -1),
         rank=jnp.where(found, rank, -1).astype(jnp.int32),
         distance=jnp.where(found, at(neighbors.distance, rank), jnp.inf),
+        weight=weight,
     )
 
 
@@ -173,6 +189,17 @@ def require_blenders(model: Backbone, retriever: Retriever, neighbors: int | Non
         raise UserError(f"FAiD blends {wanted} neighbours, the search gives k={retriever.k}; raise k")
 
 
+def require_states(model: Backbone, policy: DecodePolicy) -> None:
+    """Raises UserError unless the model and the policy can work with a search by the backbone's state."""
+    if not isinstance(model, StatefulBackbone):
+        raise UserError(f"{type(model).__name__} does not give its states, so hidden keys cannot be searched with it")
+    if policy.blends:
+        raise UserError(
+            "FAiD needs its neighbours before the backbone's step, but hidden keys are searched after it; choose "
+            "keys=codebook or keys=latent"
+        )
+
+
 def _number(name: str, value: Any) -> Any:
     """Returns a number of any library as a Python number, which can be hashed; None stays None."""
     try:
@@ -197,7 +224,7 @@ def sample(
     model: Backbone,
     condition: ArrayLike,
     policy: DecodePolicy | None = None,
-    retriever: Retriever | None = None,
+    retriever: Retriever | StateRetriever | None = None,
     cfg_scale: SupportsFloat | None = 5.0,
     temperature: SupportsFloat = 1.0,
     greedy: Any = False,
@@ -234,13 +261,18 @@ def sample(
     policy = Plain() if policy is None else policy
     if policy.uses_retrieval and retriever is None:
         raise UserError(f"{type(policy).__name__} needs a retriever: build a datastore, or draw with --method plain")
-    if policy.blends and retriever is not None:
-        require_blenders(model, retriever, getattr(policy, "neighbors", None))
+    if policy.uses_retrieval and isinstance(retriever, StateRetriever):
+        require_states(model, policy)
+    elif policy.blends and retriever is not None:
+        require_blenders(model, cast(Retriever, retriever), getattr(policy, "neighbors", None))
     numbers = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling = _sampling(model, numbers, bool(greedy))
     cond = model.check_condition(condition, prompt_mask)
     uncond = None if cfg_scale is None else model.unconditional(cond)
     keys = image_keys(seed, len(jax.tree.leaves(cond)[0]))
+    gate = getattr(policy, "gate", None)
+    if gate is not None:
+        gate.require_rows(len(keys))
     retriever = retriever if policy.uses_retrieval else None
     graph, state = nnx.split(cast(BlendingBackbone, model).fused() if policy.blends else model)
     if mesh is not None:
@@ -248,6 +280,7 @@ def sample(
             raise UserError(f"{len(keys)} prompts do not split evenly over a mesh of data={mesh.shape['data']}")
         cond, uncond, keys = put_rows((cond, uncond, keys), mesh)
         state = put_everywhere(state, mesh)
+        policy = policy if gate is None else put_everywhere(policy, mesh)
     told = None if on_position is None else handles.Handle(on_position)
     listener = None if told is None else np.int32(told.number)
     drawn = _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, listener, return_log_probs)

@@ -4,10 +4,11 @@ import dataclasses
 import enum
 from collections.abc import Callable
 
-from arrag_jax.config import DaidConfig, DrawConfig
+from arrag_jax.config import DaidConfig, DrawConfig, GateConfig, RetrievalConfig
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import DecodePolicy
+from arrag_jax.ops.keys import HIDDEN
 
 
 class Kind(enum.Enum):
@@ -19,11 +20,12 @@ class Kind(enum.Enum):
 
 
 class Search(enum.Enum):
-    """The set of stored images in which a method searches for neighbours."""
+    """Where a method searches for neighbours, and by which keys."""
 
     NONE = enum.auto()
-    STORE = enum.auto()  # the whole store
-    CAPTIONS = enum.auto()  # the stored images whose captions are nearest to the prompt
+    STORE = enum.auto()  # config.retrieval
+    HIDDEN = enum.auto()  # config.hidden: the same store, by the backbone's states
+    CUT = enum.auto()  # config.hidden: the part of the store in cut_store, by the backbone's states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Method:
       model: the model that the method needs.
       policy: returns the method's decode policy for a config.
       search: where the method searches for neighbours.
-      images: returns the number of images to which ``Search.CAPTIONS`` is limited; None for another search.
+      images: returns the number of stored images, those with the captions nearest to the prompt, that the search is
+        limited to; None = it is not limited.
+      gate: returns the settings of the gate of the policy's mixture; None = the mixture has no gate.
       by_default: whether the method is used when no method is requested.
     """
 
@@ -42,33 +46,68 @@ class Method:
     policy: Callable[[DrawConfig], DecodePolicy]
     search: Search = Search.NONE
     images: Callable[[DrawConfig], int] | None = None
+    gate: Callable[[DrawConfig], GateConfig] | None = None
     by_default: bool = True
 
     @property
     def limited(self) -> bool:
         """Whether the search is limited to the images that the prompt selects by their captions."""
-        return self.search is Search.CAPTIONS
+        return self.images is not None
 
 
 def _daid(config: DaidConfig) -> Daid:
-    return Daid(**dataclasses.asdict(config))
+    return Daid(config.weight, config.temperature, config.reduction)
 
 
 def _caption_daid(config: DrawConfig) -> Daid:
     return _daid(config.caption.daid)
 
 
+def _hidden_daid(config: DrawConfig) -> Daid:
+    return _daid(config.hidden.daid)
+
+
+def _gated_daid(config: DrawConfig) -> Daid:
+    return _daid(config.hidden.gated)
+
+
+def _hidden_gate(config: DrawConfig) -> GateConfig:
+    return config.hidden.gated.gate
+
+
 BASELINE = "plain"  # the method with which the others are compared
 # The order is the order of sampling. A name uses only a to z and "+", because it becomes part of file names.
 METHODS = {
     BASELINE: Method(Kind.BASE, lambda c: Plain()),
-    "static": Method(Kind.BASE, _caption_daid, Search.CAPTIONS, lambda c: c.caption.static_images, by_default=False),
-    "daid": Method(Kind.BASE, lambda c: _daid(c.daid), Search.STORE),
-    "caption": Method(Kind.BASE, _caption_daid, Search.CAPTIONS, lambda c: c.caption.images, by_default=False),
+    "static": Method(Kind.BASE, _caption_daid, Search.STORE, lambda c: c.caption.static_images, by_default=False),
+    "daid": Method(Kind.BASE, lambda c: _daid(c.daid), Search.STORE, gate=lambda c: c.daid.gate),
+    "caption": Method(Kind.BASE, _caption_daid, Search.STORE, lambda c: c.caption.images, by_default=False),
+    "hidden": Method(Kind.BASE, _hidden_daid, Search.HIDDEN, by_default=False),
+    "hidden+caption": Method(Kind.BASE, _hidden_daid, Search.HIDDEN, lambda c: c.hidden.images, by_default=False),
+    "gated": Method(Kind.BASE, _gated_daid, Search.HIDDEN, gate=_hidden_gate, by_default=False),
+    "gated+caption": Method(
+        Kind.BASE, _gated_daid, Search.HIDDEN, lambda c: c.hidden.images, _hidden_gate, by_default=False
+    ),
+    "gated+cut": Method(Kind.BASE, _gated_daid, Search.CUT, gate=_hidden_gate, by_default=False),
     "lora": Method(Kind.LORA, lambda c: Plain()),
     "faid": Method(Kind.FAID, lambda c: Faid(), Search.STORE),
     "faid+daid": Method(Kind.FAID, lambda c: Faid(_daid(c.daid)), Search.STORE),
 }
+
+
+def search_config(config: DrawConfig, search: Search) -> RetrievalConfig:
+    """Returns the settings of a search.
+
+    Raises:
+      UserError: if the search needs a store that the config does not name.
+    """
+    if search not in (Search.HIDDEN, Search.CUT):
+        return config.retrieval
+    own = config.hidden
+    store = own.cut_store if search is Search.CUT else own.store or config.retrieval.store
+    if not store:
+        raise UserError("config.hidden.cut_store names no datastore; make one with build_datastore --excess_above")
+    return RetrievalConfig(store, own.k, HIDDEN.name, own.search, own.storage, 0, own.scann)
 
 
 def chosen_methods(names: tuple[str, ...], kinds: set[Kind]) -> tuple[str, ...]:

@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from arrag_jax.config import DaidConfig
+from arrag_jax.decode.gates import Seen
 from arrag_jax.interfaces import Backbone, BlendingBackbone
 from arrag_jax.ops.neighbors import Neighbors
-from arrag_jax.ops.sampling import mix, neighbor_log_probs
+from arrag_jax.ops.sampling import mix, neighbor_log_probs, shares
 
 
 @jax.tree_util.register_dataclass
@@ -37,12 +38,14 @@ class Plain:
 class Daid:
     """The policy that mixes distributions, without training: p = (1 − λ) p_model + λ p_retrieved.
 
-    Source: docs/reference.md "DAiD". λ and τ are leaves of the pytree, so a sweep over them compiles once.
+    Source: docs/reference.md "DAiD". λ and τ are leaves of the pytree, so a sweep over them compiles once. With a gate,
+    λ is multiplied by the gate's factor, which differs between positions.
 
     Attributes:
       weight: λ in [0, 1].
       temperature: τ > 0, in units of squared L2 distance of keys.
       reduction: "max" (the paper) or "sum"; see ``ops.sampling.neighbor_log_probs``.
+      gate: a ``decode.gates.Gate``; None = λ is constant, as in the paper.
 
     Raises:
       UserError: if λ is outside [0, 1], if τ ≤ 0 or is not finite, or if the reduction is unknown. Tracers are not
@@ -52,6 +55,7 @@ class Daid:
     weight: Any  # a number, or an array with one number per row of a ``vmap``; Any, because it may be a tracer
     temperature: Any
     reduction: str = "max"
+    gate: Any = None
     uses_retrieval = True
     blends = False
 
@@ -74,27 +78,46 @@ class Daid:
 
         Rows without a neighbour, and all rows where the position has no context, keep the model's distribution.
         """
-        log_q = neighbor_log_probs(neighbors, log_p.shape[1], self.temperature, self.reduction)
+        log_q = self._retrieved(log_p, neighbors)
         found = jnp.any(neighbors.code >= 0, axis=1)
-        return mix(log_p, log_q, self.weight, found & has_context)
+        weight = self.weight if self.gate is None else self._gated(log_p, log_q, neighbors)
+        return mix(log_p, log_q, weight, found & has_context)
+
+    def weights(
+        self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
+    ) -> Float[Array, " B"]:
+        """Returns the λ of each row; 0 where nothing is mixed."""
+        mixes = jnp.any(neighbors.code >= 0, axis=1) & has_context
+        weight = self.weight
+        if self.gate is not None:
+            weight = self._gated(log_p, self._retrieved(log_p, neighbors), neighbors)
+        return jnp.where(mixes, jnp.asarray(weight, jnp.float32), 0.0)
+
+    def _retrieved(self, log_p: Float[Array, "B V"], neighbors: Neighbors) -> Float[Array, "B V"]:
+        return neighbor_log_probs(neighbors, log_p.shape[1], self.temperature, self.reduction)
+
+    def _gated(
+        self, log_p: Float[Array, "B V"], log_q: Float[Array, "B V"], neighbors: Neighbors
+    ) -> Float[Array, " B"]:
+        return self.weight * self.gate.factor(Seen(log_p, neighbors, shares(neighbors, self.temperature), log_q))
 
 
-def _unflattened(reduction: str, numbers: Iterable[Any]) -> Daid:
+_LEAVES = ("weight", "temperature", "gate")
+
+
+def _unflattened(reduction: str, leaves: Iterable[Any]) -> Daid:
     """Returns a ``Daid`` without checking its leaves, because JAX also puts gradients, shapes and tracers there."""
     policy = object.__new__(Daid)
-    for name, value in zip(("weight", "temperature", "reduction"), (*numbers, reduction), strict=True):
+    for name, value in zip((*_LEAVES, "reduction"), (*leaves, reduction), strict=True):
         object.__setattr__(policy, name, value)
     return policy
 
 
 jax.tree_util.register_pytree_with_keys(
     Daid,
-    lambda x: (
-        ((jax.tree_util.GetAttrKey("weight"), x.weight), (jax.tree_util.GetAttrKey("temperature"), x.temperature)),
-        x.reduction,
-    ),
+    lambda x: (tuple((jax.tree_util.GetAttrKey(name), getattr(x, name)) for name in _LEAVES), x.reduction),
     _unflattened,
-    lambda x: ((x.weight, x.temperature), x.reduction),
+    lambda x: (tuple(getattr(x, name) for name in _LEAVES), x.reduction),
 )
 
 
@@ -127,3 +150,13 @@ class Faid:
     ) -> Float[Array, "B V"]:
         """Returns the distribution that ``mixture`` makes of the model's."""
         return self.mixture.log_probs(log_p, neighbors, has_context)
+
+
+def weights_of(
+    policy: Any, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
+) -> Float[Array, " B"]:
+    """Returns the share λ of the neighbours' distribution in each row; 0 for a policy that mixes nothing."""
+    mixture = policy.mixture if isinstance(policy, Faid) else policy
+    if isinstance(mixture, Daid):
+        return mixture.weights(log_p, neighbors, has_context)
+    return jnp.zeros(len(log_p), jnp.float32)

@@ -10,7 +10,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from arrag_jax import progress
-from arrag_jax.interfaces import Backbone, Condition, DecodePolicy, ImageTokenizer, PromptEncoder, Retriever
+from arrag_jax.interfaces import (
+    Backbone,
+    Condition,
+    DecodePolicy,
+    ImageTokenizer,
+    PromptEncoder,
+    Retriever,
+    StateRetriever,
+)
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.ops.grid import context_codes, context_positions
 from arrag_jax.ops.neighbors import Neighbors, empty_neighbors
@@ -23,11 +31,13 @@ class Found(NamedTuple):
       condition: the condition of the model for these scenes.
       codes: codes of the scenes.
       neighbors: neighbours of every position, B·T rows; empty for a position without a context.
+      captions: the scenes' captions.
     """
 
     condition: Condition
     codes: Int[Array, "B T"]
     neighbors: Neighbors
+    captions: tuple[str, ...]
 
 
 class Scored(NamedTuple):
@@ -36,19 +46,21 @@ class Scored(NamedTuple):
     codes: Int[Array, " n"]
     log_p: Float[Array, "n V"]
     neighbors: Neighbors
+    captions: tuple[str, ...] = ()
 
 
 def look_up(
     tokenizer: ImageTokenizer,
     text: PromptEncoder,
     examples: Sequence[Mapping[str, Any]],
-    retriever: Retriever | None,
+    retriever: Retriever | StateRetriever | None,
     batch_size: int = 50,
-    limit: Callable[[list[str]], Retriever | None] | None = None,
+    limit: Callable[[list[str]], Retriever | StateRetriever | None] | None = None,
 ) -> list[Found]:
     """Returns codes and neighbours of held-out scenes, in batches; shows a progress bar.
 
     Args:
+      tokenizer: encodes the scenes; a search by state also runs it as a ``StatefulBackbone``.
       examples: scenes with "image" uint8 [h, w, 3] and "caption" bytes.
       retriever: None = every neighbour list is empty.
       limit: returns the retriever for the captions of a batch; it replaces ``retriever``.
@@ -61,14 +73,19 @@ def look_up(
     for start in progress.bar(range(0, len(examples), batch_size), desc="searching", unit="batch"):
         rows = slice(start, start + batch_size)
         searched = limit(captions[rows]) if limit else retriever
-        codes, neighbors = _look_up(graph, state, from_uint8(images[rows]), searched)
-        found.append(Found(jax.tree.map(lambda x, rows=rows: jnp.asarray(x[rows]), condition), codes, neighbors))
+        given = jax.tree.map(lambda x, rows=rows: jnp.asarray(x[rows]), condition)
+        codes, neighbors = _look_up(graph, state, from_uint8(images[rows]), given, searched)
+        found.append(Found(given, codes, neighbors, tuple(captions[rows])))
     return found
 
 
 @jax.jit(static_argnums=0)
-def _look_up(graph, state, pixels, retriever):
-    codes, latents = nnx.merge(graph, state).encode_images(pixels)
+def _look_up(graph, state, pixels, condition, retriever):
+    model = nnx.merge(graph, state)
+    codes, latents = model.encode_images(pixels)
+    if isinstance(retriever, StateRetriever):
+        states = model.states(condition, codes)
+        return codes, retriever.search_states(states.reshape(-1, states.shape[2]))
     positions = jnp.asarray(context_positions(*latents.shape[1:3]))
     contexts = context_codes(codes, positions).reshape(-1, 4)
     return codes, retriever.search(contexts) if retriever else empty_neighbors(len(contexts), 1)
@@ -82,31 +99,53 @@ def score_scenes(model: Backbone, found: Sequence[Found], blend: bool = False) -
     """
     graph, state = nnx.split(model)
     bar = progress.bar(found, desc="scoring", unit="batch")
-    return [Scored(part.codes.reshape(-1), _score(graph, state, part, blend), part.neighbors) for part in bar]
+    return [
+        Scored(
+            part.codes.reshape(-1),
+            _score(graph, state, part.condition, part.codes, part.neighbors, blend),
+            part.neighbors,
+            part.captions,
+        )
+        for part in bar
+    ]
 
 
-@jax.jit(static_argnums=(0, 3))
-def _score(graph, state, found, blend):
+@jax.jit(static_argnums=(0, 5))
+def _score(graph, state, condition, codes, neighbors, blend):
     model, blended = nnx.merge(graph, state), None
     if blend:
-        blended = found.neighbors.code[:, : model.blended_neighbors].reshape(*found.codes.shape, -1)
-    log_p = jax.nn.log_softmax(model.teacher_forced(found.condition, found.codes, blended))
+        blended = neighbors.code[:, : model.blended_neighbors].reshape(*codes.shape, -1)
+    log_p = jax.nn.log_softmax(model.teacher_forced(condition, codes, blended))
     return log_p.reshape(-1, log_p.shape[-1])
 
 
-def bits_per_code(scored: Sequence[Scored], policy: DecodePolicy, k: int | None = None) -> float:
+def bits_per_code(
+    scored: Sequence[Scored], policy: DecodePolicy | Callable[[tuple[str, ...]], DecodePolicy], k: int | None = None
+) -> float:
     """Returns the mean −log2 p of the true codes under a policy, over all positions, also those without a context.
 
     Args:
+      policy: the policy, or a function from the captions of a batch to their policy, for one with a gate.
       k: use only the k nearest neighbours; None = all that were retrieved.
     """
-    total = sum(float(_bits(part, policy, k)) for part in scored)
-    return total / sum(len(part.codes) for part in scored)
+    return float(np.concatenate(bits_of_codes(scored, policy, k)).mean())
 
 
-@jax.jit(static_argnums=2)
-def _bits(part: Scored, policy: DecodePolicy, k: int | None) -> Float[Array, ""]:
-    nearest = jax.tree.map(lambda x: x[:, :k], part.neighbors)
+def bits_of_codes(
+    scored: Sequence[Scored], policy: DecodePolicy | Callable[[tuple[str, ...]], DecodePolicy], k: int | None = None
+) -> list[Float[np.ndarray, " n"]]:
+    """Returns −log2 p of the true code at every position of each batch; arguments as in ``bits_per_code``."""
+
+    def bits(part: Scored) -> np.ndarray:
+        own = policy if isinstance(policy, DecodePolicy) else policy(part.captions)
+        return np.asarray(_bits(part.codes, part.log_p, part.neighbors, own, k), np.float64)
+
+    return [bits(part) for part in scored]
+
+
+@jax.jit(static_argnums=4)
+def _bits(codes, log_p, neighbors, policy, k):
+    nearest = jax.tree.map(lambda x: x[:, :k], neighbors)
     # Positions without a context have empty neighbour lists, so a policy does not change their distributions.
-    log_p = policy.log_probs(part.log_p, nearest, jnp.asarray(True))
-    return -jnp.take_along_axis(log_p, part.codes[:, None], 1).sum() / jnp.log(2.0)
+    log_p = policy.log_probs(log_p, nearest, jnp.asarray(True))
+    return -jnp.take_along_axis(log_p, codes[:, None], 1)[:, 0] / jnp.log(2.0)

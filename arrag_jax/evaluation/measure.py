@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 
 from arrag_jax import signals
 from arrag_jax.config import DrawConfig, MeshConfig
-from arrag_jax.decode.methods import BASELINE, METHODS
+from arrag_jax.decode.methods import BASELINE, METHODS, Search
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import sweeps
 from arrag_jax.evaluation.benchmarks import open_benchmark
@@ -103,14 +103,16 @@ def likelihoods(pipeline: Pipeline, source: Sequence[Mapping[str, Any]]) -> dict
         found, scored = {}, {}  # methods share results of the same search, and distributions of the same model
         for method in pipeline.methods:
             model, policy = pipeline.model_of(method), pipeline.policy(method)
-            search = method if METHODS[method].limited else ""
+            limited, kind = METHODS[method].limited, METHODS[method].search
+            search = method if limited else kind.name
             if search not in found:
-                limit = functools.partial(pipeline.retriever_for, method) if search else None
-                found[search] = look_up(pipeline.model, pipeline.text, examples, pipeline.retriever, limit=limit)
+                limit = functools.partial(pipeline.retriever_for, method) if limited else None
+                retriever = None if kind is Search.NONE or limited else pipeline.search_of(method).retriever
+                found[search] = look_up(pipeline.model, pipeline.text, examples, retriever, limit=limit)
             key = id(model), policy.blends, search
             if key not in scored:
                 scored[key] = score_scenes(model, found[search], policy.blends)
-            bits[method].append(bits_per_code(scored[key], policy))
+            bits[method].append(bits_per_code(scored[key], functools.partial(pipeline.policy, method)))
     figures: dict[str, dict[str, Any]] = {method: mean_and_std(values) for method, values in bits.items() if values}
     for method in figures if BASELINE in figures else ():
         figures[method]["gain"] = mean_and_std(list(np.subtract(bits[BASELINE], bits[method])))

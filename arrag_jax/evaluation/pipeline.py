@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -10,20 +10,23 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Int, UInt8
 
 from arrag_jax import progress
-from arrag_jax.config import DrawConfig
-from arrag_jax.decode.loop import SampleOutput, require_blenders, sample
-from arrag_jax.decode.methods import METHODS, Kind, Search, chosen_methods
+from arrag_jax.config import DrawConfig, RetrievalConfig
+from arrag_jax.decode.loop import SampleOutput, require_blenders, require_states, sample
+from arrag_jax.decode.methods import METHODS, Kind, Method, Search, chosen_methods, search_config
 from arrag_jax.errors import UserError
-from arrag_jax.interfaces import DecodePolicy, ImageModel, PromptEncoder, Retriever
+from arrag_jax.evaluation.trust import Trust
+from arrag_jax.interfaces import DecodePolicy, ImageModel, PromptEncoder, Retriever, StateRetriever
 from arrag_jax.mesh import make_mesh
 from arrag_jax.models.checkpoint import config_of, load_model, load_prompts, sample_hashes
 from arrag_jax.models.weights import parameters
 from arrag_jax.nn.vq import to_uint8
+from arrag_jax.ops.keys import HIDDEN
 from arrag_jax.processes import require_same
-from arrag_jax.retrieval.captions import CaptionIndex, LimitedRetriever
-from arrag_jax.retrieval.load import index_hash_of, load_retriever, open_store
+from arrag_jax.retrieval.captions import LimitedRetriever
+from arrag_jax.retrieval.load import as_asked, backbone_of, index_hash_of, load_retriever, open_store
 from arrag_jax.store.datastore import Datastore
 
+AnyRetriever = Retriever | StateRetriever
 LARGE_MODEL = 10**8  # parameters; with more, one image takes minutes on a CPU
 
 
@@ -39,6 +42,22 @@ class Batch(NamedTuple):
     numbers: Int[np.ndarray, " n"]
     images: UInt8[np.ndarray, "n h w 3"]
     drawn: SampleOutput
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenSearch:
+    """A store and the search over it.
+
+    Attributes:
+      config: the settings of the search.
+      retriever: searches the whole store; None if no requested method does.
+      trust: the store's captions, and how well the model knows its images.
+    """
+
+    config: RetrievalConfig
+    store: Datastore
+    retriever: AnyRetriever | None
+    trust: Trust
 
 
 class PositionBar:
@@ -64,9 +83,7 @@ class Pipeline:
       methods: the requested methods, in the order of ``METHODS``.
       model: the base model, whose tokenizer all methods use.
       tuned: the models of the other methods, by method.
-      store: None if no requested method retrieves.
-      retriever: searches the whole store; None if no requested method does this.
-      captions: the store's captions; None if no requested method reads them.
+      searches: what the methods search; empty if no requested method retrieves.
       mesh: None = one device.
       folders: folders of the methods' models, by method.
     """
@@ -76,22 +93,41 @@ class Pipeline:
     model: ImageModel
     tuned: dict[str, ImageModel]
     text: PromptEncoder
-    store: Datastore | None
-    retriever: Retriever | None
-    captions: CaptionIndex | None = None
+    searches: Mapping[Search, OpenSearch]
     mesh: Mesh | None = None
     folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
     bar: PositionBar = dataclasses.field(default_factory=PositionBar)
 
     @property
-    def datastore(self) -> Datastore:
-        """``store``, where a method retrieves."""
-        assert self.store is not None
-        return self.store
+    def store(self) -> Datastore | None:
+        """``datastore``; None if no requested method retrieves."""
+        return self.datastore if self.searches else None
 
-    def policy(self, method: str) -> DecodePolicy:
-        """Returns the policy of a method."""
-        return METHODS[method].policy(self.config)
+    @property
+    def datastore(self) -> Datastore:
+        """The store of ``config.retrieval``; if no method searches it, that of another search."""
+        return (self.searches.get(Search.STORE) or next(iter(self.searches.values()))).store
+
+    @property
+    def retriever(self) -> AnyRetriever | None:
+        """The search of ``config.retrieval``; None if no requested method searches the whole store."""
+        return self.searches[Search.STORE].retriever if Search.STORE in self.searches else None
+
+    def search_of(self, method: str) -> OpenSearch:
+        """Returns what a method that retrieves searches."""
+        return self.searches[METHODS[method].search]
+
+    def policy(self, method: str, prompts: Sequence[str] = ()) -> DecodePolicy:
+        """Returns the policy of a method.
+
+        Args:
+          prompts: the prompts that are drawn, for the method's gate; () = the policy without its gate.
+        """
+        chosen = METHODS[method]
+        policy, gate = chosen.policy(self.config), chosen.gate(self.config) if chosen.gate else None
+        if not prompts or gate is None or not gate.features:
+            return policy
+        return dataclasses.replace(cast(Any, policy), gate=self.search_of(method).trust.gate(gate, prompts))
 
     def model_of(self, method: str) -> ImageModel:
         """Returns the model that a method uses."""
@@ -99,21 +135,28 @@ class Pipeline:
 
     def index_hash(self, method: str = "") -> str:
         """Returns the hash of the saved index that a method (or any method) searches; empty if it searches none."""
-        return "" if method and METHODS[method].limited else index_hash_of(self.retriever)
+        if not method:
+            return next(filter(None, (index_hash_of(x.retriever) for x in self.searches.values())), "")
+        searches = METHODS[method].search is not Search.NONE and not METHODS[method].limited
+        return index_hash_of(self.search_of(method).retriever) if searches else ""
 
-    def retriever_for(self, method: str, prompts: Sequence[str]) -> Retriever | None:
+    def retriever_for(self, method: str, prompts: Sequence[str]) -> AnyRetriever | None:
         """Returns the retriever that a method uses for these prompts."""
+        if METHODS[method].search is Search.NONE:
+            return None
+        opened = self.search_of(method)
         if not METHODS[method].limited:
-            return self.retriever
-        config, images = self.config.retrieval, self.images_for(method, prompts)
-        k = min(config.k, images.shape[1] * self.datastore.settings.patches_per_image)
-        return LimitedRetriever.create(self.datastore, images, config.keys, k)
+            return opened.retriever
+        config, images = opened.config, self.images_for(method, prompts)
+        k = min(config.k, images.shape[1] * (opened.store.num_rows(config.keys) // opened.store.num_images))
+        limited = LimitedRetriever.create(opened.store, images, config.keys, k)
+        return as_asked(limited, opened.store, config.keys)
 
     def images_for(self, method: str, prompts: Sequence[str]) -> Int[np.ndarray, "B M"]:
-        """Returns the stored images that a method with ``Search.CAPTIONS`` searches for each prompt."""
-        count = METHODS[method].images
-        assert self.captions is not None and count is not None
-        return self.captions.nearest(prompts, count(self.config))
+        """Returns the stored images that a limited method searches for each prompt."""
+        count, opened = METHODS[method].images, self.search_of(method)
+        assert count is not None
+        return opened.trust.captions.nearest(prompts, min(count(self.config), opened.store.num_images))
 
     def reports_every_position(self, method: str) -> bool:
         """Returns whether a method's decode loop calls the host at every position, for the progress bar.
@@ -121,9 +164,16 @@ class Pipeline:
         JAX's persistent cache does not keep a program that calls the host. Therefore a loop calls it only if it calls
         the host anyway, to search, or if generating takes far longer than compiling.
         """
-        on_host = METHODS[method].search is Search.STORE and self.config.retrieval.search == "scann"
+        on_host = METHODS[method].search is not Search.NONE and not METHODS[method].limited
+        on_host = on_host and self.search_of(method).config.search == "scann"
         size = sum(int(value[...].size) for value in parameters(self.model_of(method)).values())
         return on_host or size >= LARGE_MODEL
+
+    def _patches(self, method: str, source: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+        """Returns stored rows as numbers of patches with a context, which provenance works with; -1 for other rows."""
+        if METHODS[method].search is Search.NONE or self.search_of(method).config.keys != HIDDEN.name:
+            return source
+        return HIDDEN.patches(source, self.model.grid)
 
     def draw(
         self,
@@ -154,11 +204,12 @@ class Pipeline:
                 rows, keep = np.resize(numbers, size), len(numbers)
                 drawn_here = [prompts[int(i)] for i in rows]
                 result = sample(
-                    self.model_of(method), self.text(drawn_here, length), self.policy(method),
+                    self.model_of(method), self.text(drawn_here, length), self.policy(method, drawn_here),
                     self.retriever_for(method, drawn_here), seed=seeds[rows], on_position=on_position, mesh=self.mesh,
                     **dataclasses.asdict(self.config.sampling),
                 )  # fmt: skip
                 drawn = jax.tree.map(lambda x, keep=keep: np.asarray(x)[:keep], result)
+                drawn = drawn._replace(source=self._patches(method, drawn.source))
                 pixels = to_uint8(self.model.decode_codes(np.asarray(result.codes), *self.model.grid))
                 jax.effects_barrier()
                 if on_position is None:
@@ -194,19 +245,37 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = ()) -> Pipeline:
         if loaded[folder].fingerprint != model.fingerprint:
             raise UserError(f"{folder} has another image tokenizer than {config.model}; tune it from that model")
     tuned = {name: loaded[folder] for name, folder in where.items() if METHODS[name].model is not Kind.BASE}
-    store = retriever = captions = None
     limited = [name for name in chosen if METHODS[name].limited]
-    if limited:
-        if mesh is not None:
-            raise UserError(
-                f"methods that search by caption ({', '.join(limited)}) run on one device; "
-                "give --config.mesh.data=1 --config.mesh.fsdp=1"
-            )
-        store, _ = open_store(config.retrieval, model.fingerprint)
-        captions = CaptionIndex(store.captions)
-    if any(METHODS[name].search is Search.STORE for name in chosen):
-        store, retriever = load_retriever(config.retrieval, model.fingerprint, mesh, "fsdp", "data")
-        for name in chosen:
-            if METHODS[name].policy(config).blends:
-                require_blenders(tuned[name], retriever)
-    return Pipeline(config, chosen, model, tuned, text, store, retriever, captions, mesh, where)
+    if limited and mesh is not None:
+        raise UserError(
+            f"methods that search by caption ({', '.join(limited)}) run on one device; "
+            "give --config.mesh.data=1 --config.mesh.fsdp=1"
+        )
+    users = {search: [METHODS[name] for name in chosen if METHODS[name].search is search] for search in Search}
+    searches: dict[Search, OpenSearch] = {
+        search: _open_search(config, search, methods, model, mesh)
+        for search, methods in users.items()
+        if search is not Search.NONE and methods
+    }
+    for name in chosen:
+        policy, opened = METHODS[name].policy(config), searches.get(METHODS[name].search)
+        if opened is not None and isinstance(opened.retriever, StateRetriever):
+            require_states(model, policy)
+        elif opened is not None and policy.blends:
+            require_blenders(tuned[name], cast(Retriever, opened.retriever))
+    return Pipeline(config, chosen, model, tuned, text, searches, mesh, where)
+
+
+def _open_search(
+    config: DrawConfig, search: Search, methods: Sequence[Method], model: ImageModel, mesh: Mesh | None
+) -> OpenSearch:
+    """Returns a search that these methods use; the whole store is searched only if one of them is not limited."""
+    asked = search_config(config, search)
+    backbone = backbone_of(model, asked.keys)
+    if all(method.limited for method in methods):
+        store, retriever = open_store(asked, model.fingerprint, backbone)[0], None
+    else:
+        store, retriever = load_retriever(asked, model.fingerprint, mesh, "fsdp", "data", backbone)
+    if any(method.limited for method in methods):
+        _ = store.captions  # raises now, not after the first batches
+    return OpenSearch(asked, store, retriever, Trust(store))

@@ -46,7 +46,8 @@ def page_and_record(
         "distance", stored "image" and "image_cell" of the nearest neighbour with this code, all null if there is none.
         "copies": number of stored patches with the same context and code, in "images" different images; "image" is the
         one of them with the most credit. "common": whether these are too many to be informative. "retrieved":
-        probability that the code was sampled from the retrieved distribution, or null. "log_p" of the code;
+        probability that the code was sampled from the retrieved distribution, or null. "weight": the share λ of the
+        retrieved distribution at the position. "log_p" of the code;
         "log_p_moved", the same minus its value before retrieval, null if the model alone never samples the code.
     """
     studied = _study(pipeline, method, prompt, drawn)
@@ -58,7 +59,7 @@ def page_and_record(
     moved = np.asarray(drawn.log_p - drawn.log_p_model).reshape(pipeline.model.grid)
     names = {number: studied.sources[number] for number in shown}
     mixed = studied.retrieved is not None
-    page = provenance_page(image, origin, moved if mixed else None, _stored_images(pipeline, shown), names)
+    page = provenance_page(image, origin, moved if mixed else None, _stored_images(pipeline, method, shown), names)
     return page, record
 
 
@@ -79,10 +80,10 @@ class Studied(NamedTuple):
 
 
 def _study(pipeline: Pipeline, method: str, prompt: str, drawn: SampleOutput) -> Studied:
-    stored = pipeline.datastore.codes
+    store = pipeline.search_of(method).store
     searched = pipeline.images_for(method, [prompt]) if METHODS[method].limited else None
-    found = origins(np.asarray(drawn.source), stored, None if searched is None else searched[0])
-    return Studied(stored, pipeline.datastore.sources, found, share_of_draws(drawn, pipeline.policy(method)))
+    found = origins(np.asarray(drawn.source), store.codes, None if searched is None else searched[0])
+    return Studied(store.codes, store.sources, found, share_of_draws(drawn, pipeline.policy(method)))
 
 
 def share_of_draws(drawn: SampleOutput, policy: DecodePolicy) -> Float[np.ndarray, "*n"] | None:
@@ -102,7 +103,8 @@ def share_of_draws(drawn: SampleOutput, policy: DecodePolicy) -> Float[np.ndarra
     mixture = policy.mixture if isinstance(policy, Faid) else policy
     if not isinstance(mixture, Daid):
         return None
-    kept = (1.0 - float(mixture.weight)) * np.exp(np.asarray(drawn.log_p_model, np.float64) - drawn.log_p)
+    moved = np.asarray(drawn.log_p_model, np.float64) - drawn.log_p
+    kept = (1.0 - np.asarray(drawn.weight, np.float64)) * np.exp(moved)
     return np.where(np.asarray(drawn.rank) >= 0, np.clip(1.0 - kept, 0.0, 1.0), 0.0)
 
 
@@ -172,6 +174,7 @@ def _cell(
         "images": int(found.images[position]),
         "common": bool(found.common[position]),
         "retrieved": None if retrieved is None else round(float(retrieved[position]), 4),
+        "weight": round(float(drawn.weight[position]), 4),
         "log_p": round(float(drawn.log_p[position]), 4),
         "log_p_moved": round(float(moved), 4) if np.isfinite(moved) else None,
     }
@@ -211,12 +214,12 @@ def _runs(
     return copied_runs(codes.reshape(height, width), stored[looked_at[:, 0]], looked_at[:, 1:])
 
 
-def _stored_images(pipeline: Pipeline, images: Sequence[int]) -> dict[int, UInt8[np.ndarray, "h w 3"]]:
+def _stored_images(pipeline: Pipeline, method: str, images: Sequence[int]) -> dict[int, UInt8[np.ndarray, "h w 3"]]:
     """Returns at most ``THUMBNAILS`` stored images by number.
 
     The batch is padded to this size, so that only one shape is compiled.
     """
     rows = np.resize(np.asarray(images, np.int64), THUMBNAILS)
-    codes = pipeline.datastore.codes[rows].reshape(THUMBNAILS, -1).astype(np.int32)
+    codes = pipeline.search_of(method).store.codes[rows].reshape(THUMBNAILS, -1).astype(np.int32)
     pictures = np.asarray(to_uint8(pipeline.model.decode_codes(codes, *pipeline.model.grid)))
     return dict(zip(images, pictures, strict=False))

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from arrag_jax.decode.methods import METHODS, Search
+from arrag_jax.decode.methods import METHODS
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.pipeline import Pipeline
 from arrag_jax.figures.canvas import RGBImage
@@ -68,14 +68,16 @@ def _method(pipeline: Pipeline, method: str) -> dict[str, Any]:
     facts: dict[str, Any] = {"model": folder, "model_sha256": _sha256_of_model(folder)}
     if not policy.uses_retrieval:
         return facts
-    facts |= {"store": config.retrieval.store, "store_fingerprint": pipeline.datastore.store_fingerprint}
-    index = index_directory(pipeline.datastore, config.retrieval.keys) / INDEX_RECORD
-    search = METHODS[method].search
-    if config.retrieval.search == "scann" and search is Search.STORE and index.exists():
+    opened, chosen = pipeline.search_of(method), METHODS[method]
+    facts |= {"store": opened.config.store, "store_fingerprint": opened.store.store_fingerprint}
+    index = index_directory(opened.store, opened.config.keys) / INDEX_RECORD
+    if opened.config.search == "scann" and not chosen.limited and index.exists():
         facts["index"] = sha256_of(index)
-    if search is Search.CAPTIONS:
-        facts["caption"] = dataclasses.asdict(config.caption)
-    return facts | {"retrieval": dataclasses.asdict(config.retrieval), "policy": dataclasses.asdict(policy)}
+    if chosen.images:
+        facts["caption"] = {"images": chosen.images(config)}
+    if chosen.gate:
+        facts["gate"] = dataclasses.asdict(chosen.gate(config))
+    return facts | {"retrieval": dataclasses.asdict(opened.config), "policy": dataclasses.asdict(policy)}
 
 
 def _sha256_of_model(folder: str) -> str:

@@ -90,19 +90,19 @@ class Janus(LlamaBackbone):
         cells = self.grid[0] * self.grid[1]
         return x[:, -1], self.language_model.prefill(x[:, :-1], mask[:, :-1], cells, blended_rows)
 
-    def forward(
+    def forward_states(
         self,
         condition: Prompts,
         codes: Int[Array, "B T"],
         neighbors: Int[Array, "B T K"] | None = None,
         conditional: Bool[Array, " B"] | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> tuple[Float[Array, "B T V"], Float[Array, " blenders"]]:
-        """Returns the logits of ``teacher_forced`` and each blender's mean gate, which training needs.
+    ) -> tuple[Float[Array, "B T D"], Float[Array, " blenders"]]:
+        """Returns the states of all positions and each blender's mean gate.
 
         Args:
           condition: token ids and mask.
-          codes: row t of the logits predicts ``codes[:, t]``.
+          codes: state t predicts ``codes[:, t]``.
           neighbors: retrieved codes, -1 where absent; None = no blending.
           conditional: True for rows that have their caption; blenders do nothing in the other rows.
           rngs: for dropout; None = no dropout.

@@ -1,6 +1,7 @@
 """The common part of models that generate codes with a Llama decoder: steps, scores, FAiD's blenders and LoRA."""
 
 import dataclasses
+import hashlib
 import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,19 +15,21 @@ from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import ArrayLike, Cache, Condition
 from arrag_jax.models.vq_images import VQImages, check_ids
+from arrag_jax.models.weights import parameters
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.transformer import Llama
 from arrag_jax.nn.vq import VQTokenizer
 
+PROBED = 4096  # numbers of each parameter that a fingerprint covers
 Model = TypeVar("Model", bound="LlamaBackbone")
 
 
 class LlamaBackbone(VQImages):
     """Implements ``interfaces.TunableModel`` with a ``Llama``.
 
-    A subclass defines ``check_condition``, ``unconditional``, ``prefill``, ``embed_codes``, ``forward``, ``part_names``
-    and these attributes.
+    A subclass defines ``check_condition``, ``unconditional``, ``prefill``, ``embed_codes``, ``forward_states``,
+    ``part_names`` and these attributes.
 
     Attributes:
       config: a ``models.shape.ModelShape``.
@@ -52,14 +55,14 @@ class LlamaBackbone(VQImages):
 
         def embed_codes(self, codes: Int[Array, "*dims"]) -> Float[Array, "*dims D"]: ...
 
-        def forward(
+        def forward_states(
             self,
             condition: Condition,
             codes: Int[Array, "B T"],
             neighbors: Int[Array, "B T K"] | None = None,
             conditional: Bool[Array, " B"] | None = None,
             rngs: nnx.Rngs | None = None,
-        ) -> tuple[Float[Array, "B T V"], Float[Array, " blenders"]]: ...
+        ) -> tuple[Float[Array, "B T D"], Float[Array, " blenders"]]: ...
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -70,6 +73,22 @@ class LlamaBackbone(VQImages):
     def image_size(self) -> tuple[int, int]:
         """Height and width of an image of this grid in pixels."""
         return self.config.image_size
+
+    @property
+    def backbone_fingerprint(self) -> str:
+        """Identity of everything that determines the hidden states: sixteen hex digits.
+
+        It covers ``PROBED`` evenly spaced numbers of each parameter outside the tokenizer, rounded to bfloat16, so that
+        models that differ only in their dtype have the same fingerprint.
+        """
+        digest = hashlib.sha256()
+        for name, value in sorted(parameters(self).items()):
+            if not name.startswith("gen_vision_model."):
+                flat = value[...].reshape(-1)
+                probed = flat[np.linspace(0, flat.size - 1, min(PROBED, flat.size)).astype(np.int64)]
+                digest.update(f"{name} {value.shape}".encode())
+                digest.update(np.asarray(probed.astype(jnp.bfloat16)).tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def blended_neighbors(self) -> int:
@@ -145,14 +164,41 @@ class LlamaBackbone(VQImages):
         position: Int[Array, ""],
         features: Float[Array, "B K D"] | None = None,
     ) -> tuple[Float[Array, "R V"], Cache]:
-        """Returns the logits of the code at ``position`` and the updated cache.
+        """Returns the logits of the code at ``position`` and the updated cache; arguments as in ``step_state``."""
+        state, cache = self.step_state(hidden, cache, position, features)
+        return self.logits(state), cache
+
+    def step_state(
+        self,
+        hidden: Float[Array, "R D"],
+        cache: Cache,
+        position: Int[Array, ""],
+        features: Float[Array, "B K D"] | None = None,
+    ) -> tuple[Float[Array, "R D"], Cache]:
+        """Returns the state from which the code at ``position`` is predicted, and the updated cache.
 
         Args:
           hidden: embedding of the token before ``position``.
           features: features of the neighbors for FAiD's blenders.
         """
-        hidden, cache = self.language_model.step(hidden, cache, position, self.grid, features)
-        return self.gen_head(hidden).astype(jnp.float32), cache
+        return self.language_model.step(hidden, cache, position, self.grid, features)
+
+    def logits(self, state: Float[Array, "*dims D"]) -> Float[Array, "*dims V"]:
+        """Returns the float32 logits of codes that states predict."""
+        return self.gen_head(state).astype(jnp.float32)
+
+    def states(
+        self,
+        condition: Condition,
+        codes: Int[Array, "B T"],
+        neighbors: Int[Array, "B T K"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns the states of all positions at once; state t predicts ``codes[:, t]``.
+
+        Args:
+          neighbors: retrieved codes, -1 where absent; None = FAiD's blenders, if any, are skipped.
+        """
+        return self.forward_states(condition, codes, neighbors)[0]
 
     def teacher_forced(
         self,
@@ -160,12 +206,20 @@ class LlamaBackbone(VQImages):
         codes: Int[Array, "B T"],
         neighbors: Int[Array, "B T K"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Returns the logits of all positions at once; row t predicts ``codes[:, t]``.
+        """Returns the logits of the ``states``."""
+        return self.logits(self.states(condition, codes, neighbors))
 
-        Args:
-          neighbors: retrieved codes, -1 where absent; None = FAiD's blenders, if any, are skipped.
-        """
-        return self.forward(condition, codes, neighbors)[0]
+    def forward(
+        self,
+        condition: Condition,
+        codes: Int[Array, "B T"],
+        neighbors: Int[Array, "B T K"] | None = None,
+        conditional: Bool[Array, " B"] | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[Float[Array, "B T V"], Float[Array, " blenders"]]:
+        """Returns the logits of the states of ``forward_states``, and each blender's mean gate."""
+        states, gates = self.forward_states(condition, codes, neighbors, conditional, rngs)
+        return self.logits(states), gates
 
     def continued(
         self,
@@ -176,18 +230,18 @@ class LlamaBackbone(VQImages):
         neighbors: Int[Array, "B T K"] | None,
         conditional: Bool[Array, " B"] | None,
         rngs: nnx.Rngs | None,
-    ) -> tuple[Float[Array, "B T V"], Float[Array, " blenders"]]:
-        """Returns the logits of codes after an embedded condition, and each blender's mean gate.
+    ) -> tuple[Float[Array, "B T D"], Float[Array, " blenders"]]:
+        """Returns the states of codes after an embedded condition, and each blender's mean gate.
 
         Args:
           positions: rotary positions of the S = L + T - 1 tokens.
           filled: True for tokens that later tokens may attend to.
-          codes, neighbors, conditional, rngs: as in ``forward``.
+          codes, neighbors, conditional, rngs: as in ``forward_states``.
         """
         x = jnp.concatenate([condition, self.embed_codes(codes[:, :-1])], axis=1)
         features = None if neighbors is None else self.retrieved_features(neighbors)
         hidden, gates = self.language_model.forward(x, positions, filled, self.grid, features, conditional, rngs)
-        return self.gen_head(hidden[:, -codes.shape[1] :]).astype(jnp.float32), gates
+        return hidden[:, -codes.shape[1] :], gates
 
     def score(
         self,

@@ -117,19 +117,19 @@ class LlamaGen(LlamaBackbone):
         # The last token may be a pad. A pad attends to itself, and no later token attends to it.
         return x[:, -1], cache._replace(filled=cache.filled.at[:, x.shape[1] - 1].set(mask[:, -1]))
 
-    def forward(
+    def forward_states(
         self,
         condition: Classes | Features,
         codes: Int[Array, "B T"],
         neighbors: Int[Array, "B T K"] | None = None,
         conditional: Bool[Array, " B"] | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> tuple[Float[Array, "B T V"], Float[Array, " blenders"]]:
-        """Returns the logits of ``teacher_forced`` and each blender's mean gate, which training needs.
+    ) -> tuple[Float[Array, "B T D"], Float[Array, " blenders"]]:
+        """Returns the states of all positions and each blender's mean gate.
 
         Args:
           condition: classes, or features and mask.
-          codes: row t of the logits predicts ``codes[:, t]``.
+          codes: state t predicts ``codes[:, t]``.
           neighbors: retrieved codes, -1 where absent; None = no blending.
           conditional: True for rows that have their caption; blenders do nothing in the other rows.
           rngs: for dropout; None = no dropout.

@@ -3,6 +3,8 @@
 All values are float32 and in log space. A code with the value -inf cannot be drawn.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -79,14 +81,26 @@ def neighbor_log_probs(
     return jnp.where(jnp.any(neighbors.code >= 0, axis=1, keepdims=True), jax.nn.log_softmax(total), -jnp.inf)
 
 
+def shares(neighbors: Neighbors, temperature: float | Float[Array, ""]) -> Float[Array, "B K"]:
+    """Returns softmax(−d/τ) over the neighbours of each row; 0 in empty slots."""
+    score = -neighbors.distance / temperature
+    best = jnp.max(score, axis=1, keepdims=True)
+    weight = jnp.exp(score - jnp.where(jnp.isfinite(best), best, 0.0))
+    return weight / jnp.maximum(weight.sum(1, keepdims=True), 1e-30)
+
+
 def mix(
-    log_p: Float[Array, "B V"], log_q: Float[Array, "B V"], weight: float | Float[Array, ""], where: Bool[Array, " B"]
+    log_p: Float[Array, "B V"], log_q: Float[Array, "B V"], weight: Any, where: Bool[Array, " B"]
 ) -> Float[Array, "B V"]:
     """Returns log((1 − weight) p + weight q) in the rows ``where``, and log p in the others.
 
     Weight 0 returns exactly log p, bit by bit.
+
+    Args:
+      weight: one number, or one per row.
     """
     weight = jnp.asarray(weight, jnp.float32)
+    weight = weight[:, None] if weight.ndim else weight
     mixed = jnp.logaddexp(jnp.log1p(-weight) + log_p, jnp.log(weight) + log_q)
     return jnp.where(where[:, None], mixed, log_p)
 

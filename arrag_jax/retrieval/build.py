@@ -4,26 +4,31 @@ It is part of ``retrieval`` because the package ``store`` does not depend on ind
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from arrag_jax.config import DatastoreConfig, ScannOptions
 from arrag_jax.errors import UserError
-from arrag_jax.models.checkpoint import load_tokenizer
+from arrag_jax.interfaces import StatefulBackbone
+from arrag_jax.models.checkpoint import load_model, load_prompts, load_tokenizer
+from arrag_jax.ops.keys import HIDDEN
 from arrag_jax.processes import require_same
 from arrag_jax.retrieval import index
 from arrag_jax.retrieval import report as measure
 from arrag_jax.retrieval.load import settled
-from arrag_jax.retrieval.scann import BY_RULE
+from arrag_jax.retrieval.scann_rules import BY_RULE
 from arrag_jax.store import from_images, segments
 from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.hidden_building import add_hidden
 from arrag_jax.store.images import told_of
 from arrag_jax.store.shards import MANIFEST
-from arrag_jax.store.workers import workers_in
+from arrag_jax.store.workers import Workers, workers_in
 
 
 def build(config: DatastoreConfig | None, directory: Path, append: bool = False, keep_duplicates: bool = False) -> None:
@@ -47,14 +52,17 @@ def build(config: DatastoreConfig | None, directory: Path, append: bool = False,
         _finish(Datastore.open(directory), None, start)
         return
     with workers_in(directory, jax.process_index(), jax.process_count()) as workers:
+        asked, config = config, _without_hidden(config)
         tokenizer = load_tokenizer(config.model)
         require_same({f"tokenizer of {config.model}": tokenizer.fingerprint}, "model")
         config = from_images.with_what_is_held(config, directory, tokenizer, workers, append)
         what = (config, directory, tokenizer, workers, keep_duplicates)
-        store = from_images.add(*what, partial(_new_indexes, config)) if append else from_images.build(*what)
+        store = from_images.add(*what, partial(_new_indexes, asked)) if append else from_images.build(*what)
+        if HIDDEN.name in asked.keys:
+            store = _with_hidden(store or Datastore.open(directory), asked, workers)
         if workers.leads:
             assert store is not None  # who leads has images, or has told that there are none
-            _finish(store, config, start)
+            _finish(store, asked, start)
         else:
             workers.wait_for_leader_to_leave()
 
@@ -98,9 +106,28 @@ def report(directory: Path, options: ScannOptions = BY_RULE) -> None:
             print(f"{name:20}{figure:>16,.4f}" if isinstance(figure, float) else f"{name:20}{figure:>16,}")
 
 
+def _without_hidden(config: DatastoreConfig) -> DatastoreConfig:
+    """Returns the config of the store's own files, which hold no hidden keys."""
+    if HIDDEN.name not in config.keys:
+        return config
+    rest = tuple(kind for kind in config.keys if kind != HIDDEN.name) or DatastoreConfig.keys
+    indexes = tuple(kind for kind in config.indexes if kind != HIDDEN.name)
+    return dataclasses.replace(config, keys=rest, indexes=indexes, captions=True)
+
+
+def _with_hidden(store: Datastore, config: DatastoreConfig, workers: Workers | None = None) -> Datastore:
+    """Returns the store with the hidden keys of the config's model; builds those that are missing."""
+    model: Any = load_model(config.model)
+    if not isinstance(model, StatefulBackbone):
+        raise UserError(f"{config.model} has no backbone that gives its states; hidden keys need one")
+    text, numbers = load_prompts(config.model), config.hidden_numbers
+    return add_hidden(store, model, text, numbers, config.batch_size, config.model, workers)
+
+
 @contextlib.contextmanager
 def _new_indexes(config: DatastoreConfig, store: Datastore) -> Iterator[None]:
-    """Builds the config's indexes in temporary folders; on exit they replace the old indexes."""
+    """Builds the config's hidden keys and its indexes in temporary folders; on exit they replace the old indexes."""
+    store = _with_hidden(store, config) if HIDDEN.name in config.keys else store
     with contextlib.ExitStack() as stack:
         for kind in config.indexes:
             stack.enter_context(index.new_index(store, kind, config.scann, config.index_shards))
@@ -117,7 +144,8 @@ def _finish(store: Datastore, config: DatastoreConfig | None, start: float) -> N
     for kind in kinds:
         index.refresh_index(store, kind, *options)
     size = sum(path.stat().st_size for path in store.directory.rglob("*") if path.is_file())
-    there = ", ".join(kind for kind in store.settings.keys if index.fits(store, kind))
+    held = (*store.settings.keys, HIDDEN.name) if store.backbone else store.settings.keys
+    there = ", ".join(kind for kind in held if index.fits(store, kind))
     indexes = f"ScaNN over {there} keys" if there else "no index"
     left_out = told_of(store.wholes, "that cannot be read", store.num_duplicates)
     wordless = f" ({sum(not words for words in store.captions):,} without caption)" if store.settings.captions else ""

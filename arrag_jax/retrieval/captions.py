@@ -18,11 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
-from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.keys import KEY_KINDS
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.dense import SCORE_BYTES, DenseRetriever
-from arrag_jax.retrieval.patches import Patches
+from arrag_jax.retrieval.patches import KeysOfRows, Patches
 from arrag_jax.store.datastore import Datastore
 
 
@@ -53,6 +52,11 @@ class CaptionIndex:
         for term in sorted(terms(prompt) & self._images.keys()):
             score[self._images[term]] += self._weights[term] ** 2
         return score / self._norms
+
+    def cosine(self, prompt: str) -> Float[np.ndarray, " n"]:
+        """Returns the cosine of every stored caption with the known terms of a prompt."""
+        square = sum(self._weights[term] ** 2 for term in terms(prompt) & self._weights.keys())
+        return self.nearness(prompt) / max(square, 1e-12) ** 0.5
 
     def nearest(self, prompts: Sequence[str], number: int) -> Int[np.ndarray, "B M"]:
         """Returns the ``number`` stored images with the nearest captions for each prompt, nearest first.
@@ -101,7 +105,7 @@ class LimitedRetriever:
         Raises:
           UserError: if k is larger, or the store does not hold such keys.
         """
-        patches = store.settings.patches_per_image
+        patches = store.num_rows(kind) // store.num_images
         rows = (images[:, :, None] * patches + np.arange(patches)).reshape(len(images), -1)
         return cls(
             jax.tree.map(lambda *leaves: jnp.stack(leaves), *(_dense(store, chosen, kind, k) for chosen in images)),
@@ -112,8 +116,8 @@ class LimitedRetriever:
     def k(self) -> int:
         return self.local.k
 
-    def search(self, context: Int[Array, "n 4"]) -> Neighbors:
-        """Returns the neighbours of n contexts given as code ids; see ``interfaces.Retriever``."""
+    def search(self, context: Int[Array, "n 4"] | Float[Array, "n E"]) -> Neighbors:
+        """Returns the neighbours of n contexts given as code ids, or of n projected states."""
         require_own_process()
         prompts, patches = self.rows.shape
         each = len(context) // prompts
@@ -132,7 +136,7 @@ class LimitedRetriever:
 def _dense(store: Datastore, images: Int[np.ndarray, " M"], kind: str, k: int) -> DenseRetriever:
     """Returns the exact search over some images; ids are numbers of the patches among these images."""
     store.require_kind(kind)
-    values = grid_ops.next_codes_of_grids(store.codes[images].astype(np.int32)).reshape(-1)
-    records = store.records(KEY_KINDS[kind].file)[images]
-    keys = KEY_KINDS[kind].stored(records, store.codebook, np.arange(len(values)))
-    return DenseRetriever.of(Patches(keys, values, KEY_KINDS[kind]), store.codebook, k)
+    each, grids = KEY_KINDS[kind], store.codes[images].astype(np.int32)
+    values = grids.reshape(len(grids), -1)[:, each.positions(store.settings.grid)].reshape(-1)
+    keys = KeysOfRows(each, store.records(each.file)[images], store.table(kind), 0, len(values))
+    return DenseRetriever.of(Patches(keys, values, each), store.table(kind), k, "int8" if each.in_bytes else "float32")

@@ -8,6 +8,8 @@ The format of an item is the ``storage``, one of those of its kind of key (``ops
   bfloat16  the key, 64 bytes.
   int8      the key, 32 bytes.
 
+Keys of hidden states have 64 numbers, and int8 holds their stored bytes, without further rounding.
+
 Scores are approximate, and their rounding depends on the batch. The search therefore keeps more than k contexts by
 score, and ranks these by distances that are equal in every batch (``ops.distances``). Distances are computed from code
 ids if the search holds them, else from the stored key. The answer is final if the error of the scores cannot have
@@ -30,10 +32,11 @@ from arrag_jax.forks import require_own_process
 from arrag_jax.ops.distances import squared_distances
 from arrag_jax.ops.keys.kind import KeyKind
 from arrag_jax.ops.neighbors import Neighbors
-from arrag_jax.retrieval.patches import Patches
+from arrag_jax.retrieval.patches import KeysOfRows, Patches
 from arrag_jax.retrieval.ranking import lay_out, unless
 
 SCORE_BYTES = 64 * 2**20  # size limit of one block's [B, n] scores
+DECODED_BYTES = 4 * 2**20  # size limit of the keys that are decoded at once
 COMPARE_BYTES = 4 * 2**20  # size limit of the keys compared at once; more slows down searches that never compare
 CHUNK = 32  # neighbouring scores that the first stage of the top-k represents by their maximum
 TPU_RECALL = 0.99  # expected recall of a block's approx_max_k
@@ -53,7 +56,7 @@ class DenseRetriever:
       keys: [U, E] in the storage's type; None if only code ids are held.
       codes: int [N], the next code of each stored patch, grouped by context; -1 marks an empty row, which is never
         found.
-      codebook: float32 [V, C], rows of unit norm; the queries are computed from it.
+      table: the table of the kind of key (``ops.keys.kind``), float32; for keys of the context the codebook [V, C].
       contexts: uint16 [U, 4], code ids of every unique context; None if each patch has its own key.
       starts: int32 [U + 1], where the posting list of each context begins in ``codes``; None if ``contexts`` is. A
         context with an empty list is never found.
@@ -65,7 +68,7 @@ class DenseRetriever:
 
     keys: Any  # leaves have no types, because JAX also builds this pytree with other objects as leaves
     codes: Any
-    codebook: Any
+    table: Any
     kind: KeyKind = dataclasses.field(metadata={"static": True})
     k: int = dataclasses.field(metadata={"static": True})
     score_bytes: int = dataclasses.field(default=SCORE_BYTES, metadata={"static": True})
@@ -93,7 +96,7 @@ class DenseRetriever:
     def of(
         cls,
         patches: Patches,
-        codebook: Float[np.ndarray | Array, "V C"],
+        table: Float[np.ndarray | Array, "n_table C"],
         k: int,
         storage: str = "float32",
         score_bytes: int = SCORE_BYTES,
@@ -109,18 +112,21 @@ class DenseRetriever:
         require_k(k, len(patches.codes))
         leaves = jax.tree.map(jnp.asarray, leaves_of(patches, storage))
         static: dict[str, Any] = {"kind": patches.kind, "k": k, "score_bytes": score_bytes}
-        return cls(codebook=jnp.asarray(codebook, jnp.float32), **static, **leaves)
+        return cls(table=jnp.asarray(table, jnp.float32), **static, **leaves)
 
     def with_k(self, k: int) -> "DenseRetriever":
         """Returns the same search for another number of neighbours; errors as in ``create``."""
         require_k(k, len(self.codes))
         return dataclasses.replace(self, k=k)
 
-    def search(self, context: Int[Array, "B 4"]) -> Neighbors:
-        """Returns the neighbours of B contexts given as code ids; see ``interfaces.Retriever``."""
+    def search(self, context: Int[Array, "B 4"] | Float[Array, "B E"]) -> Neighbors:
+        """Returns the neighbours of B contexts given as code ids, or of B projected states.
+
+        See ``interfaces.Retriever``, and ``retrieval.states`` for states.
+        """
         require_own_process()
-        query, complete = self.kind.query(self.codebook, context), self.kind.complete(context)
-        scores_of, error = self._scores(query), self._score_error(query)
+        query, complete = self.kind.query(self.table, context), self.kind.complete(context)
+        scores_of, error = self._scores(query), functools.partial(self._score_error, query)
         widths = sorted({min(self._num_unique, width) for width in self._widths})
 
         def nearest(width: int, once: Array | int = 1) -> tuple[Neighbors, Array]:
@@ -129,7 +135,8 @@ class DenseRetriever:
             if width == self._num_unique:
                 return found, complete | True
             # no context that was not kept is nearer than this
-            bound = self._distance_of(score.min(1)) - error
+            farthest = self._distance_of(score.min(1))
+            bound = farthest - error(farthest)
             return found, ~complete | jnp.isneginf(score.min(1)) | (found.distance[:, -1] < bound)
 
         found, sure = nearest(widths[0])
@@ -139,7 +146,12 @@ class DenseRetriever:
         if widths[-1] == self._num_unique:
             return found
         compare = functools.partial(self._compare, query, complete, scores_of)
-        return unless(sure, found, lambda found, once: compare(found.distance[:, -1] + error, once))
+
+        def compared(found: Neighbors, once: Int[Array, ""]) -> Neighbors:
+            limit = jnp.asarray(found.distance[:, -1])
+            return compare(limit + error(limit), once)
+
+        return unless(sure, found, compared)
 
     @property
     def _num_unique(self) -> int:
@@ -147,14 +159,29 @@ class DenseRetriever:
         return len(self.contexts if self.keys is None else self.keys)
 
     @property
+    def _in_bytes(self) -> bool:
+        """Whether ``keys`` holds bytes that are decoded before they are compared."""
+        return self.kind.in_bytes and self.keys.dtype == jnp.int8
+
+    @property
+    def _most_keys(self) -> int:
+        """Number of keys that are scored at once: decoded ones take memory, others none."""
+        return max(1, DECODED_BYTES // (4 * self.keys.shape[1])) if self._in_bytes else len(self.codes)
+
+    @property
     def _scale(self) -> int:
-        """The factor by which the stored keys are scaled."""
-        return STEPS if self.keys.dtype == jnp.int8 else 1
+        """The factor by which the keys are scaled when they are scored."""
+        return STEPS if self.keys.dtype == jnp.int8 and not self._in_bytes else 1
+
+    @property
+    def _is_exact(self) -> bool:
+        """Whether keys and queries are scored in float32."""
+        return self.keys is None or self.keys.dtype == jnp.float32 or self._in_bytes
 
     @property
     def _widths(self) -> tuple[int, ...]:
         """How many contexts are kept by score: in the first pass, and in the second if the first is not enough."""
-        if self.keys is None or self.keys.dtype == jnp.float32:
+        if self._is_exact:
             return (self.k + max(16, self.k // 16),)
         width = self.k + max(64, self.k // 4)
         return width, WIDER * width
@@ -164,7 +191,7 @@ class DenseRetriever:
     ) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
         """Returns the ``kept`` largest scores and their contexts; -inf in empty slots."""
         number = self._num_unique
-        block = min(number, max(1, self.score_bytes // (4 * batch)))
+        block = min(number, self._most_keys, max(1, self.score_bytes // (4 * batch)))
 
         def search_block(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
             start = jnp.minimum(i * block, number - block)  # the last block may overlap the one before it
@@ -197,7 +224,7 @@ class DenseRetriever:
     ) -> Neighbors:
         """Returns the neighbours by exact distance among the contexts with an approximate distance up to ``limit``."""
         number, k = self._num_unique, min(self.k, self._num_unique)
-        block = min(number, max(1, min(self.score_bytes, COMPARE_BYTES) // (4 * query.size)))
+        block = min(number, self._most_keys, max(1, min(self.score_bytes, COMPARE_BYTES) // (4 * query.size)))
 
         def compare_block(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
             start = jnp.minimum(i * block, number - block)
@@ -233,13 +260,13 @@ class DenseRetriever:
 
         def multiplied(start: Array, block: int) -> Array:
             keys = jax.lax.dynamic_slice_in_dim(self.keys, start, block)
-            return self.kind.scores(requested, keys)
+            return self.kind.scores(requested, self.kind.decoded(keys, self.table) if self._in_bytes else keys)
 
         if self.keys is None:
-            vectors = query.reshape(len(query), -1, 1, self.codebook.shape[1])
-            table = ((vectors - self.codebook[None, None]) ** 2).sum(-1)
+            vectors = query.reshape(len(query), -1, 1, self.table.shape[1])
+            table = ((vectors - self.table[None, None]) ** 2).sum(-1)
             return looked_up
-        requested = _stored(query, self.keys.dtype)
+        requested = query if self._in_bytes else _stored(query, self.keys.dtype)
         return multiplied
 
     def _held(self, start: Array, block: int) -> Bool[Array, " n"]:
@@ -250,9 +277,11 @@ class DenseRetriever:
 
     def _keys_of(self, unique: Int[Array, "*dims"]) -> Float[Array, "*dims E"]:
         """Returns the keys of contexts in float32, as exact as the storage allows."""
+        if self._in_bytes:
+            return self.kind.decoded(jnp.take(self.keys, unique, axis=0), self.table)
         if self.contexts is None:
             return jnp.take(self.keys, unique, axis=0).astype(jnp.float32) / self._scale
-        return self.kind.query(self.codebook, jnp.take(self.contexts, unique, axis=0))
+        return self.kind.query(self.table, jnp.take(self.contexts, unique, axis=0))
 
     def _distance_of(self, score: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
         """Converts scores to distances."""
@@ -260,15 +289,15 @@ class DenseRetriever:
             return -score
         return self.kind.distance(score * (1 / self._scale**2))
 
-    def _score_error(self, query: Float[Array, "B E"]) -> Float[Array, " B"] | float:
-        """Returns an upper bound of the error of ``_distance_of`` scores."""
-        if self.keys is None or self.keys.dtype == jnp.float32:
-            return self.kind.score_error(query.shape[1])
+    def _score_error(self, query: Float[Array, "B E"], distance: Float[Array, " B"]) -> Float[Array, " B"]:
+        """Returns the bound of the error of ``_distance_of`` scores, for keys up to these distances."""
+        if self._is_exact:
+            return self.kind.score_error(query, distance)
 
         def rounded(numbers: Array) -> Array:
             return _stored(numbers, self.keys.dtype).astype(jnp.float32) / self._scale
 
-        return self.kind.rounding_error(query, rounded, None if self.contexts is None else self.codebook)
+        return self.kind.rounding_error(query, rounded, None if self.contexts is None else self.table)
 
 
 def leaves_of(patches: Patches, storage: str) -> dict[str, Any]:
@@ -278,7 +307,11 @@ def leaves_of(patches: Patches, storage: str) -> dict[str, Any]:
       UserError: as in ``DenseRetriever.of``.
     """
     patches.kind.require_storage(storage)
-    keys = None if storage == "codes" else _stored(np.asarray(patches.keys[:], np.float32), jnp.dtype(storage))
+    keys: np.ndarray | None
+    if storage == "int8" and isinstance(patches.keys, KeysOfRows) and patches.kind.in_bytes:
+        keys = patches.keys.held()
+    else:
+        keys = None if storage == "codes" else _stored(np.asarray(patches.keys[:], np.float32), jnp.dtype(storage))
     codes = patches.codes if patches.starts is not None else np.asarray(patches.codes, np.int32)
     contexts, starts, rows = patches.contexts, patches.starts, patches.rows
     return {"keys": keys, "codes": codes, "contexts": contexts, "starts": starts, "rows": rows}

@@ -18,18 +18,11 @@ from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_folder, clear_leftovers, is_being_written, sha256_of, sync, write_json
 from arrag_jax.json_files import read_object
-from arrag_jax.ops.keys import KEY_KINDS
+from arrag_jax.ops.keys import HIDDEN, KEY_KINDS
 from arrag_jax.parsing import differences, in_range, parse, shown
 from arrag_jax.retrieval.patches import stored_patches
-from arrag_jax.retrieval.scann import (
-    HostSearch,
-    ShardSearch,
-    build_searcher,
-    bytes_a_number,
-    import_scann,
-    num_leaves,
-    shard_bounds,
-)
+from arrag_jax.retrieval.scann import HostSearch, ShardSearch, build_searcher, import_scann, shard_bounds
+from arrag_jax.retrieval.scann_rules import bytes_a_number, num_leaves
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.shards import MOST_IMAGES, content_hash
 
@@ -79,8 +72,8 @@ class IndexRecord:
 
 
 def index_directory(store: Datastore, kind: str) -> Path:
-    """Returns the folder of the index over keys of a kind."""
-    return store.directory / f"index-{kind}"
+    """Returns the folder of the index over keys of a kind; for hidden keys it names their backbone."""
+    return store.directory / (f"index-{kind}-{store.backbone}" if kind == HIDDEN.name else f"index-{kind}")
 
 
 def build_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> Path:
@@ -120,7 +113,7 @@ def refresh_index(store: Datastore, kind: str, options: ScannOptions, shards: in
 
 
 def _write_index(directory: Path, store: Datastore, kind: str, options: ScannOptions, shards: int) -> None:
-    bounds, entries = shard_bounds(store.num_patches, shards), []
+    bounds, entries = shard_bounds(store.num_rows(kind), shards), []
     # only one shard's float32 keys are in memory at a time, which bounds the memory of a build
     for shard, rows in enumerate(progress.bar(bounds, unit="shard", desc=f"indexing {kind} keys")):
         place, patches = directory / _shard_name(shard), stored_patches(store, kind, rows)
@@ -175,7 +168,7 @@ def load_index(
     """
     local = list(range(shards) if local is None else local)
     entries = _checked_files(store, kind, options, shards, local)
-    directory, bounds = index_directory(store, kind), shard_bounds(store.num_patches, shards)
+    directory, bounds = index_directory(store, kind), shard_bounds(store.num_rows(kind), shards)
     mend, searches = _mend(store, kind, options, shards), {}
     for shard in local:
         place = directory / _shard_name(shard)
@@ -185,7 +178,7 @@ def load_index(
             held = f"{entries[shard]:,} entries, the store has {len(patches.keys):,}"
             raise UserError(f"index {place} holds {held}; delete {directory} and {mend}")
         searches[shard] = ShardSearch(searcher, patches, options)
-    return HostSearch(searches, bounds, store.codebook, k, index_hash(store, kind))
+    return HostSearch(searches, bounds, store.table(kind), k, index_hash(store, kind))
 
 
 def index_hash(store: Datastore, kind: str) -> str:
@@ -196,7 +189,7 @@ def index_hash(store: Datastore, kind: str) -> str:
     Raises:
       UserError: if there is no index, or its record is damaged.
     """
-    mend = f"run: {store.further(f'--config.indexes={kind}')}"
+    mend = f"run: {store.further(*_naming(store, kind))}"
     files = _read_record(index_directory(store, kind), mend).files
     return content_hash({name: facts.sha256 for name, facts in files.items()})
 
@@ -225,7 +218,7 @@ def _load_searcher(directory: Path, entries: int, numbers: int, mend: str) -> An
 
 def _numbers(store: Datastore, kind: str) -> int:
     """Returns the number of numbers (E) in a key of the store."""
-    return KEY_KINDS[kind].numbers(store.settings.code_dim)
+    return KEY_KINDS[kind].numbers(store.table(kind).shape)
 
 
 def _require_shape(path: Path, entries: int, numbers: int) -> None:
@@ -242,13 +235,13 @@ def saved_shards(store: Datastore, kind: str) -> int:
 
 def _identity(store: Datastore, kind: str, options: ScannOptions, entries: list[int]) -> dict:
     """Returns the record fields in which an index must agree with the store and the options."""
-    bounds = shard_bounds(store.num_patches, len(entries))
+    bounds = shard_bounds(store.num_rows(kind), len(entries))
     return {
         "index_version": INDEX_VERSION,
-        "datastore": store.store_fingerprint,
+        "datastore": store.keys_fingerprint(kind),
         "kind": kind,
         "order": "first patch",  # order of the unique contexts; older indexes have another one
-        "rows": store.num_patches,
+        "rows": store.num_rows(kind),
         "leaves": [num_leaves(number, options) for number in entries],
         "bytes_a_number": [
             bytes_a_number(number, end - first, options) for number, (first, end) in zip(entries, bounds, strict=True)
@@ -289,7 +282,13 @@ def _mend(store: Datastore, kind: str, options: ScannOptions, shards: int) -> st
     other = {f"scann.{key}": value for key, value in dataclasses.asdict(options).items() if value != usual[key]}
     other |= {"index_shards": shards} if shards > 1 or saved_shards(store, kind) > 1 else {}
     flags = (f"--config.{key}={value}" for key, value in other.items())
-    return f"run: {store.further(f'--config.indexes={kind}', *flags)}"
+    return f"run: {store.further(*_naming(store, kind), *flags)}"
+
+
+def _naming(store: Datastore, kind: str) -> list[str]:
+    """Returns the flags that request an index over keys of a kind."""
+    keys = [f"--config.keys={','.join((*store.settings.keys, kind))}"] if kind == HIDDEN.name else []
+    return [*keys, f"--config.indexes={kind}"]
 
 
 def fits(store: Datastore, kind: str) -> bool:
@@ -298,7 +297,7 @@ def fits(store: Datastore, kind: str) -> bool:
         record = _read_record(index_directory(store, kind), "")
     except UserError:
         return False
-    return (record.datastore, record.rows) == (store.store_fingerprint, store.num_patches)
+    return (record.datastore, record.rows) == (store.keys_fingerprint(kind), store.num_rows(kind))
 
 
 def _read_record(directory: Path, mend: str) -> IndexRecord:

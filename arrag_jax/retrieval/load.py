@@ -1,24 +1,28 @@
 """Opens the store and the search that a config names."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from arrag_jax.config import RetrievalConfig
 from arrag_jax.errors import UserError
 from arrag_jax.files import is_held
 from arrag_jax.forks import require_own_process
-from arrag_jax.interfaces import Retriever
+from arrag_jax.interfaces import Retriever, StateRetriever
+from arrag_jax.ops.keys import KEY_KINDS
 from arrag_jax.processes import require_same
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.index import RECORD, load_index
 from arrag_jax.retrieval.patches import Patches, stored_patches
 from arrag_jax.retrieval.scann import ScannRetriever, build_host
 from arrag_jax.retrieval.sharded import local_shards, shard_dense, shard_scann
+from arrag_jax.retrieval.states import HiddenRetriever
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.shards import MANIFEST
 
@@ -63,8 +67,22 @@ def _state(directory: Path) -> dict[str, bytes]:
     return state
 
 
-def open_store(config: RetrievalConfig, fingerprint: str) -> tuple[Datastore, bool]:
+def backbone_of(model: Any, keys: str) -> str:
+    """Returns the fingerprint of the backbone whose states are searched; "" if the kind of key has no states."""
+    return getattr(model, "backbone_fingerprint", "") if KEY_KINDS[keys].query_from == "state" else ""
+
+
+def as_asked(search: Any, store: Datastore, keys: str) -> Any:
+    """Returns a search over keys of a kind in the form in which the decode loop calls it."""
+    return HiddenRetriever(search, jnp.asarray(store.table(keys))) if KEY_KINDS[keys].query_from == "state" else search
+
+
+def open_store(config: RetrievalConfig, fingerprint: str, backbone: str = "") -> tuple[Datastore, bool]:
     """Opens the images of a datastore that a config requests; also returns whether these are all its images.
+
+    Args:
+      fingerprint: identity of the model's tokenizer.
+      backbone: fingerprint of the backbone, for hidden keys.
 
     Raises:
       UserError: if there is no such store, another tokenizer made it, its manifest is damaged, or the processes of a
@@ -74,13 +92,16 @@ def open_store(config: RetrievalConfig, fingerprint: str) -> tuple[Datastore, bo
     require_same({f"{config.store}/manifest.json": store.store_fingerprint}, "store")
     store.require_tokenizer(fingerprint)
     store.require_manifest()
+    store = dataclasses.replace(store, backbone=backbone)
     whole = config.num_images in (0, store.num_images)
     return store if whole else store.subset(config.num_images), whole
 
 
-def index_hash_of(retriever: Retriever | None) -> str:
+def index_hash_of(retriever: Retriever | StateRetriever | None) -> str:
     """Returns the hash of the saved index that a retriever uses (``index.index_hash``); "" if it uses none."""
-    requested = getattr(retriever, "local", retriever)
+    requested: Any = retriever
+    while hasattr(requested, "local"):
+        requested = requested.local
     return requested.host.index_hash if isinstance(requested, ScannRetriever) else ""
 
 
@@ -90,7 +111,8 @@ def load_retriever(
     mesh: Mesh | None = None,
     axis: str = "data",
     batch_axis: str | None = None,
-) -> tuple[Datastore, Retriever]:
+    backbone: str = "",
+) -> tuple[Datastore, Any]:
     """Returns a datastore and its retriever.
 
     Args:
@@ -99,31 +121,37 @@ def load_retriever(
       mesh: shard the store over ``axis`` of this mesh; None = keep it on one device (or one host).
       axis: the mesh axis over which the store is sharded.
       batch_axis: the mesh axis over which queries are sharded; see ``ShardedRetriever``.
+      backbone: fingerprint of the backbone whose states are searched (``backbone_of``); "" = keys of the context.
+
+    Returns:
+      The store, and an ``interfaces.Retriever``, or a ``StateRetriever`` for hidden keys.
 
     Raises:
       UserError: if there is no such store or index, another tokenizer made it, or k exceeds the stored patches.
     """
     require_own_process()
-    return settled(config.store, lambda: _load(config, fingerprint, mesh, axis, batch_axis))
+    return settled(config.store, lambda: _load(config, fingerprint, mesh, axis, batch_axis, backbone))
 
 
 def _load(
-    config: RetrievalConfig, fingerprint: str, mesh: Mesh | None, axis: str, batch_axis: str | None
-) -> tuple[Datastore, Retriever]:
-    store, whole = open_store(config, fingerprint)
+    config: RetrievalConfig, fingerprint: str, mesh: Mesh | None, axis: str, batch_axis: str | None, backbone: str
+) -> tuple[Datastore, Any]:
+    store, whole = open_store(config, fingerprint, backbone)
+    store.require_kind(config.keys)
+    rows, table = store.num_rows(config.keys), store.table(config.keys)
 
     def patches(rows: tuple[int, int]) -> Patches:
         return stored_patches(store, config.keys, rows)
 
-    if config.search == "dense":
-        if mesh is None:
-            whole_store = patches((0, store.num_patches))
-            return store, DenseRetriever.of(whole_store, store.codebook, config.k, config.storage)
-        spread = (mesh, axis, batch_axis, config.storage)
-        return store, shard_dense(patches, store.num_patches, store.codebook, config.k, *spread)
-    shards, local = (1, [0]) if mesh is None else (mesh.shape[axis], local_shards(mesh, axis))
-    if whole:
-        host = load_index(store, config.keys, config.k, config.scann, shards, local)
-    else:  # a saved index covers all images, not a subset
-        host = build_host(patches, store.num_patches, store.codebook, config.k, config.scann, shards, local)
-    return store, ScannRetriever.of(host) if mesh is None else shard_scann(host, mesh, axis, batch_axis)
+    if config.search == "dense" and mesh is None:
+        search: Any = DenseRetriever.of(patches((0, rows)), table, config.k, config.storage)
+    elif config.search == "dense" and mesh is not None:
+        search = shard_dense(patches, rows, table, config.k, mesh, axis, batch_axis, config.storage)
+    else:
+        shards, local = (1, [0]) if mesh is None else (mesh.shape[axis], local_shards(mesh, axis))
+        if whole:
+            host = load_index(store, config.keys, config.k, config.scann, shards, local)
+        else:  # a saved index covers all images, not a subset
+            host = build_host(patches, rows, table, config.k, config.scann, shards, local)
+        search = ScannRetriever.of(host) if mesh is None else shard_scann(host, mesh, axis, batch_axis)
+    return store, as_asked(search, store, config.keys)

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int, Integer, UInt16, UInt64
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.distances import rounded
-from arrag_jax.ops.keys import KEY_KINDS, KeyKind
+from arrag_jax.ops.keys import KEY_KINDS, HiddenKeys, KeyKind
 from arrag_jax.store.datastore import Datastore
 
 MOST_ROWS = 2**31 - 1  # ids are int32
@@ -75,7 +75,7 @@ class KeysOfRows:
 
     kind: KeyKind
     records: np.ndarray
-    codebook: Float[np.ndarray, "V C"]
+    table: Float[np.ndarray, "n_table C"]
     first: int
     count: int
 
@@ -85,12 +85,18 @@ class KeysOfRows:
     @property
     def nbytes(self) -> int:
         """Bytes of the records, in proportion to these rows."""
-        patches = len(self.records) * len(grid_ops.positions_with_context(*self.records.shape[1:3]))
+        patches = len(self.records) * self.kind.rows_in(self.records.shape[1:], self.table.shape)
         return self.records.nbytes * self.count // patches
 
     def __getitem__(self, number: Any, /) -> np.ndarray:
         rows = np.arange(self.count)[number] if isinstance(number, slice) else np.asarray(number)
-        return self.kind.stored(self.records, self.codebook, rows + self.first)
+        return self.kind.stored(self.records, self.table, rows + self.first)
+
+    def held(self) -> np.ndarray:
+        """Returns the stored bytes of all keys, for a kind with ``KeyKind.in_bytes``."""
+        assert isinstance(self.kind, HiddenKeys)
+        held = self.kind.held(self.records, self.table.shape[1])
+        return held.reshape(-1, held.shape[2])[self.first : self.first + self.count]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,21 +249,20 @@ def stored_patches(store: Datastore, name: str, rows: tuple[int, int]) -> Patche
       UserError: if the store does not hold such keys, or has more patches than int32 ids can number.
     """
     store.require_kind(name)
-    if store.num_patches > MOST_ROWS:
-        most = MOST_ROWS // store.settings.patches_per_image
+    kind, grid = KEY_KINDS[name], store.settings.grid
+    step = len(kind.positions(grid))
+    if store.num_rows(name) > MOST_ROWS:
         raise UserError(
-            f"datastore {store.directory} has {store.num_patches:,} patches, {MOST_ROWS:,} can be numbered; search its "
-            f"first images alone: num_images={most}"
+            f"datastore {store.directory} has {store.num_rows(name):,} patches, {MOST_ROWS:,} can be numbered; search "
+            f"its first images alone: num_images={MOST_ROWS // step}"
         )
     first, end = rows
-    step = store.settings.patches_per_image
     images = first // step, -(-end // step)
     first, end = first - images[0] * step, end - images[0] * step
     grids = store.codes_of(*images)
-    codes = grid_ops.next_codes_of_grids(grids).reshape(-1)[first:end]
-    kind = KEY_KINDS[name]
+    codes = grids.reshape(len(grids), -1)[:, kind.positions(grid)].reshape(-1)[first:end]
     if kind.unique:
         contexts = grid_ops.contexts_of_grids(grids).reshape(-1, 4)[first:end]
         return Patches.deduplicate(contexts, codes, store.codebook, kind)
     records = store.records_of(kind.file, *images)
-    return Patches(KeysOfRows(kind, records, store.codebook, first, end - first), codes, kind)
+    return Patches(KeysOfRows(kind, records, store.table(name), first, end - first), codes, kind)

@@ -18,7 +18,8 @@ from arrag_jax.files import write_json
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval.index import index_directory, load_index, saved_shards
 from arrag_jax.retrieval.patches import Patches, packed
-from arrag_jax.retrieval.scann import BY_RULE, HostSearch
+from arrag_jax.retrieval.scann import HostSearch
+from arrag_jax.retrieval.scann_rules import BY_RULE
 from arrag_jax.store.datastore import Datastore
 
 QUERIES = 256  # number of queries in the measurement of recall
@@ -61,7 +62,7 @@ def report(store: Datastore, options: ScannOptions = BY_RULE, kind: str = "") ->
     host = load_index(store, kind, ks[0], options, shards)
     context = held_out_contexts(store)
     patches = [host.shards[shard].patches for shard in range(shards)]
-    farthest = kth_distances(patches, patches[0].kind.query(host.codebook, context), ks)
+    farthest = kth_distances(patches, patches[0].kind.query(host.table, context), ks)
     recall = [recall_of(host.with_k(k), context, kth) for k, kth in zip(ks, farthest, strict=True)]
     figures = {
         "recall_at_10": recall[0],

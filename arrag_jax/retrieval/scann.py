@@ -14,7 +14,6 @@ callback uses only numpy and ScaNN, because jax.numpy inside a host callback han
 
 import dataclasses
 import itertools
-import math
 import weakref
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -34,40 +33,15 @@ from arrag_jax.ops.distances import host_distances
 from arrag_jax.ops.host import host_call
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.dense import require_k
-from arrag_jax.retrieval.patches import Patches, no_neighbors, one_key_each, packed
+from arrag_jax.retrieval.patches import KeysOfRows, Patches, no_neighbors, one_key_each, packed
+from arrag_jax.retrieval.scann_rules import BY_RULE, bytes_a_number, num_leaves, num_leaves_to_search
 
 TRAINING_KEYS = 200_000  # largest number of keys for k-means
 QUERIES_A_THREAD = 2  # smallest batch per thread, because handing over a single query costs more than it saves
 SPARE = {4: (16, 0.0), 1: (64, 0.5)}  # bytes per number → extra contexts requested (number, share)
 MORE = 4  # factor by which more contexts are requested if there were too few
-WORTH = 12  # the searched leaves hold at least this many times the requested contexts
-FLOAT32_SHARE = 0.25  # an index holds float32 up to this share of unique contexts per patch, else int8
 BLOCK = 2**16  # keys computed at once
 EXACT_NUMBERS = 2**18  # numbers per block of distances, so that a block fits a core's cache
-
-BY_RULE = ScannOptions()
-EXHAUSTIVE = ScannOptions(exhaustive_below=2**62)  # exact results for any N
-
-
-def num_leaves(unique: int, options: ScannOptions) -> int:
-    """Returns the number of leaves of the tree over ``unique`` contexts; 0 = no tree, every key is scored."""
-    if unique < options.exhaustive_below:
-        return 0
-    return min(options.leaves or round(2 * math.sqrt(unique)), unique)
-
-
-def num_leaves_to_search(unique: int, requested: int, options: ScannOptions) -> int:
-    """Returns how many leaves a search for ``requested`` contexts visits; at least 1."""
-    leaves = num_leaves(unique, options)
-    enough = -(-WORTH * requested * leaves // unique)
-    return max(1, min(options.leaves_to_search or max(25, leaves // 100, enough), leaves))
-
-
-def bytes_a_number(unique: int, patches: int, options: ScannOptions) -> int:
-    """Returns the bytes per number of a key in the index: 4 (float32) or 1 (int8)."""
-    if not num_leaves(unique, options):
-        return 4  # ScaNN 1.4.2 crashes on int8 without a tree
-    return options.bytes_a_number or (4 if unique <= FLOAT32_SHARE * patches else 1)
 
 
 def import_scann() -> ModuleType:
@@ -121,6 +95,7 @@ class ShardSearch:
         """
         self.searcher, self.patches, self.options = searcher, patches, options
         self.bytes_a_number = bytes_a_number(len(patches.keys), len(patches.codes), options)
+        self.steps = np.zeros(patches.keys[:1].shape[1]) if self.bytes_a_number == 4 else _steps(patches)
 
     @property
     def nbytes(self) -> int:
@@ -131,7 +106,7 @@ class ShardSearch:
         return unique * each + 4 * leaves * numbers + self.patches.nbytes
 
     def search(
-        self, context: Int[np.ndarray, "n 4"], query: Float[np.ndarray, "n E"], k: int
+        self, context: np.ndarray, query: Float[np.ndarray, "n E"], k: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns codes, squared distances and stored rows [n, k] for contexts and their query vectors.
 
@@ -169,10 +144,11 @@ class ShardSearch:
         distance = (order >> 32).astype(np.int32).view(np.float32)
         unique = np.where(np.isfinite(distance), order & 0xFFFFFFFF, -1)
         # int8 holds numbers between -1 and 1 in steps of at most 1/127
-        rounding = 0 if self.bytes_a_number == 4 else np.abs(query).sum(1) / 127
-        error = self.patches.kind.score_error(query.shape[1]) + rounding
+        rounding = np.abs(query) @ self.steps
+        farthest = np.where(hit, near, 0).max(1)
+        error = self.patches.kind.score_error(query, farthest) + rounding
         exhausted = (hit.sum(1) < requested) | (requested == len(self.patches.keys))
-        return unique, distance, np.where(exhausted, np.inf, np.where(hit, near, 0).max(1) - error)
+        return unique, distance, np.where(exhausted, np.inf, farthest - error)
 
     def _exact(self, query: np.ndarray, unique: np.ndarray) -> np.ndarray:
         """Returns float32 squared distances [n, m] of queries and contexts; they are equal in every batch."""
@@ -184,6 +160,19 @@ class ShardSearch:
         return distance
 
 
+def _steps(patches: Patches) -> Float[np.ndarray, " E"]:
+    """Returns the largest step between the numbers that ScaNN's int8 holds, for each number of a key.
+
+    ScaNN holds numbers up to the largest one, m, in steps of m / 127. If stored bytes use the whole range of int8, its
+    numbers are these bytes, and nothing is rounded.
+    """
+    if not (patches.kind.in_bytes and isinstance(patches.keys, KeysOfRows)):
+        return np.full(patches.keys[:1].shape[1], 1 / 127)
+    held = patches.keys.held()
+    lossless = np.maximum(held.max(0), -held.min(0)) == 127
+    return np.where(lossless, 0, patches.keys.table[-1] / 127)
+
+
 class HostSearch:
     """The host callback that searches one or more shards."""
 
@@ -191,7 +180,7 @@ class HostSearch:
         self,
         shards: dict[int, ShardSearch],
         bounds: list[tuple[int, int]],
-        codebook: Float[np.ndarray, "V C"],
+        table: Float[np.ndarray, "n_table C"],
         k: int,
         index_hash: str = "",
     ):
@@ -199,7 +188,7 @@ class HostSearch:
         Args:
           shards: shard → its search; a process needs only the shards of its own devices.
           bounds: (first row, end) of every shard.
-          codebook: float32, rows of unit norm; the queries are computed from it.
+          table: the table of the kind of key (``ops.keys.kind``); for keys of the context the codebook.
           k: neighbours per query.
           index_hash: hash of the saved index (``index.index_hash``); "" = the index was built in memory.
 
@@ -208,15 +197,15 @@ class HostSearch:
         """
         require_k(k, bounds[-1][1])
         self.shards, self.bounds, self.k, self.index_hash = shards, bounds, k, index_hash
-        self.codebook = np.asarray(codebook, np.float32)
+        self.table = np.asarray(table, np.float32)
 
     def with_k(self, k: int) -> "HostSearch":
         """Returns the same search for another number of neighbours; errors as in the constructor."""
-        return HostSearch(self.shards, self.bounds, self.codebook, k, self.index_hash)
+        return HostSearch(self.shards, self.bounds, self.table, k, self.index_hash)
 
     def search(
         self,
-        context: Int[Array | np.ndarray, "*batch 4"],
+        context: Int[Array | np.ndarray, "*batch 4"] | Float[Array | np.ndarray, "*batch E"],
         shard: Int[Array | np.ndarray | np.int32, "*one"],
         k: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -226,19 +215,24 @@ class HostSearch:
         answer, whole = no_neighbors(len(flat), k), np.flatnonzero(kind.complete(flat))
         if len(whole):
             # each context is searched once, because contexts repeat (in uniform backgrounds)
-            _, first, place = np.unique(packed(flat[whole]), return_index=True, return_inverse=True)
+            _, first, place = np.unique(_identities(flat[whole]), return_index=True, return_inverse=True)
             requested = flat[whole[first]]
-            found = search.search(requested, kind.query(self.codebook, requested), k)
+            found = search.search(requested, kind.query(self.table, requested), k)
             for slots, new in zip(answer, found, strict=True):
                 slots[whole] = new[place]
         code, distance, id_ = (slots.reshape(*context.shape[:-1], k) for slots in answer)
         return code, distance, id_
 
 
+def _identities(requested: np.ndarray) -> np.ndarray:
+    """Returns one number per request; equal requests have equal numbers."""
+    return packed(requested) if requested.dtype.kind in "iu" else np.arange(len(requested))
+
+
 def build_host(
     patches: Callable[[tuple[int, int]], Patches],
     num_rows: int,
-    codebook: Float[np.ndarray, "V C"],
+    table: Float[np.ndarray, "n_table C"],
     k: int,
     options: ScannOptions = BY_RULE,
     shards: int = 1,
@@ -259,7 +253,7 @@ def build_host(
     for shard in range(shards) if local is None else local:
         part = patches(bounds[shard])
         searches[shard] = ShardSearch(build_searcher(part, options), part, options)
-    return HostSearch(searches, bounds, codebook, k)
+    return HostSearch(searches, bounds, table, k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,8 +335,8 @@ class ScannRetriever:
         require_k(k, self.host.bounds[-1][1])
         return dataclasses.replace(self, k=k)
 
-    def search(self, context: Int[Array, "B 4"]) -> Neighbors:
-        """Returns the neighbours of B contexts given as code ids; see ``interfaces.Retriever``."""
+    def search(self, context: Int[Array, "B 4"] | Float[Array, "B E"]) -> Neighbors:
+        """Returns the neighbours of B contexts given as code ids, or of B projected states."""
         require_own_process()
         shape = (len(context), self.k)
         result = tuple(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.int32))

@@ -48,8 +48,8 @@ class ShardedRetriever:
     def k(self) -> int:
         return self.local.k
 
-    def search(self, context: Int[Array, "B 4"]) -> Neighbors:
-        """Returns the neighbours of B contexts given as code ids; see ``interfaces.Retriever``."""
+    def search(self, context: Int[Array, "B 4"] | Float[Array, "B E"]) -> Neighbors:
+        """Returns the neighbours of B contexts given as code ids, or of B projected states."""
         require_own_process()
 
         def search_shard(local: Any, first_row: Array, context: Array) -> Neighbors:
@@ -70,7 +70,7 @@ class ShardedRetriever:
 def shard_dense(
     patches: Callable[[tuple[int, int]], Patches],
     num_rows: int,
-    codebook: Float[np.ndarray, "V C"],
+    table: Float[np.ndarray, "n_table C"],
     k: int,
     mesh: Mesh,
     axis: str,
@@ -82,7 +82,7 @@ def shard_dense(
     Args:
       patches: (first row, end) of a shard → its patches; called only for the shards of this process.
       num_rows: N.
-      codebook, k, storage: as in ``DenseRetriever.of``.
+      table, k, storage: as in ``DenseRetriever.of``.
       mesh, axis, batch_axis: as in ``ShardedRetriever``.
 
     Raises:
@@ -109,8 +109,8 @@ def shard_dense(
         name: _stacked(functools.partial(padded, name), (sizes[name], *one[name].shape[1:]), mesh, axis)
         for name in held
     }
-    codebook = np.asarray(codebook, np.float32)
-    leaves["codebook"] = _stacked(lambda s: codebook, codebook.shape, mesh, axis)
+    table = np.asarray(table, np.float32)
+    leaves["table"] = _stacked(lambda s: table, table.shape, mesh, axis)
     local = DenseRetriever(kind=kind, k=k, **leaves)
     return ShardedRetriever(local, _first_rows(bounds, mesh, axis), mesh, axis, batch_axis)
 

@@ -11,6 +11,7 @@ One directory::
   captions-00000-of-00004.txt             only in stores with captions: one line per image, its caption
   bad-00000-of-00004.txt                  only if images were left out: one line per image, its id, a tab and the reason
   part-00001/ …                           segments added later; each is a store of its own with all of the above
+  hidden-0123456789abcdef/ …              keys of kind "hidden" of one backbone; see ``store.hidden``
 
 Keys are not stored. A key is the concatenation of the vectors of the four context positions (``ops.grid``). The vectors
 are rows of the codebook (kind "codebook") or the encoder's l2-normalised output before quantisation (kind "latent", the
@@ -21,31 +22,21 @@ file of codes takes 128 KiB more. Image numbers skip the images left out, and co
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import io
-import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Float, UInt16
 
 from arrag_jax.errors import UserError
 from arrag_jax.files import sha256_of
-from arrag_jax.ops.keys import KEY_KINDS, KINDS_BY_FILE
+from arrag_jax.ops.keys import HIDDEN, KEY_KINDS, KINDS_BY_FILE, TOKENIZER_KINDS
 from arrag_jax.parsing import in_range
-from arrag_jax.store.shards import (
-    MANIFEST,
-    ShardFolder,
-    ShardSettings,
-    content_hash,
-    reading,
-    require_count,
-    require_digest,
-)
+from arrag_jax.store.hidden import HiddenFolder, backbones_in, folder_of, open_hidden
+from arrag_jax.store.record_files import read_array, read_records
+from arrag_jax.store.shards import MANIFEST, ShardFolder, ShardSettings, content_hash, reading
 
 CODEBOOK = "codebook.npz"
 SAME_IN_ALL_SEGMENTS = ("fingerprint", "grid", "codebook_size", "code_dim", "keys", "captions")
@@ -60,7 +51,7 @@ class StoreSettings(ShardSettings):
 
     Attributes (besides those of ``ShardSettings``):
       code_dim: C.
-      keys: the kinds of key (names in ``KEY_KINDS``) that the store provides.
+      keys: the kinds of key (names in ``TOKENIZER_KINDS``) that the store's own files provide.
       captions: whether the images' captions are stored.
       keep_duplicates: whether images with equal content are all stored. A record, never compared.
       command: the command that started the build. A record, like ``model``, ``data_dir`` and ``batch_size`` of its
@@ -79,9 +70,9 @@ class StoreSettings(ShardSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        unknown = sorted(set(self.keys) - set(KEY_KINDS))
+        unknown = sorted(set(self.keys) - set(TOKENIZER_KINDS))
         if unknown or not self.keys:
-            raise UserError(f"keys={list(self.keys)}: choose from {', '.join(KEY_KINDS)}")
+            raise UserError(f"keys={list(self.keys)}: choose from {', '.join(TOKENIZER_KINDS)}")
         if self.codebook_size > 2**16:
             raise UserError(f"a codebook of {self.codebook_size} codes does not fit uint16; at most 65536")
         in_range("code_dim", self.code_dim, 1, 2**16)
@@ -99,7 +90,7 @@ class StoreSettings(ShardSettings):
         files = {"codes": f"codes-{place}.arrayrecord", "sources": f"sources-{place}.txt"}
         if self.captions:
             files["captions"] = f"captions-{place}.txt"
-        parts = (KEY_KINDS[kind].file for kind in self.keys)
+        parts = (TOKENIZER_KINDS[kind].file for kind in self.keys)
         return files | {part: f"{part}-{place}.arrayrecord" for part in parts if part not in files}
 
 
@@ -113,6 +104,7 @@ class Datastore(ShardFolder):
 
     settings: StoreSettings
     segments: tuple["Datastore", ...] = ()  # the segments added later
+    backbone: str = ""  # fingerprint of the backbone whose hidden states serve as keys; "" = none
 
     noun: ClassVar[str] = "datastore"
     format_version: ClassVar[int] = 1
@@ -164,6 +156,8 @@ class Datastore(ShardFolder):
     def verify(self) -> None:
         """Checks the SHA-256 of every file, including all segments; errors as in ``ShardFolder.verify``."""
         super().verify()
+        for backbone in backbones_in(self.directory):
+            HiddenFolder.open(folder_of(self.directory, backbone)).verify()
         for segment in self.segments:
             segment.verify()
 
@@ -207,17 +201,42 @@ class Datastore(ShardFolder):
     @functools.cached_property
     def codebook(self) -> Float[np.ndarray, "V C"]:
         """The codebook, float32, rows of unit norm."""
-        path, shape = self.directory / CODEBOOK, (self.settings.codebook_size, self.settings.code_dim)
-        with self._reading(path):
-            content = path.read_bytes()
-            if 4 * math.prod(shape) > len(content):  # the file is not compressed
-                raise ValueError(f"it cannot hold {shape[0]} rows of {shape[1]} numbers")
-            require_digest(hashlib.sha256(content).hexdigest(), self.files[CODEBOOK])
-            with np.load(io.BytesIO(content), allow_pickle=False) as file:
-                codebook = file["codebook"]
-            if codebook.shape != shape or codebook.dtype != np.float32 or not np.isfinite(codebook).all():
-                raise ValueError(f"it holds {codebook.dtype} {codebook.shape}, not finite float32 {shape}")
-            return codebook
+        shape = self.settings.codebook_size, self.settings.code_dim
+        with self._reading(self.directory / CODEBOOK):
+            return read_array(self.directory / CODEBOOK, "codebook", shape, self.files[CODEBOOK])
+
+    def table(self, kind: str) -> Float[np.ndarray, "n_table C"]:
+        """Returns the table of a kind of key (``ops.keys.kind``): the codebook, or the projection of hidden states."""
+        return self.hidden[0].table if kind == HIDDEN.name else self.codebook
+
+    def keys_fingerprint(self, kind: str) -> str:
+        """Returns the identity of the stored patches and of their keys of this kind."""
+        if kind != HIDDEN.name:
+            return self.store_fingerprint
+        return content_hash({"datastore": self.store_fingerprint, "hidden": [x.store_fingerprint for x in self.hidden]})
+
+    def num_rows(self, kind: str) -> int:
+        """Returns N, the number of stored patches that have a key of this kind."""
+        return self.num_images * len(KEY_KINDS[kind].positions(self.settings.grid))
+
+    @functools.cached_property
+    def hidden(self) -> tuple[HiddenFolder, ...]:
+        """The folders of the backbone's hidden keys, one for each of ``wholes``.
+
+        Raises:
+          UserError: if one is missing or damaged, or if they have different projections.
+        """
+        return open_hidden([(x.directory, x.store_fingerprint) for x in self.wholes], self.backbone, self.further)
+
+    def _hidden_records(self, first: int, end: int) -> np.ndarray:
+        """Returns the records of hidden keys of images ``first`` to ``end`` (exclusive)."""
+        parts, before = [], 0
+        for folder in self.hidden:
+            inside = max(first - before, 0), min(end - before, folder.num_images)
+            if inside[0] < inside[1]:
+                parts.append(folder.records_of(*inside))
+            before += folder.num_images
+        return np.concatenate(parts)
 
     @property
     def codes(self) -> UInt16[np.ndarray, "n H W"]:
@@ -242,11 +261,13 @@ class Datastore(ShardFolder):
         """Returns the records from which keys are computed, for images ``first`` to ``end`` (exclusive).
 
         Args:
-          part: a ``KeyKind.file``: "codes", or "latents" (unit-norm encoder outputs before quantisation).
+          part: a ``KeyKind.file``: "codes", "latents" (unit-norm encoder outputs before quantisation), or "hidden".
 
         Raises:
           UserError: if the store holds no such records.
         """
+        if part == HIDDEN.file:
+            return self._hidden_records(first, end)
         kind = KINDS_BY_FILE[part]
         if part != "codes":
             self.require_kind(kind.name)
@@ -274,7 +295,9 @@ class Datastore(ShardFolder):
 
     def require_kind(self, kind: str) -> None:
         """Raises UserError unless the store holds keys of this kind."""
-        if kind not in self.settings.keys:
+        if kind == HIDDEN.name:
+            _ = self.hidden  # raises
+        elif kind not in self.settings.keys:
             held = self.settings.keys
             mend = self.further(f"--config.keys={','.join((*held, kind))}", f"--config.indexes={kind}")
             raise UserError(
@@ -308,25 +331,19 @@ class Datastore(ShardFolder):
     def _read(self, kind: str, dtype: str, shape: tuple[int, ...], first: int, end: int) -> np.ndarray:
         """Returns the records of one kind of content as an array [end - first, *shape].
 
-        The reader checks the hash of each record. When all of a codes file is read, the file's hash is checked too,
-        because a file of the same size may have replaced it.
+        When all of a codes file is read, the file's hash is checked, too.
         """
-        whole, done = None, 0
+        whole, done = np.empty((0, *shape), dtype), 0  # a shard of duplicates alone is empty
         for store, name, wanted in self._files(kind, first, end):
-            path, facts, number = store.directory / name, store.files[name], wanted.stop - wanted.start
-            with self._reading(path), contextlib.closing(ArrayRecordReader(str(path))) as reader:
-                require_count(range(reader.num_records()), facts["images"])
-                if whole is None:  # checked before the array is allocated, because the settings may be wrong
-                    require_length(reader.read(wanted.start, wanted.start + 1)[0], dtype, shape)
-                    whole = np.empty((end - first, *shape), dtype)
-                if kind == "codes" and number == facts["images"]:
-                    require_digest(sha256_of(path), facts)
-                found = np.frombuffer(b"".join(reader.read(wanted.start, wanted.stop)), dtype)
-                whole[done : done + number] = found.reshape(number, *shape)
+            path, number = store.directory / name, wanted.stop - wanted.start
+            with self._reading(path):
+                found = read_records(path, store.files[name], dtype, shape, wanted, check=kind == "codes")
                 if kind == "codes" and found.max(initial=0) >= self.settings.codebook_size:
                     raise ValueError(f"it holds code {found.max()}, the codebook {self.settings.codebook_size}")
+            if not done:
+                whole = np.empty((end - first, *shape), dtype)
+            whole[done : done + number] = found
             done += number
-        whole = np.empty((0, *shape), dtype) if whole is None else whole  # a shard of duplicates alone is empty
         assert done == len(whole) == end - first
         return whole
 
@@ -337,9 +354,3 @@ class Datastore(ShardFolder):
 
     def _reading(self, path: Path) -> contextlib.AbstractContextManager[None]:
         return reading(path, self.verify_command, self.rebuild)
-
-
-def require_length(record: bytes, dtype: str, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless a record has the size of an array of this type and shape."""
-    if len(record) != math.prod(shape) * np.dtype(dtype).itemsize:
-        raise ValueError(f"its records have {len(record)} bytes, not those of {list(shape)} numbers")

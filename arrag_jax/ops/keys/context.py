@@ -3,13 +3,14 @@
 Each of the four parts of a key has unit norm. So ‖q − k‖² = 2 · parts − 2 q·k, and a search needs no table of norms.
 """
 
+import abc
 import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int, Integer
 
 from arrag_jax.ops import distances
 from arrag_jax.ops import grid as grid_ops
@@ -21,14 +22,30 @@ PARTS = len(grid_ops.CONTEXT_OFFSETS)
 class ContextKeys(KeyKind):
     """Base class of the keys that concatenate one vector per context position."""
 
-    def numbers(self, code_dim: int) -> int:
-        """Returns E, the dimension of all parts together."""
-        return PARTS * code_dim
+    @abc.abstractmethod
+    def record_shape(self, grid: tuple[int, int], code_dim: int) -> tuple[int, ...]:
+        """Returns the shape of one image's record."""
 
-    def query(self, codebook: Arrays, requested: Arrays) -> Arrays:
+    @abc.abstractmethod
+    def records(self, codes: Integer[np.ndarray, "n H W"], latents: Float[np.ndarray, "n H W C"]) -> np.ndarray:
+        """Returns the records of n images, [n, *record shape], from the tokenizer's outputs."""
+
+    def positions(self, grid: tuple[int, int]) -> Int[np.ndarray, " M"]:
+        """Returns the positions that have a complete context."""
+        return grid_ops.positions_with_context(*grid)
+
+    def rows_in(self, record: tuple[int, ...], table: tuple[int, ...]) -> int:
+        """Returns the number of positions that have a complete context."""
+        return len(self.positions((record[0], record[1])))
+
+    def numbers(self, table: tuple[int, ...]) -> int:
+        """Returns E, the dimension of all parts together."""
+        return PARTS * table[1]
+
+    def query(self, table: Arrays, requested: Arrays) -> Arrays:
         """Returns the concatenated codebook vectors of the requested contexts."""
-        library = np if isinstance(codebook, np.ndarray) else jnp
-        vectors = library.take(codebook, library.maximum(requested, 0), axis=0)
+        library = np if isinstance(table, np.ndarray) else jnp
+        vectors = library.take(table, library.maximum(requested, 0), axis=0)
         return vectors.reshape(*requested.shape[:-1], -1)
 
     def complete(self, requested: Arrays) -> Arrays:
@@ -48,9 +65,9 @@ class ContextKeys(KeyKind):
         """Returns 2 · parts − 2 · score, because every part has unit norm."""
         return 2 * PARTS - 2 * score
 
-    def score_error(self, numbers: int) -> float:
-        """Returns the bound of ``ops.distances.score_error``."""
-        return distances.score_error(numbers, PARTS)
+    def score_error(self, query: Arrays, distance: Arrays) -> Arrays:
+        """Returns the bound of ``ops.distances.score_error``, which is equal for all distances."""
+        return distance * 0 + distances.score_error(query.shape[1], PARTS)
 
     def rounding_error(
         self,
@@ -59,8 +76,8 @@ class ContextKeys(KeyKind):
         codebook: Float[Array, "V C"] | None,
     ) -> Float[Array, " B"]:
         """Returns a bound summed over parts: the loss of the codebook's rows, or bfloat16's loss for any key."""
+        error = distances.score_error(query.shape[1], PARTS)
         query = query.reshape(len(query), PARTS, -1)
-        error = self.score_error(PARTS * query.shape[2])
         if codebook is None:  # bfloat16 keeps eight bits: values and norms have a relative error of at most 2^-9
             lost = jnp.sqrt(((query - rounded(query)) ** 2).sum(2)).sum(1)
             return 2.01 * lost + 1.0025 * PARTS * 2.0**-8 + error
@@ -84,10 +101,10 @@ class CodebookKeys(ContextKeys):
         return codes.astype(self.dtype)
 
     def stored(
-        self, records: np.ndarray, codebook: Float[np.ndarray, "V C"], rows: Integer[np.ndarray, "*dims"]
+        self, records: np.ndarray, table: Float[np.ndarray, "V C"], rows: Integer[np.ndarray, "*dims"]
     ) -> Float[np.ndarray, "*dims E"]:
         """Returns the keys of the rows, which equal the queries of their contexts."""
-        return self.query(codebook, records.reshape(-1)[_cells(records.shape[1:3], rows)])
+        return self.query(table, records.reshape(-1)[_cells(records.shape[1:3], rows)])
 
 
 class LatentKeys(ContextKeys):
@@ -106,7 +123,7 @@ class LatentKeys(ContextKeys):
         return unit_norm(latents).astype(self.dtype)
 
     def stored(
-        self, records: np.ndarray, codebook: Float[np.ndarray, "V C"], rows: Integer[np.ndarray, "*dims"]
+        self, records: np.ndarray, table: Float[np.ndarray, "V C"], rows: Integer[np.ndarray, "*dims"]
     ) -> Float[np.ndarray, "*dims E"]:
         """Returns the keys of the rows; parts are scaled again, because float16 records have only nearly unit norm."""
         vectors = records.reshape(-1, records.shape[-1])[_cells(records.shape[1:3], rows)]

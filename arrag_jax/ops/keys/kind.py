@@ -1,4 +1,8 @@
-"""Defines ``KeyKind``, the interface of a kind of key. The store, the searches and their report use only this."""
+"""Defines ``KeyKind``, the interface of a kind of key. The store, the searches and their report use only this.
+
+A kind has a *table*: the array from which its keys and queries are computed. For keys of the context it is the
+tokenizer's codebook, for keys of the backbone's state a projection.
+"""
 
 import abc
 import dataclasses
@@ -6,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int, Integer
 
 from arrag_jax.errors import UserError
 
@@ -26,7 +30,10 @@ class KeyKind(abc.ABC):
       dtype: dtype of the records in these files.
       storages: the forms in which a dense search can hold keys; see ``retrieval.dense``.
       unique: whether equal contexts have equal keys; then a search holds each unique context once.
-      query_from: source of the query: "context", known before the backbone's step, or "state", the step's hidden state.
+      query_from: source of the query: "context", the codes drawn around the position, which are known before the
+        backbone's step; or "state", the step's hidden state. A request is then what ``search`` receives: four codes,
+        or the state after its projection.
+      in_bytes: whether the storage "int8" holds the stored bytes, which ``decoded`` turns into keys without loss.
     """
 
     name: str
@@ -35,24 +42,25 @@ class KeyKind(abc.ABC):
     storages: tuple[str, ...]
     unique: bool
     query_from: str = "context"
+    in_bytes: bool = False
 
     @abc.abstractmethod
-    def record_shape(self, grid: tuple[int, int], code_dim: int) -> tuple[int, ...]:
-        """Returns the shape of one image's record."""
+    def positions(self, grid: tuple[int, int]) -> Int[np.ndarray, " M"]:
+        """Returns the positions of a grid that have a key, in raster order; stored rows are numbered in this order."""
 
     @abc.abstractmethod
-    def records(self, codes: Integer[np.ndarray, "n H W"], latents: Float[np.ndarray, "n H W C"]) -> np.ndarray:
-        """Returns the records of n images, [n, *record shape], from the tokenizer's outputs."""
+    def rows_in(self, record: tuple[int, ...], table: tuple[int, ...]) -> int:
+        """Returns the number of stored rows per image, for a record and a table of these shapes."""
 
     @abc.abstractmethod
-    def numbers(self, code_dim: int) -> int:
-        """Returns E, the dimension of a key, for codes of dimension ``code_dim``."""
+    def numbers(self, table: tuple[int, ...]) -> int:
+        """Returns E, the dimension of a key, for a table of this shape."""
 
     @abc.abstractmethod
     def stored(
         self,
         records: np.ndarray,
-        codebook: Float[np.ndarray, "V C"],
+        table: Float[np.ndarray, "n_table C"],
         rows: Integer[np.ndarray, "*dims"],
     ) -> Float[np.ndarray, "*dims E"]:
         """Returns the keys of stored rows, float32.
@@ -63,7 +71,7 @@ class KeyKind(abc.ABC):
         """
 
     @abc.abstractmethod
-    def query(self, codebook: Arrays, requested: Arrays) -> Arrays:
+    def query(self, table: Arrays, requested: Arrays) -> Arrays:
         """Returns the queries [..., E], float32; those of requests that are not ``complete`` have any value."""
 
     @abc.abstractmethod
@@ -82,11 +90,12 @@ class KeyKind(abc.ABC):
         """Returns the squared L2 distances that belong to scores."""
 
     @abc.abstractmethod
-    def score_error(self, numbers: int) -> float:
+    def score_error(self, query: Arrays, distance: Arrays) -> Arrays:
         """Returns a bound on the difference between ``distance`` of float32 ``scores`` and ``ops.distances``.
 
         Args:
-          numbers: E, the dimension of keys.
+          query: float32 [B, E].
+          distance: float32 [B]; the bound holds for keys up to this distance.
         """
 
     @abc.abstractmethod
@@ -102,6 +111,10 @@ class KeyKind(abc.ABC):
           rounded: the rounding, from float32 to float32.
           codebook: the unrounded codebook, if the keys consist of its rows; None if the keys themselves are rounded.
         """
+
+    def decoded(self, held: Arrays, table: Arrays) -> Arrays:
+        """Returns keys, float32, from the numbers that a dense search holds where these are the stored bytes."""
+        raise NotImplementedError
 
     def require_storage(self, storage: str) -> None:
         """Raises UserError unless a dense search can hold these keys in this form."""
