@@ -9,7 +9,8 @@ from jaxtyping import Int, UInt8
 
 from arrag_jax.config import DataSetConfig
 from arrag_jax.data.emoji.dataset import load_source
-from arrag_jax.data.emoji.scenes import FAMILIES, Scene, render, scene
+from arrag_jax.data.emoji.scenes import Scene, render, scene
+from arrag_jax.data.emoji.worlds import FAMILIES
 from arrag_jax.evaluation.emoji.object_score import family_scores, verdicts
 from arrag_jax.evaluation.tables import mean_and_std
 from arrag_jax.figures import grids
