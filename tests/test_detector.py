@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arrag_jax.data.emoji.scenes import BUCKETS, GROUNDS, SIDE, Scene, Sprite, render, scene, sprite_rgba, test_prompts
+from arrag_jax.data.emoji.scenes import GROUNDS, SIDE, Scene, Sprite, render, scene, sprite_rgba, test_prompts
+from arrag_jax.data.emoji.worlds import STANDARD
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.emoji.detector import detect
 from arrag_jax.evaluation.emoji.object_score import object_score
@@ -124,7 +125,7 @@ def test_overall_is_the_mean_of_the_families_not_of_the_pictures():
 
 
 def test_every_split_is_scored_alike():
-    for split in BUCKETS:
+    for split in STANDARD.splits:
         some = [scene(split, index) for index in range(6)]
         assert object_score(np.stack([render(s) for s in some]), some)["overall"] == 1
 

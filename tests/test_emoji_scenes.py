@@ -15,15 +15,18 @@ import pytest
 from PIL import Image
 
 from arrag_jax.data.emoji import dataset, scenes
-from arrag_jax.data.emoji.scenes import BUCKETS, CLASSES, COLOURS, FAMILIES, GROUNDS, SIDE, SIZES, STEP, render, scene
+from arrag_jax.data.emoji.classes import COLOURS, SPRITES
+from arrag_jax.data.emoji.scenes import GROUNDS, SIDE, SIZES, STEP, render, scene
+from arrag_jax.data.emoji.worlds import FAMILIES, HELD_OUT_FAMILIES, STANDARD
 from arrag_jax.errors import UserError
 
 PER_SPLIT = 300
+CLASSES, SPLITS = STANDARD.classes, tuple(STANDARD.splits)
 
 
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, list[scenes.Scene]]:
-    return {split: [scene(split, index) for index in range(PER_SPLIT)] for split in BUCKETS}
+    return {split: [scene(split, index) for index in range(PER_SPLIT)] for split in SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +57,38 @@ def read_caption(caption: str) -> tuple[list[tuple[str, str | None]], str | None
 def held_out_by_words(caption: str) -> bool:
     named, _ = read_caption(caption)
     classes = {name for name, _ in named}
-    return classes in scenes.HELD_OUT_PAIRS or any((colour, name) in scenes.HELD_OUT_COLOURS for name, colour in named)
+    return classes in STANDARD.held_out_pairs or any(
+        (colour, name) in STANDARD.held_out_colours for name, colour in named
+    )
 
 
 def test_a_scene_follows_from_split_and_index(drawn):
-    for split, index in itertools.product(BUCKETS, (7, 299, 5)):
+    for split, index in itertools.product(SPLITS, (7, 299, 5)):
         assert scene(split, index) == drawn[split][index]
 
 
 def test_scenes_never_change():
     """Prompts and stores made earlier stay valid: a change here calls for a new version of the builder."""
-    text = "\n".join(f"{s.caption}: {s.content()}" for split in BUCKETS for s in map(scene, [split] * 30, range(30)))
+    first = SPLITS[:4]
+    text = "\n".join(f"{s.caption}: {s.content()}" for split in first for s in map(scene, [split] * 30, range(30)))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "a1aedf3c6cf558a3"
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", ("2ccb950a2e9cb547", "227c49c9d677cd1e")),
+        ("store", ("b520d329c8d0f600", "ad7f471ae25852a7")),
+        ("valid", ("07845e4e898d9ca2", "2c12ac50783a092c")),
+        ("test", ("686e058162dc42db", "be6d1de9ab993333")),
+    ],
+)
+def test_the_first_splits_are_those_of_version_1_1(drawn, split, expected):
+    """Captions, contents and pixels of 50 scenes, recorded before there were other splits and another world."""
+    some = drawn[split][:50]
+    text = "\n".join(f"{s.caption}: {s.content()}" for s in some)
+    pixels = b"".join(render(s).tobytes() for s in some)
+    assert tuple(hashlib.sha256(x).hexdigest()[:16] for x in (text.encode(), pixels)) == expected
 
 
 def test_captions_say_what_the_scene_holds(everything):
@@ -85,8 +108,9 @@ def test_families_ask_what_they_are_named_for(everything):
 
 
 def test_every_prefix_is_balanced(drawn):
-    for split in BUCKETS:
-        assert [s.family for s in drawn[split]] == [FAMILIES[i % 6] for i in range(PER_SPLIT)]
+    for split in SPLITS:
+        families = HELD_OUT_FAMILIES if split == "knowledge" else FAMILIES
+        assert [s.family for s in drawn[split]] == [families[i % len(families)] for i in range(PER_SPLIT)]
 
 
 def test_sprites_lie_on_the_grid_and_do_not_overlap(everything):
@@ -124,8 +148,8 @@ def test_a_named_colour_is_never_a_natural_one(everything):
 
 
 def test_splits_share_no_picture(drawn):
-    contents = [{s.content() for s in drawn[split]} for split in BUCKETS]
-    pictures = [{render(s).tobytes() for s in drawn[split]} for split in BUCKETS]
+    contents = [{s.content() for s in drawn[split]} for split in SPLITS]
+    pictures = [{render(s).tobytes() for s in drawn[split]} for split in SPLITS]
     for kind in (contents, pictures):
         assert all(not a & b for a, b in itertools.combinations(kind, 2))
     assert [len(a) for a in contents] == [len(a) for a in pictures]  # content tells pictures apart, and only pictures
@@ -133,14 +157,15 @@ def test_splits_share_no_picture(drawn):
 
 @pytest.mark.slow
 def test_splits_share_no_content_among_thousands():
-    contents = [{scene(split, index).content() for index in range(1500)} for split in BUCKETS]
+    contents = [{scene(split, index).content() for index in range(1500)} for split in SPLITS]
     assert all(not a & b for a, b in itertools.combinations(contents, 2))
 
 
-def test_held_out_pairs_are_in_half_the_test_captions_alone(drawn):
-    for split in BUCKETS:
+def test_held_out_pairs_are_in_half_the_test_captions_and_in_all_of_knowledge_alone(drawn):
+    for split in SPLITS:
         for s in drawn[split]:
-            assert s.held_out == held_out_by_words(s.caption) and (split == "test" or not s.held_out)
+            assert s.held_out == held_out_by_words(s.caption)
+            assert split == "test" or s.held_out == (split == "knowledge")
     for family in FAMILIES:
         parts = [s.held_out for s in drawn["test"] if s.family == family]
         assert np.mean(parts) == (0 if family in ("single_object", "counting") else 0.5)
@@ -150,9 +175,9 @@ def test_every_class_and_colour_is_met_in_training():
     """What is held out are pairs: each of their parts, and every other pair, may be learned."""
     sprites = {(sprite.name, sprite.colour) for index in range(1200) for sprite in scene("train", index).sprites}
     tinted = {(name, colour) for name, entry in CLASSES.items() for colour in (None, *entry.tints)}
-    assert sprites == tinted - {(name, colour) for colour, name in scenes.HELD_OUT_COLOURS}
-    assert 0.1 < len(scenes.HELD_OUT_PAIRS) / 120 < 0.2
-    assert 0.1 < len(scenes.HELD_OUT_COLOURS) / (len(tinted) - len(CLASSES)) < 0.2
+    assert sprites == tinted - {(name, colour) for colour, name in STANDARD.held_out_colours}
+    assert 0.1 < len(STANDARD.held_out_pairs) / 120 < 0.2
+    assert 0.1 < len(STANDARD.held_out_colours) / (len(tinted) - len(CLASSES)) < 0.2
 
 
 def test_the_ground_is_plain_where_no_sprite_is(drawn):
@@ -180,8 +205,8 @@ def test_the_first_prompts_are_the_test_split(drawn):
 
 
 def test_files_give_back_the_scenes_in_order_to_the_bit(data_dir):
-    names, tints = list(CLASSES), list(COLOURS)
-    for split in BUCKETS:
+    names, tints = list(SPRITES), list(COLOURS)
+    for split in SPLITS:
         source = dataset.load_source("emoji_scenes/tiny", split, data_dir)
         bare = dataset.load_source("emoji_scenes/tiny", split, data_dir, images=False)
         assert len(source) == len(bare) == 64

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from arrag_jax.data.emoji import scenes
+from arrag_jax.data.emoji.worlds import STANDARD
 from arrag_jax.errors import UserError
 from arrag_jax.models.text import SPECIAL, PromptTokenizer, chat_form
 
@@ -30,10 +31,10 @@ def text() -> PromptTokenizer:
 def captions() -> frozenset[str]:
     """All captions of the six families without the pairs that training leaves out."""
     one = lambda name, *tint: ("an " if (tint or [name])[0][0] in "aeiou" else "a ") + " ".join([*tint, name])  # noqa: E731
-    names = scenes.CLASSES.values()
-    tinted = [(c.name, tint) for c in names for tint in c.tints if (tint, c.name) not in scenes.HELD_OUT_COLOURS]
+    names = STANDARD.classes.values()
+    tinted = [(c.name, tint) for c in names for tint in c.tints if (tint, c.name) not in STANDARD.held_out_colours]
     pairs = [(a.name, b.name) for a, b in itertools.permutations(names, 2)]
-    pairs = [pair for pair in pairs if frozenset(pair) not in scenes.HELD_OUT_PAIRS]
+    pairs = [pair for pair in pairs if frozenset(pair) not in STANDARD.held_out_pairs]
     return frozenset(
         itertools.chain(
             (one(c.name) for c in names),

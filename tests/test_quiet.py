@@ -90,7 +90,7 @@ def test_a_data_set_is_made_with_one_bar(monkeypatch, tmp_path, capsys, quiet):
     out, err = capsys.readouterr()
     assert ("Downloading and preparing" in out) == (not quiet)
     assert ("Generating" in err) == (not quiet)
-    assert ("making emoji_scenes/tiny" in err) == quiet and ("256/256" in err) == quiet
+    assert ("making emoji_scenes/tiny" in err) == quiet and ("320/320" in err) == quiet
 
 
 @pytest.mark.parametrize("flag", ["", "--verbose"])

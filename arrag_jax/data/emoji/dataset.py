@@ -19,6 +19,8 @@ from PIL import Image
 
 from arrag_jax import console, progress
 from arrag_jax.data.emoji import scenes
+from arrag_jax.data.emoji.classes import COLOURS, SPRITES
+from arrag_jax.data.emoji.worlds import LONG_TAIL, PERIOD, STANDARD, World
 from arrag_jax.data.examples import caption_of
 from arrag_jax.data.prepared import places
 from arrag_jax.errors import UserError
@@ -26,20 +28,22 @@ from arrag_jax.files import exclusive_lock, write_errors
 
 _DESCRIPTION = """
 48 x 48 pictures of one to four Twemoji sprites on plain grounds, with captions in GenEval's six families.
-Splits are disjoint by picture; some class pairs and colour-class pairs occur in test captions only.
+Splits are disjoint by picture. Some class pairs and colour-class pairs occur in captions of test and knowledge only;
+in long_tail, classes are ranked by how often train and store show them, and some are absent there.
 Sprites: Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0.
 """
 
 
 @dataclass
 class EmojiScenesConfig(tfds.core.BuilderConfig):
-    """A size of the data set: the number of scenes in each split. An index gives the same scene in every size."""
+    """A world and a size: the number of scenes in each split. An index gives the same scene in every size."""
 
     sizes: tuple[tuple[str, int], ...] = ()
+    world: World = STANDARD
 
 
-def _config(name: str, **sizes: int) -> EmojiScenesConfig:
-    return EmojiScenesConfig(name=name, description=f"Scenes: {sizes}", sizes=tuple(sizes.items()))
+def _config(name: str, world: World, **sizes: int) -> EmojiScenesConfig:
+    return EmojiScenesConfig(name=name, description=f"Scenes: {sizes}", sizes=tuple(sizes.items()), world=world)
 
 
 class EmojiScenes(tfds.core.GeneratorBasedBuilder):
@@ -48,15 +52,27 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder):
     # Nothing is downloaded. Without this line TFDS looks for a file of checksums next to this module, and for that it
     # imports importlib_resources, which it does not declare as a dependency.
     url_infos = None
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.2.0")
     RELEASE_NOTES = {  # noqa: RUF012 - TFDS reads this class attribute
         "1.0.0": "First release.",
         "1.1.0": "full has 100,000 scenes to train on, the first 40,000 of them as before.",
+        "1.2.0": "The split knowledge, and the long-tailed world; the scenes of the other splits as before.",
     }
     BUILDER_CONFIGS = [  # noqa: RUF012
-        _config("full", train=100_000, store=120_000, valid=2_000, test=2_000),
-        _config("small", train=600, store=12_000, valid=512, test=600),
-        _config("tiny", train=64, store=64, valid=64, test=64),
+        _config("full", STANDARD, train=100_000, store=120_000, valid=2_000, test=2_000, knowledge=12_000),
+        _config("small", STANDARD, train=600, store=12_000, valid=512, test=600, knowledge=2_000),
+        _config("tiny", STANDARD, train=64, store=64, valid=64, test=64, knowledge=64),
+        _config(
+            "long_tail",
+            LONG_TAIL,
+            train=PERIOD,
+            store=PERIOD,
+            valid=2_000,
+            test=2_000,
+            knowledge=12_000,
+            sprites=20_000,
+        ),
+        _config("long_tail_tiny", LONG_TAIL, train=64, store=64, valid=64, test=64, knowledge=64, sprites=64),
     ]
 
     bar: progress.Bar | None = None  # counts the scenes that have been rendered
@@ -69,7 +85,9 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder):
         """Returns the features of an example.
 
         Classes, colours and boxes (x0, y0, x1, y1 in pixels) are padded with -1 to four sprites. A class is an index
-        into ``scenes.CLASSES``. A colour is an index into ``scenes.COLOURS``, or -1 for natural colours.
+        into ``classes.SPRITES``. A colour is an index into ``classes.COLOURS``, or -1 for natural colours. In a world
+        with groups, "group" is the group of the scene's rarest class, and "train_scenes" is how many scenes of train
+        show that class.
         """
         slots = scenes.MAX_SPRITES
         features = {
@@ -81,6 +99,8 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder):
             "colours": tfds.features.Tensor(shape=(slots,), dtype=np.int32),
             "boxes": tfds.features.Tensor(shape=(slots, 4), dtype=np.int32),
         }
+        if self.builder_config.world.groups:
+            features |= {"group": tfds.features.Text(), "train_scenes": tfds.features.Scalar(np.int32)}
         return tfds.core.DatasetInfo(
             builder=self,
             description=_DESCRIPTION,
@@ -95,20 +115,23 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split, count) for split, count in self.builder_config.sizes}
 
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        world = self.builder_config.world
         for index in range(count):
-            yield index, _example(scenes.scene(split, index), index)
+            drawn = scenes.scene(split, index, world)
+            yield index, _example(drawn, index) | _rarity(drawn, world)
             if self.bar is not None:
                 self.bar.update()
 
 
-NAMES = tuple(f"emoji_scenes/{config.name}" for config in EmojiScenes.BUILDER_CONFIGS)
+WORLDS = {f"emoji_scenes/{config.name}": config.world for config in EmojiScenes.BUILDER_CONFIGS}
+NAMES = tuple(WORLDS)
 
 
 def _example(scene: scenes.Scene, index: int) -> dict[str, Any]:
     png = io.BytesIO()  # TFDS encodes an array with TensorFlow, but stores a file unchanged
     Image.fromarray(scenes.render(scene)).save(png, "PNG", compress_level=1)
     png.seek(0)
-    names, tints = list(scenes.CLASSES), list(scenes.COLOURS)
+    names, tints = list(SPRITES), list(COLOURS)
     classes = np.full(scenes.MAX_SPRITES, -1, np.int32)
     colours = np.full(scenes.MAX_SPRITES, -1, np.int32)
     boxes = np.full((scenes.MAX_SPRITES, 4), -1, np.int32)
@@ -124,6 +147,16 @@ def _example(scene: scenes.Scene, index: int) -> dict[str, Any]:
         "classes": classes,
         "colours": colours,
         "boxes": boxes,
+    }
+
+
+def _rarity(scene: scenes.Scene, world: World) -> dict[str, Any]:
+    """Returns the features that only scenes of a world with groups have."""
+    if not world.groups:
+        return {}
+    return {
+        "group": scenes.group(scene, world),
+        "train_scenes": world.train_scenes[scenes.rarest(scene, world)],
     }
 
 
@@ -143,8 +176,8 @@ def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = T
     the end, so an interrupted build never looks complete.
 
     Args:
-      name: ``emoji_scenes/full``, ``emoji_scenes/small`` or ``emoji_scenes/tiny``.
-      split: ``train``, ``store``, ``valid`` or ``test``; a TFDS slice such as ``train[:100]`` works, too.
+      name: one of ``NAMES``.
+      split: a split of the name's world, such as ``train``; a TFDS slice such as ``train[:100]`` works, too.
       data_dir: the folder of all TFDS data sets.
       images: if False, "image" is the bytes of a PNG file, which is much faster.
 
@@ -154,8 +187,9 @@ def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = T
     """
     if name not in NAMES:
         raise UserError(f"unknown data set {name!r}; take one of {', '.join(NAMES)}")
-    if split.split("[")[0] not in scenes.BUCKETS:
-        raise UserError(f"unknown split {split!r} of {name}; take one of {', '.join(scenes.BUCKETS)}")
+    splits = WORLDS[name].splits
+    if split.split("[")[0] not in splits:
+        raise UserError(f"unknown split {split!r} of {name}; take one of {', '.join(splits)}")
     builder = tfds.builder(name, data_dir=str(data_dir))
     if not builder.is_prepared():
         sizes = Path(data_dir) / builder.name
@@ -176,7 +210,7 @@ def load_source(name: str, split: str, data_dir: str | Path, *, images: bool = T
 
 
 class SceneSource:
-    """A size of the data set as an image source (``data.examples.Source``); it is built when a split is requested.
+    """A world in some size as an image source (``data.examples.Source``); it is built when a split is requested.
 
     Args:
       name, data_dir: as in ``load_source``.
@@ -192,7 +226,7 @@ class SceneSource:
     @property
     def words(self) -> tuple[str, ...]:
         """The words of the captions of all splits."""
-        return scenes.words()
+        return scenes.words(WORLDS[self._name])
 
     def images(self, split: str) -> "SceneImages":
         """Returns the images of a split."""

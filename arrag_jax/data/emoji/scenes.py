@@ -1,19 +1,18 @@
 """Defines scenes of emoji sprites with GenEval-style captions, samples them at random and renders them.
 
 A scene is a 48 x 48 image of one to four Twemoji sprites on a plain background, with a caption that names exactly these
-sprites and belongs to one of GenEval's six families. (``SEED``, split, index) determine everything, so a prompt, its
-scene and its image can be reproduced anywhere without a file.
+sprites and belongs to one of GenEval's six families. (``SEED``, world, split, index) determine everything, so a
+prompt, its scene and its image can be reproduced anywhere without a file.
 
 The scenes are made for a model of a few million parameters. Sprites have two sizes and corners on multiples of 4
 pixels, so that a tokenizer with 4-pixel patches sees the same codes again and again. Backgrounds have one colour,
 because a small model can learn these.
 
-A sprite has its natural colours or is tinted in one of five colours. A class is never tinted in a colour that it
-already has by nature (``SpriteClass.natural``; pink counts as red, cream as yellow). For example, no caption says "a
-red apple", because a natural apple is red. So a named colour always distinguishes a tinted sprite from a natural one.
+A sprite has its natural colours or is tinted in one of five colours that it does not have by nature (``classes``).
 
-Splits have no image in common: a hash of a scene's content puts it into one of 16 buckets, and each bucket belongs to
-one split. Some class pairs and some colour-class pairs are held out: only captions of the test split use them.
+Splits have no image in common: a hash of a scene's content puts it into one of 16 buckets. Which buckets, classes and
+held-out pairs a split has is said by its world (``worlds``). In the standard world, which is the default of every
+function here, some class pairs and some colour-class pairs are held out: only test and knowledge use them.
 """
 
 import hashlib
@@ -26,11 +25,12 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import emoji
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from arrag_jax.data.emoji.classes import COLOURS, SPRITES
+from arrag_jax.data.emoji.worlds import HELD_OUT_FAMILIES, STANDARD, Split, World
 from arrag_jax.errors import UserError
 
 SEED = 0
@@ -40,17 +40,9 @@ SIZES = (16, 20)  # pixels
 MAX_SPRITES = 4
 GAP = 4  # pixels between two sprites whose relation the caption names
 
-FAMILIES = ("single_object", "two_object", "counting", "colors", "position", "color_attribution")
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
-COLOURS = {
-    "red": (214, 32, 40),
-    "yellow": (246, 196, 20),
-    "green": (44, 152, 56),
-    "blue": (36, 92, 214),
-    "purple": (138, 52, 176),
-}
 GROUNDS = {
     "sand": (222, 205, 172),
     "mint": (178, 208, 188),
@@ -59,60 +51,8 @@ GROUNDS = {
     "grey": (150, 154, 160),
     "slate": (92, 100, 116),
 }
-# The buckets of the content hash, out of 16, that belong to each split.
-BUCKETS = {"train": range(0, 5), "store": range(5, 13), "valid": range(13, 14), "test": range(14, 16)}
-
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are exclusive
 Item = TypeVar("Item")
-
-
-class SpriteClass(NamedTuple):
-    """A class of sprites: its name, the plural, the name of its emoji, and the named colours that it has by nature."""
-
-    name: str
-    plural: str
-    emoji: str
-    natural: tuple[str, ...]
-
-    @property
-    def file(self) -> str:
-        """Name of its Twemoji file: the code points in hexadecimal, without the variation selector."""
-        return "-".join(f"{ord(sign):x}" for sign in emoji.emojize(self.emoji) if sign != "\ufe0f")
-
-    @property
-    def tints(self) -> tuple[str, ...]:
-        return tuple(colour for colour in COLOURS if colour not in self.natural)
-
-
-CLASSES = {
-    entry.name: entry
-    for entry in (
-        SpriteClass("cat", "cats", ":cat_face:", ("yellow",)),
-        SpriteClass("dog", "dogs", ":dog_face:", ()),
-        SpriteClass("frog", "frogs", ":frog:", ("green",)),
-        SpriteClass("pig", "pigs", ":pig_face:", ("red",)),
-        SpriteClass("fish", "fish", ":fish:", ("blue",)),
-        SpriteClass("octopus", "octopuses", ":octopus:", ("purple",)),
-        SpriteClass("butterfly", "butterflies", ":butterfly:", ("blue",)),
-        SpriteClass("car", "cars", ":automobile:", ("red",)),
-        SpriteClass("apple", "apples", ":red_apple:", ("red",)),
-        SpriteClass("mushroom", "mushrooms", ":mushroom:", ("red",)),
-        SpriteClass("tree", "trees", ":deciduous_tree:", ("green",)),
-        SpriteClass("house", "houses", ":house:", ("yellow",)),
-        SpriteClass("star", "stars", ":star:", ("yellow",)),
-        SpriteClass("heart", "hearts", ":red_heart:", ("red",)),
-        SpriteClass("ball", "balls", ":soccer_ball:", ()),
-        SpriteClass("cup", "cups", ":hot_beverage:", ()),
-    )
-}
-_NAMES = tuple(CLASSES)
-
-# Unordered class pairs (16 of 120, with every class in two) and colour-class pairs (10 of 67) only in test captions.
-HELD_OUT_PAIRS = frozenset(frozenset((name, _NAMES[(i + 5) % len(_NAMES)])) for i, name in enumerate(_NAMES))
-HELD_OUT_COLOURS = frozenset(
-    (CLASSES[name].tints[i % len(CLASSES[name].tints)], name) for i, name in enumerate(_NAMES) if i % 3
-)
-_FAMILIES_WITH_HELD_OUT = ("two_object", "colors", "position", "color_attribution")
 
 
 @dataclass(frozen=True)
@@ -152,46 +92,76 @@ class _Subject(NamedTuple):
     relation: str | None
 
 
-def scene(split: str, index: int) -> Scene:
+def scene(split: str, index: int, world: World = STANDARD) -> Scene:
     """Returns the scene at ``index`` of a split. Families alternate, so every prefix of a split is balanced.
 
-    In the test split every second scene of ``_FAMILIES_WITH_HELD_OUT`` uses a held-out pair.
+    In the standard world, every second scene of ``HELD_OUT_FAMILIES`` uses a held-out pair in the test split, and every
+    scene of the split knowledge, which consists of these families alone.
 
     Raises:
       UserError: if the split is unknown or the index is negative.
     """
-    if split not in BUCKETS:
-        raise UserError(f"unknown split {split!r} of emoji_scenes; take one of {', '.join(BUCKETS)}")
+    if split not in world.splits:
+        raise UserError(f"unknown split {split!r} of emoji_scenes; take one of {', '.join(world.splits)}")
     if index < 0:
         raise UserError(f"index {index} of emoji_scenes is negative; indices start at 0")
-    turn, place = divmod(index, len(FAMILIES))
-    family = FAMILIES[place]
-    held_out = split == "test" and family in _FAMILIES_WITH_HELD_OUT and turn % 2 == 1
+    rules = world.splits[split]
+    turn, place = divmod(index, len(rules.families))
+    family = rules.families[place]
+    held_out = family in HELD_OUT_FAMILIES and rules.held_out[turn % len(rules.held_out)]
+    lead = rules.leads[index % len(rules.leads)]
     # Only ``random()`` of this generator is used, because Python guarantees that its sequence never changes.
-    rng = random.Random(f"{SEED}/{split}/{index}")
+    rng = random.Random(f"{SEED}/{world.prefix}{split}/{index}")
     while True:
-        subject = _draw_subject(rng, family)
-        if _is_held_out(subject) != held_out:
+        subject = _draw_subject(rng, family, rules, lead)
+        if _is_held_out(subject, world) != held_out:
             continue
         boxes = _draw_boxes(rng, len(subject.sprites), subject.relation)
         sprites = tuple(Sprite(name, colour, box) for (name, colour), box in zip(subject.sprites, boxes, strict=True))
         ground = _pick(rng, tuple(GROUNDS))
         drawn = Scene(subject.caption, family, ground, sprites, subject.relation, held_out)
-        if _bucket(drawn) in BUCKETS[split]:
+        if _bucket(drawn) in rules.buckets:
             return drawn
 
 
-def test_prompts(n: int) -> list[Scene]:
+def test_prompts(n: int, world: World = STANDARD) -> list[Scene]:
     """Returns the first n scenes of the test split. Their captions are prompts; the scenes define correct answers."""
-    return [scene("test", index) for index in range(n)]
+    return [scene("test", index, world) for index in range(n)]
 
 
 vars(test_prompts)["__test__"] = False  # pytest would take it for a test because of its name
 
 
-def words() -> tuple[str, ...]:
+def rarest(scene: Scene, world: World) -> str:
+    """Returns the class of a scene that training shows least often, in a world with ``train_scenes``."""
+    return min((sprite.name for sprite in scene.sprites), key=world.train_scenes.__getitem__)
+
+
+def group(scene: Scene, world: World = STANDARD) -> str | None:
+    """Returns the group of a scene, by how far training has shown what it asks for.
+
+    This is the group of its rarest class in a world with groups. In another world it is "unseen" if the scene uses a
+    held-out pair, else "seen", and None in a family that cannot use one, so that both groups hold the same families.
+    """
+    if world.groups:
+        return world.group_of(rarest(scene, world))
+    if scene.held_out:
+        return "unseen"
+    return "seen" if scene.family in HELD_OUT_FAMILIES else None
+
+
+def groups(n: int, world: World = STANDARD) -> dict[str, list[Scene]]:
+    """Returns the first n scenes of the test split by their group; scenes without a group are left out."""
+    found: dict[str, list[Scene]] = {}
+    for each in test_prompts(n, world):
+        if (name := group(each, world)) is not None:
+            found.setdefault(name, []).append(each)
+    return found
+
+
+def words(world: World = STANDARD) -> tuple[str, ...]:
     """Returns all words of the captions, sorted."""
-    names = [word for entry in CLASSES.values() for word in (entry.name, entry.plural)]
+    names = [word for entry in world.classes.values() for word in (entry.name, entry.plural)]
     relations = [word for relation in RELATIONS for word in relation.split()]
     return tuple(sorted({"a", "an", "and", *names, *relations, *COLOURS, *NUMBERS.values()}))
 
@@ -225,7 +195,7 @@ def render(scene: Scene) -> UInt8[np.ndarray, "48 48 3"]:
 @cache
 def sprite_rgba(name: str, colour: str | None, size: int) -> UInt8[np.ndarray, "size size 4"]:
     """Returns a sprite's pixels as RGBA with straight alpha, tinted if a colour is given."""
-    image = Image.open(_sprite_folder() / f"{CLASSES[name].file}.png").convert("RGBA")
+    image = Image.open(_sprite_folder() / f"{SPRITES[name].file}.png").convert("RGBA")
     pixels = np.array(image.resize((size, size), Image.Resampling.LANCZOS))
     if colour is not None:
         pixels[..., :3] = _tint(pixels, COLOURS[colour])
@@ -271,11 +241,18 @@ def _pick(rng: random.Random, items: Sequence[Item]) -> Item:
     return items[int(rng.random() * len(items))]
 
 
-def _pick_two(rng: random.Random, items: Sequence[Item]) -> tuple[Item, Item]:
-    """Returns two different items in random order."""
-    first = int(rng.random() * len(items))
-    second = int(rng.random() * (len(items) - 1))
-    return items[first], items[second + (second >= first)]
+def _pick_two(rng: random.Random, pool: Sequence[str], lead: str | None) -> tuple[str, str]:
+    """Returns two different classes in random order; one of them is ``lead`` if it is given."""
+    if lead is not None:
+        while (other := _pick(rng, pool)) == lead:
+            pass
+        return (lead, other) if rng.random() < 0.5 else (other, lead)
+    while True:
+        first = int(rng.random() * len(pool))
+        second = int(rng.random() * (len(pool) - 1))
+        a, b = pool[first], pool[second + (second >= first)]
+        if a != b:  # a pool may hold a class several times
+            return a, b
 
 
 def _one(name: str, colour: str | None = None) -> str:
@@ -283,28 +260,30 @@ def _one(name: str, colour: str | None = None) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def _draw_subject(rng: random.Random, family: str) -> _Subject:
-    """Returns a random caption of a family; it may be held out."""
+def _draw_subject(rng: random.Random, family: str, rules: Split, lead: str | None) -> _Subject:
+    """Returns a random caption of a family, with the class ``lead`` if it is given; it may be held out."""
     if family in ("single_object", "counting", "colors"):
-        name = _pick(rng, _NAMES)
+        name = _pick(rng, rules.pool) if lead is None else lead
         if family == "counting":
             count = _pick(rng, tuple(NUMBERS))
-            return _Subject(f"{NUMBERS[count]} {CLASSES[name].plural}", ((name, None),) * count, None)
-        colour = _pick(rng, CLASSES[name].tints) if family == "colors" else None
+            return _Subject(f"{NUMBERS[count]} {SPRITES[name].plural}", ((name, None),) * count, None)
+        colour = _pick(rng, SPRITES[name].tints) if family == "colors" else None
         return _Subject(_one(name, colour), ((name, colour),), None)
-    a, b = _pick_two(rng, _NAMES)
+    a, b = _pick_two(rng, rules.pool, lead)
     if family == "color_attribution":
-        pairs = [(p, q) for p, q in itertools.product(CLASSES[a].tints, CLASSES[b].tints) if p != q]
+        pairs = [(p, q) for p, q in itertools.product(SPRITES[a].tints, SPRITES[b].tints) if p != q]
         colour_a, colour_b = _pick(rng, pairs)
         return _Subject(f"{_one(a, colour_a)} and {_one(b, colour_b)}", ((a, colour_a), (b, colour_b)), None)
     relation = _pick(rng, RELATIONS) if family == "position" else None
     return _Subject(f"{_one(a)} {relation or 'and'} {_one(b)}", ((a, None), (b, None)), relation)
 
 
-def _is_held_out(subject: _Subject) -> bool:
+def _is_held_out(subject: _Subject, world: World) -> bool:
     """Returns whether a caption uses a held-out class pair or a held-out colour-class pair."""
     classes = frozenset(name for name, _ in subject.sprites)
-    return classes in HELD_OUT_PAIRS or any((colour, name) in HELD_OUT_COLOURS for name, colour in subject.sprites)
+    return classes in world.held_out_pairs or any(
+        (colour, name) in world.held_out_colours for name, colour in subject.sprites
+    )
 
 
 def _draw_boxes(rng: random.Random, count: int, relation: str | None) -> list[Box]:

@@ -1,4 +1,7 @@
-"""The benchmark ``emoji_scenes``: its prompts describe scenes, and images are scored by the sprites in them."""
+"""The benchmark ``emoji_scenes``: its prompts describe scenes, and images are scored by the sprites in them.
+
+The data set decides which world the scenes are of; see ``data.emoji.worlds``.
+"""
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,8 +11,9 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from arrag_jax.config import DataSetConfig
-from arrag_jax.data.emoji.dataset import load_source
-from arrag_jax.data.emoji.scenes import FAMILIES, Scene, render, scene
+from arrag_jax.data.emoji.dataset import WORLDS, load_source
+from arrag_jax.data.emoji.scenes import Scene, group, render, scene
+from arrag_jax.data.emoji.worlds import FAMILIES, STANDARD
 from arrag_jax.evaluation.emoji.object_score import family_scores, verdicts
 from arrag_jax.evaluation.tables import mean_and_std
 from arrag_jax.figures import grids
@@ -25,7 +29,8 @@ class EmojiScenes:
 
     def __init__(self, data: DataSetConfig, split: str):
         self._data, self._split = data, split
-        self._scene = functools.cache(functools.partial(scene, split))
+        self._world = WORLDS.get(data.name, STANDARD)
+        self._scene = functools.cache(functools.partial(scene, split, world=self._world))
 
     def prompts(self, number: int) -> Sequence[str]:
         """Returns the captions of the first scenes; any number of them can be requested."""
@@ -47,7 +52,8 @@ class EmojiScenes:
         """Returns the object score: mean and spread over the repeats, and the means of some groups of prompts.
 
         "families": the mean of each family. "held_out_pairs" and "other_prompts": the means of prompts with and without
-        pairs that training leaves out; null if there are no such prompts.
+        pairs that training leaves out; null if there are no such prompts. "groups": the mean of each group that occurs,
+        by how far training has shown what its prompts ask for (``data.emoji.scenes.group``).
         """
         right: list[np.ndarray] = []
         scenes: list[Scene] = []
@@ -55,28 +61,34 @@ class EmojiScenes:
             scenes, parts = [], []
             for numbers, images in batches:
                 shown = self._scenes(numbers.tolist())
-                parts.append(verdicts(images, shown))
+                parts.append(verdicts(images, shown, self._world))
                 scenes += shown
             right.append(np.concatenate(parts))
         results = [family_scores(row, scenes) for row in right]
+        verdict = np.stack(right)  # [repeats prompts]
         held_out = np.array([scene.held_out for scene in scenes])
+        groups = np.array([group(scene, self._world) for scene in scenes])
         return {
             **mean_and_std([result["overall"] for result in results]),
             "families": {
                 name: float(np.mean([result["families"][name] for result in results]))
                 for name in results[0]["families"]
             },
-            "held_out_pairs": float(np.stack(right)[:, held_out].mean()) if held_out.any() else None,
-            "other_prompts": None if held_out.all() else float(np.stack(right)[:, ~held_out].mean()),
+            "held_out_pairs": float(verdict[:, held_out].mean()) if held_out.any() else None,
+            "other_prompts": None if held_out.all() else float(verdict[:, ~held_out].mean()),
+            "groups": {
+                name: float(verdict[:, groups == name].mean()) for name in self._world.group_names if name in groups
+            },
         }
 
     def table(self, scores: Mapping[str, Mapping[str, Any]]) -> str:
         """Returns a table with one row per method: mean, spread and the groups of prompts."""
-        columns = ["object score", "mean", "spread", *FAMILIES, "other prompts", "held-out pairs"]
+        groups = self._world.group_names
+        columns = ["object score", "mean", "spread", *FAMILIES, "other prompts", "held-out pairs", *groups]
         rows = [
             [
                 name, row["mean"], row["std"], *(row["families"].get(family) for family in FAMILIES),
-                row["other_prompts"], row["held_out_pairs"],
+                row["other_prompts"], row["held_out_pairs"], *(row["groups"].get(name) for name in groups),
             ]
             for name, row in scores.items()
         ]  # fmt: skip

@@ -23,12 +23,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from arrag_jax.data.emoji import scenes
+from arrag_jax.data.emoji.worlds import STANDARD, World
 
 THRESHOLD = 0.65  # true sprites score at least 0.84 even if blurred; chance matches seldom reach 0.65
 _MAX_DETECTIONS = 8  # per image
 _MAX_OVERLAP = 0.1  # of the boxes of two detections, as a share of the smaller box
 _NOISE = 4.0  # grey levels; a lower contrast does not count as a sprite
-_BATCH = 16  # images that are matched at once; their patches take about 100 MB
+_BATCH = 16  # images that are matched at once; their patches take about 100 MB, the scores of 316 looks about 40 MB
 
 
 class Detection(NamedTuple):
@@ -66,15 +67,18 @@ class _Templates(NamedTuple):
     clash: Bool[Array, "places places"]
 
 
-def detect(pictures: UInt8[np.ndarray, "B 48 48 3"]) -> list[list[Detection]]:
-    """Returns the sprites in each image, best first: at most eight, and no two overlap by more than a tenth."""
-    looks, boxes, found = _looks(), _boxes(), []
+def detect(pictures: UInt8[np.ndarray, "B 48 48 3"], world: World = STANDARD) -> list[list[Detection]]:
+    """Returns the sprites in each image, best first: at most eight, and no two overlap by more than a tenth.
+
+    Only sprites of the world's classes are looked for.
+    """
+    looks, boxes, found = _looks(world), _boxes(), []
     for start in range(0, len(pictures), _BATCH):
         batch = pictures[start : start + _BATCH]
         padded = np.zeros((_BATCH, *pictures.shape[1:]), np.uint8)  # padding, so that only one shape is compiled
         padded[: len(batch)] = batch
         with jax.default_matmul_precision("highest"):  # by default, accelerators round products to 8-10 bits
-            peaks = _match(padded, _templates())
+            peaks = _match(padded, _templates(world))
         rows = zip(*(np.asarray(part) for part in peaks), strict=True)
         for score, look, place in itertools.islice(rows, len(batch)):
             kept = np.flatnonzero(score > THRESHOLD)
@@ -132,8 +136,8 @@ def _scores(pictures: Float[Array, "B 48 48 3"], bank: _Bank, size: int) -> Floa
     return scores.reshape(len(pictures), steps**2, looks)
 
 
-def _looks() -> list[tuple[str, str | None]]:
-    return [(entry.name, colour) for entry in scenes.CLASSES.values() for colour in (None, *entry.tints)]
+def _looks(world: World) -> list[tuple[str, str | None]]:
+    return [(entry.name, colour) for entry in world.classes.values() for colour in (None, *entry.tints)]
 
 
 def _boxes() -> list[scenes.Box]:
@@ -147,21 +151,21 @@ def _boxes() -> list[scenes.Box]:
 
 
 @functools.cache
-def _templates() -> _Templates:
+def _templates(world: World) -> _Templates:
     boxes = np.array(_boxes())
     corner, end = boxes[:, :2], boxes[:, 2:]
     shared = np.minimum(end[:, None], end) - np.maximum(corner[:, None], corner)
     area = (end - corner).prod(-1)
     overlap = np.maximum(shared, 0).prod(-1) / np.minimum(area[:, None], area)
-    return _Templates(tuple(_bank(size) for size in scenes.SIZES), jnp.asarray(overlap > _MAX_OVERLAP))
+    return _Templates(tuple(_bank(world, size) for size in scenes.SIZES), jnp.asarray(overlap > _MAX_OVERLAP))
 
 
-def _bank(size: int) -> _Bank:
-    names = list(scenes.CLASSES)
-    pixels = np.stack([scenes.sprite_rgba(name, colour, size) for name, colour in _looks()]).astype(np.float64)
+def _bank(world: World, size: int) -> _Bank:
+    names, looks = list(world.classes), _looks(world)
+    pixels = np.stack([scenes.sprite_rgba(name, colour, size) for name, colour in looks]).astype(np.float64)
     colour, alpha = pixels[..., :3], pixels[..., 3:] / 255
     masks = np.stack([scenes.sprite_rgba(name, None, size)[..., 3] for name in names]) / 255.0
-    mask_of_look = np.array([names.index(name) for name, _ in _looks()])
+    mask_of_look = np.array([names.index(name) for name, _ in looks])
     own_mask = mask_of_look == np.arange(len(names))[:, None]  # [masks looks]
     per_channel = masks[..., None, None] * np.eye(3)  # [masks s s channel-of-pixel channel-summed]
     bank = _Bank(

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from arrag_jax.data.emoji.scenes import FAMILIES, Scene, relations
+from arrag_jax.data.emoji.scenes import Scene, relations
+from arrag_jax.data.emoji.worlds import FAMILIES, STANDARD, World
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.emoji.detector import Detection, detect
 
 
-def object_score(pictures: UInt8[np.ndarray, "B 48 48 3"], scenes: Sequence[Scene]) -> dict[str, Any]:
+def object_score(
+    pictures: UInt8[np.ndarray, "B 48 48 3"], scenes: Sequence[Scene], world: World = STANDARD
+) -> dict[str, Any]:
     """Returns the score of each image against the scene of its prompt.
 
     Returns:
@@ -26,19 +29,21 @@ def object_score(pictures: UInt8[np.ndarray, "B 48 48 3"], scenes: Sequence[Scen
     Raises:
       UserError: if there are no images, or not one scene per image.
     """
-    right = verdicts(pictures, scenes)
+    right = verdicts(pictures, scenes, world)
     return {"right": right, **family_scores(right, scenes)}
 
 
-def verdicts(pictures: UInt8[np.ndarray, "B 48 48 3"], scenes: Sequence[Scene]) -> Bool[np.ndarray, " B"]:
-    """Returns for each image whether it shows what its scene's caption says.
+def verdicts(
+    pictures: UInt8[np.ndarray, "B 48 48 3"], scenes: Sequence[Scene], world: World = STANDARD
+) -> Bool[np.ndarray, " B"]:
+    """Returns for each image whether it shows what its scene's caption says; all scenes are of one world.
 
     Raises:
       UserError: if there are no images, or not one scene per image.
     """
     if not len(pictures) or len(pictures) != len(scenes):
         raise UserError(f"{len(pictures)} images for {len(scenes)} scenes; give one scene per image, at least one")
-    return np.array([is_right(found, scene) for found, scene in zip(detect(pictures), scenes, strict=True)])
+    return np.array([is_right(found, scene) for found, scene in zip(detect(pictures, world), scenes, strict=True)])
 
 
 def family_scores(right: Bool[np.ndarray, " B"], scenes: Sequence[Scene]) -> dict[str, Any]:
