@@ -163,7 +163,7 @@ def test_settings_that_cannot_be(config, tmp_path, where, fields, message):
         ([" "], "", "empty"),
         (["a zebra"], "", "does not know 'zebra'; it knows: a above"),
         (["a cat " * 6], "plain", "prompt too long: 18 tokens, at most 16"),
-        (["a cat"], "diad", "--method='diad' is unknown; choose one of plain, static, daid, caption, lora, faid, faid"),
+        (["a cat"], "diad", "--method='diad' is unknown; choose one of plain, static, daid, caption, hidden"),
         (
             ["a cat"],
             "faid",

@@ -12,11 +12,10 @@ from arrag_jax.config import ScannOptions
 from arrag_jax.data.examples import BadImage
 from arrag_jax.errors import UserError
 from arrag_jax.ops import grid as grid_ops
-from arrag_jax.retrieval import leave_one_out
+from arrag_jax.retrieval import leave_one_out, scann_rules
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.leave_one_out import LeaveOneOut
 from arrag_jax.retrieval.scann import ScannRetriever
-from arrag_jax.retrieval.scann_rules import EXHAUSTIVE
 from arrag_jax.store import building, shards, writer
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings, from_record, to_record
@@ -74,8 +73,8 @@ def stores(tmp_path_factory) -> dict[str, Datastore]:
 
 
 def retriever(store: Datastore, search: str, k: int = K) -> DenseRetriever | ScannRetriever:
-    arrays = keys_of(store, "codebook"), values_of(store), store.codebook, k
-    return DenseRetriever.create(*arrays) if search == "dense" else ScannRetriever.create(*arrays, EXHAUSTIVE)
+    arrays, exact = (keys_of(store, "codebook"), values_of(store), store.codebook, k), scann_rules.EXHAUSTIVE
+    return DenseRetriever.create(*arrays) if search == "dense" else ScannRetriever.create(*arrays, exact)
 
 
 def leave_one_out_of(store: Datastore, search: str = "dense") -> LeaveOneOut:

@@ -220,6 +220,16 @@ def _sampling(model: Backbone, numbers: dict[str, Any], greedy: bool) -> Samplin
     return sampling
 
 
+def _require_fit(model: Backbone, policy: DecodePolicy, retriever: Retriever | StateRetriever | None) -> None:
+    """Raises UserError unless the model and the search give what the policy needs."""
+    if policy.uses_retrieval and retriever is None:
+        raise UserError(f"{type(policy).__name__} needs a retriever: build a datastore, or draw with --method plain")
+    if policy.uses_retrieval and isinstance(retriever, StateRetriever):
+        require_states(model, policy)
+    elif policy.blends and retriever is not None:
+        require_blenders(model, cast(Retriever, retriever), getattr(policy, "neighbors", None))
+
+
 def sample(
     model: Backbone,
     condition: ArrayLike,
@@ -259,19 +269,13 @@ def sample(
     require_own_process()
     model = model if grid is None else model.with_grid(grid)
     policy = Plain() if policy is None else policy
-    if policy.uses_retrieval and retriever is None:
-        raise UserError(f"{type(policy).__name__} needs a retriever: build a datastore, or draw with --method plain")
-    if policy.uses_retrieval and isinstance(retriever, StateRetriever):
-        require_states(model, policy)
-    elif policy.blends and retriever is not None:
-        require_blenders(model, cast(Retriever, retriever), getattr(policy, "neighbors", None))
+    _require_fit(model, policy, retriever)
     numbers = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling = _sampling(model, numbers, bool(greedy))
     cond = model.check_condition(condition, prompt_mask)
     uncond = None if cfg_scale is None else model.unconditional(cond)
     keys = image_keys(seed, len(jax.tree.leaves(cond)[0]))
-    gate = getattr(policy, "gate", None)
-    if gate is not None:
+    if gate := getattr(policy, "gate", None):
         gate.require_rows(len(keys))
     retriever = retriever if policy.uses_retrieval else None
     graph, state = nnx.split(cast(BlendingBackbone, model).fused() if policy.blends else model)
@@ -280,7 +284,7 @@ def sample(
             raise UserError(f"{len(keys)} prompts do not split evenly over a mesh of data={mesh.shape['data']}")
         cond, uncond, keys = put_rows((cond, uncond, keys), mesh)
         state = put_everywhere(state, mesh)
-        policy = policy if gate is None else put_everywhere(policy, mesh)
+        policy = put_everywhere(policy, mesh) if gate else policy
     told = None if on_position is None else handles.Handle(on_position)
     listener = None if told is None else np.int32(told.number)
     drawn = _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, listener, return_log_probs)

@@ -8,7 +8,7 @@ The format of an item is the ``storage``, one of those of its kind of key (``ops
   bfloat16  the key, 64 bytes.
   int8      the key, 32 bytes.
 
-Keys of hidden states have 64 numbers, and int8 holds their stored bytes, without further rounding.
+For hidden keys, int8 holds the stored bytes, which is exact.
 
 Scores are approximate, and their rounding depends on the batch. The search therefore keeps more than k contexts by
 score, and ranks these by distances that are equal in every batch (``ops.distances``). Distances are computed from code
@@ -120,10 +120,7 @@ class DenseRetriever:
         return dataclasses.replace(self, k=k)
 
     def search(self, context: Int[Array, "B 4"] | Float[Array, "B E"]) -> Neighbors:
-        """Returns the neighbours of B contexts given as code ids, or of B projected states.
-
-        See ``interfaces.Retriever``, and ``retrieval.states`` for states.
-        """
+        """Returns the neighbours of B contexts given as code ids, or of B projected states (``retrieval.states``)."""
         require_own_process()
         query, complete = self.kind.query(self.table, context), self.kind.complete(context)
         scores_of, error = self._scores(query), functools.partial(self._score_error, query)
@@ -159,8 +156,7 @@ class DenseRetriever:
         return len(self.contexts if self.keys is None else self.keys)
 
     @property
-    def _in_bytes(self) -> bool:
-        """Whether ``keys`` holds bytes that are decoded before they are compared."""
+    def _in_bytes(self) -> bool:  # bytes are decoded before they are compared
         return self.kind.in_bytes and self.keys.dtype == jnp.int8
 
     @property
@@ -263,8 +259,7 @@ class DenseRetriever:
             return self.kind.scores(requested, self.kind.decoded(keys, self.table) if self._in_bytes else keys)
 
         if self.keys is None:
-            vectors = query.reshape(len(query), -1, 1, self.table.shape[1])
-            table = ((vectors - self.table[None, None]) ** 2).sum(-1)
+            table = ((query.reshape(len(query), -1, 1, self.table.shape[1]) - self.table[None, None]) ** 2).sum(-1)
             return looked_up
         requested = query if self._in_bytes else _stored(query, self.keys.dtype)
         return multiplied

@@ -160,7 +160,7 @@ class Patches:
         arrays = (self.keys, self.codes, self.starts, self.rows, self.by_context)
         return sum(held.nbytes for held in arrays if held is not None)
 
-    def own(self, context: Int[np.ndarray, "n 4"]) -> tuple[np.ndarray, np.ndarray]:
+    def own(self, context: Int[np.ndarray, "n 4"] | Float[np.ndarray, "n E"]) -> tuple[np.ndarray, np.ndarray]:
         """Returns, for each query context, the equal unique context and the number of its patches.
 
         The number of patches is 0 if there is no equal context; the first result is then meaningless. It is also 0 if

@@ -34,7 +34,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.files import sha256_of
 from arrag_jax.ops.keys import HIDDEN, KEY_KINDS, KINDS_BY_FILE, TOKENIZER_KINDS
 from arrag_jax.parsing import in_range
-from arrag_jax.store.hidden import HiddenFolder, backbones_in, folder_of, open_hidden
+from arrag_jax.store.hidden import HiddenFolder, backbones_in, folder_of, open_hidden, records_of_all
 from arrag_jax.store.record_files import read_array, read_records
 from arrag_jax.store.shards import MANIFEST, ShardFolder, ShardSettings, content_hash, reading
 
@@ -228,16 +228,6 @@ class Datastore(ShardFolder):
         """
         return open_hidden([(x.directory, x.store_fingerprint) for x in self.wholes], self.backbone, self.further)
 
-    def _hidden_records(self, first: int, end: int) -> np.ndarray:
-        """Returns the records of hidden keys of images ``first`` to ``end`` (exclusive)."""
-        parts, before = [], 0
-        for folder in self.hidden:
-            inside = max(first - before, 0), min(end - before, folder.num_images)
-            if inside[0] < inside[1]:
-                parts.append(folder.records_of(*inside))
-            before += folder.num_images
-        return np.concatenate(parts)
-
     @property
     def codes(self) -> UInt16[np.ndarray, "n H W"]:
         """Code grids of all images."""
@@ -267,7 +257,7 @@ class Datastore(ShardFolder):
           UserError: if the store holds no such records.
         """
         if part == HIDDEN.file:
-            return self._hidden_records(first, end)
+            return records_of_all(self.hidden, first, end)
         kind = KINDS_BY_FILE[part]
         if part != "codes":
             self.require_kind(kind.name)

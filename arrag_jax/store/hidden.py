@@ -154,3 +154,14 @@ def open_hidden(
             )
         found.append(folder)
     return tuple(found)
+
+
+def records_of_all(folders: Sequence[HiddenFolder], first: int, end: int) -> UInt8[np.ndarray, "n R"]:
+    """Returns the records of images ``first`` to ``end`` (exclusive), counted over all folders."""
+    parts, before = [], 0
+    for folder in folders:
+        inside = max(first - before, 0), min(end - before, folder.num_images)
+        if inside[0] < inside[1]:
+            parts.append(folder.records_of(*inside))
+        before += folder.num_images
+    return np.concatenate(parts)

@@ -130,7 +130,7 @@ class HiddenKeys(KeyKind):
 
     def decoded(self, held: Arrays, table: Arrays) -> Arrays:
         """Returns the keys of their bytes, float32."""
-        return held.astype(np.float32) * (table[-1] * np.float32(1 / STEPS))
+        return held.astype(np.float32) * _beside(table[-1] * np.float32(1 / STEPS), held)
 
     def query(self, table: Arrays, requested: Arrays) -> Arrays:
         """Returns the request, which is a projected state."""
@@ -171,10 +171,15 @@ class HiddenKeys(KeyKind):
         return (record[0] - 4 * MEANS) // (numbers + 2)
 
 
+def _beside(row: Arrays, other: Arrays) -> Arrays:
+    """Returns a row [E] with as many axes as ``other``, because JAX is asked not to add axes by itself."""
+    return row.reshape((1,) * (other.ndim - 1) + row.shape)
+
+
 def project(table: Arrays, states: Arrays) -> Arrays:
     """Returns the queries [..., E] of states [..., D], float32, clipped to [-1, 1]."""
     library = np if isinstance(table, np.ndarray) else jnp
-    weights, offset = table[:-2], table[-2]
+    weights, offset = table[:-2], _beside(table[-2], states)
     if library is np:
         projected = np.asarray(states, np.float32) @ weights + offset
     else:
