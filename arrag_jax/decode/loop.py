@@ -50,8 +50,8 @@ class SampleOutput(NamedTuple):
       source: stored row of the nearest neighbour that holds the sampled code; -1 if no neighbour holds it.
       rank: rank of that neighbour, 0 = nearest; -1 if no neighbour holds the code.
       distance: squared L2 distance of that neighbour; +inf if no neighbour holds the code.
-      weight: the share λ that the policy gave to the neighbours' distribution; 0 where it mixed nothing.
       log_probs: the whole distribution from which each code was sampled; None unless requested.
+      weight: the share λ that the policy gave to the neighbours' distribution; 0 where it mixed nothing.
     """
 
     codes: Int[Array | np.ndarray, "B T"]
@@ -60,8 +60,8 @@ class SampleOutput(NamedTuple):
     source: Int[Array | np.ndarray, "B T"]
     rank: Int[Array | np.ndarray, "B T"]
     distance: Float[Array | np.ndarray, "B T"]
-    weight: Float[Array | np.ndarray, "B T"]
     log_probs: Float[Array | np.ndarray, "B T V"] | None = None
+    weight: Float[Array | np.ndarray, "B T"] | None = None
 
 
 def decode(

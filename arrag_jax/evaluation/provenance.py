@@ -104,7 +104,8 @@ def share_of_draws(drawn: SampleOutput, policy: DecodePolicy) -> Float[np.ndarra
     if not isinstance(mixture, Daid):
         return None
     moved = np.asarray(drawn.log_p_model, np.float64) - drawn.log_p
-    kept = (1.0 - np.asarray(drawn.weight, np.float64)) * np.exp(moved)
+    weight = mixture.weight if drawn.weight is None else drawn.weight  # a gate's weight differs between positions
+    kept = (1.0 - np.asarray(weight, np.float64)) * np.exp(moved)
     return np.where(np.asarray(drawn.rank) >= 0, np.clip(1.0 - kept, 0.0, 1.0), 0.0)
 
 
@@ -174,7 +175,7 @@ def _cell(
         "images": int(found.images[position]),
         "common": bool(found.common[position]),
         "retrieved": None if retrieved is None else round(float(retrieved[position]), 4),
-        "weight": round(float(drawn.weight[position]), 4),
+        "weight": None if drawn.weight is None else round(float(drawn.weight[position]), 4),
         "log_p": round(float(drawn.log_p[position]), 4),
         "log_p_moved": round(float(moved), 4) if np.isfinite(moved) else None,
     }
