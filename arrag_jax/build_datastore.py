@@ -4,6 +4,7 @@ python -m arrag_jax.build_datastore --config configs/emoji_datastore.py --workdi
 python -m arrag_jax.build_datastore --config configs/folder_datastore.py --config.source=photos --workdir runs/photos
 python -m arrag_jax.build_datastore --config configs/folder_datastore.py --config.source=more --workdir runs/p --append
 python -m arrag_jax.build_datastore --merge runs/one --merge runs/two --workdir runs/both
+python -m arrag_jax.build_datastore --merge runs/knowledge --excess_above=20 --workdir runs/cut
 python -m arrag_jax.build_datastore --workdir runs/photos --verify
 python -m arrag_jax.build_datastore --workdir runs/photos --report
 python -m arrag_jax.build_datastore --config.keys=codebook,latent --config.indexes=latent --workdir runs/photos
@@ -31,6 +32,8 @@ from arrag_jax.retrieval import build
 from arrag_jax.retrieval.scann_rules import BY_RULE
 from arrag_jax.store.from_images import recorded_config
 
+ALL = float("-inf")  # value of --excess_above that every image exceeds
+
 
 def run(
     config: DatastoreConfig | None,
@@ -40,19 +43,22 @@ def run(
     verify: bool = False,
     report: bool = False,
     keep_duplicates: bool = False,
+    excess_above: float = ALL,
 ) -> None:
     """Builds the datastore of the config in --workdir, or does what a flag requests; run it again to continue."""
     if jax.process_index() > 0 and (merge or verify or report):
         return  # process 0 alone does these
     if sum(map(bool, (append, merge, verify, report))) > 1:
         raise UserError("--append, --merge, --verify and --report exclude one another; give one of them")
+    if excess_above != ALL and not merge:
+        raise UserError("--excess_above takes images from a finished datastore; name it: --merge=STORE")
     directory = Path(workdir)
     if verify:
         build.verify(directory)
     elif report:
         build.report(directory, BY_RULE if config is None else config.scann)
     elif merge:
-        build.merge(merge, directory, keep_duplicates, config)
+        build.merge(merge, directory, keep_duplicates, config, None if excess_above == ALL else excess_above)
     else:
         build.build(config, directory, append, keep_duplicates)
 
@@ -71,5 +77,6 @@ if __name__ == "__main__":
         keep_duplicates=Flag(
             "keep all files of equal content, and images that --append or --merge finds a second time", False
         ),
+        excess_above=Flag("with --merge: take only images with more excess, in bits per image (docs/keys.md)", ALL),
         verify=Flag("read every file in --workdir: exit 0, or the name of the damaged one", False),
     )

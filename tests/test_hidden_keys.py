@@ -174,3 +174,20 @@ def test_methods_draw_and_a_gate_is_recorded(store):
         batches = list(pipeline.draw(PROMPTS, method, np.arange(3)))
         weight = np.concatenate([batch.drawn.weight for batch in batches])
         assert (weight == np.float32(0.9)).all() if method == "hidden" else (weight < 0.99).all()
+
+
+def test_a_merge_carries_the_keys_and_a_cut_keeps_whole_images(store, model, text, tmp_path):
+    """Merged and cut stores have the bytes that a build over the same images has; a cut says how many it left out."""
+    build.merge([str(store.directory)], tmp_path / "all")
+    told = HIDDEN.told(store.records("hidden"), 32)
+    bits = told.mean_excess * store.codes[0].size
+    limit = float(np.median(bits))
+    build.merge([str(store.directory)], tmp_path / "cut", excess_above=limit)
+    for name, kept in (("all", np.ones(IMAGES, bool)), ("cut", bits > limit)):
+        made = dataclasses.replace(Datastore.open(tmp_path / name), backbone=model.backbone_fingerprint)
+        made.verify()
+        np.testing.assert_array_equal(made.codes, store.codes[kept])
+        np.testing.assert_array_equal(made.records("hidden"), store.records("hidden")[kept])
+        np.testing.assert_array_equal(made.table("hidden"), store.table("hidden"))
+    with pytest.raises(UserError, match="no image of the stores to merge is wanted"):
+        build.merge([str(store.directory)], tmp_path / "none", excess_above=1e9)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Bool
 
 from arrag_jax.config import DatastoreConfig, ScannOptions
 from arrag_jax.errors import UserError
@@ -25,6 +27,7 @@ from arrag_jax.retrieval.load import settled
 from arrag_jax.retrieval.scann_rules import BY_RULE
 from arrag_jax.store import from_images, segments
 from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.hidden import backbones_in
 from arrag_jax.store.hidden_building import add_hidden
 from arrag_jax.store.images import told_of
 from arrag_jax.store.shards import MANIFEST
@@ -68,12 +71,44 @@ def build(config: DatastoreConfig | None, directory: Path, append: bool = False,
 
 
 def merge(
-    stores: Collection[str], directory: Path, keep_duplicates: bool = False, config: DatastoreConfig | None = None
+    stores: Collection[str],
+    directory: Path,
+    keep_duplicates: bool = False,
+    config: DatastoreConfig | None = None,
+    excess_above: float | None = None,
 ) -> None:
-    """Merges stores into one in ``directory`` and builds the config's indexes (None = no new index)."""
+    """Merges stores into one in ``directory`` and builds the config's indexes (None = no new index).
+
+    Args:
+      excess_above: take only images whose codes have more excess than this, in bits per image; None = all images. The
+        excess is that of the backbone of ``config.model``, or of the only backbone whose hidden keys a store has.
+    """
     start = time.perf_counter()
-    merged = segments.merge([Datastore.open(store) for store in stores], directory, keep_duplicates)
-    _finish(merged, config, start)
+    opened = [Datastore.open(store) for store in stores]
+    backbone = load_model(config.model) if config is not None and HIDDEN.name in config.keys else None
+    fingerprint = getattr(backbone, "backbone_fingerprint", "")
+    wanted = None if excess_above is None else _known_least(opened, fingerprint, excess_above)
+    merged = segments.merge(opened, directory, keep_duplicates, wanted)
+    _finish(dataclasses.replace(merged, backbone=fingerprint), config, start)
+
+
+def _known_least(stores: Sequence[Datastore], backbone: str, bits: float) -> segments.Wanted:
+    """Returns the choice of the images with more than this many bits of excess."""
+    held = sorted({name for store in stores for name in backbones_in(store.directory)})
+    if not backbone and len(held) != 1:
+        found = f"those of {', '.join(held)}" if held else "none"
+        raise UserError(
+            f"--excess_above needs hidden keys of one backbone, the stores have {found}; add: "
+            f"{stores[0].further('--config.keys=codebook,hidden')}, or name the backbone: --config.model"
+        )
+    backbone = backbone or held[0]
+
+    def chosen(segment: Datastore) -> Bool[np.ndarray, " n"]:
+        own = dataclasses.replace(segment, backbone=backbone)
+        told = HIDDEN.told(own.records(HIDDEN.file), own.table(HIDDEN.name).shape[1])
+        return told.mean_excess * told.excess.shape[1] > bits
+
+    return segments.Wanted(f"more than {bits:g} bits of excess under backbone {backbone}", chosen)
 
 
 def verify(directory: Path) -> None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Int, Integer
 
 from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_write, exclusive_lock, write_json
@@ -241,3 +241,24 @@ def finish(place: Path, settings: HiddenSettings) -> None:
     content = {"format_version": HiddenFolder.format_version, "settings": dataclasses.asdict(settings), "files": files}
     write_manifest(place, content)
     (place / building.BUILDING).unlink(missing_ok=True)
+
+
+def copy_hidden(folder: HiddenFolder, images: Int[np.ndarray, " n"], target: Path, datastore: str) -> None:
+    """Writes the hidden keys of some images of a folder into another one, unless that one is complete.
+
+    Args:
+      images: numbers of the images, ascending.
+      datastore: fingerprint of the segment that holds the images.
+    """
+    if (target / MANIFEST).is_file():
+        return
+    settings = dataclasses.replace(folder.settings, num_images=len(images), datastore=datastore)
+    target.mkdir(parents=True, exist_ok=True)
+    with atomic_write(target / PROJECTION) as temporary:
+        temporary.write_bytes((folder.directory / PROJECTION).read_bytes())
+    for shard in range(settings.num_shards):
+        part = settings.shard_images(shard)
+        chosen = images[part.start : part.stop]
+        records = folder.records_of(int(chosen[0]), int(chosen[-1]) + 1)[chosen - chosen[0]]
+        building.write_records(target / settings.shard_files(shard)[HIDDEN.file], map(bytes, records), RECORD_OPTIONS)
+    finish(target, settings)

@@ -5,6 +5,7 @@ fingerprint. Complete files are never rewritten, except this manifest, which is 
 
 A merge takes each image once, from the first store that holds it (``identity``); duplicates within one store stay. A
 segment that shares images with an earlier store is rewritten without them. The other segments are copied byte by byte.
+Hidden keys of a backbone that every segment has with the same projection are carried over.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 
 from arrag_jax import progress
 from arrag_jax.data.examples import DUPLICATE
@@ -24,13 +26,23 @@ from arrag_jax.json_files import read_object
 from arrag_jax.ops.keys import KINDS_BY_FILE
 from arrag_jax.store.building import state_of, write_lines
 from arrag_jax.store.datastore import SAME_IN_ALL_SEGMENTS, Datastore, StoreSettings
+from arrag_jax.store.hidden import HiddenFolder, backbones_in, folder_of
+from arrag_jax.store.hidden_building import copy_hidden
 from arrag_jax.store.identity import KnownContents, digests_of
 from arrag_jax.store.shards import MANIFEST, content_of, facts_of, write_manifest
 from arrag_jax.store.skipped import counts_of, read_bad
 from arrag_jax.store.writer import write_file
 
 MERGING = ".merging.json"  # in the folder of an unfinished merge: the fingerprints of the merged stores
-_OF_WHOLE = ("parts", "sha256", "merged", "keep_duplicates", "duplicates")  # manifest fields that a merge does not copy
+CUT = ""  # in place of the name of an image's duplicate: the image is not wanted
+_OF_WHOLE = (
+    "parts",
+    "sha256",
+    "merged",
+    "keep_duplicates",
+    "wanted",
+    "duplicates",
+)  # manifest fields that a merge does not copy
 
 
 def next_segment(store: Datastore) -> Path:
@@ -103,8 +115,23 @@ def add_segment(
     return Datastore.open(store.directory)
 
 
+class Wanted(NamedTuple):
+    """Chooses images of a segment.
+
+    Attributes:
+      name: what is chosen; a merge continues only with the same name.
+      of: takes a segment; returns which of its images are wanted.
+    """
+
+    name: str
+    of: Callable[[Datastore], Bool[np.ndarray, " n"]]
+
+
 class _Taken(NamedTuple):
-    """What a merge takes from a segment; ``same`` names each image's duplicate in an earlier store (None = taken)."""
+    """What a merge takes from a segment.
+
+    ``same`` names each image's duplicate in an earlier store; None = the image is taken, ``CUT`` = it is not wanted.
+    """
 
     segment: Datastore
     same: list[str | None]
@@ -112,23 +139,27 @@ class _Taken(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        return not any(self.same) and self.reported.isdisjoint(self.segment.bad)
+        return all(name is None for name in self.same) and self.reported.isdisjoint(self.segment.bad)
 
     @property
     def is_empty(self) -> bool:
-        return all(self.same) and self.reported.issuperset(self.segment.bad)
+        return all(name is not None for name in self.same) and self.reported.issuperset(self.segment.bad)
 
 
-def merge(stores: list[Datastore], directory: str | Path, keep_duplicates: bool = False) -> Datastore:
+def merge(
+    stores: list[Datastore], directory: str | Path, keep_duplicates: bool = False, wanted: Wanted | None = None
+) -> Datastore:
     """Merges stores into one in ``directory`` and returns it; an interrupted merge continues when called again.
 
     Args:
       stores: the stores to merge, in order.
       directory: the folder of the merged store.
       keep_duplicates: take an image from every store that holds it, not only from the first one.
+      wanted: takes only some of the images; None = all.
 
     Raises:
-      UserError: if the stores differ in tokenizer, grid, kinds of key or captions, or the directory holds other files.
+      UserError: if no image is wanted, if the stores differ in tokenizer, grid, kinds of key or captions, or if the
+        directory holds other files.
     """
     directory = Path(directory)
     for store in stores:
@@ -140,6 +171,8 @@ def merge(stores: list[Datastore], directory: str | Path, keep_duplicates: bool 
     merged: dict[str, Any] = {"merged": [store.store_fingerprint for store in stores]}
     if keep_duplicates:
         merged["keep_duplicates"] = True
+    if wanted is not None:
+        merged["wanted"] = wanted.name
     state, _ = state_of(Datastore, directory) if not (directory / MERGING).exists() else ("merging", None)
     directory.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(directory):
@@ -152,14 +185,17 @@ def merge(stores: list[Datastore], directory: str | Path, keep_duplicates: bool 
         else:
             write_json(directory / MERGING, merged)
         if state != "whole":
-            _copy(list(_taken(stores, keep_duplicates)), directory, merged)
+            taken = [_cut(each, wanted) for each in _taken(stores, keep_duplicates)]
+            if all(each.is_empty for each in taken):
+                raise UserError(f"no image of the stores to merge is wanted ({merged.get('wanted', 'all are empty')})")
+            _carry_hidden(_copy(taken, directory, merged))
         (directory / MERGING).unlink(missing_ok=True)
     return Datastore.open(directory)
 
 
 def _require_same_merge(record: Path, merged: dict[str, Any]) -> None:
     found = read_object(record)
-    if {name: found[name] for name in ("merged", "keep_duplicates") if name in found} != merged:
+    if {name: found[name] for name in ("merged", "keep_duplicates", "wanted") if name in found} != merged:
         raise UserError(f"{record.parent} holds something other than these merged stores; choose another --workdir")
 
 
@@ -181,8 +217,31 @@ def _taken(stores: list[Datastore], keep_duplicates: bool) -> Iterator[_Taken]:
             yield _Taken(segment, known.find(own), before)
 
 
-def _copy(taken: list[_Taken], directory: Path, merged: dict[str, Any]) -> None:
-    """Writes every file that does not exist yet, then the manifests of the segments, then the store's own."""
+def _cut(taken: _Taken, wanted: Wanted | None) -> _Taken:
+    """Returns what is taken of the wanted images."""
+    if wanted is None:
+        return taken
+    pairs = zip(taken.same, wanted.of(taken.segment), strict=True)
+    return taken._replace(same=[CUT if name is None and not keep else name for name, keep in pairs])
+
+
+def _carry_hidden(placed: list[tuple[_Taken, Path]]) -> None:
+    """Writes the hidden keys of the images taken, for each backbone whose keys all segments have."""
+    for backbone in set.intersection(*({*backbones_in(each.segment.directory)} for each, _ in placed)):
+        folders = [HiddenFolder.open(folder_of(each.segment.directory, backbone)) for each, _ in placed]
+        if len({folder.settings.projection for folder in folders}) > 1:
+            progress.tell(f"hidden keys of backbone {backbone} are left out: the stores have different projections")
+            continue
+        for (each, target), folder in zip(placed, folders, strict=True):
+            new = np.array([number for number, name in enumerate(each.same) if name is None], np.int64)
+            copy_hidden(folder, new, folder_of(target, backbone), Datastore.open(target).alone.store_fingerprint)
+
+
+def _copy(taken: list[_Taken], directory: Path, merged: dict[str, Any]) -> list[tuple[_Taken, Path]]:
+    """Writes every file that does not exist yet, then the manifests of the segments, then the store's own.
+
+    Returns what was taken from each segment that is not empty, and its folder.
+    """
     contents: dict[Path, dict[str, Any]] = {}
     jobs: list[tuple[Path, Callable[[Path], Any]]] = []
     rewritten: list[tuple[_Taken, Path]] = []
@@ -207,6 +266,7 @@ def _copy(taken: list[_Taken], directory: Path, merged: dict[str, Any]) -> None:
     write_manifest(
         directory, {**contents[directory], "parts": names, **merged, **({"duplicates": again} if again else {})}
     )
+    return list(zip((x for x in taken if not x.is_empty), contents, strict=True))
 
 
 def _copier(source: Path) -> Callable[[Path], None]:
@@ -235,9 +295,10 @@ def _shards(taken: _Taken) -> Iterator[_Shard]:
         images = range(first, first := first + segment.files[files["codes"]]["images"])
         new = [number for number in images if taken.same[number] is None]
         bad = read_bad(segment.directory / bad_file) if bad_file in segment.files else []
-        same = [(segment.sources[i], f"{DUPLICATE}{taken.same[i]}") for i in images if taken.same[i] is not None]
+        same = [(segment.sources[i], f"{DUPLICATE}{taken.same[i]}") for i in images if taken.same[i]]
+        cut = sum(taken.same[i] == CUT for i in images)
         unreported = [line for line in bad if line not in taken.reported]
-        reported = len(bad) - len(unreported) + segment.files[files["codes"]].get("told", 0)
+        reported = cut + len(bad) - len(unreported) + segment.files[files["codes"]].get("told", 0)
         yield _Shard(files, images, new, bad_file, [*unreported, *same], reported)
 
 
