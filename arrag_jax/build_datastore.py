@@ -32,7 +32,7 @@ from arrag_jax.retrieval import build
 from arrag_jax.retrieval.scann_rules import BY_RULE
 from arrag_jax.store.from_images import recorded_config
 
-ALL = float("-inf")  # value of --excess_above that every image exceeds
+ALL = -1e9  # value of --excess_above that every image exceeds, in bits
 
 
 def run(
