@@ -28,6 +28,7 @@ from arrag_jax.mesh import make_mesh
 from arrag_jax.models.checkpoint import load_model, load_prompts
 from arrag_jax.ops.distances import host_distances
 from arrag_jax.ops.keys import HIDDEN
+from arrag_jax.ops.keys.hidden import SURPRISE_STEP
 from arrag_jax.ops.sampling import guide
 from arrag_jax.retrieval import build
 from arrag_jax.retrieval.load import load_retriever
@@ -134,7 +135,7 @@ def test_surprises_are_the_likelihood_that_eval_reports(store, model, text):
     scored = score_scenes(model, look_up(model, text, examples, None))
     bits = np.concatenate(bits_of_codes(scored, Plain())).reshape(IMAGES, -1)
     np.testing.assert_allclose(told.mean_surprise, bits.mean(1), atol=1e-4)
-    np.testing.assert_allclose(told.surprise, np.minimum(bits, 255 / 16), atol=1 / 32 + 1e-3)
+    np.testing.assert_allclose(told.surprise * SURPRISE_STEP, np.minimum(bits, 255 / 16), atol=1 / 32 + 1e-3)
 
 
 def test_codes_that_the_model_drew_itself_have_no_excess(model, text):

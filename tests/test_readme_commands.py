@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 # docs/ in the order in which the commands run; LOG.md tells of commands of its day.
 PAGES = (
     *("architecture", "drawing", "stores", "search", "checkpoints", "training", "results", "speed", "clusters"),
-    *("repeatability", "reference"),
+    *("repeatability", "reference", "keys"),
 )
 TEXT = "\n".join([README, *((ROOT / "docs" / f"{page}.md").read_text() for page in PAGES)])
 
@@ -34,6 +34,7 @@ TAKES_LONG = (
     "python -m arrag_jax.build_neighbors ",
     "python -m arrag_jax.build_datastore --config configs/emoji_datastore.py ",
     "python -m arrag_jax.generate --config configs/emoji_compare.py ",  # of the tuned models
+    "python -m arrag_jax.generate --config configs/emoji_knowledge.py ",  # of a store with hidden keys
 )
 # What is no command of this package, and why it is not run.
 ELSEWHERE = {

@@ -4,7 +4,7 @@ import dataclasses
 import enum
 from collections.abc import Callable
 
-from arrag_jax.config import DaidConfig, DrawConfig, GateConfig, RetrievalConfig
+from arrag_jax.config import DrawConfig, GateConfig, RetrievalConfig
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import DecodePolicy
@@ -55,43 +55,42 @@ class Method:
         return self.images is not None
 
 
-def _daid(config: DaidConfig) -> Daid:
-    return Daid(config.weight, config.temperature, config.reduction)
-
-
-def _caption_daid(config: DrawConfig) -> Daid:
-    return _daid(config.caption.daid)
-
-
-def _hidden_daid(config: DrawConfig) -> Daid:
-    return _daid(config.hidden.daid)
-
-
-def _gated_daid(config: DrawConfig) -> Daid:
-    return _daid(config.hidden.gated)
-
-
-def _hidden_gate(config: DrawConfig) -> GateConfig:
-    return config.hidden.gated.gate
-
-
 BASELINE = "plain"  # the method with which the others are compared
 # The order is the order of sampling. A name uses only a to z and "+", because it becomes part of file names.
 METHODS = {
     BASELINE: Method(Kind.BASE, lambda c: Plain()),
-    "static": Method(Kind.BASE, _caption_daid, Search.STORE, lambda c: c.caption.static_images, by_default=False),
-    "daid": Method(Kind.BASE, lambda c: _daid(c.daid), Search.STORE, gate=lambda c: c.daid.gate),
-    "caption": Method(Kind.BASE, _caption_daid, Search.STORE, lambda c: c.caption.images, by_default=False),
-    "hidden": Method(Kind.BASE, _hidden_daid, Search.HIDDEN, by_default=False),
-    "hidden+caption": Method(Kind.BASE, _hidden_daid, Search.HIDDEN, lambda c: c.hidden.images, by_default=False),
-    "gated": Method(Kind.BASE, _gated_daid, Search.HIDDEN, gate=_hidden_gate, by_default=False),
-    "gated+caption": Method(
-        Kind.BASE, _gated_daid, Search.HIDDEN, lambda c: c.hidden.images, _hidden_gate, by_default=False
+    "static": Method(
+        Kind.BASE, lambda c: Daid.of(c.caption.daid), Search.STORE, lambda c: c.caption.static_images, by_default=False
     ),
-    "gated+cut": Method(Kind.BASE, _gated_daid, Search.CUT, gate=_hidden_gate, by_default=False),
+    "daid": Method(Kind.BASE, lambda c: Daid.of(c.daid), Search.STORE, gate=lambda c: c.daid.gate),
+    "caption": Method(
+        Kind.BASE, lambda c: Daid.of(c.caption.daid), Search.STORE, lambda c: c.caption.images, by_default=False
+    ),
+    "hidden": Method(Kind.BASE, lambda c: Daid.of(c.hidden.daid), Search.HIDDEN, by_default=False),
+    "hidden+caption": Method(
+        Kind.BASE, lambda c: Daid.of(c.hidden.daid), Search.HIDDEN, lambda c: c.hidden.images, by_default=False
+    ),
+    "gated": Method(
+        Kind.BASE,
+        lambda c: Daid.of(c.hidden.gated),
+        Search.HIDDEN,
+        gate=lambda c: c.hidden.gated.gate,
+        by_default=False,
+    ),
+    "gated+caption": Method(
+        Kind.BASE,
+        lambda c: Daid.of(c.hidden.gated),
+        Search.HIDDEN,
+        lambda c: c.hidden.images,
+        lambda c: c.hidden.gated.gate,
+        by_default=False,
+    ),
+    "gated+cut": Method(
+        Kind.BASE, lambda c: Daid.of(c.hidden.gated), Search.CUT, gate=lambda c: c.hidden.gated.gate, by_default=False
+    ),
     "lora": Method(Kind.LORA, lambda c: Plain()),
     "faid": Method(Kind.FAID, lambda c: Faid(), Search.STORE),
-    "faid+daid": Method(Kind.FAID, lambda c: Faid(_daid(c.daid)), Search.STORE),
+    "faid+daid": Method(Kind.FAID, lambda c: Faid(Daid.of(c.daid)), Search.STORE),
 }
 
 

@@ -68,6 +68,11 @@ class Daid:
             for number in np.ravel(value).tolist():
                 DaidConfig(**{name: number})
 
+    @classmethod
+    def of(cls, config: DaidConfig) -> "Daid":
+        """Returns the policy with the config's numbers, without its gate, which depends on prompts and a store."""
+        return cls(config.weight, config.temperature, config.reduction)
+
     def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> None:
         """Returns None: the backbone gets no features."""
 
@@ -78,28 +83,28 @@ class Daid:
 
         Rows without a neighbour, and all rows where the position has no context, keep the model's distribution.
         """
-        log_q = self._retrieved(log_p, neighbors)
-        found = jnp.any(neighbors.code >= 0, axis=1)
-        weight = self.weight if self.gate is None else self._gated(log_p, log_q, neighbors)
-        return mix(log_p, log_q, weight, found & has_context)
+        log_q, weight = self._retrieved(log_p, neighbors)
+        return mix(log_p, log_q, weight, _found(neighbors) & has_context)
 
     def weights(
         self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
     ) -> Float[Array, " B"]:
         """Returns the λ of each row; 0 where nothing is mixed."""
-        mixes = jnp.any(neighbors.code >= 0, axis=1) & has_context
-        weight = self.weight
-        if self.gate is not None:
-            weight = self._gated(log_p, self._retrieved(log_p, neighbors), neighbors)
-        return jnp.where(mixes, jnp.asarray(weight, jnp.float32), 0.0)
+        weight = jnp.asarray(self._retrieved(log_p, neighbors)[1], jnp.float32)
+        return jnp.where(_found(neighbors) & has_context, weight, 0.0)
 
-    def _retrieved(self, log_p: Float[Array, "B V"], neighbors: Neighbors) -> Float[Array, "B V"]:
-        return neighbor_log_probs(neighbors, log_p.shape[1], self.temperature, self.reduction)
+    def _retrieved(self, log_p: Float[Array, "B V"], neighbors: Neighbors) -> tuple[Float[Array, "B V"], Any]:
+        """Returns the neighbours' log-probabilities, and λ after the gate: one number, or one per row."""
+        log_q = neighbor_log_probs(neighbors, log_p.shape[1], self.temperature, self.reduction)
+        if self.gate is None:
+            return log_q, self.weight
+        seen = Seen(log_p, neighbors, shares(neighbors, self.temperature), log_q)
+        return log_q, self.weight * self.gate.factor(seen)
 
-    def _gated(
-        self, log_p: Float[Array, "B V"], log_q: Float[Array, "B V"], neighbors: Neighbors
-    ) -> Float[Array, " B"]:
-        return self.weight * self.gate.factor(Seen(log_p, neighbors, shares(neighbors, self.temperature), log_q))
+
+def _found(neighbors: Neighbors) -> Bool[Array, " B"]:
+    """Returns which rows have a neighbour."""
+    return jnp.any(neighbors.code >= 0, axis=1)
 
 
 _LEAVES = ("weight", "temperature", "gate")
@@ -152,11 +157,17 @@ class Faid:
         return self.mixture.log_probs(log_p, neighbors, has_context)
 
 
+def mixture_of(policy: Any) -> Daid | None:
+    """Returns the part of a policy that mixes distributions; None if it mixes nothing."""
+    mixture = policy.mixture if isinstance(policy, Faid) else policy
+    return mixture if isinstance(mixture, Daid) else None
+
+
 def weights_of(
     policy: Any, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
 ) -> Float[Array, " B"]:
     """Returns the share λ of the neighbours' distribution in each row; 0 for a policy that mixes nothing."""
-    mixture = policy.mixture if isinstance(policy, Faid) else policy
-    if isinstance(mixture, Daid):
+    mixture = mixture_of(policy)
+    if mixture is not None:
         return mixture.weights(log_p, neighbors, has_context)
     return jnp.zeros(len(log_p), jnp.float32)

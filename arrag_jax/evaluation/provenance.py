@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Integer, UInt8
 
 from arrag_jax.decode.loop import SampleOutput
 from arrag_jax.decode.methods import METHODS
-from arrag_jax.decode.policies import Daid, Faid
+from arrag_jax.decode.policies import mixture_of
 from arrag_jax.evaluation.memorization import copied_runs, equal_in_place
 from arrag_jax.evaluation.origins import Origins, origins
 from arrag_jax.evaluation.pipeline import Pipeline
@@ -100,8 +100,8 @@ def share_of_draws(drawn: SampleOutput, policy: DecodePolicy) -> Float[np.ndarra
     Returns:
       None for a policy that mixes nothing.
     """
-    mixture = policy.mixture if isinstance(policy, Faid) else policy
-    if not isinstance(mixture, Daid):
+    mixture = mixture_of(policy)
+    if mixture is None:
         return None
     moved = np.asarray(drawn.log_p_model, np.float64) - drawn.log_p
     weight = mixture.weight if drawn.weight is None else drawn.weight  # a gate's weight differs between positions

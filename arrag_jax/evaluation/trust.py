@@ -9,10 +9,10 @@ from jaxtyping import Float
 from arrag_jax.config import GateConfig
 from arrag_jax.decode.gates import FEATURES, OF_PROMPT, OF_STORE, Gate, Knowledge
 from arrag_jax.errors import UserError
-from arrag_jax.ops.keys import HIDDEN
 from arrag_jax.ops.keys.hidden import Told
 from arrag_jax.retrieval.captions import CaptionIndex
 from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.hidden import joined
 
 POWER = 4  # images of a prompt are weighted by the cosine of their captions to this power
 
@@ -39,13 +39,13 @@ class Trust:
         Raises:
           UserError: if the store has no hidden keys of the model's backbone.
         """
-        return HIDDEN.told(self._store.records(HIDDEN.file), self._store.table(HIDDEN.name).shape[1])
+        told = joined(folder.told() for folder in self._store.hidden)
+        return Told(*(field[: self._store.num_images] for field in told))
 
     @functools.cached_property
     def _known(self) -> Knowledge:
-        surprise, excess = HIDDEN.bytes_of(self._store.records(HIDDEN.file), self._store.table(HIDDEN.name).shape[1])
-        means = self.told.mean_surprise, self.told.mean_excess
-        return Knowledge(surprise.reshape(-1), excess.reshape(-1), *means, per_image=surprise.shape[1])
+        surprise, excess, mean_surprise, mean_excess = self.told
+        return Knowledge(surprise.reshape(-1), excess.reshape(-1), mean_surprise, mean_excess, surprise.shape[1])
 
     def gate(self, config: GateConfig, prompts: Sequence[str]) -> Gate:
         """Returns a gate for these prompts.

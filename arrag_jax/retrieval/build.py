@@ -27,7 +27,7 @@ from arrag_jax.retrieval.load import settled
 from arrag_jax.retrieval.scann_rules import BY_RULE
 from arrag_jax.store import from_images, segments
 from arrag_jax.store.datastore import Datastore
-from arrag_jax.store.hidden import backbones_in
+from arrag_jax.store.hidden import backbones_in, joined
 from arrag_jax.store.hidden_building import add_hidden
 from arrag_jax.store.images import told_of
 from arrag_jax.store.shards import MANIFEST
@@ -105,7 +105,7 @@ def _known_least(stores: Sequence[Datastore], backbone: str, bits: float) -> seg
 
     def chosen(segment: Datastore) -> Bool[np.ndarray, " n"]:
         own = dataclasses.replace(segment, backbone=backbone)
-        told = HIDDEN.told(own.records(HIDDEN.file), own.table(HIDDEN.name).shape[1])
+        told = joined(folder.told() for folder in own.hidden)
         return told.mean_excess * told.excess.shape[1] > bits
 
     return segments.Wanted(f"more than {bits:g} bits of excess under backbone {backbone}", chosen)

@@ -13,7 +13,7 @@ Each segment of a store has such a folder; all of them have one projection. ``hi
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from jaxtyping import Float, UInt8
 
 from arrag_jax.errors import UserError
 from arrag_jax.ops.keys import HIDDEN
+from arrag_jax.ops.keys.hidden import Told
 from arrag_jax.parsing import in_range
 from arrag_jax.store.record_files import read_array, read_records
 from arrag_jax.store.shards import MANIFEST, ShardFolder, ShardSettings, reading
@@ -104,6 +105,16 @@ class HiddenFolder(ShardFolder):
                         self.directory / name, self.files[name], "<u1", found.shape[1:], wanted, check=True
                     )
         return found
+
+    def told(self) -> Told:
+        """Returns what the folder tells about its images' codes; only one shard's keys are in memory at a time."""
+        images = map(self.settings.shard_images, range(self.settings.num_shards))
+        return joined(HIDDEN.told(self.records_of(x.start, x.stop), self.settings.numbers) for x in images)
+
+
+def joined(parts: Iterable[Told]) -> Told:
+    """Returns what is told about the images of all parts."""
+    return Told(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
 
 def digest_of(table: Float[np.ndarray, "D2 E"]) -> str:

@@ -25,6 +25,7 @@ from arrag_jax.ops.keys.hidden import fit_projection
 from arrag_jax.store import building
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.hidden import PROJECTION, HiddenFolder, HiddenSettings, digest_of, folder_of
+from arrag_jax.store.record_files import write_array
 from arrag_jax.store.shards import MANIFEST, facts_of, write_manifest
 from arrag_jax.store.workers import Workers
 
@@ -149,7 +150,8 @@ def add_hidden(
             _write_projections(store, [place for _, place in owners], reader, numbers)
         for segment, place in missing:
             workers.wait_until((place / PROJECTION).exists)
-            _build(segment, place, reader, _settings(segment, place, backbone, batch_size, folder), workers)
+            table = _read_projection(place / PROJECTION)
+            _build(segment, place, reader, table, _settings(segment, table, backbone, batch_size, folder), workers)
     return dataclasses.replace(store, backbone=backbone)
 
 
@@ -160,8 +162,7 @@ def _write_projections(store: Datastore, places: list[Path], reader: Reader, num
     for place in places:
         place.mkdir(parents=True, exist_ok=True)
         if not (place / PROJECTION).exists():
-            with atomic_write(place / PROJECTION) as temporary, open(temporary, "wb") as file:
-                np.savez(file, projection=table)
+            write_array(place / PROJECTION, "projection", table)
 
 
 def _read_projection(path: Path) -> Float[np.ndarray, "D2 E"]:
@@ -186,8 +187,10 @@ def _fitted(store: Datastore, reader: Reader, numbers: int) -> Float[np.ndarray,
     return fit_projection(states, numbers)
 
 
-def _settings(segment: Datastore, place: Path, backbone: str, batch_size: int, folder: str) -> HiddenSettings:
-    table, kept = _read_projection(place / PROJECTION), segment.settings
+def _settings(
+    segment: Datastore, table: Float[np.ndarray, "D2 E"], backbone: str, batch_size: int, folder: str
+) -> HiddenSettings:
+    kept = segment.settings
     return HiddenSettings(
         fingerprint=kept.fingerprint,
         grid=kept.grid,
@@ -206,11 +209,17 @@ def _settings(segment: Datastore, place: Path, backbone: str, batch_size: int, f
     )
 
 
-def _build(segment: Datastore, place: Path, reader: Reader, settings: HiddenSettings, workers: Workers) -> None:
+def _build(
+    segment: Datastore,
+    place: Path,
+    reader: Reader,
+    table: Float[np.ndarray, "D2 E"],
+    settings: HiddenSettings,
+    workers: Workers,
+) -> None:
     """Builds the folder of one segment; several processes share its shards."""
     if (place / building.BUILDING).exists():
         building.require_same_settings(HiddenFolder, place, settings)
-    table = _read_projection(place / PROJECTION)
     with exclusive_lock(place) if workers.leads else contextlib.nullcontext():
         if workers.leads:
             write_json(place / building.BUILDING, dataclasses.asdict(settings))

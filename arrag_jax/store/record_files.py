@@ -1,4 +1,4 @@
-"""Reads the files of arrays in folders of shards, with checks against the manifest; damage raises ValueError."""
+"""Reads and writes the files of arrays in folders of shards; a file that the manifest contradicts raises ValueError."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from arrag_jax.files import sha256_of
+from arrag_jax.files import atomic_write, sha256_of
 from arrag_jax.store.shards import require_count, require_digest
 
 
@@ -29,6 +29,12 @@ def read_array(path: Path, name: str, shape: tuple[int, ...], facts: dict[str, A
     if found.shape != shape or found.dtype != np.float32 or not np.isfinite(found).all():
         raise ValueError(f"it holds {found.dtype} {found.shape}, not finite float32 {shape}")
     return found
+
+
+def write_array(path: Path, name: str, array: np.ndarray) -> None:
+    """Writes the file that ``read_array`` reads, atomically."""
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, allow_pickle=False, **{name: np.asarray(array, np.float32)})
 
 
 def read_records(

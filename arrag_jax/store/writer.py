@@ -9,7 +9,6 @@ from jaxtyping import Float
 
 from arrag_jax.data.examples import DUPLICATE, BadImage, Example, Examples, caption_of
 from arrag_jax.errors import UserError
-from arrag_jax.files import atomic_write
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.ops.keys import KINDS_BY_FILE
 from arrag_jax.ops.neighbors import Neighbors
@@ -19,6 +18,7 @@ from arrag_jax.store.datastore import CODEBOOK, Datastore, StoreSettings
 from arrag_jax.store.encoding import Batch, EncodedImages
 from arrag_jax.store.identity import KnownContents, digests
 from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings, to_record
+from arrag_jax.store.record_files import write_array
 from arrag_jax.store.skipped import NO_BAD, SkipLimit
 from arrag_jax.store.workers import Workers
 
@@ -56,7 +56,7 @@ def build_datastore(
     _require_codebook(codebook, settings)
     with building.begun(Datastore, directory, images, settings, limit, workers) as build:
         if build.leads:
-            _write_codebook(directory / CODEBOOK, codebook)
+            write_array(directory / CODEBOOK, "codebook", codebook)
         for shard in build.pending():
             contents: dict[str, list[Any]] = {kind: [] for kind in shard.files if kind != "sources"}
             for batch in shard.batches():
@@ -131,11 +131,6 @@ def _require_codebook(codebook: np.ndarray, settings: StoreSettings) -> None:
         raise UserError(f"codebook {codebook.shape} is not {(settings.codebook_size, settings.code_dim)}")
     if not np.allclose(np.linalg.norm(codebook, axis=1), 1, atol=1e-4):
         raise UserError("the codebook's rows are not of unit norm; normalise them")
-
-
-def _write_codebook(path: Path, codebook: np.ndarray) -> None:
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, codebook=np.asarray(codebook, np.float32))
 
 
 def _without_known(batch: Batch, known: KnownContents, shard: Shard) -> Batch:

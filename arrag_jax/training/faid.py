@@ -109,7 +109,7 @@ class FaidTask:
         self.sets = {name: NeighborSet.open(Path(options.neighbors) / name) for name in ("train", "valid")}
         for neighbors in self.sets.values():
             neighbors.verify()  # training reads them in random order, in which no hash can be checked
-        self.daid = Daid(**dataclasses.asdict(options.daid))
+        self.daid = Daid.of(options.daid)
         if options.blend:
             for neighbors in self.sets.values():
                 if neighbors.k < options.faid.neighbors:

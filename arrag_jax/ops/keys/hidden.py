@@ -26,16 +26,16 @@ MEANS = 2  # float32 numbers at the end of a record
 
 
 class Told(NamedTuple):
-    """What a record tells about the codes of n images, in bits.
+    """What a record tells about the codes of n images, without their keys.
 
     Attributes:
-      surprise: -log2 of each code's probability under the backbone, rounded to ``SURPRISE_STEP``.
-      excess: surprise minus the entropy of the backbone's distribution, rounded to ``EXCESS_STEP``.
-      mean_surprise, mean_excess: means over the positions, computed before rounding.
+      surprise: -log2 of each code's probability under the backbone, in steps of ``SURPRISE_STEP`` bits.
+      excess: surprise minus the entropy of the backbone's distribution, in steps of ``EXCESS_STEP`` bits.
+      mean_surprise, mean_excess: means over the positions in bits, computed before rounding.
     """
 
-    surprise: Float[np.ndarray, "n T"]
-    excess: Float[np.ndarray, "n T"]
+    surprise: UInt8[np.ndarray, "n T"]
+    excess: Int8[np.ndarray, "n T"]
     mean_surprise: Float[np.ndarray, " n"]
     mean_excess: Float[np.ndarray, " n"]
 
@@ -73,23 +73,12 @@ class HiddenKeys(KeyKind):
         return np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in parts], 1)
 
     def told(self, records: UInt8[np.ndarray, "n R"], numbers: int) -> Told:
-        """Returns what records tell about their codes, without the keys."""
-        surprise, excess = self.bytes_of(records, numbers)
-        means = np.ascontiguousarray(records[:, -4 * MEANS :]).view("<f4")
-        return Told(
-            surprise.astype(np.float32) * np.float32(SURPRISE_STEP),
-            excess.astype(np.float32) * np.float32(EXCESS_STEP),
-            means[:, 0],
-            means[:, 1],
-        )
-
-    def bytes_of(
-        self, records: UInt8[np.ndarray, "n R"], numbers: int
-    ) -> tuple[UInt8[np.ndarray, "n T"], Int8[np.ndarray, "n T"]]:
-        """Returns the stored bytes of surprises and excesses."""
+        """Returns what records tell about their codes; ``numbers`` is E."""
         cells = self._cells(records.shape[1:], numbers)
         surprise, excess = (records[:, first : first + cells] for first in (cells * numbers, cells * (numbers + 1)))
-        return np.ascontiguousarray(surprise), np.ascontiguousarray(excess).view(np.int8)
+        means = np.ascontiguousarray(records[:, -4 * MEANS :]).view("<f4")
+        signed = np.ascontiguousarray(excess).view(np.int8)
+        return Told(np.ascontiguousarray(surprise), signed, means[:, 0], means[:, 1])
 
     def patches(self, rows: Int[np.ndarray, "*n"], grid: tuple[int, int]) -> Int[np.ndarray, "*n"]:
         """Returns the rows that keys of the context have for the same patches (``ops.grid``).
