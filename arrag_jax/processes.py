@@ -210,8 +210,7 @@ class Run:
         self._begin_to_leave()
         stopped = isinstance(error, KeyboardInterrupt)
         if error is None or (stopped and self._stop_at is not None):
-            say(line)
-            self._leave_together(code)
+            self._leave_together(line, code)
             return
         if isinstance(getattr(error, "__cause__", None), RuntimeError) and self.together and self._partner_failed():
             line, code = self._partner_line()  # the real cause is the lost connection, not a file
@@ -224,7 +223,7 @@ class Run:
     def leave_at_exit(self) -> None:
         """Calls the end of ``leave`` for a program that exits without it, because its work is done."""
         if self._leaving.acquire(blocking=False):
-            self._leave_together(0)
+            self._leave_together("", 0)
 
     def fail(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
         """Ends this process because of an unexpected error, or one that another process has caused."""
@@ -262,7 +261,7 @@ class Run:
             self._wait(lambda: self._noted, 2)
         self._exit(line + native_output.account(), code, keep=True)
 
-    def _leave_together(self, code: int) -> None:
+    def _leave_together(self, line: str, code: int) -> None:
         """Waits until all processes are done; process 0 holds the result, so it ignores how the others end."""
         leads = self.place.index == 0
 
@@ -280,7 +279,8 @@ class Run:
             ended = PartnerEnded(failure, self.place.count)
             self._end(ended.line, ended.code, failure.get("stopped", False))
         if not self._over:
-            self._exit("", code)
+            self._exit(line, code)
+        say(line)
         last = threading.Timer(LAST_STEPS, os._exit, [code])
         last.daemon = True
         last.start()

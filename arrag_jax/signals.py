@@ -1,3 +1,4 @@
+# size: a process has one set of signal handlers; their state is not divided among modules
 """Handles SIGINT (Ctrl-C) and SIGTERM, so that every command stops at a safe point.
 
 Inside a ``held`` block the first signal takes effect at the next ``check``, when a batch, a shard or a step is finished
@@ -12,6 +13,7 @@ standard library, because a command loads it before all slow imports.
 
 import contextlib
 import ctypes
+import itertools
 import math
 import os
 import signal
@@ -47,6 +49,7 @@ _received: int | None = None  # the first signal
 _since = 0.0  # time of the first signal
 _raised = 0.0  # time when ``Stop`` was last raised
 _unsaid = [True]  # emptied when the effect of the first signal is printed
+_repeats: list[int] = []  # signals that ``_repeat`` has sent and ``_watch`` has not seen yet
 _leaving = False  # the program is exiting
 _ending = threading.RLock()  # held for ever by the thread that ends the process
 _result: int | None = None  # exit code of a finished command, while the interpreter shuts down
@@ -179,7 +182,8 @@ def together(agree: Callable[[int], bool] | None, tell: Callable[[int], None]) -
 def hand_over(number: int) -> None:
     """Sends this process a signal that another process has received; can be called in any thread."""
     if _listening and _received is None and not _leaving and _result is None:
-        os.kill(os.getpid(), number)
+        signal.pthread_kill(_main_thread(), number)
+        threading.Thread(target=_repeat, args=(number,), daemon=True).start()
 
 
 def write_to(file: int) -> None:
@@ -317,19 +321,33 @@ def _watch(reading: int) -> None:
 
     Prints what the first signal does, ends the process at the second, and raises ``Stop`` again if it was swallowed.
     """
-    first = os.read(reading, 1)
-    while first[0] not in NUMBERS:
-        first = os.read(reading, 1)
-    came = time.monotonic()
+    numbers = filter(NUMBERS.__contains__, (os.read(reading, 1)[0] for _ in itertools.count()))
+    first, came = next(numbers), time.monotonic()
+    threading.Thread(target=_repeat, args=(first,), daemon=True).start()
     threading.Thread(target=_remind, args=(came,), daemon=True).start()
-    while True:
-        number = os.read(reading, 1)[0]
-        if number in NUMBERS and time.monotonic() - came > TWICE and not _starting and _result is None:
+    for number in numbers:
+        if _repeats:
+            _repeats.pop()
+        elif time.monotonic() - came > TWICE and not _starting and _result is None:
             _end(number, 128 + number)
 
 
+def _main_thread() -> int:
+    return threading.main_thread().ident or 0
+
+
+def _repeat(number: int) -> None:
+    """Sends a signal again until its handler runs: one that arrives just before a system call does not interrupt it."""
+    for seconds in (0.1, 1, 1):
+        time.sleep(seconds)
+        if _received is not None or _leaving or _result is not None:
+            return
+        if _command:
+            _repeats.append(number)
+        signal.pthread_kill(_main_thread(), number)
+
+
 def _remind(came: float) -> None:
-    main = ctypes.c_ulong(threading.main_thread().ident or 0)
     while True:
         time.sleep(0.2 if _holding else REMIND / 2)
         if _leaving or _starting or (_agree and _holding) or _result is not None:
@@ -338,7 +356,7 @@ def _remind(came: float) -> None:
         since, limit = (came, _holding[-1].seconds) if _holding else (max(came, _raised), REMIND)
         if time.monotonic() - since > limit:
             came = time.monotonic()
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(Stop))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(_main_thread()), ctypes.py_object(Stop))
 
 
 def _unraisable(problem: Any) -> None:

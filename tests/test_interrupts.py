@@ -127,6 +127,29 @@ def test_a_second_interrupt_ends_a_compilation_at_once(store, tmp_path):
     assert not list(tmp_path.glob("[0-9]*.png"))
 
 
+MISSED = """
+import signal, threading, time
+from arrag_jax.errors import run_command, start_command
+
+def send():
+    time.sleep(0.5)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+start_command()
+threading.Thread(target=send).start()
+run_command(lambda _: time.sleep(60), [])
+"""
+
+
+def test_a_signal_that_does_not_wake_the_main_thread_ends_its_sleep():
+    """As one does that another thread gets, or that comes just before the main thread begins to sleep."""
+    since = time.monotonic()
+    command = [sys.executable, "-c", MISSED]
+    ended = subprocess.run(command, cwd=ROOT, env=children.alone(), text=True, capture_output=True, timeout=90)
+    assert (ended.returncode, ended.stderr) == (0, f"{STOPPED}\n")
+    assert time.monotonic() - since < 30
+
+
 SWALLOWED = """
 import contextlib, sys, time
 from arrag_jax import signals

@@ -6,6 +6,7 @@ shared folder. If a process is killed, the others end with a one-line error inst
 """
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ class Workers:
         self._seen = {other: (self._sign_of(other), None) for other in range(count)}
         self._before = {other: sign for other, (sign, _) in self._seen.items()}  # may be left by a killed run
         self._stopping = False
+        self._run, self._beats = uuid4().hex, itertools.count()
 
     @property
     def leads(self) -> bool:
@@ -132,12 +134,12 @@ class Workers:
         except FileNotFoundError:
             return None
 
+    def _give_sign(self) -> None:
+        self._file(self.index).write_text(f"{self._run} {next(self._beats)}{STOPPING if self._stopping else ''}")
+
     def _give_signs(self, stop: threading.Event) -> None:
-        run, beats = uuid4().hex, 0
-        while not stop.is_set():
-            self._file(self.index).write_text(f"{run} {beats}{STOPPING if self._stopping else ''}")
-            beats += 1
-            stop.wait(BEAT)
+        while not stop.wait(BEAT):
+            self._give_sign()
 
 
 @contextlib.contextmanager
@@ -154,7 +156,7 @@ def workers_in(directory: str | Path, index: int = 0, count: int = 1) -> Iterato
         return
     directory.mkdir(parents=True, exist_ok=True)
     workers, stop = Workers(directory, index, count), threading.Event()
-    workers._file(index).unlink(missing_ok=True)  # a killed run may have left it
+    workers._give_sign()  # replaces the one that a killed run may have left
     thread = threading.Thread(target=workers._give_signs, args=(stop,), daemon=True)
     thread.start()
     try:
