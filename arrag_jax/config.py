@@ -365,6 +365,8 @@ class DrawConfig(Settings):
     daid: DaidConfig = DaidConfig()
     caption: CaptionConfig = CaptionConfig()
     hidden: HiddenConfig = HiddenConfig()
+    untaught_store: LocalPath = ""  # eval: a second store, without anything that the group "unseen" asks for
+    best: str = ""  # eval: the method that results.json also lists as "best"
     methods: tuple[str, ...] = ()  # methods to draw without --method; () = all except those that search by caption
     sampling: SamplingConfig = SamplingConfig()
     data: DataSetConfig = DataSetConfig()  # the data set of eval, and of the prompts that --test_prompts draws
@@ -375,4 +377,6 @@ class DrawConfig(Settings):
     def __post_init__(self):
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
         _in_range("batch_size", self.batch_size, 1)
+        if self.best and self.best not in self.methods:
+            raise UserError(f"best={self.best!r} is not one of config.methods")
         _seed(self.seed)

@@ -372,8 +372,18 @@ class Benchmark(Protocol):
         """
         ...
 
+    def groups(self, number: int) -> Sequence[str | None]:
+        """Returns the group of each of the first prompts and held-out examples; None = it belongs to none.
+
+        ``eval`` measures each group on its own, too.
+        """
+        ...
+
     def score(self, repeats: Iterable[Iterable[ImageBatch]]) -> dict[str, Any]:
         """Returns the scores of one method as JSON values.
+
+        If an image has a score of its own, the result holds them as "verdicts": a list per repeat with a number per
+        prompt, in the order of the images. ``eval`` computes intervals from them.
 
         Args:
           repeats: ``images_per_prompt`` passes over all prompts, or one pass for true images. A pass yields one image

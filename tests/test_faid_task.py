@@ -14,7 +14,7 @@ from arrag_jax.config import DataConfig, DataSetConfig, DrawConfig, MeshConfig, 
 from arrag_jax.data.loader import make_loader
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.benchmarks import open_benchmark
-from arrag_jax.evaluation.measure import likelihoods
+from arrag_jax.evaluation.measure import bits_of_examples
 from arrag_jax.evaluation.pipeline import open_pipeline
 from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.weights import parameters
@@ -200,12 +200,12 @@ def test_eval_measures_what_training_measures_and_generate_draws_it(folder, tmp_
     config = DrawConfig(plain, retrieval, tuned, data=data, mesh=MeshConfig(1, 1))
     pipeline = open_pipeline(config)
     assert pipeline.methods == ("plain", "daid", "faid", "faid+daid")
-    figures = likelihoods(pipeline, open_benchmark("emoji_scenes", data, "valid").held_out(12))
+    figures = bits_of_examples(pipeline, open_benchmark("emoji_scenes", data, "valid").held_out(12))
     for method, blend in (("plain", False), ("faid", True)):
         reference = make_task(workshop.config(folder, {"blend": blend}))
         batch = jax.tree.map(jnp.asarray, next(iter(reference.eval_batches(12))))
         expected = bits(reference, load_model(tuned if blend else plain), batch)
-        assert figures[method]["mean"] == pytest.approx(expected, rel=1e-5)
+        assert figures[method].mean() == pytest.approx(expected, rel=1e-5)
     with pytest.raises(UserError, match=r"'lora' needs another model: give config\.lora_model"):
         open_pipeline(config, ["lora"])
     with pytest.raises(UserError, match="no FAiD blenders"):

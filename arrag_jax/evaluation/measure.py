@@ -4,10 +4,11 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Int, UInt8
 
 from arrag_jax import signals
 from arrag_jax.config import DrawConfig, MeshConfig
@@ -15,9 +16,11 @@ from arrag_jax.decode.methods import BASELINE, METHODS, Search
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import sweeps
 from arrag_jax.evaluation.benchmarks import open_benchmark
-from arrag_jax.evaluation.likelihood import bits_per_code, look_up, score_scenes
+from arrag_jax.evaluation.intervals import bootstrap
+from arrag_jax.evaluation.likelihood import bits_of_codes, look_up, score_scenes
+from arrag_jax.evaluation.memorization import are_copies
 from arrag_jax.evaluation.pipeline import Pipeline, open_pipeline
-from arrag_jax.evaluation.tables import bits_table, mean_and_std
+from arrag_jax.evaluation.tables import bits_table, group_tables, mean_and_std
 from arrag_jax.files import require_writable, write_json
 from arrag_jax.interfaces import Benchmark, ImageBatch
 from arrag_jax.store.images import reconstruct
@@ -25,6 +28,8 @@ from arrag_jax.store.images import reconstruct
 PARTS = 3  # parts of the held-out examples; the spread of the likelihood is the spread over these parts
 SEED_STEP = 1_000_003  # added to the seeds in each repeat, so that no two images of different repeats share a key
 BLOCK = 100  # true images that are scored at once
+PART = 100  # held-out examples whose distributions are in memory at once
+UNSEEN, TAUGHT = "unseen", "unseen_taught"  # the group that ``config.untaught_store`` holds nothing of
 
 
 def evaluate(
@@ -67,19 +72,69 @@ def evaluate(
             raise UserError(f"{benchmark} has no examples to choose settings on; leave out --sweep and --scaling")
         print(sweeps.sweep(pipeline, examples, out) if sweep else sweeps.scaling(pipeline, examples))
         return
-    pipeline = open_pipeline(config)
+    pipelines = [open_pipeline(config), *_untaught(config)]
     require_writable(out)
-    results = measure(pipeline, opened, split, num_prompts, num_scenes)
+    results = measure(pipelines, opened, split, num_prompts, num_scenes)
     write_json(out / "results.json", results)
     print(report(results, opened))
 
 
-def measure(pipeline: Pipeline, benchmark: Benchmark, split: str, num_prompts: int, num_scenes: int) -> dict[str, Any]:
-    """Returns all metrics of results.json."""
+def _untaught(config: DrawConfig) -> list[Pipeline]:
+    """Returns the same methods over ``config.untaught_store``, if it is given."""
+    if not config.untaught_store:
+        return []
+    retrieval = dataclasses.replace(config.retrieval, store=config.untaught_store)
+    hidden = dataclasses.replace(config.hidden, store="", cut_store="")
+    names = tuple(name for name in config.methods if METHODS[name].search is not Search.CUT)
+    return [open_pipeline(dataclasses.replace(config, retrieval=retrieval, hidden=hidden, methods=names))]
+
+
+class Shown(NamedTuple):
+    """A method's scores on P prompts.
+
+    Attributes:
+      values: what the benchmark returns.
+      verdicts: float [R P], one number for each of R repeats; None if images have no score of their own.
+      copied: bool [R P], whether an image copies a stored one (``memorization.are_copies``); None without a store.
+    """
+
+    values: dict[str, Any]
+    verdicts: Any = None
+    copied: Any = None
+
+
+def measure(
+    pipelines: Sequence[Pipeline], benchmark: Benchmark, split: str, num_prompts: int, num_scenes: int
+) -> dict[str, Any]:
+    """Returns all metrics of results.json.
+
+    "methods" holds for each method the "bits" per code, "score" and share "copied" of every group of prompts, each with
+    its 95 % interval over prompts.
+
+    Args:
+      pipelines: what is measured. A second one measures the group ``UNSEEN`` over a store that holds nothing of what
+        these prompts ask for; the first one's figures of this group are then named ``TAUGHT``.
+    """
+    pipeline, *others = pipelines
     prompts = benchmark.prompts(num_prompts) if num_prompts else []
+    held_out = benchmark.held_out(num_scenes)
+    bits = bits_of_examples(pipeline, held_out)
+    shown = scores(pipeline, benchmark, prompts) if prompts else {}
+    groups = benchmark.groups(len(held_out)), benchmark.groups(len(prompts))
+    figures = by_group(bits, shown, *groups, {UNSEEN: TAUGHT} if others else {})
+    for other in others:
+        examples, numbers = (np.array([i for i, name in enumerate(of) if name == UNSEEN], int) for of in groups)
+        bits_here = bits_of_examples(other, [held_out[i] for i in examples.tolist()])
+        shown_here = scores(other, benchmark, prompts, numbers) if len(numbers) else {}
+        for method, row in by_group(bits_here, shown_here, [UNSEEN] * len(examples), [UNSEEN] * len(numbers)).items():
+            for figure, of in row.items():
+                figures[method].setdefault(figure, {}).update(of)
+    if pipeline.config.best:
+        figures["best"] = figures[pipeline.config.best]
     return {
-        "bits_per_code": likelihoods(pipeline, benchmark.held_out(num_scenes)),
-        benchmark.score_name: scores(pipeline, benchmark, prompts) if prompts else {},
+        "bits_per_code": likelihoods(bits),
+        benchmark.score_name: {name: row.values for name, row in shown.items()},
+        "methods": figures,
         "split": split,
         "num_prompts": len(prompts),
         "num_scenes": num_scenes,
@@ -89,17 +144,45 @@ def measure(pipeline: Pipeline, benchmark: Benchmark, split: str, num_prompts: i
     }
 
 
-def likelihoods(pipeline: Pipeline, source: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns each method's bits per code of held-out examples, as mean and spread over ``PARTS`` parts of them.
+def by_group(
+    bits: Mapping[str, Float[np.ndarray, " N"]],
+    shown: Mapping[str, Shown],
+    of_examples: Sequence[str | None],
+    of_prompts: Sequence[str | None],
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """Returns "methods" of results.json.
 
-    "gain" is how far they are below the baseline, if the baseline is measured, too. With fewer examples than parts, the
-    result is empty.
+    Args:
+      bits: bits per code of each example, by method.
+      of_examples, of_prompts: their groups.
+      renamed: names of groups in the result that differ from those of the benchmark.
     """
-    bits: dict[str, list[float]] = {method: [] for method in pipeline.methods}
-    for number in range(PARTS if len(source) >= PARTS else 0):
-        # Parts are consecutive examples: if kinds of examples alternate, every PARTS-th one holds only a few kinds.
-        part = range(number * len(source) // PARTS, (number + 1) * len(source) // PARTS)
-        examples = [source[i] for i in part]
+
+    def means(values: Any, groups: Sequence[str | None]) -> dict[str, dict[str, float]]:
+        rows, names = np.atleast_2d(values), np.array(groups, object)
+        known = dict.fromkeys(name for name in groups if name is not None)
+        return {renamed.get(name, name): bootstrap(rows[:, names == name])._asdict() for name in known}
+
+    figures: dict[str, dict[str, Any]] = {}
+    for method in dict.fromkeys([*bits, *(name for name in shown if name in METHODS)]):
+        row = shown.get(method, Shown({}))
+        given = {"bits": bits.get(method), "score": row.verdicts, "copied": row.copied}
+        figures[method] = {
+            name: means(values, of_examples if name == "bits" else of_prompts)
+            for name, values in given.items()
+            if values is not None
+        }
+    return figures
+
+
+def bits_of_examples(pipeline: Pipeline, source: Sequence[Mapping[str, Any]]) -> dict[str, Float[np.ndarray, " N"]]:
+    """Returns the bits per code of each held-out example, by method; empty with fewer than ``PARTS`` examples."""
+    bits: dict[str, list[Float[np.ndarray, " n"]]] = {method: [] for method in pipeline.methods}
+    if len(source) < PARTS:
+        return {}
+    for part in np.array_split(np.arange(len(source)), -(-len(source) // PART)):
+        examples = [source[i] for i in part.tolist()]
         found, scored = {}, {}  # methods share results of the same search, and distributions of the same model
         for method in pipeline.methods:
             model, policy = pipeline.model_of(method), pipeline.policy(method)
@@ -112,30 +195,85 @@ def likelihoods(pipeline: Pipeline, source: Sequence[Mapping[str, Any]]) -> dict
             key = id(model), policy.blends, search
             if key not in scored:
                 scored[key] = score_scenes(model, found[search], policy.blends)
-            bits[method].append(bits_per_code(scored[key], functools.partial(pipeline.policy, method)))
-    figures: dict[str, dict[str, Any]] = {method: mean_and_std(values) for method, values in bits.items() if values}
+            codes = bits_of_codes(scored[key], functools.partial(pipeline.policy, method))
+            bits[method].append(np.concatenate(codes).reshape(len(examples), -1).mean(1))
+    return {method: np.concatenate(values) for method, values in bits.items()}
+
+
+def likelihoods(bits: Mapping[str, Float[np.ndarray, " N"]]) -> dict[str, dict[str, Any]]:
+    """Returns each method's bits per code as mean and spread over ``PARTS`` parts of the examples.
+
+    "gain" is how far they are below the baseline, if the baseline is measured, too.
+
+    Args:
+      bits: result of ``bits_of_examples``.
+    """
+    # Parts are consecutive examples: if kinds of examples alternate, every PARTS-th one holds only a few kinds.
+    parts = {
+        method: [
+            float(values[number * len(values) // PARTS : (number + 1) * len(values) // PARTS].mean())
+            for number in range(PARTS)
+        ]
+        for method, values in bits.items()
+    }
+    figures: dict[str, dict[str, Any]] = {method: mean_and_std(values) for method, values in parts.items()}
     for method in figures if BASELINE in figures else ():
-        figures[method]["gain"] = mean_and_std(list(np.subtract(bits[BASELINE], bits[method])))
+        figures[method]["gain"] = mean_and_std(list(np.subtract(parts[BASELINE], parts[method])))
     return figures
 
 
-def scores(pipeline: Pipeline, benchmark: Benchmark, prompts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns the scores of each method, preceded by the scores of true images and of their reconstructions, if any."""
+def scores(
+    pipeline: Pipeline, benchmark: Benchmark, prompts: Sequence[str], numbers: Int[np.ndarray, " n"] | None = None
+) -> dict[str, Shown]:
+    """Returns the scores of each method; true images and their reconstructions come first, if there are any.
+
+    Args:
+      numbers: the prompts to draw, and no true images; None = all prompts.
+    """
     rows = {}
-    if benchmark.true_images(np.arange(1)) is not None:
+    if numbers is None and benchmark.true_images(np.arange(1)) is not None:
         decoded = functools.partial(reconstruct, pipeline.model)
-        rows["true"] = benchmark.score([_true(benchmark, len(prompts), lambda images: images)])
-        rows["reconstruction"] = benchmark.score([_true(benchmark, len(prompts), decoded)])
+        rows["true"] = _shown(benchmark.score([_true(benchmark, len(prompts), lambda images: images)]))
+        rows["reconstruction"] = _shown(benchmark.score([_true(benchmark, len(prompts), decoded)]))
     for method in pipeline.methods:
-        rows[method] = benchmark.score(drawn(pipeline, method, prompts, benchmark.images_per_prompt))
+        codes: list[Int[np.ndarray, "B T"]] = []
+        chosen = np.arange(len(prompts)) if numbers is None else numbers
+        values = benchmark.score(drawn(pipeline, method, prompts, benchmark.images_per_prompt, chosen, codes.append))
+        grids = np.concatenate(codes).reshape(-1, *pipeline.model.grid)
+        copied = None
+        if pipeline.store is not None:
+            copied = are_copies(grids, pipeline.store.codes).reshape(-1, len(chosen))
+        rows[method] = _shown(values, copied)
     return rows
 
 
-def drawn(pipeline: Pipeline, method: str, prompts: Sequence[str], repeats: int) -> Iterator[Iterator[ImageBatch]]:
-    """Yields for each repeat an iterator over the batches of images; it generates them when it is read."""
+def _shown(values: dict[str, Any], copied: Any = None) -> Shown:
+    verdicts = values.get("verdicts")
+    return Shown(values, None if verdicts is None else np.asarray(verdicts, np.float64), copied)
+
+
+def drawn(
+    pipeline: Pipeline,
+    method: str,
+    prompts: Sequence[str],
+    repeats: int,
+    numbers: Int[np.ndarray, " n"],
+    note: Callable[[Int[np.ndarray, "B T"]], Any],
+) -> Iterator[Iterator[ImageBatch]]:
+    """Yields for each repeat an iterator over the batches of images; it generates them when it is read.
+
+    Args:
+      numbers: the prompts to draw.
+      note: is called with the codes of each batch.
+    """
+
+    def batches(seeds: Int[np.ndarray, " n"]) -> Iterator[ImageBatch]:
+        for batch in pipeline.draw([prompts[i] for i in numbers.tolist()], method, seeds):
+            note(np.asarray(batch.drawn.codes))
+            yield ImageBatch(numbers[batch.numbers], batch.images)
+
     for repeat in range(repeats):
-        seeds = pipeline.config.seed + repeat * SEED_STEP + np.arange(len(prompts))
-        yield (ImageBatch(batch.numbers, batch.images) for batch in pipeline.draw(prompts, method, seeds))
+        yield batches(pipeline.config.seed + repeat * SEED_STEP + numbers)
 
 
 def _true(
@@ -152,4 +290,4 @@ def report(results: Mapping[str, Any], benchmark: Benchmark) -> str:
     """Returns the tables that ``eval`` prints, in Markdown."""
     bits, rows = results["bits_per_code"], results[benchmark.score_name]
     tables = [bits_table(bits)] if bits else []
-    return "\n\n".join([*tables, benchmark.table(rows)] if rows else tables)
+    return "\n\n".join([*tables, *([benchmark.table(rows)] if rows else []), *group_tables(results["methods"])])

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int, Integer
 
 RUN = 8  # different codes; a sprite of emoji_scenes covers 16 positions, and 3 x 3 positions hold up to 9 codes
 BLOCK_IMAGES = 4096  # stored images that are compared at once
+COPIED = 0.95  # share of equal codes from which an image counts as a copy
 
 
 def copied_runs(
@@ -41,6 +42,26 @@ def equal_in_place(grid: Integer[np.ndarray, "H W"], stored: Integer[np.ndarray,
     """Returns, for each stored image, how many positions have the same code as the image."""
     starts = range(0, len(stored), BLOCK_IMAGES)
     return np.concatenate([(stored[i : i + BLOCK_IMAGES] == grid[None]).sum((1, 2)) for i in starts])
+
+
+def are_copies(
+    grids: Integer[np.ndarray, "n H W"], stored: Integer[np.ndarray, "M H W"], least: float = COPIED
+) -> Bool[np.ndarray, " n"]:
+    """Returns whether at least a share ``least`` of an image's codes are one stored image's at one displacement.
+
+    Displacements that leave less than this share of the positions within the image need no comparison.
+    """
+    (height, width), copies = grids.shape[1:], np.zeros(len(grids), bool)
+    for down, right in np.ndindex(2 * height - 1, 2 * width - 1):
+        down, right = down - height + 1, right - width + 1
+        if (height - abs(down)) * (width - abs(right)) < least * height * width:
+            continue
+        here = grids[:, max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)]
+        there = stored[:, max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)]
+        for number in np.flatnonzero(~copies):
+            equal = equal_in_place(here[number], there) if len(there) else np.zeros(1)
+            copies[number] = equal.max() >= least * height * width
+    return copies
 
 
 def _moved(codes: Integer[np.ndarray, "H W"], down: int, right: int) -> Int[np.ndarray, "H W"]:

@@ -21,3 +21,19 @@ def bits_table(bits: Mapping[str, Mapping[str, Any]]) -> str:
         [[name, row["mean"], row["std"], *row.get("gain", nothing).values()] for name, row in bits.items()],
         digits=4,
     )
+
+
+def group_tables(methods: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> list[str]:
+    """Returns a Markdown table for each figure of "methods" in results.json: by group, mean [95 % interval]."""
+    tables = []
+    for figure in dict.fromkeys(figure for row in methods.values() for figure in row):
+        rows = {name: row.get(figure, {}) for name, row in methods.items()}
+        groups = list(dict.fromkeys(group for row in rows.values() for group in row))
+        if groups:
+            cells = [[name, *(_cell(row.get(group)) for group in groups)] for name, row in rows.items()]
+            tables.append(grids.table([figure, *groups], cells))
+    return tables
+
+
+def _cell(interval: Mapping[str, float] | None) -> str:
+    return "" if interval is None else f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"

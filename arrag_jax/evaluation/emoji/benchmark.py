@@ -48,12 +48,16 @@ class EmojiScenes:
         """
         return load_source(self._data.name, f"{self._split}[:{number}]", self._data.data_dir)
 
+    def groups(self, number: int) -> Sequence[str | None]:
+        """Returns how far training has shown what the scenes ask for (``data.emoji.scenes.group``)."""
+        return [group(scene, self._world) for scene in self._scenes(range(number))]
+
     def score(self, repeats: Iterable[Iterable[ImageBatch]]) -> dict[str, Any]:
         """Returns the object score: mean and spread over the repeats, and the means of some groups of prompts.
 
         "families": the mean of each family. "held_out_pairs" and "other_prompts": the means of prompts with and without
-        pairs that training leaves out; null if there are no such prompts. "groups": the mean of each group that occurs,
-        by how far training has shown what its prompts ask for (``data.emoji.scenes.group``).
+        pairs that training leaves out; null if there are no such prompts. "groups": the mean of each group that occurs
+        (see ``groups``). "verdicts": 1 for each image that shows what its prompt says, else 0.
         """
         right: list[np.ndarray] = []
         scenes: list[Scene] = []
@@ -79,6 +83,7 @@ class EmojiScenes:
             "groups": {
                 name: float(verdict[:, groups == name].mean()) for name in self._world.group_names if name in groups
             },
+            "verdicts": verdict.astype(int).tolist(),
         }
 
     def table(self, scores: Mapping[str, Mapping[str, Any]]) -> str:
