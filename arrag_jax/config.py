@@ -318,6 +318,7 @@ class HiddenConfig(Settings):
     k: int = 64  # neighbours per position
     search: str = "scann"  # where the search runs, as retrieval.search
     storage: str = "int8"  # how "dense" stores keys: "int8" (as in the store) | "float32"
+    copy_share: float = 1.0  # leave out neighbours whose image has this share of its bits in the picture; 1 = none
     images: int = 64  # stored images with near captions that "hidden+caption" and "gated+caption" search
     daid: DaidConfig = DaidConfig(0.9, 0.02, "sum")  # of method "hidden"
     gated: DaidConfig = DaidConfig(0.99, 0.02, "sum")  # of method "gated"; its gate must have features
@@ -325,6 +326,8 @@ class HiddenConfig(Settings):
 
     def __post_init__(self):
         _in_range("hidden.images", self.images, 1)
+        if not 0 < self.copy_share <= 1:
+            raise UserError(f"hidden.copy_share = {self.copy_share} is outside (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,8 +61,15 @@ class StateRetriever(Protocol):
     @property
     def k(self) -> int: ...  # number of neighbours returned per query
 
-    def search_states(self, state: Float[Array, "B D"]) -> Neighbors:
-        """Returns the ``k`` nearest neighbours of each state, nearest first."""
+    def search_states(
+        self, state: Float[Array, "B D"], drawn: Int[Array, "B T"], position: Int[Array, " B"]
+    ) -> Neighbors:
+        """Returns the ``k`` nearest neighbours of each state, nearest first; fewer may be found.
+
+        Args:
+          drawn: the picture so far; only codes before ``position`` are read.
+          position: number of the cell that each state predicts.
+        """
         ...
 
 

@@ -79,10 +79,22 @@ def states_of(model, text, numbers):
     return known.states.reshape(-1, known.states.shape[2])
 
 
+def nowhere(states):
+    """Before the first code of a picture, for each state."""
+    return jnp.full((len(states), 144), -1), jnp.zeros(len(states), jnp.int32)
+
+
+def search_teacher_forced(retriever, states, codes):
+    """Neighbours of every cell of pictures, image by image."""
+    cells = jnp.arange(codes.shape[1])
+    rows = states.reshape(-1, states.shape[2]), jnp.repeat(codes, len(cells), 0), jnp.tile(cells, len(codes))
+    return retriever.search_states(*rows)
+
+
 def test_every_search_finds_the_nearest_keys(store, model, text):
     """Also sharded over a mesh. The oracle compares every stored key in exact distances."""
     states = jnp.asarray(states_of(model, text, range(3)))
-    dense = jax.tree.map(np.asarray, opened(store, model).search_states(states))
+    dense = jax.tree.map(np.asarray, opened(store, model).search_states(states, *nowhere(states)))
     keys = HIDDEN.stored(store.records("hidden"), store.table("hidden"), np.arange(store.num_rows("hidden")))
     query = np.asarray(opened(store, model).table)
     query = np.clip(np.asarray(states @ query[:-2]) + query[-2], -1, 1)
@@ -95,7 +107,7 @@ def test_every_search_finds_the_nearest_keys(store, model, text):
         opened(store, model, "scann"),
         opened(store, model, mesh=mesh),
     ):
-        found = jax.tree.map(np.asarray, other.search_states(states))
+        found = jax.tree.map(np.asarray, other.search_states(states, *nowhere(states)))
         np.testing.assert_array_equal(found.distance, dense.distance)
         np.testing.assert_array_equal(found.code, dense.code)
 
@@ -109,7 +121,7 @@ def test_step_by_step_equals_teacher_forcing(store, model, text):
     other = model.states(model.unconditional(condition), codes)
     flat = [model.logits(x).reshape(-1, 512) for x in (states, other)]
     log_p = jax.nn.log_softmax(guide(jnp.concatenate(flat), 1.5))
-    found = retriever.search_states(states.reshape(-1, states.shape[2]))
+    found = search_teacher_forced(retriever, states, codes)
     expected = policy.log_probs(log_p, found, jnp.asarray(True)).reshape(drawn.log_probs.shape)
     np.testing.assert_allclose(np.exp(drawn.log_probs), np.exp(expected), atol=2e-4)
     weight = policy.weights(log_p, found, jnp.asarray(True)).reshape(drawn.weight.shape)

@@ -98,7 +98,8 @@ def decode(
         if isinstance(retriever, StateRetriever):
             stateful = cast(StatefulBackbone, model)
             state, cache = stateful.step_state(hidden, cache, position)
-            logits, neighbors, complete = stateful.logits(state), retriever.search_states(state[:batch]), everywhere
+            logits, complete = stateful.logits(state), everywhere
+            neighbors = retriever.search_states(state[:batch], drawn, jnp.repeat(position, batch))
         else:
             neighbors = nothing if retriever is None else retriever.search(context_codes(drawn, context))
             features = policy.features(model, neighbors, complete)

@@ -85,7 +85,8 @@ def _look_up(graph, state, pixels, condition, retriever):
     codes, latents = model.encode_images(pixels)
     if isinstance(retriever, StateRetriever):
         states = model.states(condition, codes)
-        return codes, retriever.search_states(states.reshape(-1, states.shape[2]))
+        flat, cells = states.reshape(-1, states.shape[2]), jnp.arange(codes.shape[1])
+        return codes, retriever.search_states(flat, jnp.repeat(codes, len(cells), 0), jnp.tile(cells, len(codes)))
     positions = jnp.asarray(context_positions(*latents.shape[1:3]))
     contexts = context_codes(codes, positions).reshape(-1, 4)
     return codes, retriever.search(contexts) if retriever else empty_neighbors(len(contexts), 1)

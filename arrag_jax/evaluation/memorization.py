@@ -8,9 +8,10 @@ equals the background of any image.
 import numpy as np
 from jaxtyping import Bool, Int, Integer
 
+from arrag_jax.retrieval.copies import COPIED
+
 RUN = 8  # different codes; a sprite of emoji_scenes covers 16 positions, and 3 x 3 positions hold up to 9 codes
 BLOCK_IMAGES = 4096  # stored images that are compared at once
-COPIED = 0.95  # share of equal codes from which an image counts as a copy
 
 
 def copied_runs(

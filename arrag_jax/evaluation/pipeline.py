@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int, UInt8
@@ -16,13 +17,14 @@ from arrag_jax.decode.methods import METHODS, Kind, Method, Search, chosen_metho
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.trust import Trust
 from arrag_jax.interfaces import DecodePolicy, ImageModel, PromptEncoder, Retriever, StateRetriever
-from arrag_jax.mesh import make_mesh
+from arrag_jax.mesh import make_mesh, put_everywhere
 from arrag_jax.models.checkpoint import config_of, load_model, load_prompts, sample_hashes
 from arrag_jax.models.weights import parameters
 from arrag_jax.nn.vq import to_uint8
 from arrag_jax.ops.keys import HIDDEN
 from arrag_jax.processes import require_same
 from arrag_jax.retrieval.captions import LimitedRetriever
+from arrag_jax.retrieval.copies import UncopiedRetriever
 from arrag_jax.retrieval.load import as_asked, backbone_of, index_hash_of, load_retriever, open_store
 from arrag_jax.store.datastore import Datastore
 
@@ -150,7 +152,7 @@ class Pipeline:
         config, images = opened.config, self.images_for(method, prompts)
         k = min(config.k, images.shape[1] * (opened.store.num_rows(config.keys) // opened.store.num_images))
         limited = LimitedRetriever.create(opened.store, images, config.keys, k)
-        return as_asked(limited, opened.store, config.keys)
+        return uncopied(self.config, as_asked(limited, opened.store, config.keys), opened.store, opened.trust)
 
     def images_for(self, method: str, prompts: Sequence[str]) -> Int[np.ndarray, "B M"]:
         """Returns the stored images that a limited method searches for each prompt."""
@@ -278,4 +280,16 @@ def _open_search(
         store, retriever = load_retriever(asked, model.fingerprint, mesh, "fsdp", "data", backbone)
     if any(method.limited for method in methods):
         _ = store.captions  # raises now, not after the first batches
-    return OpenSearch(asked, store, retriever, Trust(store))
+    trust = Trust(store)
+    return OpenSearch(asked, store, retriever and uncopied(config, retriever, store, trust, mesh), trust)
+
+
+def uncopied(
+    config: DrawConfig, retriever: AnyRetriever, store: Datastore, trust: Trust, mesh: Mesh | None = None
+) -> AnyRetriever:
+    """Returns the search without the neighbours that ``config.hidden.copy_share`` leaves out."""
+    if not isinstance(retriever, StateRetriever) or config.hidden.copy_share == 1:
+        return retriever
+    images = store.codes.reshape(store.num_images, -1), trust.told.surprise, np.float32(config.hidden.copy_share)
+    everywhere = jax.tree.map(jnp.asarray, images) if mesh is None else put_everywhere(images, mesh)
+    return UncopiedRetriever(retriever, *everywhere, store.settings.grid)

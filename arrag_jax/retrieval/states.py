@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from arrag_jax.ops.keys.hidden import project
 from arrag_jax.ops.neighbors import Neighbors
@@ -32,6 +32,8 @@ class HiddenRetriever:
         """Returns the same search for another number of neighbours."""
         return dataclasses.replace(self, local=self.local.with_k(k))
 
-    def search_states(self, state: Float[Array, "B D"]) -> Neighbors:
-        """Returns the neighbours of B states, nearest first."""
+    def search_states(
+        self, state: Float[Array, "B D"], drawn: Int[Array, "B T"], position: Int[Array, " B"]
+    ) -> Neighbors:
+        """Returns the neighbours of B states, nearest first; they depend on the states alone."""
         return self.local.search(project(self.table, jax.lax.stop_gradient(state)))
