@@ -27,7 +27,7 @@ from arrag_jax.errors import UserError, as_called, run_command
 from arrag_jax.failures import explanation, out_of_memory, refused, tells_of_memory
 from arrag_jax.fields import local_path, paths_in
 from arrag_jax.meeting import is_one_of_several
-from arrag_jax.parsing import config_file, parse
+from arrag_jax.parsing import config_file, parse, repeated
 from arrag_jax.processes import WAIT, start_distributed
 from arrag_jax.usage import Sections, keys_text
 
@@ -41,6 +41,7 @@ class Flag(NamedTuple):
     help: str
     default: Any = REQUIRED  # REQUIRED = a string that the user must give
     path: bool = False  # the flag is the path of a local file or folder; ~ is expanded
+    several: bool = False  # a flag of default () that takes all words up to the next flag
 
 
 PROGRESS = Flag("show progress bars (on a terminal only); --noprogress turns them off", True)
@@ -222,7 +223,7 @@ def _parse(
             print(keys_text(config_class, sections))
         sys.exit(0)
     try:
-        rest = values(argv, known_only=True)
+        rest = values(repeated(argv, [name for name, flag in flags.items() if flag.several]), known_only=True)
         parsed: dict[str, Any] = {name: values[name].value for name in flags}
         missing = [f"--{name}" for name, flag in flags.items() if flag.default is REQUIRED and not parsed[name]]
         if missing:

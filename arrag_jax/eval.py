@@ -1,20 +1,41 @@
-"""Measures the quality of checkpoints with and without retrieval.
+"""Measures the quality of checkpoints with and without retrieval, or of a folder of images.
 
 python -m arrag_jax.eval --config configs/emoji_daid.py --benchmark emoji_scenes --workdir runs/eval
 
 Prints tables and writes ``results.json`` into --workdir. With --sweep it searches for the best λ, τ and K on the
 validation split instead, and writes heat maps and ``sweep.json``. With --scaling it measures how the gain depends on
 the size of the store instead.
+
+Benchmarks over a prompt set draw it into a folder first, and can be continued at every image (docs/benchmarks.md):
+
+python -m arrag_jax.eval --config configs/emoji_daid.py --benchmark geneval --prompts evaluation_metadata.jsonl \\
+  --detector onnx:yolox.onnx --method plain --workdir runs/geneval
+
+--draw_only leaves out the scoring. --score_only scores what is in --workdir, without a config; another program may have
+drawn it. ``--compare OUT1 OUT2`` prints two finished runs side by side and needs nothing else.
 """
 
-from arrag_jax.command import Flag, main_with_config
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from arrag_jax.command import OPTIONAL_CONFIG, Flag, main_with_config
 from arrag_jax.config import DrawConfig
-from arrag_jax.evaluation.benchmarks import BENCHMARKS
+from arrag_jax.decode.methods import METHODS
+from arrag_jax.errors import UserError
+from arrag_jax.evaluation import folder_runs, measurements
+from arrag_jax.evaluation.benchmarks import (
+    BENCHMARKS,
+    benchmark_flags,
+    is_folder_benchmark,
+    open_folder_benchmark,
+)
 from arrag_jax.evaluation.measure import evaluate
 
 
 def run(
-    config: DrawConfig,
+    config: DrawConfig | None,
     workdir: str,
     benchmark: str,
     split: str,
@@ -22,15 +43,53 @@ def run(
     num_scenes: int,
     sweep: bool,
     scaling: bool,
+    prompts: str = "",
+    copies: int = 0,
+    limit: int = 0,
+    method: str = "",
+    draw_only: bool = False,
+    score_only: bool = False,
+    allow_missing: bool = False,
+    known_words: bool = False,
+    compare: Sequence[str] = (),
+    **flags: Any,
 ) -> None:
-    """Runs --benchmark on a checkpoint and its datastore; prints tables and writes results.json."""
+    """Runs --benchmark; prints tables and writes results.json. ``flags``: those of ``benchmark_flags``."""
+    if compare:
+        if len(compare) != 2:
+            raise UserError(f"--compare needs two folders, and {len(compare)} are given: --compare OUT1 OUT2")
+        print(measurements.compare(*compare))
+        return
+    if draw_only and score_only:
+        raise UserError("--draw_only and --score_only exclude one another; give one of them, or neither to do both")
+    if is_folder_benchmark(benchmark):
+        if sweep or scaling:
+            raise UserError(
+                f"--sweep and --scaling measure held-out examples, and {benchmark} has none; leave them out"
+            )
+        opened = open_folder_benchmark(benchmark, prompts, copies, limit, flags)
+        folder_runs.run(
+            config, workdir, benchmark, opened, method, not score_only, not draw_only, allow_missing, known_words
+        )
+        return
+    if draw_only or score_only or prompts or method:
+        raise UserError(f"{benchmark} draws its own prompts and keeps no images; leave out the flags of prompt sets")
+    if config is None:
+        raise UserError("missing --config (see --help)")
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{benchmark} is measured in one process; start it once, without JAX_COORDINATOR_ADDRESS and the like"
+        )
     evaluate(config, workdir, benchmark, split, num_prompts, num_scenes, sweep, scaling)
 
 
 if __name__ == "__main__":
+    own: Any = benchmark_flags()
     main_with_config(
         run,
         DrawConfig,
+        "apart",
+        config=OPTIONAL_CONFIG,
         benchmark=Flag(f"what to measure on, one of {', '.join(BENCHMARKS)}", "emoji_scenes"),
         workdir=Flag("folder for results.json and images; made when absent", "runs/eval", path=True),
         split=Flag("test, or valid to choose settings on", "test"),
@@ -38,4 +97,19 @@ if __name__ == "__main__":
         num_scenes=Flag("held-out images whose likelihood is measured", 1500),
         sweep=Flag("look for λ, τ, K on the validation split", False),
         scaling=Flag("measure how the gain grows with the store, on the validation split", False),
+        prompts=Flag("prompt set: .jsonl, .json, .csv, .txt, or a folder of .txt files", "", path=True),
+        copies=Flag("images per prompt of a prompt set; 0 = the benchmark's own number", 0),
+        limit=Flag("use the first N prompts of the set alone; 0 = all", 0),
+        method=Flag(f"draw one method into --workdir itself, one of {', '.join(METHODS)}; default: all, below it", ""),
+        draw_only=Flag("draw the prompt set and score nothing", False),
+        score_only=Flag("score the images that are in --workdir, and draw nothing", False),
+        allow_missing=Flag("score a folder that lacks images; they are counted and named", False),
+        known_words=Flag("draw only the words of a prompt that a model of few words knows, and no error", False),
+        compare=Flag(
+            "folder of a finished run; give two, and their figures are compared prompt by prompt",
+            (),
+            path=True,
+            several=True,
+        ),
+        **own,
     )

@@ -21,6 +21,7 @@ that is absent.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -350,9 +351,9 @@ class ImageBatch(NamedTuple):
 
 @runtime_checkable
 class Benchmark(Protocol):
-    """A test that ``eval`` runs: one split of prompts, and a way to score the images drawn for them.
+    """A test that ``eval`` runs: one split of prompts, and a way to score images while they are drawn.
 
-    ``evaluation.benchmarks`` lists all benchmarks by name.
+    ``evaluation.benchmarks`` lists all benchmarks by name. A test whose images are files is a ``FolderBenchmark``.
 
     Attributes:
       splits: names of the splits that exist.
@@ -401,4 +402,117 @@ class Benchmark(Protocol):
 
     def table(self, scores: Mapping[str, Mapping[str, Any]]) -> str:
         """Returns a Markdown table of the scores of all methods, given by method name."""
+        ...
+
+
+class Prompt(NamedTuple):
+    """A prompt of a prompt set.
+
+    Attributes:
+      name: differs from all other names of the set; files are named so, and the seeds of the images follow from it.
+      category: "" if it has none.
+      line: its line in the file, for formats with one prompt per line.
+    """
+
+    name: str
+    text: str
+    category: str = ""
+    line: str = ""
+
+
+class ImageFile(NamedTuple):
+    """An image file of a prompt; ``path`` is relative to the folder of the run."""
+
+    prompt: Prompt
+    path: str
+
+
+class Figure(NamedTuple):
+    """A figure of a run, with the 95 % interval that ``low`` and ``high`` limit.
+
+    Attributes:
+      value: None = it was not scored.
+      low, high: None = no interval is known.
+      parts: the keys of ``Measurement.values`` over whose means it is the mean; () = it is not a mean over prompts.
+      scale: factor from that mean to ``value``.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    parts: tuple[str, ...] = ()
+    scale: float = 1.0
+
+
+class Measurement(NamedTuple):
+    """What a benchmark measured on the images of a folder; it is stored in results.json.
+
+    Attributes:
+      figures: by name, the most important one first.
+      values: part → name of a prompt → its value and the weight of that value; runs are compared prompt by prompt.
+      notes: what a reader of the figures must know, one line each.
+    """
+
+    figures: dict[str, Figure]
+    values: Mapping[str, Mapping[str, tuple[float, float]]]
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Layout(Protocol):
+    """How the images of a prompt set are named in a folder; see ``evaluation.layouts``. Paths are relative to it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def drawn(self, prompt: Prompt, copy: int, copies: int) -> str:
+        """Returns the path of an image as it is drawn; a prompt has ``copies`` of them, ``copy`` counts from 0."""
+        ...
+
+    def files(self, prompt: Prompt, copies: int) -> list[str]:
+        """Returns the paths of a prompt's image files in a complete folder."""
+        ...
+
+    def beside(self, prompt: Prompt) -> dict[str, str]:
+        """Returns further files of a prompt: path and content."""
+        ...
+
+    def finish(self, folder: Path, prompt: Prompt, copies: int) -> None:
+        """Makes the files of a prompt from its drawn images, if these are not the files themselves."""
+        ...
+
+
+@runtime_checkable
+class FolderBenchmark(Protocol):
+    """A test over a folder of images, which ``eval`` draws, or which another program has drawn.
+
+    ``evaluation.benchmarks`` lists it by name. The class has an attribute ``flags``: the flags that it adds to
+    ``eval``, by name (``command.Flag``). It is called with prompts, copies (0 = its own number) and the values of its
+    flags, all by keyword.
+
+    Attributes:
+      prompts: the prompt set, sorted by name.
+      copies: images per prompt.
+      layout: how they are named.
+    """
+
+    prompts: Sequence[Prompt]
+    copies: int
+    layout: Layout
+
+    def protocol(self) -> dict[str, Any]:
+        """Returns what the figures depend on beside prompts and images, as JSON values.
+
+        It is called before anything is drawn, and opens what scoring needs.
+
+        Raises:
+          UserError: if the images could not be scored, for example because a file is missing.
+        """
+        ...
+
+    def measure(self, folder: Path, images: Sequence[ImageFile]) -> Measurement:
+        """Scores the images of a folder, in the order of the prompts; every file exists.
+
+        Files with results may be written into the folder. An interrupted call is repeated; its result must not differ.
+        """
         ...

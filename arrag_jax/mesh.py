@@ -31,15 +31,20 @@ SHARDING_RULES: tuple[tuple[str, P], ...] = (
 SMALLEST_SHARDED = 2**16  # elements; replicating a smaller leaf costs less than gathering it
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, alone: bool = False) -> Mesh:
     """Returns a mesh with the axes ("data", "fsdp").
 
     A single process can use fewer devices than it has. Several processes use all their devices.
 
+    Args:
+      config: the shape.
+      alone: this process's devices are meshed as if there were no other process.
+
     Raises:
       UserError: if the shape is not valid, or the devices do not fit it.
     """
-    devices = jax.devices()
+    devices = jax.local_devices() if alone else jax.devices()
+    whole_run = jax.process_count() > 1 and not alone
     shape = {"data": config.data, "fsdp": config.fsdp}
     free = [name for name, size in shape.items() if size == -1]
     taken = int(np.prod([size for size in shape.values() if size != -1]))
@@ -48,7 +53,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     for name in free:
         shape[name] = len(devices) // taken
     size = shape["data"] * shape["fsdp"]
-    if size == 0 or size > len(devices) or len(devices) % taken or (jax.process_count() > 1 and size != len(devices)):
+    if size == 0 or size > len(devices) or len(devices) % taken or (whole_run and size != len(devices)):
         raise UserError(f"mesh {shape} does not fit {len(devices)} devices; change config.mesh")
     return jax.make_mesh(tuple(shape.values()), tuple(shape), (AxisType.Auto,) * 2, devices=devices[:size])
 

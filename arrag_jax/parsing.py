@@ -11,7 +11,7 @@ import os
 import reprlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,6 +62,16 @@ def parse(cls: type[T], config: Any, where: str = "config", ignore_unknown: bool
         more = f"; and {len(errors) - MOST_ERRORS} more" if len(errors) > MOST_ERRORS else ""
         raise UserError("; ".join(map(_cut, errors[:MOST_ERRORS])) + more)
     return value
+
+
+def repeated(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Returns a command line in which "--name a b" is written "--name=a --name=b", for these names of flags."""
+    words, name = [], ""
+    for word in argv:
+        own = word in [f"{dashes}{each}" for dashes in ("-", "--") for each in names]
+        name = word if own else "" if word.startswith("-") else name
+        words += [] if own else [f"{name}={word}" if name else word]
+    return words
 
 
 def in_range(name: str, value: int | float, low: int | float, high: int | float) -> None:

@@ -15,7 +15,8 @@ from arrag_jax.errors import UserError
 from arrag_jax.evaluation.benchmarks import prompts_of
 from arrag_jax.evaluation.pipeline import Batch, Pipeline, open_pipeline
 from arrag_jax.evaluation.provenance import page_and_record, summary
-from arrag_jax.evaluation.run_folder import GRID, RunFolder, settings_of, texts_of
+from arrag_jax.evaluation.run_folder import GRID, RunFolder, settings_of
+from arrag_jax.evaluation.run_record import texts_of
 from arrag_jax.figures.canvas import upscale
 from arrag_jax.figures.grids import labelled_grid
 from arrag_jax.files import exclusive_lock
@@ -120,7 +121,7 @@ def write(
         if wanted[number]:
             image, drawn = batch.images[place], jax.tree.map(lambda x, place=place: x[place], batch.drawn)
             page, record = page_and_record(pipeline, method, prompts[number], image, drawn) if told else (None, None)
-            texts = texts_of(settings, number, method)
+            texts = texts_of(prompts[number], settings["seed"] + number, method, settings["methods"][method])
             folder.add(name_of(number, method), upscale(image, settings["scale"]), texts, page, record)
 
 

@@ -162,7 +162,11 @@ def by_group(
     def means(values: Any, groups: Sequence[str | None]) -> dict[str, dict[str, float]]:
         rows, names = np.atleast_2d(values), np.array(groups, object)
         known = dict.fromkeys(name for name in groups if name is not None)
-        return {renamed.get(name, name): bootstrap(rows[:, names == name])._asdict() for name in known}
+        intervals = {name: bootstrap(rows[:, names == name].astype(np.float64)) for name in known}
+        return {
+            renamed.get(name, name): {"mean": mean, "low": low, "high": high}
+            for name, (mean, low, high) in intervals.items()
+        }
 
     figures: dict[str, dict[str, Any]] = {}
     for method in dict.fromkeys([*bits, *(name for name in shown if name in METHODS)]):

@@ -177,6 +177,19 @@ class Pipeline:
             return source
         return HIDDEN.patches(source, self.model.grid)
 
+    def _batch_size(self, count: int) -> int:
+        ways = 1 if self.mesh is None else self.mesh.shape["data"]
+        return -(-min(self.config.batch_size, count) // ways) * ways
+
+    def batches(self, count: int) -> list[Int[np.ndarray, " n"]]:
+        """Returns the numbers of the images that ``draw`` draws together, of ``count`` images."""
+        size = self._batch_size(count)
+        return [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def _pixels(self, codes: Int[np.ndarray, "1 T"]) -> UInt8[np.ndarray, "1 h w 3"]:
+        """Returns an image. It is decoded alone: XLA rounds otherwise in batches of other sizes, by one grey level."""
+        return np.asarray(to_uint8(self.model.decode_codes(codes, *self.model.grid)))
+
     def draw(
         self,
         prompts: Sequence[str],
@@ -192,11 +205,10 @@ class Pipeline:
         Args:
           wanted: batches without a wanted image are skipped; None = all are wanted.
         """
-        ways, positions = 1 if self.mesh is None else self.mesh.shape["data"], int(np.prod(self.model.grid))
-        size = -(-min(self.config.batch_size, len(prompts)) // ways) * ways
+        batches, positions = self.batches(len(prompts)), int(np.prod(self.model.grid))
+        size = self._batch_size(len(prompts))
         length = self.text.length(prompts)  # of all batches, so that one shape is compiled
         on_position = self.bar if self.reports_every_position(method) else None
-        batches = [np.arange(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
         batches = [numbers for numbers in batches if wanted is None or wanted[numbers].any()]
         leads, total = jax.process_index() == 0, len(batches) * positions
         with progress.bar(wanted=leads, total=total, desc=f"drawing {method}", unit="cell") as bar:
@@ -212,25 +224,26 @@ class Pipeline:
                 )  # fmt: skip
                 drawn = jax.tree.map(lambda x, keep=keep: np.asarray(x)[:keep], result)
                 drawn = drawn._replace(source=self._patches(method, drawn.source))
-                pixels = to_uint8(self.model.decode_codes(np.asarray(result.codes), *self.model.grid))
+                pixels = np.concatenate([self._pixels(codes[None]) for codes in drawn.codes])
                 jax.effects_barrier()
                 if on_position is None:
                     bar.update(positions)
-                yield Batch(numbers, np.asarray(pixels)[:keep], drawn)
+                yield Batch(numbers, pixels, drawn)
 
 
-def open_pipeline(config: DrawConfig, methods: Sequence[str] = ()) -> Pipeline:
+def open_pipeline(config: DrawConfig, methods: Sequence[str] = (), alone: bool = False) -> Pipeline:
     """Loads what the methods need, and checks that it belongs together.
 
     Args:
       config: what to load, and the mesh to use.
       methods: names from ``METHODS``; none = the config's methods. If the config names none either, all default methods
         that its models can do.
+      alone: the mesh spans this process's devices alone, because each process of the run draws images of its own.
 
     Raises:
       UserError: if the models cannot do a method, a checkpoint cannot be read, a store belongs to another tokenizer, …
     """
-    devices = make_mesh(config.mesh)
+    devices = make_mesh(config.mesh, alone)
     mesh = devices if devices.size > 1 else None
     blended = config.faid_model or (config.model if config_of(config.model).blended_neighbors else "")
     folders = {Kind.BASE: config.model, Kind.LORA: config.lora_model, Kind.FAID: blended}

@@ -6,7 +6,6 @@ can therefore find out which images are complete. A run with other settings remo
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
@@ -18,20 +17,17 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from arrag_jax.decode.methods import METHODS
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.pipeline import Pipeline
+from arrag_jax.evaluation.run_record import RunRecord, method_facts
 from arrag_jax.figures.canvas import RGBImage
 from arrag_jax.figures.grids import save
 from arrag_jax.files import atomic_write, folder_in, require_within, sha256_of, write_json
 from arrag_jax.json_files import read_json
-from arrag_jax.models.checkpoint import files_of
-from arrag_jax.retrieval.index import RECORD as INDEX_RECORD
-from arrag_jax.retrieval.index import index_directory
 
-RECORD, PARTS = "run.json", ".parts"
+PARTS = ".parts"
 GRID, PROVENANCE = "grid.png", "provenance.json"
-VERSION = 1
+MADE_BY = "arrag_jax.generate"
 NAME = re.compile(r"\d{2,}_[a-z+]+")  # name of an image; other files are never removed
 
 
@@ -41,51 +37,13 @@ def settings_of(pipeline: Pipeline, prompts: Sequence[str], scale: int, provenan
     return {
         "prompts": list(prompts),
         "seed": config.seed,
-        "methods": {method: _method(pipeline, method) for method in pipeline.methods},
+        "methods": {method: method_facts(pipeline, method) for method in pipeline.methods},
         "dtype": config.dtype,
         "sampling": dataclasses.asdict(config.sampling),
         "mesh": {} if pipeline.mesh is None else dict(pipeline.mesh.shape),
         "scale": scale,
         "provenance": provenance,
     }
-
-
-def texts_of(settings: Mapping[str, Any], number: int, method: str) -> dict[str, str]:
-    """Returns the PNG text chunks of an image: prompt, seed, method, and model and store with their hashes."""
-    facts = settings["methods"][method]
-    return {
-        "prompt": settings["prompts"][number],
-        "seed": str(settings["seed"] + number),
-        "method": method,
-        **{name: facts.get(name, "none") for name in ("model", "model_sha256", "store", "store_fingerprint", "index")},
-    }
-
-
-def _method(pipeline: Pipeline, method: str) -> dict[str, Any]:
-    """Returns the model, store and settings that a method uses."""
-    policy: Any = pipeline.policy(method)
-    folder, config = pipeline.folders[method], pipeline.config
-    facts: dict[str, Any] = {"model": folder, "model_sha256": _sha256_of_model(folder)}
-    if not policy.uses_retrieval:
-        return facts
-    opened, chosen = pipeline.search_of(method), METHODS[method]
-    facts |= {"store": opened.config.store, "store_fingerprint": opened.store.store_fingerprint}
-    index = index_directory(opened.store, opened.config.keys) / INDEX_RECORD
-    if opened.config.search == "scann" and not chosen.limited and index.exists():
-        facts["index"] = sha256_of(index)
-    if chosen.images:
-        facts["caption"] = {"images": chosen.images(config)}
-    if chosen.gate:
-        facts["gate"] = dataclasses.asdict(chosen.gate(config))
-    return facts | {"retrieval": dataclasses.asdict(opened.config), "policy": dataclasses.asdict(policy)}
-
-
-def _sha256_of_model(folder: str) -> str:
-    """Returns the hash of a model folder's config, weights and text tokenizer."""
-    digest = hashlib.sha256()
-    for path in files_of(folder):
-        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
-    return digest.hexdigest()
 
 
 class RunFolder:
@@ -101,7 +59,8 @@ class RunFolder:
 
     def __init__(self, directory: Path, settings: dict[str, Any], names: Sequence[str]):
         self.directory, self.names = directory, list(names)
-        self.settings = json.loads(json.dumps(settings))  # the same form as after reading: tuples become lists
+        self._record = RunRecord(directory, MADE_BY, settings)
+        self.settings = self._record.settings
         self.earlier: tuple[str, ...] = ()
         self.complete = False
         self._parts = directory / PARTS
@@ -124,8 +83,7 @@ class RunFolder:
                 self._reopen(files)
         else:
             if record is not None:
-                keys = {**record["settings"], **self.settings}
-                self.earlier = tuple(key for key in keys if record["settings"].get(key) != self.settings.get(key))
+                self.earlier = self._record.differing(record)
                 self._remove(record["pictures"])
             shutil.rmtree(self._parts, ignore_errors=True)
             self._write_record()
@@ -216,34 +174,21 @@ class RunFolder:
             (self.directory / file).unlink(missing_ok=True)
 
     def _write_record(self, files: dict[str, str] | None = None) -> None:
-        record = {"made_by": "arrag_jax.generate", "version": VERSION, "settings": self.settings}
-        record |= {"pictures": self.names} | ({} if files is None else {"files": dict(sorted(files.items()))})
-        write_json(self.directory / RECORD, record)
+        self._record.write(pictures=self.names, **({} if files is None else {"files": dict(sorted(files.items()))}))
 
     def _read_record(self) -> dict[str, Any] | None:
-        path = self.directory / RECORD
-        if not path.exists():
-            return None
-        mend = "delete it to draw anew, or choose another --workdir"
-        try:
-            record = read_json(path)
-        except UserError as error:
-            raise UserError(f"{error}; {mend}") from None
-        if not _is_record(record):
-            raise UserError(f"{path} is not a record of arrag_jax.generate that this code reads; {mend}")
+        record = self._record.read()
+        if record is not None and not _names_files(record):
+            raise UserError(f"{self._record.path} is not whole; delete it to draw anew, or choose another --workdir")
         return record
 
 
-def _is_record(record: Any) -> bool:
+def _names_files(record: Mapping[str, Any]) -> bool:
     def all_text(values: Any) -> bool:
         return all(isinstance(value, str) for value in values)
 
     return (
-        isinstance(record, dict)
-        and record.get("made_by") == "arrag_jax.generate"
-        and record.get("version") == VERSION
-        and isinstance(record.get("settings"), dict)
-        and isinstance(record.get("pictures"), list)
+        isinstance(record.get("pictures"), list)
         and all_text(record["pictures"])
         and isinstance(record.get("files", {}), dict)
         and all_text(record.get("files", {}).values())

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -119,9 +120,9 @@ class _TorchFile:
                 f"{path} can be read with PyTorch only, which is not installed: pip install torch, or convert the "
                 "checkpoint once where it is (python -m arrag_jax.convert --source … --target …)"
             ) from error
-        try:
+        try:  # files of PyTorch before 1.6 are no zips, and cannot be mapped
             with torch.serialization.safe_globals([argparse.Namespace]):  # the class of saved training settings
-                self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:  # torch raises many types for the same cause
             reason = str(error).strip().splitlines()[0]
             raise UserError(
@@ -224,6 +225,11 @@ def stored_tensors(directory: Path, also: tuple[str, ...] = ()) -> dict[str, Sto
             raise UserError(f"{directory} holds {key} twice, in {places}; copy the checkpoint again")
         stored[key] = tensor
     return stored
+
+
+def tensors_in(path: Path) -> dict[str, Stored]:
+    """Returns the tensors of one file by name; raises UserError if it is no whole file of weights."""
+    return {tensor.name: tensor for tensor in _open(path).tensors()}
 
 
 def has_checksums(path: Path) -> bool:

@@ -164,11 +164,7 @@ class PromptTokenizer:
         Raises:
           UserError: if a word is unknown even in lower case, or the prompt has no words.
         """
-        text = "".join(sign for sign in prompt if unicodedata.category(sign) != "Cf")  # invisible characters
-        found = re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", unicodedata.normalize("NFKC", text))
-        words = [word for word in found if word in known or not _is_mark(word)]
-        words = [word if word in known else word.lower() for word in words]
-        words = [part for word in words for part in _known_parts(word, known)]
+        words = _spelt(prompt, known)
         unknown = [word for word in dict.fromkeys(words) if word not in known]
         if unknown:
             raise UserError(f"the model does not know {', '.join(map(repr, unknown))}; it knows: {self.known_words()}")
@@ -176,9 +172,24 @@ class PromptTokenizer:
             raise UserError("a prompt is empty; say what to draw")
         return " ".join(words)
 
+    def known_part(self, prompt: str) -> str:
+        """Returns the words of a prompt that a word-level tokenizer knows; others know all of it."""
+        if self._words is None:
+            return prompt
+        return " ".join(word for word in _spelt(prompt, self._words) if word in self._words)
+
     def known_words(self) -> str:
         """Returns the words of a word-level tokenizer, for messages."""
         return " ".join(sorted(w for w in self.tokenizer.get_vocab() if w.isalpha()))
+
+
+def _spelt(prompt: str, known: frozenset[str]) -> list[str]:
+    """Returns the words of a prompt, without punctuation, as a word-level tokenizer spells them where it knows them."""
+    text = "".join(sign for sign in prompt if unicodedata.category(sign) != "Cf")  # invisible characters
+    found = re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", unicodedata.normalize("NFKC", text))
+    words = [word for word in found if word in known or not _is_mark(word)]
+    words = [word if word in known else word.lower() for word in words]
+    return [part for word in words for part in _known_parts(word, known)]
 
 
 def _known_parts(word: str, known: frozenset[str]) -> list[str]:

@@ -30,6 +30,14 @@ def find(family: str, name: str, whole: bool = False) -> Path:
     return found
 
 
+def benchmark(*names: str) -> Path:
+    """Path of a file of the benchmarks' golden numbers, which are not committed; skips where it is absent."""
+    path = SHARED.joinpath("benchmarks", *names)
+    if not path.exists():
+        pytest.skip(f"not committed, and absent beside this folder: shared/benchmarks/{'/'.join(names)}")
+    return path
+
+
 class Normals:
     """The stream of normal numbers that a seed gives in PyTorch on a CPU, up to the last bit (Box-Muller, MT19937)."""
 
