@@ -4,7 +4,7 @@ python -m arrag_jax.eval --config configs/emoji_daid.py --benchmark emoji_scenes
 
 Prints tables and writes ``results.json`` into --workdir. With --sweep it searches for the best λ, τ and K on the
 validation split instead, and writes heat maps and ``sweep.json``. With --scaling it measures how the gain depends on
-the size of the store instead.
+the size of the store instead. With --fit_gate it fits the gate of method "gated" on drawn images (docs/keys.md).
 
 Benchmarks over a prompt set draw it into a folder first, and can be continued at every image (docs/benchmarks.md):
 
@@ -24,7 +24,7 @@ from arrag_jax.command import OPTIONAL_CONFIG, Flag, main_with_config
 from arrag_jax.config import DrawConfig
 from arrag_jax.decode.methods import METHODS
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation import folder_runs, measurements
+from arrag_jax.evaluation import folder_runs, gate_fit, measurements
 from arrag_jax.evaluation.benchmarks import (
     BENCHMARKS,
     benchmark_flags,
@@ -51,6 +51,7 @@ def run(
     score_only: bool = False,
     allow_missing: bool = False,
     known_words: bool = False,
+    fit_gate: bool = False,
     compare: Sequence[str] = (),
     **flags: Any,
 ) -> None:
@@ -63,10 +64,8 @@ def run(
     if draw_only and score_only:
         raise UserError("--draw_only and --score_only exclude one another; give one of them, or neither to do both")
     if is_folder_benchmark(benchmark):
-        if sweep or scaling:
-            raise UserError(
-                f"--sweep and --scaling measure held-out examples, and {benchmark} has none; leave them out"
-            )
+        if sweep or scaling or fit_gate:
+            raise UserError(f"{benchmark} has no examples for --sweep, --scaling and --fit_gate; leave them out")
         opened = open_folder_benchmark(benchmark, prompts, copies, limit, flags)
         folder_runs.run(
             config, workdir, benchmark, opened, method, not score_only, not draw_only, allow_missing, known_words
@@ -80,6 +79,9 @@ def run(
         raise UserError(
             f"{benchmark} is measured in one process; start it once, without JAX_COORDINATOR_ADDRESS and the like"
         )
+    if fit_gate:
+        gate_fit.fit_gate(config, workdir, benchmark, num_prompts)
+        return
     evaluate(config, workdir, benchmark, split, num_prompts, num_scenes, sweep, scaling)
 
 
@@ -97,6 +99,7 @@ if __name__ == "__main__":
         num_scenes=Flag("held-out images whose likelihood is measured", 1500),
         sweep=Flag("look for λ, τ, K on the validation split", False),
         scaling=Flag("measure how the gain grows with the store, on the validation split", False),
+        fit_gate=Flag("fit the gate of config.hidden.gated on drawn images, at a bound on copying", False),
         prompts=Flag("prompt set: .jsonl, .json, .csv, .txt, or a folder of .txt files", "", path=True),
         copies=Flag("images per prompt of a prompt set; 0 = the benchmark's own number", 0),
         limit=Flag("use the first N prompts of the set alone; 0 = all", 0),

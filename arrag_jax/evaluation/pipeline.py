@@ -304,5 +304,5 @@ def uncopied(
     if not isinstance(retriever, StateRetriever) or config.hidden.copy_share == 1:
         return retriever
     images = store.codes.reshape(store.num_images, -1), trust.told.surprise, np.float32(config.hidden.copy_share)
-    everywhere = jax.tree.map(jnp.asarray, images) if mesh is None else put_everywhere(images, mesh)
-    return UncopiedRetriever(retriever, *everywhere, store.settings.grid)
+    codes, surprise, most = jax.tree.map(jnp.asarray, images) if mesh is None else put_everywhere(images, mesh)
+    return UncopiedRetriever(retriever, codes, surprise, most, store.settings.grid)

@@ -19,18 +19,25 @@ from arrag_jax.evaluation.tables import mean_and_std
 from arrag_jax.figures import grids
 from arrag_jax.interfaces import ImageBatch
 
+TUNING = 1_000_000  # the first scene of "tuning" among those of the test split
+
 
 class EmojiScenes:
-    """A split of ``emoji_scenes``; see ``interfaces.Benchmark``."""
+    """A split of ``emoji_scenes``; see ``interfaces.Benchmark``.
 
-    splits = ("test", "valid")
+    The split "tuning" has prompts as "test", but other ones, and no examples: it is for settings that drawn images
+    decide.
+    """
+
+    splits = ("test", "valid", "tuning")
     images_per_prompt = 3
     score_name = "object_score"
 
     def __init__(self, data: DataSetConfig, split: str):
         self._data, self._split = data, split
         self._world = WORLDS.get(data.name, STANDARD)
-        self._scene = functools.cache(functools.partial(scene, split, world=self._world))
+        first, of = (TUNING, "test") if split == "tuning" else (0, split)
+        self._scene = functools.cache(lambda number: scene(of, first + number, world=self._world))
 
     def prompts(self, number: int) -> Sequence[str]:
         """Returns the captions of the first scenes; any number of them can be requested."""
@@ -41,11 +48,13 @@ class EmojiScenes:
         return np.stack([render(scene) for scene in self._scenes(numbers.tolist())])
 
     def held_out(self, number: int) -> Sequence[Mapping[str, Any]]:
-        """Returns the first scenes of the split, in the form of the data set.
+        """Returns the first scenes of the split, in the form of the data set; none of "tuning".
 
         Raises:
           UserError: if the data set holds fewer.
         """
+        if self._split == "tuning":
+            return []
         return load_source(self._data.name, f"{self._split}[:{number}]", self._data.data_dir)
 
     def groups(self, number: int) -> Sequence[str | None]:
