@@ -15,6 +15,7 @@ from arrag_jax.interfaces import Benchmark, FolderBenchmark
 BENCHMARKS = {
     "emoji_scenes": "arrag_jax.evaluation.emoji.benchmark:EmojiScenes",
     "geneval": "arrag_jax.evaluation.geneval.benchmark:GenEval",
+    "dpg": "arrag_jax.evaluation.dpg.benchmark:DpgBench",
 }
 
 
