@@ -64,7 +64,7 @@ def run(tmp_path, monkeypatch):
         (folder / f"{i:03d}.png").write_bytes(png(image))
 
     def score(out="out", **flags):
-        flags = {"reference": str(tmp_path / "true"), "features": str(tmp_path / "features"), **flags}
+        flags = {"reference": str(tmp_path / "true"), "features": str(tmp_path / "features"), "fwd_level": 2, **flags}
         eval.run(
             None, str(tmp_path / out), "distances", "test", 600, 1500, False, False,
             prompts=str(tmp_path / "prompts.json"), score_only=True, **flags,
@@ -88,7 +88,7 @@ def test_figures_are_those_of_the_python_functions(run, capsys):
     found, (a, b) = values(run()), (features(images(0, 20)), features(images(1, 30)))
     assert found["FID, clean"] == pytest.approx(frechet_distance(a, b), rel=1e-6)
     assert found["KID, clean"] == pytest.approx(kernel_distance(a, b), rel=1e-6)
-    assert found["FWD"] == pytest.approx(fwd(images(0, 20), images(1, 30)), rel=1e-9)
+    assert found["FWD"] == pytest.approx(fwd(images(0, 20), images(1, 30), 2), rel=1e-9)
     assert found["FID, clean, a"] == pytest.approx(frechet_distance(a[::2], b[:15]), rel=1e-6)
     assert found["FID, clean, b"] == pytest.approx(frechet_distance(a[1::2], b[15:]), rel=1e-6)
     said = capsys.readouterr().out
@@ -166,11 +166,24 @@ def test_damaged_features_are_computed_again_and_changed_images_are_seen(run, tm
     assert values(run())["FID, clean"] != values(first)["FID, clean"]
 
 
-def test_few_packets_at_a_time_give_the_same(run, monkeypatch):
+def test_few_packets_at_a_time_give_the_same(run, tmp_path, monkeypatch):
+    """Also if the run is killed between them; what is kept is not computed again."""
     whole = values(run())["FWD"]
     monkeypatch.setattr(packets, "MEMORY", 1)
     monkeypatch.setattr(packets, "BLOCK", 7)
+    real, calls = packets._distances, []
+
+    def cut(*words):
+        calls.append(words[-1])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*words)
+
+    monkeypatch.setattr(packets, "_distances", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run()
     assert values(run())["FWD"] == whole
+    assert [row[0] for row in calls] == [0, 1, 2, 2, 3]
 
 
 def test_true_images_of_another_size_are_scaled(run, tmp_path):
@@ -201,7 +214,7 @@ def wider(resize="clean", weights=None) -> Extractor:
         ({"reference": "absent"}, "--reference=.*absent does not exist"),
         ({"resize": "bicubic"}, "resize='bicubic' is unknown"),
         ({"fwd_level": 9}, "--fwd_level=9 must be from 0 to 8"),
-        ({"fwd_level": 5}, "multiples of 32"),
+        ({"fwd_level": 5}, "multiples of 32, not 16 x 32"),
     ],
 )
 def test_bad_flags_are_named(run, tmp_path, flags, words):

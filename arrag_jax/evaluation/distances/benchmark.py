@@ -31,10 +31,11 @@ PUBLISHED_CLIP = ("clip 336", 768)  # side of the images and width of the CLIP t
 
 
 class Features(NamedTuple):
-    """The features of one set of images by one network."""
+    """The features of one set of images by one network, and the identity of the images' bytes."""
 
     rows: Float32[np.ndarray, "n D"]
     gaussian: frechet.Gaussian
+    identity: str
 
 
 class Distances:
@@ -114,22 +115,17 @@ class Distances:
         self._add_inception(scores, a, b)
         self._add_categories(scores, drawn, self._true, a, b)
         if "clip" in self._extractors:
-            x, y = (self._rows(set_, self._extractors["clip"], what) for set_, what in self._named(drawn))
+            both = (drawn, "drawn images"), (self._true, "true images")
+            x, y = (self._store.features(images, self._extractors["clip"], what)[0] for images, what in both)
             scores.add("CMMD", kernels.cmmd_estimate(x, y))
         if self._level:
-            scores.figures["FWD"] = Figure(streamed_fwd(drawn, self._true, self._level))
+            value = streamed_fwd(drawn, self._true, self._level, self._store, f"{a.identity} {b.identity}")
+            scores.figures["FWD"] = Figure(value)
         return scores.measurement()
-
-    def _named(self, drawn: ImageSet) -> list[tuple[ImageSet, str]]:
-        assert self._true is not None
-        return [(drawn, "drawn images"), (self._true, "true images")]
-
-    def _rows(self, images: ImageSet, extractor: Extractor, what: str) -> Float32[np.ndarray, "n D"]:
-        return self._store.features(images, extractor, what)[0]
 
     def _features(self, images: ImageSet, extractor: Extractor, what: str) -> Features:
         rows, identity = self._store.features(images, extractor, what)
-        return Features(rows, self._store.moments(rows, identity, extractor).gaussian())
+        return Features(rows, self._store.moments(rows, identity, extractor).gaussian(), identity)
 
     def _add_inception(self, scores: "_Scores", a: Features, b: Features) -> None:
         x, y = a.rows, b.rows

@@ -5,11 +5,11 @@ network, so that a file can never belong to other images; nothing else is record
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 
 from arrag_jax import progress
 from arrag_jax.evaluation.distances.image_sets import ImageSet, decoded
@@ -48,7 +48,7 @@ class FeatureStore:
 
         The file has ``mu`` and ``sigma``, which pytorch-fid reads.
         """
-        path = self._path(f"moments of {identity}", extractor)
+        path = self._file(f"{extractor.name} moments of {identity}")
         if path.exists():
             return Moments.load(path)
         moments = Moments.empty(extractor.width)
@@ -56,6 +56,19 @@ class FeatureStore:
         if moments.count > 1:
             moments.save(path)
         return moments
+
+    def kept(self, key: str, shape: tuple[int, ...], compute: Callable[[], np.ndarray]) -> Float64[np.ndarray, "..."]:
+        """Returns numbers from the folder, or computes them and keeps them there.
+
+        Args:
+          key: identifies everything that the numbers depend on.
+        """
+        path = self._file(key)
+        held = _load(path, shape, np.float64)
+        if held is None:
+            held = compute()
+            _save(path, held)
+        return held
 
     def _shards(self, images: ImageSet) -> Iterator[tuple[int, list[bytes], str]]:
         for first in range(0, len(images), SHARD):
@@ -68,8 +81,8 @@ class FeatureStore:
     def _of_shard(
         self, images: ImageSet, first: int, data: list[bytes], key: str, extractor: Extractor
     ) -> Float32[np.ndarray, "n D"]:
-        path = self._path(key, extractor)
-        held = _load(path, (len(data), extractor.width))
+        path = self._file(f"{extractor.name} {key}")
+        held = _load(path, (len(data), extractor.width), np.float32)
         if held is not None:
             return held
 
@@ -77,20 +90,24 @@ class FeatureStore:
             return extractor.prepare(decoded(images.ids[first + number], data[number]))
 
         found = np.concatenate(list(stream(extractor.embed, prepare, range(len(data)))))
-        with atomic_write(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, features=found)
+        _save(path, found)
         return found
 
-    def _path(self, key: str, extractor: Extractor) -> Path:
-        name = hashlib.sha256(f"{extractor.name} {key}".encode()).hexdigest()[:32]
+    def _file(self, key: str) -> Path:
+        name = hashlib.sha256(key.encode()).hexdigest()[:32]
         return folder_in(self.folder, name[:2]) / f"{name}.npz"
 
 
-def _load(path: Path, shape: tuple[int, int]) -> Float32[np.ndarray, "n D"] | None:
-    """Returns the features in a file; None if it is absent or damaged, and has to be written again."""
+def _save(path: Path, numbers: np.ndarray) -> None:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, numbers=numbers)
+
+
+def _load(path: Path, shape: tuple[int, ...], dtype: type[np.floating]) -> np.ndarray | None:
+    """Returns the numbers in a file; None if it is absent or damaged, and has to be written again."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            features = file["features"]
+            numbers = file["numbers"]
     except Exception:  # zipfile, zlib and numpy raise many types for damage
         return None
-    return features if features.shape == shape and features.dtype == np.float32 else None
+    return numbers if numbers.shape == shape and numbers.dtype == dtype else None

@@ -1,14 +1,16 @@
 """Computes the Fréchet wavelet distance of sets that do not fit into memory, a few packets at a time."""
 
+import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 from PIL import Image
 
 from arrag_jax import progress
 from arrag_jax.errors import UserError
+from arrag_jax.evaluation.distances.feature_store import FeatureStore
 from arrag_jax.evaluation.distances.image_sets import ImageSet
 from arrag_jax.evaluation.metrics.frechet import distance
 from arrag_jax.evaluation.metrics.moments import Moments
@@ -19,10 +21,14 @@ BLOCK = 128  # images that are transformed at once
 READERS = 4
 
 
-def streamed_fwd(drawn: ImageSet, true: ImageSet, level: int) -> float:
+def streamed_fwd(drawn: ImageSet, true: ImageSet, level: int, store: FeatureStore, identity: str) -> float:
     """Returns the FWD of two sets of images; true images are scaled to the size of the drawn ones if they differ.
 
-    The images are read once for every few rows of packets, as many as fit into ``MEMORY``.
+    The images are read once for every few rows of packets, as many as fit into ``MEMORY``. The distances of each few
+    rows are kept, so that a killed run continues.
+
+    Args:
+      identity: of the bytes of both sets.
 
     Raises:
       UserError: if an image cannot be read, drawn images differ in size, or their sides do not fit the level.
@@ -31,14 +37,23 @@ def streamed_fwd(drawn: ImageSet, true: ImageSet, level: int) -> float:
     require_level(level, *size)
     side, width = 2**level, 3 * size[0] * size[1] // 4**level
     rows = max(1, min(side, MEMORY // (2 * side * width**2 * 8)))
-    distances: list[float] = []
+    found: list[np.ndarray] = []
     with progress.bar(desc="wavelet packets", total=side, unit="row") as bar:
         for first in range(0, side, rows):
             taken = range(first, min(first + rows, side))
-            both = [_moments(images, size, level, taken, images is true) for images in (drawn, true)]
-            distances += [distance(a.gaussian(), b.gaussian()) for a, b in zip(*both, strict=True)]
+            key = f"packets of level {level}, {taken}, {identity}"
+            compute = functools.partial(_distances, drawn, true, size, level, taken)
+            found.append(store.kept(key, (len(taken) * side,), compute))
             bar.update(len(taken))
-    return float(np.mean(distances))
+    return float(np.concatenate(found).mean())
+
+
+def _distances(
+    drawn: ImageSet, true: ImageSet, size: tuple[int, int], level: int, rows: range
+) -> Float64[np.ndarray, " packets"]:
+    """Returns the distance of each packet of some rows."""
+    both = [_moments(images, size, level, rows, images is true) for images in (drawn, true)]
+    return np.array([distance(a.gaussian(), b.gaussian()) for a, b in zip(*both, strict=True)])
 
 
 def _moments(images: ImageSet, size: tuple[int, int], level: int, rows: range, scale: bool) -> list[Moments]:
