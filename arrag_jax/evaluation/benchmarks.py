@@ -16,6 +16,7 @@ BENCHMARKS = {
     "emoji_scenes": "arrag_jax.evaluation.emoji.benchmark:EmojiScenes",
     "geneval": "arrag_jax.evaluation.geneval.benchmark:GenEval",
     "dpg": "arrag_jax.evaluation.dpg.benchmark:DpgBench",
+    "distances": "arrag_jax.evaluation.distances.benchmark:Distances",
 }
 
 

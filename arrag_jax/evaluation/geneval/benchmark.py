@@ -52,7 +52,7 @@ class GenEval:
 
     flags: ClassVar = {
         "detector": Flag("what finds objects: file:PATH, onnx:PATH or mask2former:FOLDER (docs/benchmarks.md)", ""),
-        "clip": Flag("folder of the CLIP that reads colours; without it they are not scored", "", path=True),
+        "clip": Flag("folder of a CLIP; empty: what needs it is not scored", "", path=True),
         "object_names": Flag(
             "file of the 80 class names in the order of the detector's outputs: GenEval's object_names.txt",
             "",
