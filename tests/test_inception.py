@@ -139,7 +139,7 @@ def test_bad_input_is_named(images, resize, words):
 def test_batches_change_nothing(golden, wheel):
     """Padded or not, ahead or not: the features of an image do not depend on the images beside it."""
     extractor = features.inception_extractor("clean", wheel)
-    parts = list(features.stream(extractor, golden["pixels"][::-1][:4], 6))
+    parts = list(features.stream(extractor.embed, extractor.prepare, golden["pixels"][::-1][:4], 6))
     assert [len(part) for part in parts] == [4]
     assert np.abs(parts[0] - golden["features_clean"][::-1][:4]).max() < 1e-4
     assert features.extract(extractor, golden["pixels"][:0]).shape == (0, FEATURES)

@@ -50,8 +50,8 @@ _TURNS: dict[int | None, Image.Transpose] = {  # EXIF orientation → transposit
 }
 
 
-def decode(data: bytes, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns the pixels of an image file, with h x w = ``size``.
+def decode(data: bytes, size: tuple[int, int] | None) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the pixels of an image file, with h x w = ``size``; None = of its own size.
 
     A JPEG of at least four times the size is decoded at 1/2, 1/4 or 1/8 scale, which is still at least twice the size.
 
@@ -64,11 +64,13 @@ def decode(data: bytes, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
         raise BadImage("a pointer of Git LFS in the place of the image; fetch it: git lfs pull")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.draft(None, (2 * size[1], 2 * size[0]))
+            if size is not None:
+                image.draft(None, (2 * size[1], 2 * size[0]))
             most = Image.MAX_IMAGE_PIXELS
             if most is not None and image.width * image.height > most:
                 raise BadImage(f"too large: {image.width:,} x {image.height:,} pixels, more than {most:,}")
-            return np.array(fitted(to_rgb(turned(image)), size))
+            whole = to_rgb(turned(image))
+            return np.array(whole if size is None else fitted(whole, size))
     except BadImage:
         raise
     except Image.UnidentifiedImageError:

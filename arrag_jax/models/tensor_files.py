@@ -216,7 +216,7 @@ def stored_tensors(directory: Path, also: tuple[str, ...] = ()) -> dict[str, Sto
     directory = checkpoint_folder(directory)
     names = (f"{ADAPTER}.safetensors", f"{ADAPTER}.bin", *also)
     beside = [path for name in names for path in sorted(directory.glob(name)) if path.is_file()]
-    further = [tensor for path in beside for tensor in _open(path).tensors()]
+    further = [tensor for path in beside for tensor in open_file(path).tensors()]
     stored: dict[str, Stored] = {}
     for tensor in (*_weights(directory, beside), *further):
         key = plain_key(tensor.name)
@@ -225,11 +225,6 @@ def stored_tensors(directory: Path, also: tuple[str, ...] = ()) -> dict[str, Sto
             raise UserError(f"{directory} holds {key} twice, in {places}; copy the checkpoint again")
         stored[key] = tensor
     return stored
-
-
-def tensors_in(path: Path) -> dict[str, Stored]:
-    """Returns the tensors of one file by name; raises UserError if it is no whole file of weights."""
-    return {tensor.name: tensor for tensor in _open(path).tensors()}
 
 
 def has_checksums(path: Path) -> bool:
@@ -253,7 +248,7 @@ def read_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, np.ndarray
                 opened.clear()
                 taken = 0
             if tensor.file not in opened:
-                opened[tensor.file] = _open(tensor.file)
+                opened[tensor.file] = open_file(tensor.file)
             taken += tensor.nbytes
             file = opened[tensor.file]
             value = file.read(tensor.name)
@@ -276,7 +271,7 @@ def _weights(directory: Path, beside: list[Path]) -> list[Stored]:
         if index.is_file():
             return _indexed(index)
         if (directory / single).is_file():
-            return _open(directory / single).tensors()
+            return open_file(directory / single).tensors()
     shards = sorted(path.name for kind in ("safetensors", "bin") for path in directory.glob(f"*-of-*.{kind}"))
     if shards:
         single = "model.safetensors" if shards[0].endswith(".safetensors") else "pytorch_model.bin"
@@ -285,7 +280,7 @@ def _weights(directory: Path, beside: list[Path]) -> list[Stored]:
         )
     published = [path for path in sorted(directory.glob("*.pt")) if path not in beside]
     if published or beside:
-        return [tensor for path in published for tensor in _open(path).tensors()]
+        return [tensor for path in published for tensor in open_file(path).tensors()]
     raise UserError(
         f"{directory} holds no model.safetensors, no pytorch_model.bin and no .pt; give a checkpoint's folder"
     )
@@ -300,7 +295,7 @@ def _indexed(index: Path) -> list[Stored]:
     absent = sorted(name for name in set(listed.values()) if not (index.parent / name).is_file())
     if absent:
         raise UserError(f"{index.parent / absent[0]} is named by its index but is not there; copy the checkpoint again")
-    tensors = [t for name in sorted(set(listed.values())) for t in _open(index.parent / name).tensors()]
+    tensors = [t for name in sorted(set(listed.values())) for t in open_file(index.parent / name).tensors()]
     held = {(tensor.name, tensor.file.name) for tensor in tensors}
     absent = sorted(key for key, name in listed.items() if (key, name) not in held)
     if absent:
@@ -311,7 +306,8 @@ def _indexed(index: Path) -> list[Stored]:
     return tensors
 
 
-def _open(path: Path) -> _Safetensors | _TorchFile:
+def open_file(path: Path) -> _Safetensors | _TorchFile:
+    """Returns a file of weights, opened; raises UserError if it is not whole."""
     return _Safetensors(path) if path.suffix == ".safetensors" else _TorchFile(path)
 
 

@@ -1,6 +1,7 @@
 """Computes features of images in batches: those of the FID network, and CLIP's."""
 
 import functools
+import hashlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,11 +13,14 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from arrag_jax.checksums import checksum
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.metrics.resizing import require_rule, resized
 from arrag_jax.evaluation.metrics.samples import uint8_images
 from arrag_jax.interfaces import ArrayLike
+from arrag_jax.models.clip import clip_pixels, load_clip, unit_image_features
 from arrag_jax.models.inception import fingerprint, load_inception
+from arrag_jax.models.weights import parameters
 from arrag_jax.nn import inception
 
 BATCH = 32  # images per call of a network
@@ -64,6 +68,22 @@ def _inception(weights: inception.Weights, x: Float[jax.Array, "B 299 299 3"]) -
     return inception.features(weights, x)
 
 
+def clip_extractor(directory: str | Path) -> Extractor:
+    """Returns the image tower of the CLIP in a folder, as CMMD uses it: vectors of length 1.
+
+    Raises:
+      UserError: as ``models.clip.load_clip``.
+    """
+    model = load_clip(directory)
+    digest = hashlib.sha256()
+    for name, value in sorted(parameters(model).items()):
+        digest.update(f"{name} {checksum(np.asarray(value[...]))}".encode())
+    prepare = functools.partial(clip_pixels, side=model.config.image_size, crop_first=True)
+    embed = functools.partial(unit_image_features, model)
+    name = f"clip {model.config.image_size}, weights {digest.hexdigest()[:16]}"
+    return Extractor(name, model.config.dim, prepare, embed)
+
+
 def inception_features(
     images: ArrayLike, resize: str = "clean", weights: str | Path | None = None
 ) -> Float[np.ndarray, "N 2048"]:
@@ -86,20 +106,26 @@ def inception_features(
 def extract(extractor: Extractor, images: ArrayLike) -> Float[np.ndarray, "N D"]:
     """Returns the features of images in memory, uint8 [N, h, w, 3], as float32; raises UserError for other arrays."""
     images = uint8_images("images", images)
-    found = list(stream(extractor, images, min(BATCH, max(1, len(images)))))
+    batch = min(BATCH, max(1, len(images)))
+    found = list(stream(extractor.embed, extractor.prepare, images, batch))
     return np.concatenate(found) if found else np.zeros((0, extractor.width), np.float32)
 
 
-def stream(extractor: Extractor, images: Iterable[Image], batch: int = BATCH) -> Iterator[Float[np.ndarray, "n D"]]:
-    """Yields the features of images, a batch at a time, in order; later images are scaled while the network computes.
+def stream(
+    embed: Callable[[Float[np.ndarray, "B side side 3"]], Any],
+    prepare: Callable[[Any], Float[np.ndarray, "side side 3"]],
+    items: Iterable[Any],
+    batch: int = BATCH,
+) -> Iterator[Float[np.ndarray, "n D"]]:
+    """Yields the features of items, a batch at a time, in order; later items are prepared while the network computes.
 
     The last batch is padded, so that the network is compiled for one shape.
     """
     waiting: deque[tuple[int, Any]] = deque()
-    for prepared in _batches(_ahead(extractor.prepare, images, 2 * batch), batch):
+    for prepared in _batches(_ahead(prepare, items, 2 * batch), batch):
         padded = np.zeros((batch, *prepared[0].shape), np.float32)
         padded[: len(prepared)] = prepared
-        waiting.append((len(prepared), extractor.embed(padded)))
+        waiting.append((len(prepared), embed(padded)))
         if len(waiting) > 1:
             yield _fetched(*waiting.popleft())
     for count, answer in waiting:
@@ -113,15 +139,15 @@ def _fetched(count: int, answer: Any) -> Float[np.ndarray, "n D"]:
     return features
 
 
-def _ahead(prepare: Callable[[Image], np.ndarray], images: Iterable[Image], window: int) -> Iterator[np.ndarray]:
-    """Yields the prepared images in order; up to ``window`` of them are prepared ahead by threads."""
-    remaining = iter(images)
+def _ahead(prepare: Callable[[Any], np.ndarray], items: Iterable[Any], window: int) -> Iterator[np.ndarray]:
+    """Yields the prepared items in order; up to ``window`` of them are prepared ahead by threads."""
+    remaining = iter(items)
     with ThreadPoolExecutor(READERS) as pool:
-        ahead = deque(pool.submit(prepare, image) for image in itertools.islice(remaining, window))
+        ahead = deque(pool.submit(prepare, item) for item in itertools.islice(remaining, window))
         try:
             while ahead:
                 yield ahead.popleft().result()
-                ahead.extend(pool.submit(prepare, image) for image in itertools.islice(remaining, 1))
+                ahead.extend(pool.submit(prepare, item) for item in itertools.islice(remaining, 1))
         finally:
             pool.shutdown(cancel_futures=True)  # the caller may stop early
 

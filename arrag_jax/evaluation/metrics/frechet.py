@@ -8,7 +8,7 @@ the root of a singular matrix then, and gives other numbers from run to run.
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.metrics.samples import Estimate, pair
@@ -17,6 +17,7 @@ from arrag_jax.interfaces import ArrayLike
 # Above this size the nuclear norm comes from eigenvalues of the squared matrix, four times faster than its singular
 # values. Squaring costs half of the digits of singular values near zero, which large sets of features do not have.
 LARGE = 1024
+BLOCK = 4096  # images whose features are in memory in float64
 
 
 class Gaussian(NamedTuple):
@@ -92,7 +93,7 @@ def distance(a: Gaussian, b: Gaussian) -> float:
     return float(np.square(a.mean - b.mean).sum() + a.trace + b.trace - 2 * norm)
 
 
-def estimate(x: Float64[np.ndarray, "n D"], a: Gaussian, b: Gaussian) -> Estimate:
+def estimate(x: Float[np.ndarray, "n D"], a: Gaussian, b: Gaussian) -> Estimate:
     """Returns the distance, and how each image of the first set changes it.
 
     The derivative in the direction of an image x is 2 (μ₁ − μ₂)·(x − μ₁) + (x − μ₁)ᵀ (1 − T) (x − μ₁) n / (n − 1), less
@@ -109,7 +110,9 @@ def estimate(x: Float64[np.ndarray, "n D"], a: Gaussian, b: Gaussian) -> Estimat
     lengths = np.square(a.factor).sum(0)  # of orthogonal columns, which are inverted one by one
     inverse = np.divide(a.factor, lengths, out=np.zeros_like(a.factor), where=lengths > 0)
     half = inverse @ (vectors * roots)  # half halfᵀ = T
-    centred = x - a.mean
-    squares = np.square(centred).sum(1) - np.square(centred @ half).sum(1)
-    influence = 2 * centred @ (a.mean - b.mean) + squares * len(x) / (len(x) - 1)
+    influence = np.empty(len(x))
+    for first in range(0, len(x), BLOCK):
+        centred = x[first : first + BLOCK] - a.mean
+        squares = np.square(centred).sum(1) - np.square(centred @ half).sum(1)
+        influence[first : first + BLOCK] = 2 * centred @ (a.mean - b.mean) + squares * len(x) / (len(x) - 1)
     return Estimate(distance(a, b), influence - influence.mean())

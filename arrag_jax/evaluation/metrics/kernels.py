@@ -6,7 +6,7 @@ Kernels are summed in float64, a block of pairs at a time, so that memory does n
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import Float, Float64, Int
 
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.metrics.samples import Estimate, pair
@@ -44,19 +44,19 @@ def cmmd(a: ArrayLike, b: ArrayLike) -> float:
     return cmmd_estimate(*pair(a, b)).value
 
 
-def kid(x: Float64[np.ndarray, "n D"], y: Float64[np.ndarray, "m D"]) -> Estimate:
+def kid(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"]) -> Estimate:
     """Returns the KID over the full sets, and how each image of the first set changes it."""
     return _mmd(x, y, _cubic(x.shape[1]), unbiased=True)
 
 
-def cmmd_estimate(x: Float64[np.ndarray, "n D"], y: Float64[np.ndarray, "m D"]) -> Estimate:
+def cmmd_estimate(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"]) -> Estimate:
     """Returns the CMMD, and how each image of the first set changes it."""
     value, influence = _mmd(x, y, _gaussian, unbiased=False)
     return Estimate(SCALE * value, SCALE * influence)
 
 
 def kid_of_subsets(
-    x: Float64[np.ndarray, "n D"], y: Float64[np.ndarray, "m D"], seed: int = 0, subsets: int = SUBSETS
+    x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"], seed: int = 0, subsets: int = SUBSETS
 ) -> tuple[float, float, int]:
     """Returns mean and standard deviation of the KID over random subsets of both sets, and their size.
 
@@ -84,7 +84,7 @@ def _gaussian(products: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.exp((2 * products - x - y).clip(max=0) / (2 * SIGMA**2))
 
 
-def _mmd(x: Float64[np.ndarray, "n D"], y: Float64[np.ndarray, "m D"], kernel: Kernel, unbiased: bool) -> Estimate:
+def _mmd(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"], kernel: Kernel, unbiased: bool) -> Estimate:
     """Returns the squared MMD; ``unbiased`` leaves out the pairs of an image with itself."""
     n, m = len(x), len(y)
     if unbiased and min(n, m) < 2:

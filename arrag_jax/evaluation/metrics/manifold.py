@@ -7,7 +7,7 @@ A ball around each image reaches to its k-th nearest neighbour in its own set. S
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.metrics.samples import Estimate, pair
@@ -41,7 +41,11 @@ def precision_recall(a: ArrayLike, b: ArrayLike, nearest: int = NEAREST) -> Mani
     Raises:
       UserError: as ``samples.pair``, or if a set has no more images than ``nearest``.
     """
-    drawn, true = pair(a, b)
+    return manifold(*pair(a, b), nearest)
+
+
+def manifold(drawn: Float[np.ndarray, "n D"], true: Float[np.ndarray, "m D"], nearest: int = NEAREST) -> Manifold:
+    """Returns the figures of ``precision_recall`` for features that are known to be valid."""
     if not 1 <= nearest < min(len(drawn), len(true)):
         raise UserError(f"nearest={nearest} must be at least 1 and below the images of both sets")
     drawn_reach, true_reach = _reach(drawn, nearest), _reach(true, nearest)
@@ -62,7 +66,7 @@ def _mean(values: Bool[np.ndarray, " n"] | Int[np.ndarray, " n"] | Float64[np.nd
     return Estimate(float(values.mean()), values - values.mean(dtype=np.float64))
 
 
-def _reach(x: Float64[np.ndarray, "n D"], nearest: int) -> Float64[np.ndarray, " n"]:
+def _reach(x: Float[np.ndarray, "n D"], nearest: int) -> Float64[np.ndarray, " n"]:
     """Returns each row's squared distance to its ``nearest``-th other row."""
     reach = np.empty(len(x))
     for i in range(0, len(x), BLOCK):
@@ -78,5 +82,6 @@ def _reach(x: Float64[np.ndarray, "n D"], nearest: int) -> Float64[np.ndarray, "
     return reach
 
 
-def _squared(x: Float64[np.ndarray, "n D"], y: Float64[np.ndarray, "m D"]) -> Float64[np.ndarray, "n m"]:
+def _squared(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"]) -> Float64[np.ndarray, "n m"]:
+    x, y = x.astype(np.float64), y.astype(np.float64)
     return np.square(x).sum(1)[:, None] + np.square(y).sum(1)[None] - 2 * x @ y.T

@@ -71,16 +71,15 @@ class Moments:
         Raises:
           UserError: if a feature is not finite or too large for the step, or there are too many images.
         """
-        rounded = np.rint(np.asarray(features, np.float64) / self.step)
-        largest = float(np.abs(rounded).max(initial=0))
-        if not largest < LARGEST:
+        largest = max(float(features.max(initial=0)), -float(features.min(initial=0))) / self.step
+        if not largest < LARGEST - 1:
             raise UserError(f"a feature of {largest * self.step:g} is not below {LARGEST * self.step:g}")
-        self._require_room(len(rounded))
-        self.count += len(rounded)
-        for first in range(0, len(rounded), BLOCK):
-            block = rounded[first : first + BLOCK]
+        self._require_room(len(features))
+        for first in range(0, len(features), BLOCK):
+            block = np.rint(np.asarray(features[first : first + BLOCK], np.float64) / self.step)
             self.total += block.sum(0).astype(np.int64)
-            self.products += _products(block, largest)
+            self.products += _products(block, largest + 1)
+        self.count += len(features)
 
     def __add__(self, other: "Moments") -> "Moments":
         """Returns the moments of both sets of images.

@@ -1,0 +1,1 @@
+"""The benchmark ``distances``: drawn images against a set of true ones."""
