@@ -20,7 +20,7 @@ from arrag_jax.evaluation.metrics.features import Extractor
 from arrag_jax.evaluation.metrics.resizing import require_rule, resized
 from arrag_jax.interfaces import FolderBenchmark
 
-WIDTH, SIDE, SIZE = 12, 16, (16, 32)
+WIDTH, SIDE, SIZE = 12, 16, (8, 16)
 PROJECTION = np.random.default_rng(0).normal(size=(SIDE * SIDE * 3, WIDTH)).astype(np.float32) / SIDE
 
 
@@ -189,7 +189,7 @@ def test_few_packets_at_a_time_give_the_same(run, tmp_path, monkeypatch):
 def test_true_images_of_another_size_are_scaled(run, tmp_path):
     for path in (tmp_path / "true").rglob("*.png"):
         image = Image.open(path)
-        image.resize((64, 32), Image.Resampling.NEAREST).save(path)
+        image.resize((32, 16), Image.Resampling.NEAREST).save(path)
     assert values(run())["FWD"] > 0
 
 
@@ -214,7 +214,7 @@ def wider(resize="clean", weights=None) -> Extractor:
         ({"reference": "absent"}, "--reference=.*absent does not exist"),
         ({"resize": "bicubic"}, "resize='bicubic' is unknown"),
         ({"fwd_level": 9}, "--fwd_level=9 must be from 0 to 8"),
-        ({"fwd_level": 5}, "multiples of 32, not 16 x 32"),
+        ({"fwd_level": 5}, "multiples of 32, not 8 x 16"),
     ],
 )
 def test_bad_flags_are_named(run, tmp_path, flags, words):
@@ -246,6 +246,6 @@ def test_bad_images_are_named(run, tmp_path):
     with pytest.raises(UserError, match=r"a/004\.png: .*mend it, or take it out"):
         run()
     (tmp_path / "true" / "a" / "004.png").write_bytes(whole)
-    (tmp_path / "out" / "002.png").write_bytes(png(images(0, 1)[0][:, :16]))
-    with pytest.raises(UserError, match=r"002\.png has 16 x 16 pixels, other images 16 x 32"):
+    (tmp_path / "out" / "002.png").write_bytes(png(images(0, 1)[0][:, :8]))
+    with pytest.raises(UserError, match=r"002\.png has 8 x 8 pixels, other images 8 x 16"):
         run()
