@@ -22,7 +22,7 @@ from arrag_jax.interfaces import Backbone, ImageTokenizer
 from arrag_jax.json_files import read_object
 from arrag_jax.mesh import make_mesh
 from arrag_jax.models import manifest
-from arrag_jax.models.tensor_files import checkpoint_folder
+from arrag_jax.models.place import checkpoint_folder
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.progress import tell
 from arrag_jax.training.loop import Batch, Task, mean_over_examples
