@@ -74,6 +74,18 @@ class DataSetConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class ColumnsConfig(Settings):
+    """The columns of Parquet files that are read; a name that is empty is found by habit (``data.parquet``)."""
+
+    image: str = ""  # column of the images' bytes, or of {bytes, path}; empty = "image", "jpg", "png", "jpeg" or "webp"
+    caption: str = ""  # column of the captions; empty = "caption", "text" or "prompt"
+    key: str = ""  # column of the images' names; empty = "key" or "__key__", else rows are numbered
+
+
+BY_HABIT = ColumnsConfig()
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig(Settings):
     """The source of a training run's examples; every source that a datastore accepts is valid."""
 
@@ -84,6 +96,7 @@ class DataConfig(Settings):
     train_split: str = "train"  # The run trains on these examples.
     eval_split: str = "valid"  # split or slice of held-out examples, written as train_split
     eval_examples: int = 512  # maximum number of held-out examples; the first ones are used
+    columns: ColumnsConfig = BY_HABIT
     max_bad_fraction: float = 0.01  # share of unreadable images in a split above which the run stops
     min_bad: int = 10  # number of unreadable images that is always tolerated, as in ``DatastoreConfig.min_bad``
 
@@ -180,11 +193,13 @@ class DatastoreConfig(Settings):
     """Settings to build one datastore and its indexes."""
 
     model: ModelPath  # checkpoint folder that holds the tokenizer
-    # Where the images come from: a folder of images and tars, one .tar file, "emoji_scenes/full", or a data set that
-    # TFDS has prepared as ArrayRecord files, written "tfds:NAME[/config][:version]".
+    # Where the images come from: a folder of images, tars and Parquet files, one .tar or .parquet file,
+    # "emoji_scenes/full", a data set that TFDS has prepared as ArrayRecord files ("tfds:NAME[/config][:version]"), or a
+    # data set of the Hugging Face hub ("hf:datasets/OWNER/NAME[@REVISION][:SPLIT]").
     source: DataPath
     split: str = "store"  # split of a TFDS data set
     data_dir: LocalPath = "data"  # folder where TFDS keeps data sets; a missing data set is built there
+    columns: ColumnsConfig = BY_HABIT
     num_images: int = 0  # number of images to store, the first ones; 0 = all
     max_bad_fraction: float = 0.01  # share of unreadable images above which the build fails
     min_bad: int = 10  # always tolerates so many unreadable images, but at most one in twenty (or one image)
@@ -247,6 +262,7 @@ class NeighborsConfig(Settings):
     valid_split: str  # held-out images, written as train_split
     source: DataPath = "emoji_scenes/full"  # a source with captions, as in ``DatastoreConfig.source``
     data_dir: LocalPath = "data"  # folder where TFDS keeps data sets; a missing data set is built there
+    columns: ColumnsConfig = BY_HABIT
     max_bad_fraction: float = 0.01  # share of images without a caption or unreadable above which a split fails
     min_bad: int = 10  # number of bad images that is always tolerated, as in ``DatastoreConfig.min_bad``
     batch_size: int = 64  # images that are encoded together

@@ -42,7 +42,9 @@ class RunImages:
 
     def __init__(self, data: DataConfig, size: tuple[int, int], is_prompt: Callable[[str], bool] | None = None):
         self._data, self._is_prompt = data, is_prompt
-        self.source = open_source(data.source, data.data_dir, size, is_prompt is not None, "config.data.source")
+        self.source = open_source(
+            data.source, data.data_dir, size, is_prompt is not None, "config.data.source", data.columns
+        )
 
     def require_splits(self) -> None:
         """Raises UserError unless both splits exist. A data set that is built on demand is not checked."""
