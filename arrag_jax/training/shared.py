@@ -21,7 +21,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.interfaces import Backbone, ImageTokenizer
 from arrag_jax.json_files import read_object
 from arrag_jax.mesh import make_mesh
-from arrag_jax.models import manifest
+from arrag_jax.models import card, manifest
 from arrag_jax.models.place import checkpoint_folder
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.progress import tell
@@ -151,10 +151,11 @@ def made_by(folder: str) -> dict[str, Any]:
 
 
 def write_manifest(directory: Path, model: ImageTokenizer, run: dict[str, Any], **figures: float) -> None:
-    """Writes ``manifest.json``: a checkpoint's metrics, its origin, and the hashes of its files."""
+    """Writes ``manifest.json`` (metrics, origin, hashes of the files) and the model card of an export."""
     content = {
         "figures": {name: round(value, 4) for name, value in figures.items()},
         "tokenizer_fingerprint": model.fingerprint,
         **run,
     }
     manifest.write_manifest(directory, content)
+    card.write_card(directory, content)
