@@ -11,6 +11,7 @@ import os
 import re
 import typing
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 from arrag_jax import huggingface
@@ -119,6 +120,9 @@ def paths_in(config: Any, where: str = "config") -> Iterator[tuple[str, str]]:
 def pin(paths: Iterable[tuple[str, str]], values: dict[str, Any], config: Any) -> bool:
     """Replaces each id of the hub, in place, by one with its commit, so that the command's records name the commit.
 
+    What a command continues in its --workdir keeps the commits that it began with; only images that --append adds are
+    those of the newest commit.
+
     Args:
       paths: name and value of every path, as ``paths_in`` yields them; flags are named "--flag".
       values: flags by name; the value is a path or a list of paths.
@@ -130,9 +134,11 @@ def pin(paths: Iterable[tuple[str, str]], values: dict[str, Any], config: Any) -
     Raises:
       UserError: as ``huggingface.snapshot``.
     """
-    changed = False
-    for name, path in [(name, path) for name, path in paths if huggingface.is_id(path)]:
-        pinned = huggingface.pinned(path, name)
+    changed, ids = False, [(name, path) for name, path in paths if huggingface.is_id(path)]
+    recorded = huggingface.recorded_in(Path(values["workdir"])) if ids and values.get("workdir") else []
+    for name, path in ids:
+        begun = () if values.get("append") and name == "config.source" else recorded
+        pinned = huggingface.pinned(path, name, begun)
         flag = name.removeprefix("--")
         if flag != name:
             old = values[flag]

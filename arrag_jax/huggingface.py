@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -28,8 +29,10 @@ FORMS = {MODEL: "hf:OWNER/NAME[@REVISION][:FOLDER]", DATASET: "hf:datasets/OWNER
 MAIN = "main"
 ASKING = "asking for its files"
 _ID = re.compile(r"hf:(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<part>.*))?")
+_RECORDED = re.compile(r'"(hf:[^"\\]+@[0-9a-f]{40}(?::[^"\\]*)?)"')
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 BESIDE = ("README.md", ".gitattributes")  # the hub's own files in a repository
+LARGEST_RECORD = 2**24  # bytes of a record that is searched for ids
 HASHED = 2**20  # bytes of a file that are hashed at a time
 
 
@@ -118,9 +121,28 @@ def parse_id(text: str, name: str, kind: str = "") -> HubId:
     return found
 
 
-def pinned(text: str, name: str) -> str:
-    """Returns an id with its commit as the revision; errors as in ``snapshot``."""
-    return str(snapshot(parse_id(text, name)).id)
+def pinned(text: str, name: str, recorded: Collection[str] = ()) -> str:
+    """Returns an id with its commit as the revision.
+
+    Args:
+      name: name of the setting, for the message.
+      recorded: ids with their commits; an id without a revision is that of them that names the same.
+
+    Raises:
+      UserError: as in ``snapshot``.
+    """
+    of = parse_id(text, name)
+    same = [x for x in recorded if dataclasses.replace(parse_id(x, name), revision="") == of]
+    return same[0] if same else str(snapshot(of).id)
+
+
+def recorded_in(workdir: Path) -> list[str]:
+    """Returns the ids with commits in the records of what a command has begun in a folder."""
+    found: dict[str, None] = {}
+    for path in sorted(itertools.chain(workdir.glob("*.json"), workdir.glob("*/*.json"))):
+        if path.is_file() and path.stat().st_size < LARGEST_RECORD:
+            found |= dict.fromkeys(_RECORDED.findall(path.read_text(encoding="utf-8", errors="replace")))
+    return [text for text in found if _ID.fullmatch(text)]
 
 
 def snapshot(of: HubId) -> Snapshot:

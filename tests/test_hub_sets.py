@@ -19,6 +19,7 @@ from helpers.folders import built, contents
 
 SIZE = (8, 10)
 PHOTOS = tables.scenes(9)
+FEW = PHOTOS[:6]
 
 
 @pytest.fixture
@@ -86,11 +87,11 @@ def test_a_store_of_the_hub_s_model_and_images_names_both_commits(hub, tmp_path,
     overrides = {"model": "hf:owner/name", "source": "hf:datasets/owner/set", "captions": True, "batch_size": 4}
     words = [f"--config.{key}={value}" for key, value in (overrides | {"indexes": "()"}).items()]
     words += [f"--config={running.ROOT}/configs/folder_datastore.py", f"--workdir={tmp_path}/store"]
-    for photos in (PHOTOS[:6], PHOTOS):  # the second commit has three more
+    for photos in (FEW, FEW, PHOTOS):  # the second commit has three more
         more = ["--append"] if photos is PHOTOS else []
         done = running.run(capsys, monkeypatch, "build_datastore", *words, *more)
         assert not done.code and not done.err, done
-        store = Datastore.open(tmp_path / "store")
+        store = Datastore.open(tmp_path / "store")  # the same command again keeps its commit
         assert store.num_images == len(photos) and store.captions == [caption for _, _, caption in photos]
         tables.write_parquet(tmp_path / "set" / "one.parquet", PHOTOS)
         hub.push("datasets/owner/set", hub_server.files_below(tmp_path / "set"))
