@@ -209,6 +209,23 @@ def test_memory_holds_row_groups_and_not_the_file(tmp_path, monkeypatch):
     assert len(entries) == 80 and group <= most <= 4 * group < path.stat().st_size / 4
 
 
+def test_a_failure_that_may_pass_is_no_bad_image(tmp_path, monkeypatch):
+    path = tables.write_parquet(tmp_path / "x.parquet", PHOTOS)
+    entries = sources.list_images(str(path))
+
+    def failing(*_, **options):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="run the same command again") as caught:
+        patch.setattr("pyarrow.parquet.ParquetFile", failing)
+        sources.read_entry(tmp_path, entries[0])
+    assert not isinstance(caught.value, BadImage)
+    assert sources.read_entry(tmp_path, entries[0]) == PHOTOS[0][1]  # it is read again, not remembered
+    path.unlink()
+    with pytest.raises(BadImage, match="No such file"):
+        sources.read_entry(tmp_path, entries[9])
+
+
 def test_equal_rows_are_taken_once_and_changed_ones_are_told(tmp_path):
     path = tables.write(tmp_path / "x.parquet", {"image": [BYTES[0], BYTES[1], BYTES[0], BYTES[2], BYTES[1]]}, rows=2)
     entries = without_copies(tmp_path, sources.list_images(str(path)))

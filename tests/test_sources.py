@@ -189,7 +189,9 @@ def test_a_source_that_does_not_do_is_told_before_work(tmp_path):
             UserError, match=rf"source=.*{name} is neither a folder nor a plain \.tar nor a \.parquet; give"
         ):
             sources.list_images(str(tmp_path / name))
-    with pytest.raises(UserError, match=r"has no captions \(a \.txt or \.json beside an image\); add them"):
+    with pytest.raises(
+        UserError, match=r"has no captions \(a \.txt or \.json beside an image, or a column .*\); add them"
+    ):
         sources.list_images(str(tmp_path), captions=True)
 
 

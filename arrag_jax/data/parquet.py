@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from arrag_jax.config import ColumnsConfig
-from arrag_jax.data.examples import BadImage
-from arrag_jax.errors import printable
+from arrag_jax.data.examples import LASTING, BadImage
+from arrag_jax.errors import UserError, printable
 
 SUFFIX = ".parquet"
 # Names that the columns have unless the config says otherwise, in any case; the first one that is there is read.
@@ -89,7 +89,7 @@ def describe(path: Path) -> Description:
         facts = os.stat(path)
         return _described(path, (facts.st_size, facts.st_mtime_ns))
     except OSError as error:
-        raise ParquetError(f"unreadable: {error.strerror}") from error
+        raise _failure(error, path, "unreadable: ") from error
 
 
 @functools.lru_cache(maxsize=32)
@@ -111,7 +111,7 @@ def _described(path: Path, stamp: tuple[int, int]) -> Description:
     try:
         metadata = pyarrow.parquet.read_metadata(path)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise ParquetError(f"not a whole Parquet file: {_said(error)}") from error
+        raise _failure(error, path, "not a whole Parquet file: ") from error
     counts = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
     return Description(path, stamp, metadata, [0, *itertools.accumulate(counts)])
 
@@ -230,6 +230,7 @@ def read_row(path: Path, column: str, number: int) -> bytes:
 
     Raises:
       BadImage: if the row is not there any more, or its row group is damaged.
+      UserError: if reading failed for a reason that may be temporary.
     """
     try:
         about = describe(path)
@@ -249,7 +250,7 @@ def read_group(about: Description, group: int, columns: list[str]) -> Any:
         with pyarrow.parquet.ParquetFile(about.path, metadata=about.metadata) as file:
             return file.read_row_group(group, columns=columns, use_threads=False)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise ParquetError(_said(error)) from error
+        raise _failure(error, about.path) from error
 
 
 def column_of(table: Any, name: str) -> Any:
@@ -333,6 +334,15 @@ def _caption(value: Any) -> str:
         if isinstance(text, str) and text.strip():
             return " ".join(text.split())
     return ""
+
+
+def _failure(error: Exception, path: Path, what: str = "") -> Exception:
+    """Returns the error for a read that failed: ``UserError`` if it may be temporary, else ``ParquetError``."""
+    if isinstance(error, MemoryError):
+        return error
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, LASTING):
+        return UserError(f"cannot read {path}: {error}; run the same command again to continue")
+    return ParquetError(f"{what}{_said(error)}")
 
 
 def _said(error: Exception) -> str:

@@ -27,7 +27,7 @@ from arrag_jax.config import BY_HABIT, ColumnsConfig
 from arrag_jax.data import parquet, pixels
 from arrag_jax.data.endings import TAR
 from arrag_jax.data.entries import Entry, Listing, with_clean_id
-from arrag_jax.data.examples import BadImage, caption_of
+from arrag_jax.data.examples import LASTING, BadImage, caption_of
 from arrag_jax.data.hub_sets import files_of, root_of_hub
 from arrag_jax.data.lister import Lister
 from arrag_jax.errors import UserError
@@ -35,8 +35,6 @@ from arrag_jax.errors import UserError
 LARGEST = 2**30  # bytes of an image file; PIL's limit of pixels needs no more
 CHANGED = "its size is not what it was when the build began"
 SINGLE = (TAR, parquet.SUFFIX)  # endings of files that are sources themselves
-# Errors that occur again on every attempt; others (network errors, too many open files) may be temporary.
-LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class FileImages:
