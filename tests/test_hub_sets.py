@@ -14,6 +14,7 @@ from arrag_jax.models.checkpoint import load_tokenizer, save_model
 from arrag_jax.models.janus import VISION
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.images import ImageSource
 from helpers import hub_server, running, tables, tiny
 from helpers.folders import built, contents
 
@@ -100,6 +101,17 @@ def test_a_store_of_the_hub_s_model_and_images_names_both_commits(hub, tmp_path,
     assert store.settings.model == f"hf:owner/name@{weights}"
     assert sha in (store.directory / "manifest.json").read_text()  # whose hash is the store's fingerprint
     assert store.segments[0].settings.source != store.settings.source
+
+
+def test_a_build_goes_on_where_the_cache_is_empty(hub, tmp_path, monkeypatch):
+    push_set(hub, tmp_path)
+    tokenizer = tiny.janus(parts=VISION)
+    arguments = ("hf:datasets/owner/set", "", True, tokenizer)
+    first = ImageSource(*arguments, "nothing", tmp_path / "listing")
+    first.keep_listing()
+    hub_server.attach(monkeypatch, hub.address, tmp_path / "another cache")  # of another machine
+    images = ImageSource(*arguments, "begun", tmp_path / "listing").images()
+    assert [images[i]["caption"] for i in range(6)] == [caption for _, _, caption in FEW]
 
 
 def test_a_store_by_id_is_searched_as_its_folder_is(hub, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from arrag_jax.data import endings, sources
 from arrag_jax.data.duplicates import without_copies
 from arrag_jax.data.entries import Entry, load_whole_listing, save_listing
 from arrag_jax.data.examples import PASSED_OVER, Images, Subset
+from arrag_jax.data.hub_sets import files_of
 from arrag_jax.data.registry import entries_of_split, is_data_set, open_images
 from arrag_jax.interfaces import ImageTokenizer
 from arrag_jax.nn.vq import from_uint8, to_uint8
@@ -67,6 +68,8 @@ class ImageSource:
         self.beside: dict[str, int] = {}
         if state == "begun" and not is_data_set(name):
             self.entries, self.beside = load_whole_listing(listing)
+            if huggingface.is_id(name):
+                files_of(name)  # this machine may not have them, or not any more
         elif state == "nothing" and not is_data_set(name):
             self.entries, self.beside = sources.list_source(name, captions, columns=columns)
             if not copies:
