@@ -166,6 +166,31 @@ def test_a_damaged_row_group_costs_its_own_rows_alone(tmp_path):
             assert sources.read_entry(tmp_path, entry) == images[i]
 
 
+def test_any_damage_is_told_as_a_fault_or_in_one_line(tmp_path):
+    noise = np.random.default_rng(0)
+    path = tables.write_parquet(tmp_path / "x.parquet", [(str(i), noise.bytes(60), "words") for i in range(6)], rows=2)
+    whole, outcomes = path.read_bytes(), set()
+    for _ in range(80):
+        data = bytearray(whole)
+        for place in noise.integers(0, len(data), noise.integers(1, 4)):
+            data[place] = noise.integers(256)
+        path.unlink()  # pyarrow may still have the old one open
+        path.write_bytes(data)
+        try:
+            entries = sources.list_images(str(path), captions=True)
+        except UserError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+            outcomes.add("told")
+            continue
+        for entry in entries:
+            try:
+                sources.read_entry(tmp_path, entry)
+                outcomes.add("read")
+            except BadImage:
+                outcomes.add("bad")
+    assert {"told", "read"} <= outcomes  # not only one of them
+
+
 @pytest.mark.parametrize(
     "columns, config, reason",
     [

@@ -26,7 +26,8 @@ SUFFIX = ".parquet"
 # Names that the columns have unless the config says otherwise, in any case; the first one that is there is read.
 IMAGES, CAPTIONS, KEYS = ("image", "jpg", "png", "jpeg", "webp"), ("caption", "text", "prompt"), ("key", "__key__")
 STATUS = "status"  # img2dataset's reason for a row without an image
-FOOTER = 2**26  # most bytes of the description at a file's end; that of a million rows takes less than 2**22
+FOOTER = 2**26  # most bytes of the description at a file's end, which names every column of every row group
+MOST_FAULTS = 2**16  # most rows of one damaged row group that are listed; its number of rows may be damaged, too
 SHOWN = 12  # columns that a message lists
 KEPT = 2**26  # bytes of row groups that stay in memory; the last two groups always stay
 
@@ -154,7 +155,7 @@ class Table:
                 yield from self._rows_of(table, number, captions)
             except ParquetError as error:
                 fault = f"row group {group} cannot be read: {error}"
-                yield from (Row(number + i, "", 0, "", fault) for i in range(count))
+                yield from (Row(number + i, "", 0, "", fault) for i in range(min(count, MOST_FAULTS)))
 
     def captions_by_key(self) -> dict[str, str]:
         """Returns key → caption of a side file; {} if it has no such columns or cannot be read."""
