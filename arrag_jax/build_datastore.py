@@ -25,6 +25,7 @@ from pathlib import Path
 
 import jax
 
+from arrag_jax import huggingface
 from arrag_jax.command import OPTIONAL_CONFIG, Flag, main_with_config
 from arrag_jax.config import DatastoreConfig
 from arrag_jax.errors import UserError
@@ -73,7 +74,9 @@ if __name__ == "__main__":
         workdir=Flag("folder of the datastore; made when absent", path=True),
         report=Flag("measure the index in --workdir, print the figures and write them to report.json", False),
         append=Flag("add the images of config.source that the datastore does not hold yet", False),
-        merge=Flag("datastore to copy into --workdir; give it several times, in order", (), path=True),
+        merge=Flag(
+            "datastore to copy into --workdir; give it several times, in order", (), path=True, hub=huggingface.DATASET
+        ),
         keep_duplicates=Flag(
             "keep all files of equal content, and images that --append or --merge finds a second time", False
         ),

@@ -22,10 +22,10 @@ import jax
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
-from arrag_jax import console, progress
+from arrag_jax import console, huggingface, progress
 from arrag_jax.errors import UserError, as_called, run_command
 from arrag_jax.failures import explanation, out_of_memory, refused, tells_of_memory
-from arrag_jax.fields import local_path, paths_in
+from arrag_jax.fields import local_path, paths_in, pin
 from arrag_jax.meeting import is_one_of_several
 from arrag_jax.parsing import config_file, parse, repeated
 from arrag_jax.processes import WAIT, start_distributed
@@ -42,6 +42,7 @@ class Flag(NamedTuple):
     default: Any = REQUIRED  # REQUIRED = a string that the user must give
     path: bool = False  # the flag is the path of a local file or folder; ~ is expanded
     several: bool = False  # a flag of default () that takes all words up to the next flag
+    hub: str = ""  # kind of repository of the Hugging Face hub whose ids a path may be, too; "" = none
 
 
 PROGRESS = Flag("show progress bars (on a terminal only); --noprogress turns them off", True)
@@ -86,14 +87,18 @@ def main_with_config(
         values = _parse(argv, main, config_class, sections or {}, recorded, {**flags, **OWN})
         progress.show(values.pop("progress"))
         console.quiet(not values.pop("verbose"))
-        arguments = []
+        arguments, given = [], None
         if config_class is not None:
             given = values.pop("config")
             arguments = [parse(config_class, given) if given else None]
+        pinned = pin(_paths(flags, values, sections or {}, *arguments), values, given)
+        if config_class is not None and pinned:
+            arguments = [parse(config_class, given)]
         _start(processes, values, *arguments)
         try:
             for name, path in _paths(flags, values, sections or {}, *arguments):
-                _require_place(name, path)
+                if not huggingface.is_id(path):
+                    _require_place(name, path)
             enable_compilation_cache()
             result = main(*arguments, **values)
         except Exception as error:  # any library may be the source: data sets, checkpoints, metrics, images
@@ -230,7 +235,7 @@ def _parse(
             raise UserError(f"missing {', '.join(missing)} (see --help)")
         for name, flag in flags.items():
             if _is_path(name, flag) and parsed[name]:
-                parsed[name] = _local(parsed[name], f"--{name}")
+                parsed[name] = _local(parsed[name], f"--{name}", flag.hub)
             if isinstance(parsed[name], float) and not math.isfinite(parsed[name]):
                 raise UserError(f"--{name}={parsed[name]} must be a finite number")
         if config_class and parsed.get("config"):
@@ -252,8 +257,8 @@ def _is_path(name: str, flag: Flag) -> bool:
     return flag.path or name == "workdir"
 
 
-def _local(given: str | list[str], name: str) -> str | list[str]:
-    return [local_path(path, name) for path in given] if isinstance(given, list) else local_path(given, name)
+def _local(given: str | list[str], name: str, hub: str) -> str | list[str]:
+    return [local_path(path, name, hub) for path in given] if isinstance(given, list) else local_path(given, name, hub)
 
 
 def _load(value: str, config_class: type) -> ConfigDict:

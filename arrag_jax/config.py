@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from arrag_jax.errors import UserError
-from arrag_jax.fields import LocalPath, Settings
+from arrag_jax.fields import DataPath, LocalPath, ModelPath, Settings
 from arrag_jax.ops.keys import KEY_KINDS
 
 
@@ -74,16 +74,29 @@ class DataSetConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class ColumnsConfig(Settings):
+    """The columns of Parquet files that are read; a name that is empty is found by habit (``data.parquet``)."""
+
+    image: str = ""  # column of the images' bytes, or of {bytes, path}; empty = "image", "jpg", "png", "jpeg" or "webp"
+    caption: str = ""  # column of the captions; empty = "caption", "text" or "prompt"
+    key: str = ""  # column of the images' names; empty = "key" or "__key__", else rows are numbered
+
+
+BY_HABIT = ColumnsConfig()
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig(Settings):
     """The source of a training run's examples; every source that a datastore accepts is valid."""
 
-    source: LocalPath = "emoji_scenes/full"  # a source as in ``DatastoreConfig.source``; task "prior" needs captions
+    source: DataPath = "emoji_scenes/full"  # a source as in ``DatastoreConfig.source``; task "prior" needs captions
     data_dir: LocalPath = "data"  # folder where TFDS keeps data sets; a missing data set is built there
     # Split of a data set, or a slice of one such as "train[:1000]". A folder or a tar has one split, "train", with the
     # images in the order of their paths; it can be sliced, too: "train[:-512]", "train[-512:]".
     train_split: str = "train"  # The run trains on these examples.
     eval_split: str = "valid"  # split or slice of held-out examples, written as train_split
     eval_examples: int = 512  # maximum number of held-out examples; the first ones are used
+    columns: ColumnsConfig = BY_HABIT
     max_bad_fraction: float = 0.01  # share of unreadable images in a split above which the run stops
     min_bad: int = 10  # number of unreadable images that is always tolerated, as in ``DatastoreConfig.min_bad``
 
@@ -144,7 +157,7 @@ class TrainConfig(Settings):
     compute_dtype: str = "float32"  # dtype of the trained parameters in the loss: "float32" | "bfloat16"
     # Where the initial parameters come from: a model folder, or the workdir of another run, whose best checkpoint is
     # used. Empty = random initial parameters.
-    init_from: LocalPath = ""
+    init_from: ModelPath = ""
 
     def __post_init__(self):
         _one_of("task", self.task, ("tokenizer", "prior", "faid"))
@@ -179,12 +192,14 @@ class ScannOptions(Settings):
 class DatastoreConfig(Settings):
     """Settings to build one datastore and its indexes."""
 
-    model: LocalPath  # checkpoint folder that holds the tokenizer
-    # Where the images come from: a folder of images and tars, one .tar file, "emoji_scenes/full", or a data set that
-    # TFDS has prepared as ArrayRecord files, written "tfds:NAME[/config][:version]".
-    source: LocalPath
+    model: ModelPath  # checkpoint folder that holds the tokenizer
+    # Where the images come from: a folder of images, tars and Parquet files, one .tar or .parquet file,
+    # "emoji_scenes/full", a data set that TFDS has prepared as ArrayRecord files ("tfds:NAME[/config][:version]"), or a
+    # data set of the Hugging Face hub ("hf:datasets/OWNER/NAME[@REVISION][:SPLIT]").
+    source: DataPath
     split: str = "store"  # split of a TFDS data set
     data_dir: LocalPath = "data"  # folder where TFDS keeps data sets; a missing data set is built there
+    columns: ColumnsConfig = BY_HABIT
     num_images: int = 0  # number of images to store, the first ones; 0 = all
     max_bad_fraction: float = 0.01  # share of unreadable images above which the build fails
     min_bad: int = 10  # always tolerates so many unreadable images, but at most one in twenty (or one image)
@@ -219,7 +234,7 @@ class DatastoreConfig(Settings):
 class RetrievalConfig(Settings):
     """The datastore to search, and how to search it."""
 
-    store: LocalPath  # folder of the datastore
+    store: DataPath  # folder of the datastore
     k: int = 16  # neighbours per position
     keys: str = "codebook"  # kind of key to search by: "codebook" | "latent" | "hidden"
     search: str = "scann"  # where the search runs: "scann" (on the host) | "dense" (on the device, exact)
@@ -239,14 +254,15 @@ class RetrievalConfig(Settings):
 class NeighborsConfig(Settings):
     """Settings to find the neighbours of a training split and a validation split before training."""
 
-    model: LocalPath  # checkpoint folder that holds the tokenizer
+    model: ModelPath  # checkpoint folder that holds the tokenizer
     retrieval: RetrievalConfig
     # Training images: a split of a data set, or a TFDS slice of one such as "store[60000:84000]". A folder or a tar has
     # one split, "train", with the images in the order of their paths; it can be sliced, too: "train[:-512]".
     train_split: str
     valid_split: str  # held-out images, written as train_split
-    source: LocalPath = "emoji_scenes/full"  # a source with captions, as in ``DatastoreConfig.source``
+    source: DataPath = "emoji_scenes/full"  # a source with captions, as in ``DatastoreConfig.source``
     data_dir: LocalPath = "data"  # folder where TFDS keeps data sets; a missing data set is built there
+    columns: ColumnsConfig = BY_HABIT
     max_bad_fraction: float = 0.01  # share of images without a caption or unreadable above which a split fails
     min_bad: int = 10  # number of bad images that is always tolerated, as in ``DatastoreConfig.min_bad``
     batch_size: int = 64  # images that are encoded together
@@ -313,8 +329,8 @@ class CaptionConfig(Settings):
 class HiddenConfig(Settings):
     """Settings of the methods that search by the backbone's hidden state ("hidden", "gated" and their variants)."""
 
-    store: LocalPath = ""  # folder of a datastore with hidden keys; empty = retrieval.store
-    cut_store: LocalPath = ""  # folder of the part of it that "gated+cut" searches (build_datastore --excess_above)
+    store: DataPath = ""  # folder of a datastore with hidden keys; empty = retrieval.store
+    cut_store: DataPath = ""  # folder of the part of it that "gated+cut" searches (build_datastore --excess_above)
     k: int = 64  # neighbours per position
     search: str = "scann"  # where the search runs, as retrieval.search
     storage: str = "int8"  # how "dense" stores keys: "int8" (as in the store) | "float32"
@@ -360,10 +376,10 @@ class SamplingConfig(Settings):
 class DrawConfig(Settings):
     """Settings of ``generate`` and ``eval``."""
 
-    model: LocalPath  # checkpoint folder of the model; methods "plain" and "daid" use it
+    model: ModelPath  # checkpoint folder of the model; methods "plain" and "daid" use it
     retrieval: RetrievalConfig  # where neighbours come from
-    faid_model: LocalPath = ""  # checkpoint folder for "faid" and "faid+daid", fine-tuned with blenders; empty = model
-    lora_model: LocalPath = ""  # checkpoint folder for "lora", fine-tuned without blenders
+    faid_model: ModelPath = ""  # checkpoint folder for "faid" and "faid+daid", fine-tuned with blenders; empty = model
+    lora_model: ModelPath = ""  # checkpoint folder for "lora", fine-tuned without blenders
     dtype: str = "float32"  # dtype of the models' parameters: "float32" | "bfloat16"; the tokenizer stays in float32
     daid: DaidConfig = DaidConfig()
     caption: CaptionConfig = CaptionConfig()

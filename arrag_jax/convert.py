@@ -11,13 +11,13 @@ merged into them. A training run is written in the same form as its own export.
 
 from pathlib import Path
 
-from arrag_jax import signals
+from arrag_jax import huggingface, signals
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.errors import UserError
 from arrag_jax.files import require_new
 from arrag_jax.models.conversion import convert
+from arrag_jax.models.place import is_run
 from arrag_jax.models.registry import TARGETS
-from arrag_jax.models.tensor_files import is_run
 
 
 def run(source: str, target: str, to: str, merge_lora: bool, last: bool) -> None:
@@ -50,7 +50,11 @@ if __name__ == "__main__":
     main_with_config(
         run,
         None,
-        source=Flag("checkpoint folder to read, or workdir of a training run", path=True),
+        source=Flag(
+            "checkpoint folder to read, workdir of a training run, or hf:OWNER/NAME of the hub",
+            path=True,
+            hub=huggingface.MODEL,
+        ),
         target=Flag("folder to make; must not be there yet", path=True),
         to=Flag(f"layout to write, one of {', '.join(TARGETS)}", "ours"),
         merge_lora=Flag("add a LoRA adapter to the weights; --nomerge_lora keeps it beside them", True),

@@ -1,7 +1,7 @@
 """Checks the fields of all settings: numbers must be finite and paths local; ``~`` in a path is expanded.
 
 A frozen dataclass that derives from ``Settings`` is checked when an instance is created. A field of type ``LocalPath``
-holds the path of a file or folder.
+holds the path of a file or folder. ``ModelPath`` and ``DataPath`` may also hold an id of the Hugging Face hub.
 """
 
 import dataclasses
@@ -10,14 +10,18 @@ import operator
 import os
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
+from arrag_jax import huggingface
 from arrag_jax.errors import UserError
 
 LARGEST = 3.4028234e38  # the largest float32, the type of all computations
 _PATH = "path"  # marks the fields that are paths
 LocalPath = Annotated[str, _PATH]
+ModelPath = Annotated[str, _PATH, huggingface.MODEL]
+DataPath = Annotated[str, _PATH, huggingface.DATASET]
 # An address may have no slashes after the colon ("hf:owner/name"). A local file with such a name is given as "./hf:…".
 _ADDRESS = re.compile(
     r"(gs|gcs|s3|s3a|r2|az|abfss?|adl|wasbs?|hdfs|hf|huggingface|https?|ftps?|sftp|ssh|scp|file|dbfs|oci|oss):", re.I
@@ -54,19 +58,22 @@ class Settings:
         cls.__post_init__ = __post_init__  # type: ignore[method-assign]  # to wrap the class's own is what this is for
 
 
-def local_path(path: str | os.PathLike, name: str) -> str:
+def local_path(path: str | os.PathLike, name: str, hub: str = "") -> str:
     """Returns a path on this machine, with ``~`` expanded.
 
     Args:
       name: name of the path in the message: a flag or a config key.
+      hub: the kind of repository whose ids (``huggingface``) are accepted and returned as they are; "" = none.
 
     Raises:
       UserError: if the path is a network address, has an unknown home folder, or is not a valid file name.
     """
     path = os.fspath(path)
+    if hub and huggingface.is_id(path):
+        return str(huggingface.parse_id(path, name, hub))
     if "://" in path or _ADDRESS.match(path):
         raise UserError(
-            f"{name}={path} is an address; mount it, and give the folder, or copy it here (nothing is downloaded)"
+            f"{name}={path} is an address; mount it, and give the folder, or copy it here ({_hub_forms(hub)})"
         )
     if "\0" in path:
         raise UserError(f"{name}={path!r} holds a NUL character, which no path can; give another path")
@@ -80,9 +87,18 @@ def local_path(path: str | os.PathLike, name: str) -> str:
     return expanded
 
 
+def _hub_forms(hub: str) -> str:
+    return f"or write {huggingface.FORMS[hub]} for one of the Hugging Face hub" if hub else "nothing is downloaded"
+
+
 def is_path(hint: Any) -> bool:
     """Returns whether a field of this type holds a path."""
     return _PATH in getattr(hint, "__metadata__", ())
+
+
+def hub_kind(hint: Any) -> str:
+    """Returns the kind of repository whose ids a path of this type may be; "" = none."""
+    return next((kind for kind in getattr(hint, "__metadata__", ()) if kind in huggingface.FORMS), "")
 
 
 @functools.cache
@@ -101,13 +117,47 @@ def paths_in(config: Any, where: str = "config") -> Iterator[tuple[str, str]]:
             yield name, value
 
 
+def pin(paths: Iterable[tuple[str, str]], values: dict[str, Any], config: Any) -> bool:
+    """Replaces each id of the hub, in place, by one with its commit, so that the command's records name the commit.
+
+    What a command continues in its --workdir keeps the commits that it began with; only images that --append adds are
+    those of the newest commit.
+
+    Args:
+      paths: name and value of every path, as ``paths_in`` yields them; flags are named "--flag".
+      values: flags by name; the value is a path or a list of paths.
+      config: nested mapping with the config's keys; None = there is none.
+
+    Returns:
+      Whether the config has changed.
+
+    Raises:
+      UserError: as ``huggingface.snapshot``.
+    """
+    changed, ids = False, [(name, path) for name, path in paths if huggingface.is_id(path)]
+    recorded = huggingface.recorded_in(Path(values["workdir"])) if ids and values.get("workdir") else []
+    for name, path in ids:
+        begun = () if values.get("append") and name == "config.source" else recorded
+        pinned = huggingface.pinned(path, name, begun)
+        flag = name.removeprefix("--")
+        if flag != name:
+            old = values[flag]
+            values[flag] = [pinned if x == path else x for x in old] if isinstance(old, list) else pinned
+            continue
+        *sections, key = name.split(".")[1:]
+        place: Any = functools.reduce(lambda section, each: section[each], sections, config)
+        changed = changed or place[key] != pinned
+        place[key] = pinned
+    return changed
+
+
 def _convert(settings: Any) -> None:
     """Replaces numbers by Python's numbers and paths by expanded paths, in place."""
     for field in dataclasses.fields(settings):
         hint, value = hints(settings.__class__)[field.name], getattr(settings, field.name)
         kinds = typing.get_args(hint) if not is_path(hint) and typing.get_args(hint) else (hint,)
         if is_path(hint):
-            value = local_path(value, field.name)
+            value = local_path(value, field.name, hub_kind(hint))
         elif value is None and type(None) in kinds:
             continue
         elif float in kinds and typing.get_origin(hint) is tuple:

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from arrag_jax.fields import hints, is_path
+from arrag_jax.fields import hints, hub_kind, is_path
 
 WIDTH = 100
 Sections = Mapping[str, tuple[str, Mapping[str, type]]]  # free section → (key that chooses, choice → dataclass)
@@ -70,7 +70,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 def _type_name(hint: Any) -> str:
     if is_path(hint):
-        return "path"
+        return "path or hub id" if hub_kind(hint) else "path"
     if hint is Any:
         return "section"
     if isinstance(hint, types.UnionType):

@@ -4,7 +4,8 @@ python -m arrag_jax.generate --config configs/janus_pro_1b.py --prompt "a red ca
 
 The datastore is the one of configs/janus_pro_1b_datastore.py; it holds this model's codes and is searched by keys of
 kind "latent". Guidance 5 at temperature 1 and K = 2048 are the values of the reference. It does not publish λ and τ, so
-the values here are only a starting point. We have not run this on the published weights.
+the values here are only a starting point. We have not run this on the published weights, which
+``--config.model=hf:deepseek-ai/Janus-Pro-1B`` fetches from the Hugging Face hub.
 """
 
 from ml_collections import ConfigDict

@@ -8,6 +8,7 @@ import pytest
 
 from arrag_jax import build_datastore
 from arrag_jax.data import sources
+from arrag_jax.data.entries import Entry
 from arrag_jax.data.examples import caption_of
 from arrag_jax.data.sidecars import LONGEST_JSON, LONGEST_TEXT
 from arrag_jax.store.datastore import Datastore
@@ -53,7 +54,7 @@ FAULTS = {
 }  # fmt: skip
 
 
-def listed(folder) -> dict[str, sources.Entry]:
+def listed(folder) -> dict[str, Entry]:
     return {entry.id: entry for entry in sources.list_images(str(folder), captions=True)}
 
 

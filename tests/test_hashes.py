@@ -256,13 +256,14 @@ def test_a_pointer_of_git_lfs_is_told(export, name):
 
 
 @pytest.mark.parametrize("load", [load_model, PromptTokenizer.load])
-def test_what_is_no_folder_is_told_and_nothing_is_downloaded(tmp_path, monkeypatch, load):
+def test_what_is_no_folder_is_told_with_how_an_id_of_the_hub_is_written(tmp_path, monkeypatch, load):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="is no folder here, and nothing is downloaded: fetch that checkpoint"):
+    with pytest.raises(UserError, match=r"is no folder here; .* write hf:deepseek-ai/Janus-Pro-1B"):
         load("deepseek-ai/Janus-Pro-1B")
-    for name in ("https://huggingface.co/deepseek-ai/Janus-Pro-1B", "hf://a/b"):
-        with pytest.raises(UserError, match=r"is an address; .*nothing is downloaded"):
-            load(name)
+    with pytest.raises(UserError, match=r"is an address; .*write hf:OWNER/NAME"):
+        load("https://huggingface.co/deepseek-ai/Janus-Pro-1B")
+    with pytest.raises(UserError, match=r"is no id of the hub; write hf:OWNER/NAME"):
+        load("hf://a/b")
     with pytest.raises(UserError, match="is no checkpoint folder: it is not there"):
         load(tmp_path / "absent")
     (tmp_path / "file").write_text("x")

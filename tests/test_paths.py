@@ -23,7 +23,7 @@ from arrag_jax.training.metrics import MetricWriter
 from arrag_jax.training.tasks import TASKS
 from helpers import running, stored
 
-ADDRESSES = ["gs://b/x", "s3://b/x", "http://h/x", "https://h/x", "hf:o/n", "hf://o/n", "HF:o/n", "s3:b"]
+ADDRESSES = ["gs://b/x", "s3://b/x", "http://h/x", "hf:o/n", "HF:o/n", "hf://o/n", "https://h/x", "s3:b"]
 FILES = {
     "train": ("emoji_prior.py", ["--workdir"]),
     "generate": ("emoji_daid.py", ["--workdir"]),

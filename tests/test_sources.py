@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from arrag_jax.data import pixels, sources
+from arrag_jax.data.entries import load_listing, save_listing
 from arrag_jax.data.examples import BadImage
 from arrag_jax.errors import UserError
 from helpers import malformed
@@ -184,9 +185,13 @@ def test_a_source_that_does_not_do_is_told_before_work(tmp_path):
     (tmp_path / "x.tar.gz").write_bytes(b"")
     os.mkfifo(tmp_path / "pipe.tar")
     for name in ("photo.jpg", "x.tar.gz", "pipe.tar"):
-        with pytest.raises(UserError, match=rf"source=.*{name} is neither a folder nor a plain \.tar; give one"):
+        with pytest.raises(
+            UserError, match=rf"source=.*{name} is neither a folder nor a plain \.tar nor a \.parquet; give"
+        ):
             sources.list_images(str(tmp_path / name))
-    with pytest.raises(UserError, match=r"has no captions \(a \.txt or \.json beside an image\); add them"):
+    with pytest.raises(
+        UserError, match=r"has no captions \(a \.txt or \.json beside an image, or a column .*\); add them"
+    ):
         sources.list_images(str(tmp_path), captions=True)
 
 
@@ -213,8 +218,8 @@ def test_a_failure_that_may_pass_is_no_bad_image(tmp_path, monkeypatch):
 def test_a_listing_is_read_as_it_was_written(tmp_path):
     malformed.write_all(tmp_path)
     entries = sources.list_images(str(tmp_path))
-    sources.save_listing(tmp_path / "listing", entries)
-    assert sources.load_listing(tmp_path / "listing") == entries
+    save_listing(tmp_path / "listing", entries)
+    assert load_listing(tmp_path / "listing") == entries
     (tmp_path / "listing").write_text("[1")
     with pytest.raises(UserError, match="damaged"):
-        sources.load_listing(tmp_path / "listing")
+        load_listing(tmp_path / "listing")

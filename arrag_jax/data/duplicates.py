@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from arrag_jax.data.examples import DUPLICATE
-from arrag_jax.data.sources import LARGEST, Entry
+from arrag_jax.data.examples import DUPLICATE, BadImage
+from arrag_jax.data.sources import LARGEST, Entry, read_entry
 
 PROBE = 2**12  # bytes at each end that are compared first, before images of the same size are read completely
 
@@ -20,7 +20,7 @@ def without_copies(root: Path, entries: list[Entry]) -> list[Entry]:
     """
     twins = _groups([(entry.size, entry.caption) for entry in entries], range(len(entries)))
     for first_bytes in (PROBE, LARGEST):
-        alike = [i for group in twins for i in group]
+        alike = sorted(i for group in twins for i in group)  # in order, as Parquet files are read by groups of rows
         digests = {i: _digest(root, entries[i], first_bytes) for i in alike if not entries[i].fault and entries[i].size}
         twins = _groups([digests.get(i) for i in range(len(entries))], digests)
     found = list(entries)
@@ -43,6 +43,14 @@ def _digest(root: Path, entry: Entry, end_bytes: int) -> tuple[int, str, bytes] 
     """Returns size, caption and a hash of an image's first and last bytes; None if the image cannot be read."""
     spans = [(0, end_bytes)] if 2 * end_bytes >= entry.size else [(0, end_bytes), (entry.size - end_bytes, end_bytes)]
     content = hashlib.blake2b(digest_size=16)
+    if entry.column:
+        try:
+            data = read_entry(root, entry)
+        except BadImage:
+            return None
+        for start, length in spans:
+            content.update(data[start : start + length])
+        return entry.size, entry.caption, content.digest()
     try:
         with open(root / entry.path, "rb") as file:
             for start, length in spans:

@@ -9,6 +9,8 @@ Example = dict[str, Any]
 # Prefixes of reasons in a file of bad images that mean no damage: the file may be an image but is not read, or the
 # image is already in the source. Both kinds are left out, and neither counts as an unreadable image.
 PASSED_OVER, DUPLICATE = "passed over: ", "duplicate of "
+# Errors of files that occur again on every attempt; others (network errors, too many open files) may be temporary.
+LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 ONE_IN = 20  # of few images, at most one in this many may be unreadable, see ``most_bad``
 
 

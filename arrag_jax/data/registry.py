@@ -8,10 +8,13 @@ import functools
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from tensorflow_datasets.core.splits import SplitInfo
 
-from arrag_jax.data import sources
+from arrag_jax import huggingface
+from arrag_jax.config import BY_HABIT, ColumnsConfig
+from arrag_jax.data import hub_sets, sources
 from arrag_jax.data.emoji import dataset as emoji
 from arrag_jax.data.examples import Images, Source
 from arrag_jax.data.prepared import PREFIX, PreparedSource, places
@@ -29,18 +32,25 @@ def is_data_set(source: str) -> bool:
 
 
 def open_source(
-    source: str, data_dir: str | Path, size: tuple[int, int], captions: bool = False, key: str = "config.source"
+    source: str,
+    data_dir: str | Path,
+    size: tuple[int, int],
+    captions: bool = False,
+    key: str = "config.source",
+    columns: ColumnsConfig = BY_HABIT,
 ) -> Source:
     """Returns an image source.
 
     Args:
       source: a name in ``DATA_SETS``, "tfds:NAME[/config][:version]" (any data set that TFDS has prepared as
-        ArrayRecord files), a folder of images and tars, or one .tar.
+        ArrayRecord files), "hf:datasets/OWNER/NAME[@REVISION][:SPLIT]" (a data set of the Hugging Face hub), a folder
+        of images, tars and Parquet files, one .tar, or one .parquet.
       data_dir: the folder of all TFDS data sets.
       size: height and width of the images in pixels; photos are scaled and cropped to it (``data.pixels``).
       captions: whether to read captions, too. In a folder or a tar they are files next to the images
         (``data.sidecars``).
       key: name of the setting, for error messages.
+      columns: the columns of Parquet files.
 
     Raises:
       UserError: if the source does not exist, or captions are requested and it has none. Splits are opened later.
@@ -52,7 +62,8 @@ def open_source(
     families = {name.partition("/")[0] for name in DATA_SETS}
     if source.partition("/")[0] in families and not Path(source).exists():
         raise UserError(f"unknown data set {source!r}; take one of {', '.join(DATA_SETS)}")
-    return FileSource(source, size, captions, key)
+    kind = HubSource if huggingface.is_id(source) else FileSource
+    return kind(source, size, captions, key, columns)
 
 
 def open_images(source: str, split: str, data_dir: str | Path, size: tuple[int, int], captions: bool = False) -> Images:
@@ -70,13 +81,20 @@ def open_images(source: str, split: str, data_dir: str | Path, size: tuple[int, 
 
 
 class FileSource:
-    """A folder or a tar as an image source (``data.examples.Source``); it is listed once."""
+    """A folder, a tar or a Parquet file as an image source (``data.examples.Source``); it is listed once."""
 
     words = None
 
-    def __init__(self, source: str, size: tuple[int, int], captions: bool = False, key: str = "config.source"):
+    def __init__(
+        self,
+        source: str,
+        size: tuple[int, int],
+        captions: bool = False,
+        key: str = "config.source",
+        columns: ColumnsConfig = BY_HABIT,
+    ):
         self._source, self._size = source, size
-        self._entries = sources.list_source(source, captions, key).entries
+        self._entries = sources.list_source(source, captions, key, columns).entries
 
     @functools.cached_property
     def identity(self) -> str:
@@ -96,6 +114,27 @@ class FileSource:
         if not entries:
             raise UserError(f"{self._source} has no image in {split}; choose another slice")
         return sources.FileImages(sources.root_of(self._source), entries, self._size)
+
+
+class HubSource:
+    """A data set of the Hugging Face hub as an image source (``data.examples.Source``); its identity is the commit.
+
+    Where the id names a split, its images form one split "train", as those of a folder do. Otherwise the splits have
+    the data set's names. Each is downloaded and listed when it is opened.
+    """
+
+    words = None
+
+    def __init__(self, source: str, *options: Any):
+        self._source, self._options = source, options
+        self.identity = hub_sets.commit_of(source)
+
+    def images(self, split: str) -> sources.FileImages:
+        """Returns the images of a slice; errors as in ``FileSource``, and if the data set cannot be downloaded."""
+        name, bracket, rest = (split or hub_sets.TRAIN).partition("[")
+        if hub_sets.names_split(self._source) or name == hub_sets.TRAIN:
+            return FileSource(self._source, *self._options).images(split)
+        return FileSource(f"{self._source}:{name}", *self._options).images(f"{hub_sets.TRAIN}{bracket}{rest}")
 
 
 def entries_of_split(source: str, entries: list[sources.Entry], split: str) -> list[sources.Entry]:

@@ -7,8 +7,9 @@ from arrag_jax.files import sample_hash
 from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import ArrayLike, Backbone, ImageModel, ImageTokenizer, PromptEncoder
 from arrag_jax.models.family import ModelConfig
+from arrag_jax.models.place import checkpoint_folder, config_folder
 from arrag_jax.models.registry import family_in, family_of
-from arrag_jax.models.tensor_files import checkpoint_folder, stored_tensors
+from arrag_jax.models.tensor_files import stored_tensors
 from arrag_jax.models.weights import DTYPES
 
 
@@ -17,8 +18,9 @@ def load_model(directory: str | Path, dtype: str = "float32", grid: ArrayLike = 
 
     Args:
       directory: holds config.json and the weights (safetensors or PyTorch's .bin, in one file or in several with an
-        index). If it is the --workdir of a training run, its export is read. A LoRA adapter in the folder is not
-        merged; the model holds it as ``Attention.q_lora`` and ``v_lora``.
+        index). If it is the --workdir of a training run, its export is read. "hf:OWNER/NAME[@REVISION][:FOLDER]" is a
+        model of the Hugging Face hub. A LoRA adapter in the folder is not merged; the model holds it as
+        ``Attention.q_lora`` and ``v_lora``.
       dtype: of the parameters: float32, bfloat16 or float16; the image tokenizer stays in float32.
       grid: height and width in codes of the images to generate. None = the grid of the config; published configs give
         none, so it follows from their image size, else it is 24 x 24. The model's ``with_grid`` changes it later.
@@ -30,15 +32,15 @@ def load_model(directory: str | Path, dtype: str = "float32", grid: ArrayLike = 
     require_own_process()
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    directory = checkpoint_folder(Path(directory))
-    return family_in(directory).load(directory, dtype, grid)
+    family = family_in(Path(directory))  # of an id of the hub, before its weights are downloaded
+    return family.load(checkpoint_folder(Path(directory)), dtype, grid)
 
 
 def load_tokenizer(directory: str | Path) -> ImageTokenizer:
     """Returns the image tokenizer of a checkpoint folder, in float32; arguments and errors as in ``load_model``."""
     require_own_process()
-    directory = checkpoint_folder(Path(directory))
-    return family_in(directory).load_tokenizer(directory)
+    family = family_in(Path(directory))
+    return family.load_tokenizer(checkpoint_folder(Path(directory)))
 
 
 def load_prompts(directory: str | Path) -> PromptEncoder:
@@ -49,7 +51,7 @@ def load_prompts(directory: str | Path) -> PromptEncoder:
 
 def config_of(directory: str | Path) -> ModelConfig:
     """Returns the shape of the model in a checkpoint folder; reads its config only. Errors as in ``load_model``."""
-    directory = checkpoint_folder(Path(directory))
+    directory = config_folder(Path(directory))
     return family_in(directory).read_config(directory)
 
 

@@ -14,6 +14,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.json_files import read_object
 from arrag_jax.models.layouts import PUBLISHED, TRANSFORMERS, Layout
 from arrag_jax.models.manifest import require_written
+from arrag_jax.models.place import checkpoint_folder
 from arrag_jax.models.presets import PAD, JanusConfig
 from arrag_jax.models.schema import (
     AdapterConfig,
@@ -24,7 +25,7 @@ from arrag_jax.models.schema import (
     TokenizerFile,
     TransformersConfig,
 )
-from arrag_jax.models.tensor_files import ADAPTER, checkpoint_folder
+from arrag_jax.models.tensor_files import ADAPTER
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.transformer import LlamaConfig

@@ -22,11 +22,11 @@ from arrag_jax.files import atomic_folder, free_bytes, require_new, sync, write_
 from arrag_jax.models.config_json import read_json, read_lora
 from arrag_jax.models.family import Family
 from arrag_jax.models.layouts import Layout
+from arrag_jax.models.place import checkpoint_folder
 from arrag_jax.models.registry import TARGETS, family_in
 from arrag_jax.models.tensor_files import (
     ADAPTER,
     Stored,
-    checkpoint_folder,
     read_tensors,
     some,
     write_tensors,
@@ -70,8 +70,8 @@ def convert(source: Path, target: Path, to: str, merge_lora: bool = True) -> Con
     if to not in TARGETS:
         raise UserError(f"--to={to!r} is unknown; choose one of {', '.join(TARGETS)}")
     require_new(target, "--target=")  # fails before long work starts; ``atomic_folder`` checks again under its lock
-    source = checkpoint_folder(source)
-    family = family_in(source)
+    family = family_in(source)  # of an id of the hub, before its weights are downloaded
+    source = checkpoint_folder(source, (UNUSED,))
     if to not in family.layouts:
         raise UserError(f"--to={to!r} is no layout of the model in {source}; choose one of {', '.join(family.layouts)}")
     model, layout, stored = family.open(source, (UNUSED, *family.files))

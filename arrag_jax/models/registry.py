@@ -8,7 +8,7 @@ from arrag_jax.models.config_json import read_json
 from arrag_jax.models.family import Family, ModelConfig, Training
 from arrag_jax.models.janus_files import JANUS
 from arrag_jax.models.llamagen_files import LLAMAGEN
-from arrag_jax.models.tensor_files import checkpoint_folder
+from arrag_jax.models.place import config_folder
 from arrag_jax.parsing import shown
 
 FAMILIES: tuple[Family, ...] = (
@@ -26,7 +26,7 @@ def family_in(directory: Path) -> Family:
     Raises:
       UserError: if this is no checkpoint folder, or its model belongs to no family.
     """
-    directory = checkpoint_folder(directory)
+    directory = config_folder(directory)
     return family_of_config(read_json(directory), directory / "config.json")
 
 

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import math
-import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,14 +21,13 @@ from safetensors.numpy import save_file
 
 from arrag_jax.checksums import checksum
 from arrag_jax.errors import UserError
-from arrag_jax.fields import local_path
 from arrag_jax.json_files import parse_json, read_json, require_no_pointer
 from arrag_jax.models.layouts import plain_key
+from arrag_jax.models.place import checkpoint_folder
 from arrag_jax.models.schema import WeightsIndex
 from arrag_jax.parsing import parse
 
 CHECKSUMS = "checksums"  # key in the metadata of our files; its value is JSON, tensor name → checksum
-PACKAGE = Path(__file__).resolve().parents[1]
 ADAPTER = "adapter_model"  # the PEFT library's name
 WRAPPERS = ("model", "module", "state_dict")  # keys under which training code saves the weights
 # Pages read from a mapped file count as memory of this process, so files are closed after this many bytes.
@@ -157,51 +155,6 @@ class _TorchFile:
 
     def check(self, name: str, value: np.ndarray) -> None:
         """Does nothing, because PyTorch's files have no checksums."""
-
-
-def is_run(directory: Path) -> bool:
-    """Returns whether a folder is the --workdir of a training run; weight folders may hold ``checkpoints``, too."""
-    return (directory / "checkpoints").is_dir() and (directory / "base.json").is_file()
-
-
-def wherever(directory: Path) -> Path:
-    """Returns the folder, or the folder inside this package if the path names one and does not exist.
-
-    So "arrag_jax/assets/emoji_janus" in the shipped configs works from any working directory.
-    """
-    inside = PACKAGE.parent / directory
-    return inside if directory.parts[:1] == (PACKAGE.name,) and not directory.exists() else directory
-
-
-def checkpoint_folder(directory: Path) -> Path:
-    """Returns the folder (see ``wherever``; ``~`` is expanded), or the export in it if it is that of a training run.
-
-    Raises:
-      UserError: if the path is a URL or no folder, or the training run has no export yet.
-    """
-    directory = wherever(Path(local_path(directory, "checkpoint")))
-    if not directory.is_dir():
-        raise UserError(_no_folder(directory))
-    if not is_run(directory):
-        return directory
-    if not (directory / "export" / "config.json").is_file():
-        raise UserError(
-            f"{directory} is a training run without an export yet; let it finish, or make one of its best checkpoint: "
-            f"python -m arrag_jax.convert --source {directory} --target DIR"
-        )
-    return directory / "export"
-
-
-def _no_folder(directory: Path) -> str:
-    """Returns the message for a model folder that does not exist."""
-    if directory.exists():
-        return f"{directory} is a file; give the checkpoint's folder"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+|(https?:|hf:).*|huggingface\.co/.*", str(directory)):
-        return (
-            f"{directory} is no folder here, and nothing is downloaded: fetch that checkpoint's files into a folder "
-            "first, and give that folder"
-        )
-    return f"{directory} is no checkpoint folder: it is not there (nothing is downloaded)"
 
 
 def stored_tensors(directory: Path, also: tuple[str, ...] = ()) -> dict[str, Stored]:

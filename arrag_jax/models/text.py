@@ -19,9 +19,9 @@ from arrag_jax.errors import UserError
 from arrag_jax.json_files import require_no_pointer
 from arrag_jax.models.config_json import read_config, require_language
 from arrag_jax.models.manifest import require_written
+from arrag_jax.models.place import checkpoint_folder
 from arrag_jax.models.presets import PAD
 from arrag_jax.models.schema import MOST_TOKENS
-from arrag_jax.models.tensor_files import checkpoint_folder
 from arrag_jax.parsing import shown
 
 BOS, UNKNOWN = "<｜begin▁of▁sentence｜>", "<unk>"

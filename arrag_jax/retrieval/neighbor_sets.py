@@ -45,7 +45,9 @@ def build(config: NeighborsConfig, directory: Path) -> None:
     state = states.pop() if len(states) == 1 else "begun"
     spelt = sources.spelt_alike(config.source, [settings.source for _, settings in there.values() if settings])
     config = dataclasses.replace(config, source=spelt)
-    source = ImageSource(config.source, config.data_dir, True, tokenizer, state, directory / LISTING)
+    source = ImageSource(
+        config.source, config.data_dir, True, tokenizer, state, directory / LISTING, columns=config.columns
+    )
     jobs = {}
     for folder, split in splits.items():
         images = source.images(split)
@@ -88,6 +90,7 @@ def settings_of(
         split=split,
         num_images=num_images,
         shard_size=config.shard_size,
+        columns=config.columns,
         store=search.store,
         command=" ".join(["python -m arrag_jax.build_neighbors", *sys.argv[1:]]),
     )

@@ -30,6 +30,7 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Float, UInt16
 
+from arrag_jax.config import BY_HABIT, ColumnsConfig
 from arrag_jax.errors import UserError
 from arrag_jax.files import sha256_of
 from arrag_jax.ops.keys import HIDDEN, KEY_KINDS, KINDS_BY_FILE, TOKENIZER_KINDS
@@ -53,6 +54,7 @@ class StoreSettings(ShardSettings):
       code_dim: C.
       keys: the kinds of key (names in ``TOKENIZER_KINDS``) that the store's own files provide.
       captions: whether the images' captions are stored.
+      columns: the columns of Parquet files that were read.
       keep_duplicates: whether images with equal content are all stored. A record, never compared.
       command: the command that started the build. A record, like ``model``, ``data_dir`` and ``batch_size`` of its
         config.
@@ -61,6 +63,7 @@ class StoreSettings(ShardSettings):
     code_dim: int
     keys: tuple[str, ...]
     captions: bool = False
+    columns: ColumnsConfig = BY_HABIT
     command: str = dataclasses.field(default="", compare=False)
     keep_duplicates: bool = dataclasses.field(default=False, compare=False)
     model: str = dataclasses.field(default="", compare=False)

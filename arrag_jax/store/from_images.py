@@ -54,7 +54,9 @@ def with_what_is_held(
         require_same_settings(Datastore, directory, settings_of(same, tokenizer, config.num_images or found.num_images))
 
         def images(settings: StoreSettings, captions: bool) -> tuple[EncodedImages, dict[str, int]]:
-            source = ImageSource(settings.source, config.data_dir, captions, tokenizer, "nothing", Path())
+            source = ImageSource(
+                settings.source, config.data_dir, captions, tokenizer, "nothing", Path(), columns=config.columns
+            )
             examples = source.images(settings.split)
             encoded = EncodedImages(examples, examples.source_id, encoder(tokenizer), config.batch_size)
             return encoded, {examples.source_id(number): number for number in range(len(examples))}
@@ -93,7 +95,9 @@ def build(
     begun, found = state()
     config = spelt_alike(config, [found] if found else [])
     keep = found.keep_duplicates if found else keep_duplicates
-    source = ImageSource(config.source, config.data_dir, config.captions, tokenizer, begun, directory / LISTING, keep)
+    source = ImageSource(
+        config.source, config.data_dir, config.captions, tokenizer, begun, directory / LISTING, keep, config.columns
+    )
     images = source.images(split_of(config), *(names_not_to_take(whole, keep) if whole else ()))
     if begun == "nothing" and len(images) == getattr(images, "num_passed_over", 0):
         return None
@@ -191,6 +195,7 @@ def settings_of(config: DatastoreConfig, tokenizer: ImageTokenizer, num_images: 
         code_dim=tokenizer.codebook.shape[1],
         keys=config.keys,
         captions=config.captions,
+        columns=config.columns,
         num_images=num_images,
         shard_size=config.shard_size,
         source=config.source,
@@ -220,5 +225,6 @@ def recorded_config(directory: Path) -> dict[str, Any]:
         "shard_size": settings.shard_size,
         "keys": settings.keys,
         "captions": settings.captions,
+        "columns": dataclasses.asdict(settings.columns),
         "indexes": (),
     }

@@ -11,9 +11,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import UInt8
 
+from arrag_jax import huggingface
+from arrag_jax.config import BY_HABIT, ColumnsConfig
 from arrag_jax.data import endings, sources
 from arrag_jax.data.duplicates import without_copies
+from arrag_jax.data.entries import Entry, load_whole_listing, save_listing
 from arrag_jax.data.examples import PASSED_OVER, Images, Subset
+from arrag_jax.data.hub_sets import files_of
 from arrag_jax.data.registry import entries_of_split, is_data_set, open_images
 from arrag_jax.interfaces import ImageTokenizer
 from arrag_jax.nn.vq import from_uint8, to_uint8
@@ -38,6 +42,7 @@ class ImageSource:
       state: state of the build: "nothing", "begun" or "whole". A complete ("whole") build reads no images.
       listing: path of the file that keeps the list.
       copies: take all files of equal bytes (and caption); if False, only the first of them.
+      columns: the columns of Parquet files.
 
     Attributes:
       beside: ending → number of listed files with that ending that hold no image.
@@ -55,15 +60,18 @@ class ImageSource:
         state: str,
         listing: Path,
         copies: bool = True,
+        columns: ColumnsConfig = BY_HABIT,
     ):
         self.name, self.data_dir, self.captions, self.tokenizer = name, data_dir, captions, tokenizer
         self.state, self.listing = state, listing
-        self.entries: list[sources.Entry] = []
+        self.entries: list[Entry] = []
         self.beside: dict[str, int] = {}
         if state == "begun" and not is_data_set(name):
-            self.entries, self.beside = sources.load_whole_listing(listing)
+            self.entries, self.beside = load_whole_listing(listing)
+            if huggingface.is_id(name):
+                files_of(name)  # this machine may not have them, or not any more
         elif state == "nothing" and not is_data_set(name):
-            self.entries, self.beside = sources.list_source(name, captions)
+            self.entries, self.beside = sources.list_source(name, captions, columns=columns)
             if not copies:
                 self.entries = without_copies(sources.root_of(name), self.entries)
 
@@ -94,12 +102,12 @@ class ImageSource:
         """Writes the list to its file if a build of files is about to start."""
         if self.state == "nothing" and self.entries:
             self.listing.parent.mkdir(parents=True, exist_ok=True)
-            sources.save_listing(self.listing, self.entries, self.beside)
+            save_listing(self.listing, self.entries, self.beside)
 
 
 def origin_of(source: str) -> str:
-    """Returns the absolute path of a folder or tar, with links resolved; "" for a data set."""
-    return "" if is_data_set(source) else str(Path(source).resolve())
+    """Returns the absolute path of a folder or file, with links resolved; "" for a data set and an id of the hub."""
+    return "" if is_data_set(source) or huggingface.is_id(source) else str(Path(source).resolve())
 
 
 def is_same_source(settings: ShardSettings, source: str) -> bool:
@@ -113,8 +121,11 @@ def names_below(source: str) -> Callable[[str], str]:
     """Returns a function from the id of an image of this source to a name that is unique across sources.
 
     The name of a data set's image is its id. The name of a file is the absolute path of the source's root and then the
-    id, so that a file has the same name in every source that contains it.
+    id, so that a file has the same name in every source that contains it. A file of the hub has the same name in all
+    commits of its repository.
     """
+    if huggingface.is_id(source):
+        return lambda id_: f"{huggingface.parse_id(source, 'source').repository}/{id_}"
     below = "" if is_data_set(source) else f"{sources.root_of(source).resolve()}/"
     return lambda id_: f"{below}{id_}"
 

@@ -21,7 +21,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from jaxtyping import Int, Integer
 
-from arrag_jax.config import ScannOptions
+from arrag_jax.config import BY_HABIT, ColumnsConfig, ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.parsing import in_range
 from arrag_jax.store.shards import MOST_IMAGES, ShardFolder, ShardSettings, reading
@@ -40,6 +40,7 @@ class NeighborSettings(ShardSettings):
       datastore: fingerprint of the store that was searched.
       store_images: number of images searched, the first ones of the store.
       storage: the number format in which a dense search held keys; "" for ScaNN and for sets older than this field.
+      columns: the columns of Parquet files that were read.
       store, command: the store's folder, and the command that started the build. Records, never compared.
     """
 
@@ -50,6 +51,7 @@ class NeighborSettings(ShardSettings):
     datastore: str
     store_images: int
     storage: str = ""
+    columns: ColumnsConfig = BY_HABIT
     store: str = dataclasses.field(default="", compare=False)
     command: str = dataclasses.field(default="", compare=False)
 

@@ -17,6 +17,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.failures import is_of_the_machine
 from arrag_jax.fields import local_path
 from arrag_jax.files import sha256_of, write_json
+from arrag_jax.huggingface import local_copy
 from arrag_jax.json_files import read_object
 from arrag_jax.ops.grid import MOST_SIDE
 from arrag_jax.parsing import in_range, parse, shown
@@ -186,7 +187,7 @@ class ShardFolder:
           UserError: if there is no such folder, it is unfinished or of another format, its manifest contradicts itself,
             or a file is missing or has the wrong size.
         """
-        directory = Path(local_path(directory, cls.noun))
+        directory = Path(local_path(local_copy(directory, MANIFEST), cls.noun))
         path = directory / MANIFEST
         if not path.is_file():
             raise UserError(

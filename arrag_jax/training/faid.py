@@ -22,14 +22,15 @@ from arrag_jax.config import DaidConfig, DataConfig, RetrievalConfig, SamplingCo
 from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
-from arrag_jax.fields import LocalPath, Settings
+from arrag_jax.fields import LocalPath, ModelPath, Settings
 from arrag_jax.figures import grids
 from arrag_jax.files import sha256_of
 from arrag_jax.interfaces import DecodePolicy, TunableModel
 from arrag_jax.mesh import make_mesh
 from arrag_jax.models.checkpoint import config_of, load_model, load_prompts, save_model
 from arrag_jax.models.family import SavedEncoder
-from arrag_jax.models.tensor_files import checkpoint_folder, stored_tensors
+from arrag_jax.models.place import checkpoint_folder
+from arrag_jax.models.tensor_files import stored_tensors
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.variables import Adapter, freeze, retype
@@ -63,7 +64,7 @@ class FaidOptions(Settings):
       daid, sampling: settings of the sample images.
     """
 
-    base: LocalPath
+    base: ModelPath
     neighbors: LocalPath
     retrieval: RetrievalConfig
     blend: bool = True

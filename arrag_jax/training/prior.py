@@ -20,7 +20,7 @@ from arrag_jax.data.examples import BadImage, caption_of
 from arrag_jax.data.readable import ReadableImages
 from arrag_jax.decode.loop import sample
 from arrag_jax.errors import UserError
-from arrag_jax.fields import LocalPath, Settings
+from arrag_jax.fields import ModelPath, Settings
 from arrag_jax.figures import grids
 from arrag_jax.interfaces import Condition, ImageModel
 from arrag_jax.models.checkpoint import load_model, load_tokenizer, save_model
@@ -44,7 +44,7 @@ class PriorOptions(Settings):
     """Settings of the prior."""
 
     preset: str  # name of a model preset; see models.registry.preset_of
-    tokenizer: LocalPath  # export folder of a tokenizer's training run
+    tokenizer: ModelPath  # export folder of a tokenizer's training run
     caption_dropout: float = 0.1  # share of prompts that are replaced by the unconditional one, for guidance
     prompt_length: int = 16  # tokens per prompt; a longer caption is an error
     cfg_scale: float = 2.0  # guidance scale of the sample images

@@ -21,8 +21,8 @@ from arrag_jax.errors import UserError
 from arrag_jax.interfaces import Backbone, ImageTokenizer
 from arrag_jax.json_files import read_object
 from arrag_jax.mesh import make_mesh
-from arrag_jax.models import manifest
-from arrag_jax.models.tensor_files import checkpoint_folder
+from arrag_jax.models import card, manifest
+from arrag_jax.models.place import checkpoint_folder
 from arrag_jax.nn.vq import from_uint8
 from arrag_jax.progress import tell
 from arrag_jax.training.loop import Batch, Task, mean_over_examples
@@ -42,7 +42,9 @@ class RunImages:
 
     def __init__(self, data: DataConfig, size: tuple[int, int], is_prompt: Callable[[str], bool] | None = None):
         self._data, self._is_prompt = data, is_prompt
-        self.source = open_source(data.source, data.data_dir, size, is_prompt is not None, "config.data.source")
+        self.source = open_source(
+            data.source, data.data_dir, size, is_prompt is not None, "config.data.source", data.columns
+        )
 
     def require_splits(self) -> None:
         """Raises UserError unless both splits exist. A data set that is built on demand is not checked."""
@@ -149,10 +151,11 @@ def made_by(folder: str) -> dict[str, Any]:
 
 
 def write_manifest(directory: Path, model: ImageTokenizer, run: dict[str, Any], **figures: float) -> None:
-    """Writes ``manifest.json``: a checkpoint's metrics, its origin, and the hashes of its files."""
+    """Writes ``manifest.json`` (metrics, origin, hashes of the files) and the model card of an export."""
     content = {
         "figures": {name: round(value, 4) for name, value in figures.items()},
         "tokenizer_fingerprint": model.fingerprint,
         **run,
     }
     manifest.write_manifest(directory, content)
+    card.write_card(directory, content)
