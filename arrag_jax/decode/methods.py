@@ -86,7 +86,12 @@ METHODS = {
         by_default=False,
     ),
     "gated+cut": Method(
-        Kind.BASE, lambda c: Daid.of(c.hidden.gated), Search.CUT, gate=lambda c: c.hidden.gated.gate, by_default=False
+        Kind.BASE,
+        lambda c: Daid.of(c.hidden.cut),
+        Search.CUT,
+        lambda c: c.hidden.images,
+        lambda c: c.hidden.cut.gate,
+        by_default=False,
     ),
     "lora": Method(Kind.LORA, lambda c: Plain()),
     "faid": Method(Kind.FAID, lambda c: Faid(), Search.STORE),

@@ -10,16 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from arrag_jax import signals
 from arrag_jax.config import DrawConfig, MeshConfig
 from arrag_jax.decode.methods import BASELINE, METHODS, Search
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import sweeps
 from arrag_jax.evaluation.benchmarks import open_benchmark
 from arrag_jax.evaluation.intervals import bootstrap
+from arrag_jax.evaluation.kept import Kept
 from arrag_jax.evaluation.likelihood import bits_of_codes, look_up, score_scenes
 from arrag_jax.evaluation.memorization import are_copies
 from arrag_jax.evaluation.pipeline import Pipeline, open_pipeline
+from arrag_jax.evaluation.run_record import method_facts
 from arrag_jax.evaluation.tables import bits_table, group_tables, mean_and_std
 from arrag_jax.files import require_writable, write_json
 from arrag_jax.interfaces import Benchmark, ImageBatch
@@ -53,7 +54,6 @@ def evaluate(
     Raises:
       UserError: if a flag is invalid, if the benchmark is unknown, or as ``open_pipeline``.
     """
-    signals.begins_anew()
     opened = open_benchmark(benchmark, config.data, split)
     if num_scenes < PARTS:
         raise UserError(f"--num_scenes={num_scenes} must be at least {PARTS}, one for each part of the spread")
@@ -74,8 +74,10 @@ def evaluate(
         return
     pipelines = [open_pipeline(config), *_untaught(config)]
     require_writable(out)
-    results = measure(pipelines, opened, split, num_prompts, num_scenes)
+    kept = Kept(out)
+    results = measure(pipelines, opened, split, num_prompts, num_scenes, kept)
     write_json(out / "results.json", results)
+    kept.forget()
     print(report(results, opened))
 
 
@@ -104,7 +106,12 @@ class Shown(NamedTuple):
 
 
 def measure(
-    pipelines: Sequence[Pipeline], benchmark: Benchmark, split: str, num_prompts: int, num_scenes: int
+    pipelines: Sequence[Pipeline],
+    benchmark: Benchmark,
+    split: str,
+    num_prompts: int,
+    num_scenes: int,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """Returns all metrics of results.json.
 
@@ -114,18 +121,19 @@ def measure(
     Args:
       pipelines: what is measured. A second one measures the group ``UNSEEN`` over a store that holds nothing of what
         these prompts ask for; the first one's figures of this group are then named ``TAUGHT``.
+      kept: finished results of an interrupted measurement.
     """
-    pipeline, *others = pipelines
+    (pipeline, *others), kept = pipelines, kept or Kept(None)
     prompts = benchmark.prompts(num_prompts) if num_prompts else []
     held_out = benchmark.held_out(num_scenes)
-    bits = bits_of_examples(pipeline, held_out)
-    shown = scores(pipeline, benchmark, prompts) if prompts else {}
+    bits = _bits(kept, pipeline, benchmark, held_out, np.arange(len(held_out)))
+    shown = scores(pipeline, benchmark, prompts, None, kept) if prompts else {}
     groups = benchmark.groups(len(held_out)), benchmark.groups(len(prompts))
     figures = by_group(bits, shown, *groups, {UNSEEN: TAUGHT} if others else {})
     for other in others:
         examples, numbers = (np.array([i for i, name in enumerate(of) if name == UNSEEN], int) for of in groups)
-        bits_here = bits_of_examples(other, [held_out[i] for i in examples.tolist()])
-        shown_here = scores(other, benchmark, prompts, numbers) if len(numbers) else {}
+        bits_here = _bits(kept, other, benchmark, held_out, examples)
+        shown_here = scores(other, benchmark, prompts, numbers, kept) if len(numbers) else {}
         for method, row in by_group(bits_here, shown_here, [UNSEEN] * len(examples), [UNSEEN] * len(numbers)).items():
             for figure, of in row.items():
                 figures[method].setdefault(figure, {}).update(of)
@@ -180,6 +188,17 @@ def by_group(
     return figures
 
 
+def _bits(
+    kept: Kept, pipeline: Pipeline, benchmark: Benchmark, source: Sequence[Mapping[str, Any]], numbers: np.ndarray
+) -> dict[str, Float[np.ndarray, " N"]]:
+    """Returns ``bits_of_examples`` of the examples with these numbers."""
+    facts = {method: method_facts(pipeline, method) for method in pipeline.methods}
+    key = ["bits", facts, type(benchmark).__name__, vars(pipeline.config.data), numbers.tolist()]
+    examples = [source[i] for i in numbers.tolist()]
+    make = lambda: {name: bits.tolist() for name, bits in bits_of_examples(pipeline, examples).items()}  # noqa: E731
+    return {name: np.array(bits) for name, bits in kept.result(key, make).items()}
+
+
 def bits_of_examples(pipeline: Pipeline, source: Sequence[Mapping[str, Any]]) -> dict[str, Float[np.ndarray, " N"]]:
     """Returns the bits per code of each held-out example, by method; empty with fewer than ``PARTS`` examples."""
     bits: dict[str, list[Float[np.ndarray, " n"]]] = {method: [] for method in pipeline.methods}
@@ -227,33 +246,49 @@ def likelihoods(bits: Mapping[str, Float[np.ndarray, " N"]]) -> dict[str, dict[s
 
 
 def scores(
-    pipeline: Pipeline, benchmark: Benchmark, prompts: Sequence[str], numbers: Int[np.ndarray, " n"] | None = None
+    pipeline: Pipeline,
+    benchmark: Benchmark,
+    prompts: Sequence[str],
+    numbers: Int[np.ndarray, " n"] | None = None,
+    kept: Kept | None = None,
 ) -> dict[str, Shown]:
     """Returns the scores of each method; true images and their reconstructions come first, if there are any.
 
     Args:
       numbers: the prompts to draw, and no true images; None = all prompts.
+      kept: finished results; a method's result is kept once all its images are drawn.
     """
     rows = {}
     if numbers is None and benchmark.true_images(np.arange(1)) is not None:
         decoded = functools.partial(reconstruct, pipeline.model)
         rows["true"] = _shown(benchmark.score([_true(benchmark, len(prompts), lambda images: images)]))
         rows["reconstruction"] = _shown(benchmark.score([_true(benchmark, len(prompts), decoded)]))
+    chosen, kept = np.arange(len(prompts)) if numbers is None else numbers, kept or Kept(None)
     for method in pipeline.methods:
-        codes: list[Int[np.ndarray, "B T"]] = []
-        chosen = np.arange(len(prompts)) if numbers is None else numbers
-        values = benchmark.score(drawn(pipeline, method, prompts, benchmark.images_per_prompt, chosen, codes.append))
-        grids = np.concatenate(codes).reshape(-1, *pipeline.model.grid)
-        copied = None
-        if pipeline.store is not None:
-            copied = are_copies(grids, pipeline.store.codes).reshape(-1, len(chosen))
-        rows[method] = _shown(values, copied)
+        config = pipeline.config
+        key: list[Any] = ["score", method, method_facts(pipeline, method), type(benchmark).__name__, vars(config.data)]
+        key += [[prompts[i] for i in chosen.tolist()], benchmark.images_per_prompt, config.seed, config.dtype]
+        key += [vars(config.sampling), pipeline.store and pipeline.store.store_fingerprint]
+        make = functools.partial(_score, pipeline, benchmark, method, prompts, chosen)
+        rows[method] = _shown(*kept.result(key, make))
     return rows
+
+
+def _score(
+    pipeline: Pipeline, benchmark: Benchmark, method: str, prompts: Sequence[str], chosen: Int[np.ndarray, " n"]
+) -> tuple[dict[str, Any], list[list[bool]] | None]:
+    """Returns a method's scores, and which of its images copy a stored one."""
+    codes: list[Int[np.ndarray, "B T"]] = []
+    values = benchmark.score(drawn(pipeline, method, prompts, benchmark.images_per_prompt, chosen, codes.append))
+    if pipeline.store is None:
+        return values, None
+    grids = np.concatenate(codes).reshape(-1, *pipeline.model.grid)
+    return values, are_copies(grids, pipeline.store.codes).reshape(-1, len(chosen)).tolist()
 
 
 def _shown(values: dict[str, Any], copied: Any = None) -> Shown:
     verdicts = values.get("verdicts")
-    return Shown(values, None if verdicts is None else np.asarray(verdicts, np.float64), copied)
+    return Shown(values, *(None if rows is None else np.asarray(rows, np.float64) for rows in (verdicts, copied)))
 
 
 def drawn(

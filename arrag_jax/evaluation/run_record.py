@@ -13,6 +13,7 @@ from arrag_jax.evaluation.pipeline import Pipeline
 from arrag_jax.files import sha256_of, write_json
 from arrag_jax.json_files import read_json
 from arrag_jax.models.checkpoint import files_of
+from arrag_jax.ops.keys import HIDDEN
 from arrag_jax.retrieval.index import RECORD as INDEX_RECORD
 from arrag_jax.retrieval.index import index_directory
 
@@ -36,6 +37,8 @@ def method_facts(pipeline: Pipeline, method: str) -> dict[str, Any]:
         facts["caption"] = {"images": chosen.images(config)}
     if chosen.gate:
         facts["gate"] = dataclasses.asdict(chosen.gate(config))
+    if opened.config.keys == HIDDEN.name:
+        facts["copy_share"] = config.hidden.copy_share
     return facts | {"retrieval": dataclasses.asdict(opened.config), "policy": dataclasses.asdict(policy)}
 
 
