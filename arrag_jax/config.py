@@ -337,7 +337,8 @@ class HiddenConfig(Settings):
     copy_share: float = 1.0  # leave out neighbours whose image has this share of its bits in the picture; 1 = none
     images: int = 64  # stored images with near captions that "hidden+caption", "gated+caption" and "gated+cut" search
     daid: DaidConfig = DaidConfig(0.9, 0.02, "sum")  # of method "hidden"
-    gated: DaidConfig = DaidConfig(0.99, 0.02, "sum")  # of "gated" and "gated+caption"; its gate must have features
+    gated: DaidConfig = DaidConfig(0.99, 0.02, "sum")  # of method "gated"; its gate must have features
+    gated_caption: DaidConfig = DaidConfig(0.98, 0.001, "sum")  # of "gated+caption"; its gate must have features
     cut: DaidConfig = DaidConfig(0.99, 0.02, "sum")  # of "gated+cut"; its gate must have features
     scann: ScannOptions = ScannOptions()
 

@@ -4,7 +4,8 @@ python -m arrag_jax.demo
 python -m arrag_jax.demo --workdir=/tmp/demo
 
 Writes into --workdir: the images and their overview ``grid.png`` in ``pictures``, the datastore in ``store``, and the
-scenes that it is built from in ``data``. The demo needs no files except this package. If you run it again, it continues
+scenes that it is built from in ``data``. Half of these scenes show what training never showed, and the prompts ask for
+it. The demo needs no files except this package. If you run it again, it continues
 where it stopped.
 """
 
@@ -14,28 +15,35 @@ import sys
 from arrag_jax import console, progress, signals
 from arrag_jax.command import Flag, main_with_config
 
+STORE = (
+    "--config=configs/emoji_datastore.py",
+    "--workdir={}/store",
+    "--config.source=emoji_scenes/small",
+    "--config.data_dir={}/data",
+    "--config.keys=codebook,hidden",
+    "--config.indexes=",
+)
 # Module and arguments of each command to run; "{}" stands for --workdir.
 COMMANDS = (
-    (
-        "build_datastore",
-        "--config=configs/emoji_datastore.py",
-        "--workdir={}/store",
-        "--config.source=emoji_scenes/small",
-        "--config.num_images=12000",
-        "--config.data_dir={}/data",
-    ),
+    ("build_datastore", *STORE, "--config.num_images=2000"),
+    ("build_datastore", *STORE, "--append", "--config.split=knowledge", "--config.num_images=2000"),
     (
         "generate",
-        "--config=configs/emoji_daid.py",
+        "--config=configs/emoji_knowledge.py",
         "--workdir={}/pictures",
         "--config.retrieval.store={}/store",
+        "--method=plain,gated+caption",
         "--test_prompts=8",
+        "--test_group=unseen",
     ),
 )
 
 
 def run(workdir: str) -> None:
-    """Builds a datastore of 12,000 scenes in --workdir, and draws 8 prompts with two methods."""
+    """Builds a datastore in --workdir, and draws 8 prompts without and with it.
+
+    Half of the datastore's 4,000 scenes show pairs that training never showed, and so do the prompts.
+    """
     own = ["--noprogress"] * (not progress.wanted()) + ["--verbose"] * (not console.is_quiet())
     for module, *words in COMMANDS:
         _run(module, [*(word.replace("{}", workdir) for word in words), *own])

@@ -4,7 +4,8 @@ python -m arrag_jax.eval --config configs/emoji_daid.py --benchmark emoji_scenes
 
 Prints tables and writes ``results.json`` into --workdir. With --sweep it searches for the best λ, τ and K on the
 validation split instead, and writes heat maps and ``sweep.json``. With --scaling it measures how the gain depends on
-the size of the store instead. With --fit_gate it fits the gate of method "gated" on drawn images (docs/keys.md).
+the size of the store instead. With --fit_gate it fits the gate of method "gated+caption" on drawn images
+(docs/keys.md).
 
 Benchmarks over a prompt set draw it into a folder first, and can be continued at every image (docs/benchmarks.md):
 
@@ -99,7 +100,7 @@ if __name__ == "__main__":
         num_scenes=Flag("held-out images whose likelihood is measured", 1500),
         sweep=Flag("look for λ, τ, K on the validation split", False),
         scaling=Flag("measure how the gain grows with the store, on the validation split", False),
-        fit_gate=Flag("fit the gate of config.hidden.gated on drawn images, at a bound on copying", False),
+        fit_gate=Flag("fit the gate of config.hidden.gated_caption on drawn images, at a bound on copying", False),
         prompts=Flag("prompt set: .jsonl, .json, .csv, .txt, or a folder of .txt files", "", path=True),
         copies=Flag("images per prompt of a prompt set; 0 = the benchmark's own number", 0),
         limit=Flag("use the first N prompts of the set alone; 0 = all", 0),

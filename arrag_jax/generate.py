@@ -3,7 +3,8 @@
 python -m arrag_jax.generate --config configs/emoji_daid.py --prompt "a cat" --prompt "two dogs" --workdir demo
 
 Writes into --workdir: one image per prompt and method, and ``grid.png``, which shows the first 64 prompts with one
-column per method. All methods use the same seeds. Each PNG file also holds the prompt, seed, method, model and store as
+column per method; its last columns show the stored images with the most credit for the last method's image. All
+methods use the same seeds. Each PNG file also holds the prompt, seed, method, model and store as
 text.
 
 Images are written batch by batch, and ``run.json`` records the run. If you run the same command again, it continues
@@ -29,9 +30,10 @@ def run(
     method: str,
     scale: int | str,
     provenance: bool = True,
+    test_group: str = "",
 ) -> None:
     """Draws every prompt with every method, or only with --method, into --workdir; run it again to continue."""
-    generate(config, workdir, prompt, test_prompts, method, scale, provenance)
+    generate(config, workdir, prompt, test_prompts, method, scale, provenance, test_group)
 
 
 if __name__ == "__main__":
@@ -42,7 +44,11 @@ if __name__ == "__main__":
         workdir=Flag("folder for the images; made when absent", "pictures", path=True),
         prompt=Flag("what to draw; give it once or several times", ()),
         test_prompts=Flag("draw the first N test prompts of the config's data set as well", 0),
-        method=Flag(f"one of {', '.join(METHODS)}; default: all that the models can do, side by side", ""),
+        test_group=Flag("of the test prompts only those of this group, such as unseen or tail; default: all", ""),
+        method=Flag(
+            f"one or several, with commas, of {', '.join(METHODS)}; default: all that the models can do, side by side",
+            "",
+        ),
         scale=Flag(f"how many times an image is enlarged; {AUTO}: small ones to about {SIDE} pixels", AUTO),
         provenance=Flag("for methods that retrieve, write where the codes came from and how much is copied", True),
     )

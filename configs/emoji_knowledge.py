@@ -38,12 +38,14 @@ def get_config() -> ConfigDict:
     config.retrieval.store = "runs/knowledge"
     config.untaught_store = "runs/ordinary"
     sharp = {"weight": 0.98, "temperature": 0.001, "reduction": "sum"}
+    excess = {"features": ("prompt_excess",), "slopes": (20.0,), "thresholds": (0.1,)}
     config.hidden = {
         "cut_store": "runs/cut",
         "k": 256,
         "copy_share": 0.001,  # a picture never follows a stored image in place
         "daid": sharp,
-        "gated": {**sharp, "gate": {"features": ("prompt_excess",), "slopes": (20.0,), "thresholds": (0.1,)}},
-        "cut": {**sharp, "gate": {"features": ("caption",), "slopes": (60.0,), "thresholds": (0.8,)}},
+        "gated": {"weight": 0.98, "temperature": 0.03, "reduction": "sum", "gate": excess},
+        "gated_caption": {**sharp, "gate": excess},
+        "cut": {**sharp, "gate": {"features": ("caption",), "slopes": (60.0,), "thresholds": (0.9,)}},
     }
     return config

@@ -79,10 +79,10 @@ METHODS = {
     ),
     "gated+caption": Method(
         Kind.BASE,
-        lambda c: Daid.of(c.hidden.gated),
+        lambda c: Daid.of(c.hidden.gated_caption),
         Search.HIDDEN,
         lambda c: c.hidden.images,
-        lambda c: c.hidden.gated.gate,
+        lambda c: c.hidden.gated_caption.gate,
         by_default=False,
     ),
     "gated+cut": Method(

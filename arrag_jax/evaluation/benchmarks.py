@@ -19,6 +19,8 @@ BENCHMARKS = {
     "distances": "arrag_jax.evaluation.distances.benchmark:Distances",
 }
 
+FIRST = 12  # prompts of a group are looked for among so many times the requested number
+
 
 def open_benchmark(name: str, data: DataSetConfig, split: str = "test") -> Benchmark:
     """Returns a benchmark over a split of its data.
@@ -82,14 +84,28 @@ def benchmark_flags() -> dict[str, Flag]:
     return {name: flag for key in BENCHMARKS for name, flag in getattr(class_of(key), "flags", {}).items()}
 
 
-def prompts_of(data: DataSetConfig, number: int) -> list[str]:
+def prompts_of(data: DataSetConfig, number: int, group: str = "") -> list[str]:
     """Returns the first ``number`` test prompts of the benchmark to which a data set belongs.
 
+    Args:
+      group: only prompts of this group (``Benchmark.groups``); "" = all.
+
     Raises:
-      UserError: if the data set belongs to no benchmark.
+      UserError: if the data set belongs to no benchmark, or none of the first prompts is of the group.
     """
     name = data.name.partition("/")[0]
     if number and (name not in BENCHMARKS or is_folder_benchmark(name)):
         known = ", ".join(key for key in BENCHMARKS if not is_folder_benchmark(key))
         raise UserError(f"config.data.name={data.name!r} has no test prompts; choose a configuration of {known}")
-    return list(open_benchmark(name, data).prompts(number)) if number else []
+    if not number:
+        return []
+    benchmark = open_benchmark(name, data)
+    if not group:
+        return list(benchmark.prompts(number))
+    many = FIRST * number
+    of = list(zip(benchmark.prompts(many), benchmark.groups(many), strict=True))
+    chosen = [prompt for prompt, its in of if its == group][:number]
+    if not chosen:
+        known = sorted({str(its) for _, its in of if its is not None})
+        raise UserError(f"--test_group={group!r} has no prompt; choose one of {', '.join(known)}")
+    return chosen

@@ -1,9 +1,9 @@
 """Fits the numbers of a gate on drawn images; the implementation of ``eval --fit_gate``.
 
 A gate that is fitted to likelihoods is too soft for drawing, and a score alone can be bought by copying. So the gate of
-``config.hidden.gated`` is fitted to the benchmark's score of images, at a bound on the share of copies. One number is
-changed at a time, by ``STEPS``; a change is kept if it is better. Every candidate's figures are kept in ``gate.json``,
-so that an interrupted fit continues.
+``config.hidden.gated_caption`` is fitted to the benchmark's score of images, at a bound on the share of copies. One
+number is changed at a time, by ``STEPS``; a change is kept if it is better. Every candidate's figures are kept in
+``gate.json``, so that an interrupted fit continues.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from arrag_jax.files import require_writable, write_json
 from arrag_jax.interfaces import Benchmark
 from arrag_jax.json_files import read_json
 
-METHOD = "gated"
+METHOD = "gated+caption"
 SPLIT = "tuning"  # the split on whose prompts it is fitted
 NEEDED = (BASELINE, METHOD)  # the methods that a pipeline must have
 STEPS = (0.5, 2.0)  # factors of τ and of each threshold
@@ -35,7 +35,7 @@ RECORD = "gate.json"
 
 
 def fit_gate(config: DrawConfig, workdir: str, benchmark: str, num_prompts: int) -> None:
-    """Fits the gate of ``config.hidden.gated`` on prompts that no other measurement uses, and prints it.
+    """Fits the gate of ``config.hidden.gated_caption`` on prompts that no other measurement uses, and prints it.
 
     Raises:
       UserError: as ``fit``, or if the benchmark has no such prompts.
@@ -55,11 +55,13 @@ def fit(pipeline: Pipeline, benchmark: Benchmark, prompts: Sequence[str], out: P
     Raises:
       UserError: if the benchmark has no scores of single images, or the gate has no features.
     """
-    start = pipeline.config.hidden.gated
+    start = pipeline.config.hidden.gated_caption
     if not any(benchmark.groups(len(prompts))):
         raise UserError("no prompt belongs to a group that eval measures; give more prompts (--num_prompts)")
     if not start.gate.features:
-        raise UserError("config.hidden.gated.gate.features is empty; name the features whose gate is to be fitted")
+        raise UserError(
+            "config.hidden.gated_caption.gate.features is empty; name the features whose gate is to be fitted"
+        )
     known = read_json(out / RECORD)["candidates"] if (out / RECORD).exists() else []
     fitted = _Fit(pipeline, benchmark, prompts, out, known)
     best = start
@@ -110,7 +112,7 @@ class _Fit:
 
     def _with(self, candidate: DaidConfig) -> Any:
         config = self.pipeline.config
-        return dataclasses.replace(config, hidden=dataclasses.replace(config.hidden, gated=candidate))
+        return dataclasses.replace(config, hidden=dataclasses.replace(config.hidden, gated_caption=candidate))
 
     def table(self) -> str:
         """Returns a Markdown table of all candidates."""
@@ -154,5 +156,5 @@ def _worth(figures: Mapping[str, Any], plain: Mapping[str, Any]) -> tuple[float,
 
 
 def _flags(best: DaidConfig) -> str:
-    gate = ",".join(f"{number:g}" for number in best.gate.thresholds)
-    return f"--config.hidden.gated.temperature={best.temperature:g} --config.hidden.gated.gate.thresholds={gate}"
+    thresholds, where = ",".join(f"{number:g}" for number in best.gate.thresholds), "--config.hidden.gated_caption"
+    return f"{where}.temperature={best.temperature:g} {where}.gate.thresholds={thresholds}"

@@ -14,7 +14,7 @@ from arrag_jax.config import DrawConfig
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.benchmarks import prompts_of
 from arrag_jax.evaluation.pipeline import Batch, Pipeline, open_pipeline
-from arrag_jax.evaluation.provenance import page_and_record, summary
+from arrag_jax.evaluation.provenance import page_and_record, stored_columns, summary
 from arrag_jax.evaluation.run_folder import GRID, RunFolder, settings_of
 from arrag_jax.evaluation.run_record import texts_of
 from arrag_jax.figures.canvas import upscale
@@ -22,6 +22,7 @@ from arrag_jax.figures.grids import labelled_grid
 from arrag_jax.files import exclusive_lock
 
 AUTO, SIDE = "auto", 144  # pixels: small images are enlarged to at most this side
+SOURCES = 2  # stored images that grid.png shows per prompt
 GRID_ROWS = 64  # grid.png shows only the first prompts, because it is held in memory and must stay readable
 
 
@@ -33,15 +34,18 @@ def generate(
     method: str,
     scale: int | str,
     provenance: bool = True,
+    test_group: str = "",
 ) -> None:
-    """Generates images from prompts into a folder, with all methods or with ``method`` alone.
+    """Generates images from prompts into a folder, with all methods of the config or with those of ``method``.
 
     All methods use the same seeds. If the folder holds an unfinished run with the same settings, that run is continued.
 
     Args:
       num_test_prompts: how many prompts of the config's data set are added to ``prompt``.
+      method: names, separated by commas; "" = all of the config.
       scale: integer factor by which images are enlarged; ``AUTO``: to about ``SIDE`` pixels.
       provenance: also write a provenance page per image, for methods that retrieve.
+      test_group: the group of those prompts (``prompts_of``).
 
     Raises:
       UserError: if the scale is below 1, if there is no prompt or an invalid one, or as ``open_pipeline`` and
@@ -49,10 +53,10 @@ def generate(
     """
     if scale != AUTO and not (str(scale).isdecimal() and int(scale) >= 1):
         raise UserError(f"--scale={scale} must be at least 1, or {AUTO}")
-    prompt = [*prompt, *prompts_of(config.data, num_test_prompts)]
+    prompt = [*prompt, *prompts_of(config.data, num_test_prompts, test_group)]
     if not prompt:
         raise UserError('nothing to draw; give at least one --prompt "…" or --test_prompts=N')
-    pipeline = open_pipeline(config, [method] if method else [])
+    pipeline = open_pipeline(config, method.split(",") if method else [])
     scale = max(1, SIDE // max(pipeline.model.image_size)) if scale == AUTO else int(scale)
     pipeline.text.length(prompt)  # reports a bad prompt before anything is drawn
     names = [name_of(i, name) for name in pipeline.methods for i in range(len(prompt))]
@@ -126,15 +130,24 @@ def write(
 
 
 def finish(pipeline: Pipeline, prompts: list[str], folder: RunFolder) -> None:
-    """Writes the grid of the first images and all provenance records; prints the mean shares of each method."""
-    rows = [
-        (text, [folder.picture(name_of(i, method)) for method in pipeline.methods])
-        for i, text in enumerate(prompts[:GRID_ROWS])
+    """Writes the grid of the first images and all provenance records; prints the mean shares of each method.
+
+    The last columns of the grid show the stored images with the most credit for the image of the last method.
+    """
+    titles = list(pipeline.methods)
+    columns = [[folder.picture(name_of(i, method)) for i in range(len(prompts[:GRID_ROWS]))] for method in titles]
+    credited = [
+        [source["image"] for source in record["sources"]]
+        for record in itertools.islice((r for r in folder.records() if r["method"] == titles[-1]), GRID_ROWS)
     ]
+    if any(credited):
+        columns += stored_columns(pipeline, titles[-1], credited, SOURCES)
+        titles += ["stored"] * SOURCES
+    rows = list(zip(prompts, map(list, zip(*columns, strict=True)), strict=False))
     shares: dict[str, list[dict[str, float]]] = {}
     for record in folder.records():
         kept = {key: value for key, value in record.items() if key.startswith("share_")}
         shares.setdefault(record["method"], []).append(kept)
-    folder.finish(labelled_grid(rows, pipeline.methods, folder.settings["scale"]))
+    folder.finish(labelled_grid(rows, titles, folder.settings["scale"]))
     for method, records in shares.items():
         print(f"{method}: {summary(records)}")

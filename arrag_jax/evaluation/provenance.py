@@ -215,6 +215,22 @@ def _runs(
     return copied_runs(codes.reshape(height, width), stored[looked_at[:, 0]], looked_at[:, 1:])
 
 
+def stored_columns(
+    pipeline: Pipeline, method: str, credited: Sequence[Sequence[int]], count: int
+) -> list[list[UInt8[np.ndarray, "h w 3"]]]:
+    """Returns ``count`` columns with the first stored images of each row; a row with fewer images ends in white ones.
+
+    Args:
+      credited: numbers of stored images, by row.
+    """
+    white = np.full((*pipeline.model.image_size, 3), 255, np.uint8)
+    rows = []
+    for numbers in credited:
+        images = list(_stored_images(pipeline, method, numbers[:count]).values()) if numbers else []
+        rows.append([*images, *[white] * (count - len(images))])
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
 def _stored_images(pipeline: Pipeline, method: str, images: Sequence[int]) -> dict[int, UInt8[np.ndarray, "h w 3"]]:
     """Returns at most ``THUMBNAILS`` stored images by number.
 
