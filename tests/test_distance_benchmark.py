@@ -159,8 +159,7 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(run, tmp_path, monkeypa
 def test_damaged_features_are_computed_again_and_changed_images_are_seen(run, tmp_path):
     first = run()
     for path in (tmp_path / "features").rglob("*.npz"):
-        if path.stat().st_size < 2000:
-            path.write_bytes(path.read_bytes()[:-40])
+        path.write_bytes(path.read_bytes()[:-40])
     assert run()["figures"] == first["figures"]
     (tmp_path / "out" / "003.png").write_bytes(png(images(0, 20)[5]))
     assert values(run())["FID, clean"] != values(first)["FID, clean"]

@@ -4,6 +4,7 @@ Images are taken ``SHARD`` at a time. The name of a shard's file is a hash of th
 network, so that a file can never belong to other images; nothing else is recorded.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from arrag_jax import progress
+from arrag_jax.errors import UserError
 from arrag_jax.evaluation.distances.image_sets import ImageSet, decoded
 from arrag_jax.evaluation.metrics.features import Extractor, stream
 from arrag_jax.evaluation.metrics.moments import Moments
@@ -49,7 +51,7 @@ class FeatureStore:
         The file has ``mu`` and ``sigma``, which pytorch-fid reads.
         """
         path = self._file(f"{extractor.name} moments of {identity}")
-        if path.exists():
+        with contextlib.suppress(UserError):  # absent, or damaged: they are summed again
             return Moments.load(path)
         moments = Moments.empty(extractor.width)
         moments.add(features)
