@@ -76,7 +76,7 @@ class Snapshot:
 
     Attributes:
       id: the id with this commit as its revision.
-      files: name in the repository → what is known about the file. Without a network, those of the cache.
+      files: name in the repository → what is known about the file.
       root: the folder of the cache where the files are or will be.
     """
 
@@ -182,9 +182,7 @@ def fetch(of: Snapshot, names: Collection[str]) -> None:
     from huggingface_hub import constants
 
     if huggingface_hub.is_offline_mode():
-        raise UserError(
-            f"{of.id}: the cache lacks {absent[0]}, and HF_HUB_OFFLINE is set; run the command once without it"
-        )
+        raise UserError(f"{of.id}: the cache lacks {absent[0]}, and HF_HUB_OFFLINE is set; run once without it")
     with _explained(of.id, f"fetching {absent[0]}{' and more' if absent[1:] else ''}"):
         huggingface_hub.snapshot_download(
             of.id.repo,
@@ -276,10 +274,23 @@ def _note(place: Path, revision: str, commit: str) -> None:
 
 
 def _cached(of: HubId, place: Path, commit: str) -> tuple[str, dict[str, RemoteFile], Path]:
-    """Returns what ``_looked_up`` does, from the cache alone."""
+    """Returns what ``_looked_up`` does, from the cache alone: its list of files is that of the last download."""
     if not commit:
         raise UserError(f"{of} is not in the hub's cache, and HF_HUB_OFFLINE is set; run the command once without it")
+    import huggingface_hub
+    from huggingface_hub import errors
+
     root = place / "snapshots" / commit
+    try:
+        tree = huggingface_hub.get_cached_repo_tree(
+            of.repo, repo_type=of.kind, revision=commit, cache_dir=str(place.parent)
+        )
+        return commit, {file.path: _remote(file) for file in tree}, root
+    except errors.CachedRepoTreeNotFoundError:
+        if of.kind == DATASET:  # some of its files would be taken for all of them
+            raise UserError(
+                f"{of}: the hub's cache does not list its files; run the command once with a network"
+            ) from None
     files = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
     return commit, {name: RemoteFile(path.stat().st_size) for name, path in sorted(files.items())}, root
 
@@ -323,9 +334,7 @@ def _reason(of: HubId, error: Exception, endpoint: str, doing: str) -> str:
         page = f"{endpoint}/{'datasets/' if of.kind == DATASET else ''}{of.repo}"
         return f"it is gated; accept its terms at {page}, and set HF_TOKEN to a token of that account"
     if isinstance(error, errors.RevisionNotFoundError):
-        return (
-            f"it has no revision {of.revision}; give one of its branches, tags or commits, or leave @{of.revision} out"
-        )
+        return f"it has no revision {of.revision}; give one of its branches, tags or commits, or none"
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"{endpoint} has no such {of.kind}; check the id, or set HF_TOKEN if it is private"
     if isinstance(error, errors.HfHubHTTPError):

@@ -78,6 +78,8 @@ def test_one_process_sees_one_commit_and_a_revision_names_another(hub, folder):
 def test_offline_the_cache_is_read_and_no_other(hub, folder, tmp_path, monkeypatch):
     sha = hub.push("owner/name", contents(folder))
     hub.push("owner/other", contents(folder))
+    hub.push("owner/part", contents(folder))
+    config_of("hf:owner/part")
     expected = load_tokenizer("hf:owner/name").fingerprint
     asked = len(hub.asked)
     hub_server.attach(monkeypatch, hub.address, tmp_path / "cache", offline=True)
@@ -85,6 +87,10 @@ def test_offline_the_cache_is_read_and_no_other(hub, folder, tmp_path, monkeypat
     assert huggingface.pinned("hf:owner/name", "model") == f"hf:owner/name@{sha}"
     with pytest.raises(UserError, match=r"owner/other is not in the hub's cache, and HF_HUB_OFFLINE is set; run the"):
         load_tokenizer("hf:owner/other")
+    with pytest.raises(
+        UserError, match=r"owner/part@\w+: the cache lacks model.safetensors, and HF_HUB_OFFLINE is set"
+    ):
+        load_tokenizer("hf:owner/part")
     assert len(hub.asked) == asked
 
 

@@ -103,6 +103,21 @@ def test_a_store_of_the_hub_s_model_and_images_names_both_commits(hub, tmp_path,
     assert store.segments[0].settings.source != store.settings.source
 
 
+def test_offline_a_part_of_a_split_is_not_taken_for_all_of_it(hub, tmp_path, monkeypatch):
+    sha = push_set(hub, tmp_path)
+    assert len(open_source("hf:datasets/owner/set", "", SIZE).images("train")) == 6
+    for again in range(2):
+        hub_server.attach(monkeypatch, hub.address, tmp_path / "cache", offline=True)
+        source = open_source("hf:datasets/owner/set", "", SIZE)
+        with pytest.raises(UserError, match=r"the cache lacks two.parquet, and HF_HUB_OFFLINE is set; run once"):
+            source.images("rest")
+        if not again:
+            assert len(source.images("train")) == 6
+            (tmp_path / "cache" / "datasets--owner--set" / "snapshots" / sha / "one.parquet").unlink()
+    with pytest.raises(UserError, match=r"the cache lacks one\.parquet"):
+        source.images("train")
+
+
 def test_a_build_goes_on_where_the_cache_is_empty(hub, tmp_path, monkeypatch):
     push_set(hub, tmp_path)
     tokenizer = tiny.janus(parts=VISION)
