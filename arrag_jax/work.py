@@ -70,6 +70,7 @@ class Work:
     label: str
     unit: str
     noun: str
+    kept: bool
 
 
 @runtime_checkable
@@ -119,13 +120,14 @@ class Processes:
         done = total - sum(work.sizes[item] for item in left)
         with (
             progress.bar(total=total, initial=done, unit=work.unit, desc=label) as bar,
-            signals.held(work.noun, ITEM_SECONDS) as point,
+            signals.held(work.noun, ITEM_SECONDS) if work.kept else contextlib.nullcontext() as point,
         ):
             worker = work.make_worker() if left else None
             for item in left:
                 assert worker is not None
                 yield item, worker(item, _Console(bar))
-                point.check()
+                if point is not None:
+                    point.check()
         self.meet(f"end of {work.label}")
 
     def alone(self) -> Engine:
@@ -179,12 +181,12 @@ def run_work(
     label: str,
     unit: str = "image",
     noun: str = "shard",
+    kept: bool = True,
     engine: Engine = HERE,
 ) -> Iterator[tuple[Item, Result]]:
     """Yields (item, result) of each item, as it is finished; one progress bar shows them all.
 
-    A signal takes effect between two items. An item must not depend on another one, and working on it twice must write
-    the same bytes.
+    An item must not depend on another one, and working on it twice must write the same bytes.
 
     Args:
       items: the items to work on.
@@ -193,9 +195,10 @@ def run_work(
       label: the text of the progress bar; also the name of this call, which differs from that of other calls.
       unit: what the bar counts.
       noun: what an item is, in messages.
+      kept: what finished items wrote stays if the command is interrupted; so a signal takes effect between two items.
       engine: where the items are worked on. Several processes must all call this; each yields its own items.
 
     Raises:
       UserError: if another process of the run has ended, or as the worker.
     """
-    return engine.run(Work(items, make_worker, sizes, label, unit, noun))
+    return engine.run(Work(items, make_worker, sizes, label, unit, noun, kept))

@@ -59,7 +59,7 @@ def build(
         if not (directory / MANIFEST).is_file():
             raise UserError("missing --config (see --help)")
         if engine.leads:
-            _finish(Datastore.open(directory), None, start)
+            _finish(Datastore.open(directory), None, start, engine.alone())
         return
     asked, config = config, _without_hidden(config)
     tokenizer = load_tokenizer(config.model)
@@ -78,7 +78,7 @@ def build(
     if HIDDEN.name in asked.keys:
         store = _with_hidden(store, asked, engine)
     if engine.leads:
-        _finish(store, asked, start)
+        _finish(store, asked, start, engine.alone())
 
 
 def merge(
@@ -176,11 +176,11 @@ def _new_indexes(config: DatastoreConfig, engine: Engine, store: Datastore) -> I
     store = _with_hidden(store, config, engine) if HIDDEN.name in config.keys else store
     with contextlib.ExitStack() as stack:
         for kind in config.indexes:
-            stack.enter_context(index.new_index(store, kind, config.scann, config.index_shards))
+            stack.enter_context(index.new_index(store, kind, config.scann, config.index_shards, engine))
         yield
 
 
-def _finish(store: Datastore, config: DatastoreConfig | None, start: float) -> None:
+def _finish(store: Datastore, config: DatastoreConfig | None, start: float, engine: Engine = HERE) -> None:
     """Builds the requested indexes that do not exist yet, and prints what the store holds."""
     kinds: Sequence[str]
     if config is None:  # indexes that fit stay, because they may have other options
@@ -188,7 +188,7 @@ def _finish(store: Datastore, config: DatastoreConfig | None, start: float) -> N
     else:
         kinds, options = config.indexes, (config.scann, config.index_shards)
     for kind in kinds:
-        index.refresh_index(store, kind, *options)
+        index.refresh_index(store, kind, *options, engine)
     size = sum(path.stat().st_size for path in store.directory.rglob("*") if path.is_file())
     held = (*store.settings.keys, HIDDEN.name) if store.backbone else store.settings.keys
     there = ", ".join(kind for kind in held if index.fits(store, kind))

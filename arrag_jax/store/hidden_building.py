@@ -185,7 +185,7 @@ def _projection(
         codes, captions = store.codes[images].reshape(len(images), -1), [store.captions[i] for i in images]
         fit = functools.partial(_Fit, codes, captions, numbers, reader)
         label = f"projection of {store.directory}"
-        fitted = [*run_work([0], fit, {0: len(images)}, label, noun="fit", engine=engine)]
+        fitted = [*run_work([0], fit, {0: len(images)}, label, noun="fit", kept=False, engine=engine)]
         table = fitted[0][1] if fitted else None  # the process that leads has it
     for place in places if engine.leads else ():
         place.mkdir(parents=True, exist_ok=True)
