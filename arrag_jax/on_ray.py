@@ -26,6 +26,7 @@ from arrag_jax.errors import UserError, printable
 
 TRIES = 3  # times that an item is worked on before the command gives up
 TICK = 1.0  # seconds between two looks at signals, and at the machines of the cluster
+REMINDER = 30.0  # seconds between two lines that say that there is no machine
 CONNECT = 10.0  # seconds for the cluster's port to answer
 ACCELERATORS = {"GPU": "cuda,cpu", "TPU": "tpu,cpu"}  # Ray's name of a resource → JAX_PLATFORMS of its workers
 # Ray reports its use to its makers and shows addresses of the network, unless these say otherwise.
@@ -111,6 +112,7 @@ class OnRay:
 
     def __init__(self, ray: Any, address: str, cores: int):
         self._ray, self._address, self._cores = ray, address, cores
+        self._spare: list[_Actor] = []  # actors of earlier work
 
     def meet(self, what: str, value: str = "") -> str:
         return value
@@ -125,7 +127,7 @@ class OnRay:
         sent = [self._ray.put(work.make_worker)]  # in a list, because Ray would open it as an argument
         with (
             progress.bar(total=total, initial=total - left, unit=work.unit, desc=work.label) as bar,
-            contextlib.closing(_Pool(self._ray, self._room, sent)) as pool,
+            contextlib.closing(_Pool(self._ray, self._room, sent, self._spare)) as pool,
         ):
             queue, tries = deque(work.items), Counter[Any]()
             while queue or pool.busy:
@@ -149,11 +151,7 @@ class OnRay:
                     yield item, result
 
     def _room(self) -> tuple[int, dict[str, Any]]:
-        """Returns how many workers the machines have room for, and what Ray must give each of them.
-
-        Raises:
-          UserError: if no machine can hold one.
-        """
+        """Returns how many workers the machines have room for, and what Ray must give each of them."""
         machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         for name, platforms in ACCELERATORS.items():
             numbers = [int(machine[name]) for machine in machines if machine.get(name, 0) >= 1]
@@ -163,7 +161,7 @@ class OnRay:
                 return len(numbers), {"resources": {name: min(numbers)}, "num_cpus": 1, "platforms": platforms}
         numbers = [int(machine["CPU"]) for machine in machines if machine.get("CPU", 0) >= 1]
         if not numbers:
-            raise UserError(f"no machine of the cluster --ray={self._address} offers a CPU core; add one: ray start")
+            return 0, {}
         cores = min(self._cores, *numbers)
         return sum(number // cores for number in numbers), {"num_cpus": cores, "platforms": "cpu"}
 
@@ -186,16 +184,19 @@ class _Pool:
     Args:
       room: returns how many actors the cluster has room for, and the options of each.
       sent: a list of one reference, to the function that makes a worker.
+      spare: idle actors, which are taken first; ``close`` puts idle ones back.
     """
 
-    def __init__(self, ray: Any, room: Callable[[], tuple[int, dict[str, Any]]], sent: Sequence[Any]):
-        self._ray, self._room, self._sent = ray, room, sent
+    def __init__(
+        self, ray: Any, room: Callable[[], tuple[int, dict[str, Any]]], sent: Sequence[Any], spare: list[_Actor]
+    ):
+        self._ray, self._room, self._sent, self._spare = ray, room, sent, spare
         self._versions = {"arrag_jax": __version__, "jax": importlib.metadata.version("jax")}
         self._opening: dict[Any, _Actor] = {}  # reference to its answer → actor
         self.busy: dict[Any, tuple[_Actor, Any]] = {}  # reference to its answer → actor, item
         self.idle: list[_Actor] = []
-        self._unfit, self._looked = 0, 0.0  # actors that could not open their worker
-        self._target = 0
+        self._unfit = 0  # actors that could not open their worker
+        self._target, self._looked, self._worked = 0, 0.0, time.monotonic()
 
     @property
     def open(self) -> int:
@@ -203,17 +204,15 @@ class _Pool:
         return len(self.idle) + len(self.busy)
 
     def grow(self, items: int) -> None:
-        """Starts actors while the cluster has room and there are items for them; ends idle ones without an item."""
+        """Starts actors while the cluster has room and there are items for them."""
         if time.monotonic() - self._looked > TICK:
             self._looked = time.monotonic()
             self._target, options = self._room()
-            options = dict(options)
-            platforms = options.pop("platforms")
+            platforms = options.pop("platforms", "")
             for _ in range(min(items, self._target - self._unfit) - self.open - len(self._opening)):
-                actor = _Actor(self._ray.remote(Hand).options(max_restarts=0, max_task_retries=0, **options).remote())
-                self._opening[actor.handle.open.remote(self._versions, platforms, self._sent)] = actor
-        while self.idle and self.open > items:
-            self._ray.kill(self.idle.pop().handle)
+                hand = self._ray.remote(Hand).options(max_restarts=0, max_task_retries=0, **options)
+                actor = self._spare.pop() if self._spare else _Actor(hand.remote())
+                self._opening[actor.handle.open.remote(self._versions, platforms, os.getcwd(), self._sent)] = actor
 
     def give(self, item: Any) -> None:
         """Hands an item to an idle actor."""
@@ -223,7 +222,11 @@ class _Pool:
     def answers(self) -> Iterator[tuple[Any, Any]]:
         """Yields (item, answer) of what ends within ``TICK`` seconds; answers are (result, lines) or a ``_Failure``."""
         waiting = [*self._opening, *self.busy]
-        for reference in self._ray.wait(waiting, num_returns=1, timeout=TICK)[0] if waiting else ():
+        if not waiting:
+            self._wait_for_machines()
+            return
+        self._worked = time.monotonic()
+        for reference in self._ray.wait(waiting, num_returns=1, timeout=TICK)[0]:
             if reference in self._opening:
                 self._welcome(self._opening.pop(reference), reference)
                 continue
@@ -241,16 +244,17 @@ class _Pool:
                 yield item, answer
 
     def close(self) -> None:
-        """Ends all actors; what they are writing stays unfinished."""
-        for actor in [*self._opening.values(), *(actor for actor, _ in self.busy.values()), *self.idle]:
+        """Ends the actors that are at work; what they are writing stays unfinished."""
+        for actor in [*self._opening.values(), *(actor for actor, _ in self.busy.values())]:
             self._ray.kill(actor.handle)
+        self._spare += self.idle
 
     def _welcome(self, actor: _Actor, reference: Any) -> None:
         """Takes the answer of an actor that was asked to open its worker."""
         try:
             actor.host, actor.node, problem = self._ray.get(reference)
         except self._ray.exceptions.RayActorError as error:
-            if self._machine_died(actor, error):
+            if actor.node or self._machine_died(actor, error):  # a spare one may have died meanwhile
                 return
             problem = _reason(error) if error.actor_init_failed else _death(error)
         except self._ray.exceptions.RayError as error:
@@ -264,6 +268,12 @@ class _Pool:
         if not (self.open or self._opening) and self._unfit >= min(self._target, TRIES):
             raise UserError(words)
         progress.tell(words)
+
+    def _wait_for_machines(self) -> None:
+        time.sleep(TICK)
+        if time.monotonic() - self._worked > REMINDER:
+            self._worked = time.monotonic()
+            progress.tell("no machine of the cluster has room for a worker; waiting until one joins")
 
     def _machine_died(self, actor: _Actor, error: Any) -> bool:
         alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
@@ -285,17 +295,24 @@ def _reason(error: Any) -> str:
     cause = getattr(error, "cause", None)
     if isinstance(cause, UserError):
         return str(cause)
-    words = printable(str(cause or error).strip().splitlines()[-1])
+    words = printable((str(cause or error).strip() or "no message").splitlines()[-1])
     if "No module named 'arrag_jax'" in words:
         return "the machine lacks the package arrag_jax; install it there in the same version"
     return f"{type(cause).__name__}: {words}" if cause is not None else words
 
 
 class Hand:
-    """The actor: works on items in a process of a cluster's machine."""
+    """The actor: works on items in a process of a cluster's machine, for one worker after the other."""
 
-    def open(self, versions: Mapping[str, str], platforms: str, sent: Sequence[Any]) -> tuple[str, str, str]:
-        """Opens the worker; returns the machine's name, Ray's id of it, and what is wrong ("" = nothing)."""
+    _worker: Any = None
+
+    def open(
+        self, versions: Mapping[str, str], platforms: str, folder: str, sent: Sequence[Any]
+    ) -> tuple[str, str, str]:
+        """Opens the worker in the driver's folder, because paths may be relative.
+
+        Returns the machine's name, Ray's id of it, and what is wrong ("" = nothing).
+        """
         ray: Any = importlib.import_module("ray")
         os.environ.setdefault("JAX_PLATFORMS", platforms)  # before jax is imported
         host, node = socket.gethostname(), ray.get_runtime_context().get_node_id()
@@ -303,8 +320,13 @@ class Hand:
         other = [f"{name} {here[name]}, not {versions[name]}" for name in versions if here[name] != versions[name]]
         if other:
             return host, node, f"it has {', '.join(other)}; install the same on all machines"
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            return host, node, f"it cannot enter {folder}, where the command runs ({error.strerror}); share that folder"
         files.name_writer(f"{host}-{os.getpid()}")
         importlib.import_module("arrag_jax.command").enable_compilation_cache()
+        self._worker = None  # frees the memory of an earlier one
         try:
             self._worker = ray.get(sent[0])()
         except UserError as error:

@@ -76,6 +76,11 @@ def begun(
         yield build
         if not is_whole:
             build.require_few_bad()
+            if lost := missing_shards(directory, settings):
+                raise UserError(
+                    f"shards of {directory} are not to be seen here, the first is {lost[0]}; --workdir must be on a "
+                    "disk that all machines share"
+                )
             write_manifest(directory, _manifest(kind, directory, settings))
             remove_temporary(directory)
         (directory / BUILDING).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """A Ray cluster of several nodes on loopback, in processes of its own, for tests that kill some of them.
 
-Run as a script, this file holds the cluster: it prints one line for the head and for each node, adds a node for each
+Run as a script, this file holds the cluster: it prints one line for each node, adds a node for each
 line that it reads, and ends everything when its stdin closes.
 """
 
@@ -25,6 +25,8 @@ ENVIRONMENT = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "4",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
 }
 
 
@@ -45,16 +47,15 @@ class Node:
 
 
 class Cluster:
-    """The head, which takes no work, and nodes of one core each."""
+    """Nodes of one core each, the first of which is the head."""
 
     def __init__(self, process: subprocess.Popen):
         self._process = process
-        self.head = Node(self._read())
-        self.nodes: list[Node] = []
+        self.nodes = [Node(self._read())]
 
     @property
     def address(self) -> str:
-        return self.head.address
+        return self.nodes[0].address
 
     def add(self) -> Node:
         """Adds a node."""
@@ -79,7 +80,7 @@ def running(nodes: int) -> Iterator[Cluster]:
         seen: list[psutil.Process] = []
         try:
             cluster = Cluster(process)
-            for _ in range(nodes):
+            for _ in range(nodes - 1):
                 cluster.add()
             seen = [psutil.Process(process.pid)]
             yield cluster
@@ -112,7 +113,7 @@ def main() -> None:
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # Ray prints on stdout, too
     place = {"node_ip_address": "127.0.0.1", "include_dashboard": False}
-    cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 0, **place})
+    cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 1, **place})
 
     def tell(node) -> None:
         (info,) = node.all_processes["raylet"]
