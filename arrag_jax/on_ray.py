@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -56,7 +57,10 @@ def connected(address: str, cores: int) -> Iterator["OnRay"]:
     place = {"_node_ip_address": "127.0.0.1", "include_dashboard": False} if address == "local" else {}
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(None if address == "local" else address, log_to_driver=False, logging_level="ERROR", **place)
+        with warnings.catch_warnings():
+            # JAX warns of forks. No backend has started yet, and Ray's children begin other programs at once.
+            warnings.filterwarnings("ignore", category=RuntimeWarning, message=r"os\.fork\(\)")
+            ray.init(None if address == "local" else address, log_to_driver=False, logging_level="ERROR", **place)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise UserError(_unreachable(address, error)) from error
     finally:
