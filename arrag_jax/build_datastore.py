@@ -17,7 +17,8 @@ unchanged.
 
 If you run it again with the same flags, it continues where it stopped, or says that nothing is left to do. Several
 processes share the work (JAX_COORDINATOR_ADDRESS and so on, see launch/); --workdir must then be on a file system that
-all processes can access.
+all processes can access. With --ray the command is started once, and the images are encoded on a Ray cluster, see
+docs/clusters.md.
 """
 
 from collections.abc import Collection
@@ -26,12 +27,13 @@ from pathlib import Path
 import jax
 
 from arrag_jax import huggingface
-from arrag_jax.command import OPTIONAL_CONFIG, Flag, main_with_config
+from arrag_jax.command import OPTIONAL_CONFIG, RAY, RAY_CORES, Flag, main_with_config
 from arrag_jax.config import DatastoreConfig
 from arrag_jax.errors import UserError
 from arrag_jax.retrieval import build
 from arrag_jax.retrieval.scann_rules import BY_RULE
 from arrag_jax.store.from_images import recorded_config
+from arrag_jax.work import open_engine
 
 ALL = -1e9  # value of --excess_above that every image exceeds, in bits
 
@@ -45,12 +47,16 @@ def run(
     report: bool = False,
     keep_duplicates: bool = False,
     excess_above: float = ALL,
+    ray: str = "",
+    ray_cores: int = RAY_CORES.default,
 ) -> None:
     """Builds the datastore of the config in --workdir, or does what a flag requests; run it again to continue."""
     if jax.process_index() > 0 and (merge or verify or report):
         return  # process 0 alone does these
     if sum(map(bool, (append, merge, verify, report))) > 1:
         raise UserError("--append, --merge, --verify and --report exclude one another; give one of them")
+    if ray and (merge or verify or report):
+        raise UserError("--merge, --verify and --report run in one process; leave --ray out")
     if excess_above != ALL and not merge:
         raise UserError("--excess_above takes images from a finished datastore; name it: --merge=STORE")
     directory = Path(workdir)
@@ -61,7 +67,8 @@ def run(
     elif merge:
         build.merge(merge, directory, keep_duplicates, config, None if excess_above == ALL else excess_above)
     else:
-        build.build(config, directory, append, keep_duplicates)
+        with open_engine(ray, ray_cores) as engine:
+            build.build(config, directory, append, keep_duplicates, engine)
 
 
 if __name__ == "__main__":
@@ -81,5 +88,7 @@ if __name__ == "__main__":
             "keep all files of equal content, and images that --append or --merge finds a second time", False
         ),
         excess_above=Flag("with --merge: take only images with more excess, in bits per image (docs/keys.md)", ALL),
+        ray=RAY,
+        ray_cores=RAY_CORES,
         verify=Flag("read every file in --workdir: exit 0, or the name of the damaged one", False),
     )

@@ -19,6 +19,7 @@ from arrag_jax.failures import code_of, tells_of_a_full_disk, tells_of_memory, u
 # Errors that a file system without locks returns; NFS returns EBADF for a folder that is opened for reading.
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
 GLANCE = 0.3  # seconds to retry, because ``is_held`` in another process takes the lock for a moment
+_writer = ""  # set by ``name_writer``
 _told: set[str] = set()  # folders for which the warning about missing locks was printed
 
 
@@ -46,13 +47,13 @@ def sha256_of(path: Path) -> str:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the folder of ``path``; on exit the file there is synced and renamed to ``path``.
 
-    The temporary name is fixed, so the next run overwrites what a killed run left. If anything fails, the temporary
-    file is removed.
+    The temporary name is fixed, so the next run overwrites what a killed run left; ``name_writer`` changes that. If
+    anything fails, the temporary file is removed.
 
     Raises:
       UserError: if the file cannot be written, for example because the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{_writer}.tmp")
     try:
         with write_errors(path):
             temporary.unlink(missing_ok=True)  # a link would redirect the write to its target
@@ -64,6 +65,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def name_writer(name: str) -> None:
+    """Sets a name that this process adds to its temporary files.
+
+    A file that is given to a second process, because the first one seems dead, can thus be written by both at once.
+    ``remove_temporary`` removes what is left.
+    """
+    global _writer
+    _writer = f".{name}"
+
+
+def remove_temporary(folder: Path) -> None:
+    """Removes all temporary files of ``atomic_write`` in a folder; call it when no process writes there any more."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def folder_in(root: Path, *names: str) -> Path:

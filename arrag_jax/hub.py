@@ -227,14 +227,14 @@ class Hub:
         self._settle()
 
     def _settle(self) -> None:
-        """Releases the processes that are done when no process is working any more."""
+        """Releases the processes that wait for the end of the run when no process is working any more."""
         working = [peer for peer in self.peers if peer.state == "working" and peer.index not in self.failures]
-        if self.listener is None and not working and any(peer.state == "done" for peer in self.peers):
+        waiting = [peer for peer in self.peers if peer.state in ("done", "ended")]
+        if self.listener is None and not working and waiting:
             self.over_since = time.monotonic()
-            clean = len([peer for peer in self.peers if peer.state == "done"]) == self.count
-            for peer in self.peers:
-                if peer.state == "done":
-                    peer.send("over", clean=clean)
+            clean = len([peer for peer in waiting if peer.state == "done"]) == self.count
+            for peer in waiting:
+                peer.send("over", clean=clean)
 
 
 def disagreement(hellos: dict[Any, dict[str, Any]], count: int) -> str:

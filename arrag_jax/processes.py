@@ -21,6 +21,7 @@ from arrag_jax.meeting import Place, described, meet, start_jax
 PATIENCE = 40  # heartbeat timeout in seconds: a process that is silent for longer counts as dead, and all others end
 WAIT = 60.0  # seconds within which all processes must connect
 GRACE = 3.0  # seconds to end with an own error after another process has failed
+STOP_SECONDS = 90.0  # seconds that a stopped process waits for the others to finish what they are at
 LAST_STEPS = 5.0  # seconds for the interpreter to shut down after a complete run
 AGAIN = "start all processes again with the same command to continue"
 
@@ -55,8 +56,8 @@ def start_distributed(
       patience: heartbeat timeout in seconds, after which a silent process counts as dead.
       wait: seconds within which all processes must connect.
       settings: JSON values by name that must be equal in all processes.
-      together: each process needs all others all the time. If False, a process continues when others fail, and checks
-        them with ``require_partner``.
+      together: each process needs all others all the time. If False, a process continues when others fail, until it
+        waits for them in ``require_same`` or ``from_first``.
 
     Raises:
       UserError: if a process is missing, is started twice or has other settings, or the environment is inconsistent.
@@ -95,10 +96,22 @@ def require_same(values: Mapping[str, str], what: str) -> None:
         _run.require_same(dict(values), what)
 
 
-def require_partner(index: int) -> None:
-    """Raises PartnerEnded if process ``index`` of the run ended before its work was done."""
-    if _run is not None and index in _run.failures:
-        raise PartnerEnded(_run.failures[index], _run.place.count)
+def from_first(value: str, what: str) -> str:
+    """Waits until every process of the run has called this, and returns the value that process 0 gave.
+
+    Args:
+      value: the value of this process.
+      what: as in ``require_same``.
+
+    Raises:
+      PartnerEnded: if another process has ended.
+    """
+    return value if _run is None else _run.gather({"value": value}, what)[0]["value"]
+
+
+def place() -> Place | None:
+    """Returns the place of this process in its run; None if it runs alone."""
+    return None if _run is None else _run.place
 
 
 class Run:
@@ -174,11 +187,7 @@ class Run:
 
     def require_same(self, values: dict[str, str], what: str) -> None:
         """See the module's function ``require_same``."""
-        self._send("same", name=what, value=values)
-        self._wait(lambda: what in self._values or bool(self.failures))
-        if what not in self._values:
-            raise PartnerEnded(next(iter(self.failures.values())), self.place.count)
-        first, *others = self._values.pop(what)
+        first, *others = self.gather(values, what)
         for index, other in enumerate(others, 1):
             told = hub.differences(first, other, index)
             if told:
@@ -186,6 +195,14 @@ class Run:
                     f"process {index} of {self.place.count} has another {what} than process 0: {told}; "
                     "give all processes the same files"
                 )
+
+    def gather(self, values: dict[str, str], what: str) -> list[dict[str, str]]:
+        """Returns the values of all processes, by their numbers, once all have called this with the same ``what``."""
+        self._send("same", name=what, value=values)
+        self._wait(lambda: what in self._values or bool(self.failures))
+        if what not in self._values:
+            raise PartnerEnded(next(iter(self.failures.values())), self.place.count)
+        return self._values.pop(what)
 
     def ask_to_stop(self, number: int) -> None:
         """Asks all processes of the run to stop because of this signal; called by the signal handler."""
@@ -259,6 +276,8 @@ class Run:
         with contextlib.suppress(OSError):
             self._send("ended", line=line, code=code, stopped=stopped)
             self._wait(lambda: self._noted, 2)
+            if stopped and not self.together:  # a launcher may kill the others when the first one exits
+                self._wait(lambda: self._over is not None, STOP_SECONDS)
         self._exit(line + native_output.account(), code, keep=True)
 
     def _leave_together(self, line: str, code: int) -> None:

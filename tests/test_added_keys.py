@@ -18,8 +18,7 @@ from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.retrieval import index
 from arrag_jax.store import building, extension, from_images, shards
 from arrag_jax.store.datastore import Datastore
-from arrag_jax.store.workers import workers_in
-from helpers import folders
+from helpers import folders, working
 from helpers.folders import BAD, contents, write_scenes
 
 BOTH = ("codebook", "latent")
@@ -170,14 +169,13 @@ def test_another_tokenizer_or_other_settings_add_nothing(config, store, tmp_path
 
 
 def test_several_processes_share_the_shards(config, store, at_once):
-    """Two members of a team: each writes some, the first the manifests; the same bytes."""
-    tokenizer, errors = load_tokenizer(config.model), []
+    """Each of two writes some, the first one the manifests; the same bytes."""
+    tokenizer, errors, engines = load_tokenizer(config.model), [], working.in_threads(2)
     wanted = dataclasses.replace(config, keys=BOTH, captions=True)
 
     def member(number: int) -> None:
         try:
-            with workers_in(store, number, 2) as workers:
-                from_images.with_what_is_held(wanted, store, tokenizer, workers, append=False)
+            from_images.with_what_is_held(wanted, store, tokenizer, engines[number], append=False)
         except BaseException as error:
             errors.append(error)
 

@@ -271,7 +271,7 @@ def test_other_settings_touch_nothing(store):
 
 
 def test_whole_store_is_not_built_again(store, monkeypatch):
-    monkeypatch.setattr(building, "in_turn", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(building, "run_work", lambda *_, **__: pytest.fail("built again"))
     before = contents(store.directory)
     build(store.directory, command="another command")
     assert contents(store.directory) == before

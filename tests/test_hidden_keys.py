@@ -34,7 +34,7 @@ from arrag_jax.retrieval import build
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.hidden import folder_of
-from arrag_jax.store.hidden_building import Reader, add_hidden
+from arrag_jax.store.hidden_building import Reader, add_hidden, prompts_of
 from helpers.drawings import MODEL
 
 IMAGES, K = 24, 8
@@ -73,7 +73,7 @@ def states_of(model, text, numbers):
     """States of validation scenes, of which the store holds none: [n, D]."""
     examples = [scene("valid", i) for i in numbers]
     codes = model.encode_images(jnp.asarray(np.stack([render(s) for s in examples]) / 127.5 - 1, jnp.float32))[0]
-    known = next(Reader(model, text, [s.caption for s in examples], len(examples)).read(
+    known = next(Reader(model, text, prompts_of(text, [s.caption for s in examples]), len(examples)).read(
         np.asarray(codes), [s.caption for s in examples]
     ))  # fmt: skip
     return known.states.reshape(-1, known.states.shape[2])
@@ -153,7 +153,9 @@ def test_surprises_are_the_likelihood_that_eval_reports(store, model, text):
 def test_codes_that_the_model_drew_itself_have_no_excess(model, text):
     captions = [scene("valid", i).caption for i in range(48)]
     drawn = sample(model, text(captions), cfg_scale=None, seed=np.arange(48))
-    excess = next(Reader(model, text, captions, 48).read(np.asarray(drawn.codes), captions)).excess.mean(1)
+    excess = next(
+        Reader(model, text, prompts_of(text, captions), 48).read(np.asarray(drawn.codes), captions)
+    ).excess.mean(1)
     assert abs(excess.mean()) < 4 * excess.std() / 48**0.5
 
 

@@ -34,7 +34,7 @@ FLOORS = {
     **dict.fromkeys(("command", "mesh", "ops", "hub", "meeting", "native_output", "processes", "checksums"), 0),
     **dict.fromkeys(("fields", "failures", "console", "usage", "huggingface"), 0),
     **dict.fromkeys(("interfaces", "nn", "figures"), 1),
-    **dict.fromkeys(("models", "data"), 2),
+    **dict.fromkeys(("models", "data", "work", "on_ray"), 2),
     **dict.fromkeys(("store",), 3),
     **dict.fromkeys(("retrieval", "decode"), 4),
     **dict.fromkeys(("training",), 5),
@@ -85,9 +85,11 @@ PEERS = {
     ("mesh", "config"),
     ("ops", "errors"),
     ("nn", "interfaces"),
+    ("work", "on_ray"),
 }
 FORBIDDEN_IMPORTS = {"tensorflow", "torch", "pickle", "cloudpickle", "dill", "pillow_heif", "transformers", "ftfy"}
 FORBIDDEN_IMPORTS |= {"onnxruntime"}
+FORBIDDEN_IMPORTS |= {"ray"}  # only ``on_ray`` loads it, by name, because mypy would read all of it
 # PyTorch's own files can be read by PyTorch alone; it is imported where one is met, and its absence is a UserError.
 # HEIC is read by pillow-heif alone; without it such files are passed over, with the reason.
 # A text encoder of other people's runs in their library; captions whose letters are mis-decoded are mended by another.

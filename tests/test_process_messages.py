@@ -19,7 +19,6 @@ from tqdm import tqdm
 from arrag_jax import hub, signals
 from arrag_jax.errors import UserError, run_command
 from arrag_jax.processes import require_same, start_distributed
-from arrag_jax.store.workers import workers_in
 from helpers import children
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,21 +209,6 @@ def test_a_signal_outside_of_steps_stops_all():
         slow = "stopping; once more stops at once"  # said by a process that has not stopped within a second
         assert (end.code, [line for line in end.lines if line != slow]) == (0, [STOPPED])
         assert end.seconds < 20
-
-
-def test_signs_of_killed_processes_go_once_the_work_is_done(tmp_path):
-    for number in range(4):
-        (tmp_path / f".process-{number:05d}").write_text("killed long ago")
-    (tmp_path / ".process-list").write_text("somebody else's")
-    with workers_in(tmp_path, 0, 2):
-        assert len(list(tmp_path.glob(".process-0*"))) == 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".process-00001", ".process-list"]
-    with pytest.raises(UserError), workers_in(tmp_path):
-        raise UserError("the work is not done")
-    assert (tmp_path / ".process-00001").exists()
-    with workers_in(tmp_path):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == [".process-list"]
 
 
 @pytest.mark.slow

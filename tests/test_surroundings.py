@@ -175,4 +175,4 @@ def test_texts_are_read_and_written_as_utf_8_whatever_the_locale():
             )
             if text and "encoding" not in given:
                 wrong.append(f"{path.name}:{node.lineno}")
-    assert [place for place in wrong if not place.startswith("workers.py")] == []  # whose signs of life are ASCII
+    assert not wrong

@@ -104,8 +104,8 @@ def prompts_of(data: DataSetConfig, number: int, group: str = "") -> list[str]:
         return list(benchmark.prompts(number))
     many = FIRST * number
     of = list(zip(benchmark.prompts(many), benchmark.groups(many), strict=True))
-    chosen = [prompt for prompt, its in of if its == group][:number]
+    chosen = [text for text, its in of if its == group][:number]
     if not chosen:
-        known = sorted({str(its) for _, its in of if its is not None})
-        raise UserError(f"--test_group={group!r} has no prompt; choose one of {', '.join(known)}")
+        groups = ", ".join(sorted({str(its) for _, its in of if its is not None}))
+        raise UserError(f"--test_group={group!r} has no prompt; choose one of {groups}")
     return chosen

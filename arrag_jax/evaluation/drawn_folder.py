@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -26,7 +27,7 @@ from arrag_jax.files import atomic_write, exclusive_lock, folder_in
 from arrag_jax.interfaces import FolderBenchmark, ImageFile, Prompt
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.parsing import differences
-from arrag_jax.store.workers import Workers
+from arrag_jax.work import Engine
 
 MADE_BY = "arrag_jax.eval"
 BATCH_SECONDS = 60.0  # time limit to finish the current batch after a signal
@@ -98,7 +99,7 @@ def draw_folder(
     method: str,
     benchmark: FolderBenchmark,
     directory: Path,
-    workers: Workers,
+    engine: Engine,
     known_words: bool = False,
 ) -> None:
     """Draws what is missing of a prompt set into a folder.
@@ -106,6 +107,7 @@ def draw_folder(
     The processes share the batches. The first one waits for the others and completes the folder.
 
     Args:
+      engine: the processes of the run.
       known_words: draw only the words of each prompt that the model's tokenizer knows.
 
     Raises:
@@ -120,10 +122,13 @@ def draw_folder(
         texts = [pipeline.text.known_part(text) for text in texts]
     pipeline.text.length(texts)  # reports a bad prompt before the first image
     work = _Work(pipeline, method, benchmark, directory, texts)
-    if not workers.leads:
-        workers.wait_until(lambda: record.path.exists())
+    begun, drawn, complete = (f"{what} of {directory}" for what in ("record", "images", "end"))
+    if not engine.leads:
+        engine.meet(begun)
         _require_same(record, directory)
-        work.draw(record.settings, workers)
+        work.draw(record.settings)
+        engine.meet(drawn)
+        engine.meet(complete)
         return
     directory.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(directory):
@@ -136,13 +141,14 @@ def draw_folder(
                     folder_in(directory, *Path(name).parent.parts)
                     with atomic_write(path) as temporary:
                         temporary.write_text(content, encoding="utf-8")
-        work.draw(record.settings, workers)
-        left = set(work.missing())
-        workers.wait_until(lambda: not _still_missing(work, left))
+        engine.meet(begun)
+        work.draw(record.settings)
+        engine.meet(drawn)
         for prompt in benchmark.prompts:
             benchmark.layout.finish(directory, prompt, benchmark.copies)
         if (directory / COPIES).is_dir():
             (directory / COPIES).rmdir()
+        engine.meet(complete)
 
 
 def _require_same(record: RunRecord, directory: Path) -> bool:
@@ -152,11 +158,6 @@ def _require_same(record: RunRecord, directory: Path) -> bool:
         other = differences(found["settings"], record.settings)
         raise UserError(f"{directory} holds images of another run: {other}; give its settings, or another --workdir")
     return found is not None
-
-
-def _still_missing(work: "_Work", left: set[int]) -> bool:
-    left -= {item for item in left if work.is_done(item)}
-    return bool(left)
 
 
 class _Work:
@@ -172,10 +173,6 @@ class _Work:
         height, width = pipeline.model.image_size
         self._size = (height, width)
 
-    def missing(self) -> list[int]:
-        """Returns the items that are not done."""
-        return [item for item in range(len(self._items)) if not self.is_done(item)]
-
     def is_done(self, item: int) -> bool:
         """Returns whether an item's image is whole, or the file that was made from it."""
         prompt, copy = self._items[item]
@@ -185,11 +182,10 @@ class _Work:
             return True
         return drawn not in files and all(is_whole(self._directory / file) for file in files)
 
-    def draw(self, settings: dict[str, Any], workers: Workers) -> None:
+    def draw(self, settings: dict[str, Any]) -> None:
         """Draws the missing items of this process's batches."""
         pipeline, count = self._pipeline, len(self._items)
-        batches = pipeline.batches(count)
-        own = [batches[number] for number in workers.share(range(len(batches)))]
+        own = pipeline.batches(count)[jax.process_index() :: jax.process_count()]
         wanted = np.zeros(count, bool)
         for item in (int(item) for batch in own for item in batch):
             wanted[item] = not self.is_done(item)
@@ -205,7 +201,6 @@ class _Work:
                     if wanted[item]:
                         self._write(item, image, int(seeds[item]), settings)
                 point.check()
-                workers.check()
 
     def _write(self, item: int, image: np.ndarray, seed: int, settings: dict[str, Any]) -> None:
         prompt, copy = self._items[item]

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Bool
 
@@ -31,10 +30,16 @@ from arrag_jax.store.hidden import backbones_in, joined
 from arrag_jax.store.hidden_building import add_hidden
 from arrag_jax.store.images import told_of
 from arrag_jax.store.shards import MANIFEST
-from arrag_jax.store.workers import Workers, workers_in
+from arrag_jax.work import HERE, Engine
 
 
-def build(config: DatastoreConfig | None, directory: Path, append: bool = False, keep_duplicates: bool = False) -> None:
+def build(
+    config: DatastoreConfig | None,
+    directory: Path,
+    append: bool = False,
+    keep_duplicates: bool = False,
+    engine: Engine = HERE,
+) -> None:
     """Builds the store of the config's images in ``directory`` and its indexes; resumes an unfinished build.
 
     If the store is complete, this adds the keys, captions and indexes that it lacks. Every process of a run calls this.
@@ -44,6 +49,7 @@ def build(config: DatastoreConfig | None, directory: Path, append: bool = False,
       directory: the store's folder.
       append: add the images that a complete store does not hold yet.
       keep_duplicates: store all images of equal content.
+      engine: where images are encoded.
 
     Raises:
       UserError: if there is neither a config nor a complete store, or as in ``from_images``.
@@ -52,22 +58,27 @@ def build(config: DatastoreConfig | None, directory: Path, append: bool = False,
     if config is None:
         if not (directory / MANIFEST).is_file():
             raise UserError("missing --config (see --help)")
-        _finish(Datastore.open(directory), None, start)
+        if engine.leads:
+            _finish(Datastore.open(directory), None, start, engine.alone())
         return
-    with workers_in(directory, jax.process_index(), jax.process_count()) as workers:
-        asked, config = config, _without_hidden(config)
-        tokenizer = load_tokenizer(config.model)
-        require_same({f"tokenizer of {config.model}": tokenizer.fingerprint}, "model")
-        config = from_images.with_what_is_held(config, directory, tokenizer, workers, append)
-        what = (config, directory, tokenizer, workers, keep_duplicates)
-        store = from_images.add(*what, partial(_new_indexes, asked)) if append else from_images.build(*what)
-        if HIDDEN.name in asked.keys:
-            store = _with_hidden(store or Datastore.open(directory), asked, workers)
-        if workers.leads:
-            assert store is not None  # who leads has images, or has told that there are none
-            _finish(store, asked, start)
-        else:
-            workers.wait_for_leader_to_leave()
+    asked, config = config, _without_hidden(config)
+    tokenizer = load_tokenizer(config.model)
+    require_same({f"tokenizer of {config.model}": tokenizer.fingerprint}, "model")
+    config = from_images.with_what_is_held(config, directory, tokenizer, engine, append)
+    what = (config, directory, tokenizer, engine, keep_duplicates)
+    if append:
+        store = from_images.add(*what, partial(_new_indexes, asked, engine.alone()))
+        if not engine.leads:
+            return
+        engine = engine.alone()  # the other processes do not have the new store
+    else:
+        built = from_images.build(*what)
+        assert built is not None  # a source without images is a UserError
+        store = built
+    if HIDDEN.name in asked.keys:
+        store = _with_hidden(store, asked, engine)
+    if engine.leads:
+        _finish(store, asked, start, engine.alone())
 
 
 def merge(
@@ -150,26 +161,26 @@ def _without_hidden(config: DatastoreConfig) -> DatastoreConfig:
     return dataclasses.replace(config, keys=rest, indexes=indexes, captions=True)
 
 
-def _with_hidden(store: Datastore, config: DatastoreConfig, workers: Workers | None = None) -> Datastore:
+def _with_hidden(store: Datastore, config: DatastoreConfig, engine: Engine = HERE) -> Datastore:
     """Returns the store with the hidden keys of the config's model; builds those that are missing."""
     model: Any = load_model(config.model)
     if not isinstance(model, StatefulBackbone):
         raise UserError(f"{config.model} has no backbone that gives its states; hidden keys need one")
     text, numbers = load_prompts(config.model), config.hidden_numbers
-    return add_hidden(store, model, text, numbers, config.batch_size, config.model, workers)
+    return add_hidden(store, model, text, numbers, config.batch_size, config.model, engine)
 
 
 @contextlib.contextmanager
-def _new_indexes(config: DatastoreConfig, store: Datastore) -> Iterator[None]:
+def _new_indexes(config: DatastoreConfig, engine: Engine, store: Datastore) -> Iterator[None]:
     """Builds the config's hidden keys and its indexes in temporary folders; on exit they replace the old indexes."""
-    store = _with_hidden(store, config) if HIDDEN.name in config.keys else store
+    store = _with_hidden(store, config, engine) if HIDDEN.name in config.keys else store
     with contextlib.ExitStack() as stack:
         for kind in config.indexes:
-            stack.enter_context(index.new_index(store, kind, config.scann, config.index_shards))
+            stack.enter_context(index.new_index(store, kind, config.scann, config.index_shards, engine))
         yield
 
 
-def _finish(store: Datastore, config: DatastoreConfig | None, start: float) -> None:
+def _finish(store: Datastore, config: DatastoreConfig | None, start: float, engine: Engine = HERE) -> None:
     """Builds the requested indexes that do not exist yet, and prints what the store holds."""
     kinds: Sequence[str]
     if config is None:  # indexes that fit stay, because they may have other options
@@ -177,7 +188,7 @@ def _finish(store: Datastore, config: DatastoreConfig | None, start: float) -> N
     else:
         kinds, options = config.indexes, (config.scann, config.index_shards)
     for kind in kinds:
-        index.refresh_index(store, kind, *options)
+        index.refresh_index(store, kind, *options, engine)
     size = sum(path.stat().st_size for path in store.directory.rglob("*") if path.is_file())
     held = (*store.settings.keys, HIDDEN.name) if store.backbone else store.settings.keys
     there = ", ".join(kind for kind in held if index.fits(store, kind))

@@ -13,18 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from arrag_jax import progress
 from arrag_jax.config import ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_folder, clear_leftovers, is_being_written, sha256_of, sync, write_json
 from arrag_jax.json_files import read_object
 from arrag_jax.ops.keys import HIDDEN, KEY_KINDS
 from arrag_jax.parsing import differences, in_range, parse, shown
+from arrag_jax.retrieval.index_shards import write_shards
 from arrag_jax.retrieval.patches import stored_patches
-from arrag_jax.retrieval.scann import HostSearch, ShardSearch, build_searcher, import_scann, shard_bounds
+from arrag_jax.retrieval.scann import HostSearch, ShardSearch, import_scann, shard_bounds
 from arrag_jax.retrieval.scann_rules import bytes_a_number, num_leaves
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.shards import MOST_IMAGES, content_hash
+from arrag_jax.work import HERE, Engine
 
 INDEX_VERSION = 3
 RECORD = "index.json"
@@ -76,7 +77,7 @@ def index_directory(store: Datastore, kind: str) -> Path:
     return store.directory / (f"index-{kind}-{store.backbone}" if kind == HIDDEN.name else f"index-{kind}")
 
 
-def build_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> Path:
+def build_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1, engine: Engine = HERE) -> Path:
     """Builds and saves the index over a store's keys, replaces an old one, and returns its directory.
 
     Args:
@@ -84,24 +85,27 @@ def build_index(store: Datastore, kind: str, options: ScannOptions, shards: int 
       kind: the kind of key, one of ``KEY_KINDS``.
       options: fixed by the build, except ``leaves_to_search``, which can be chosen again at loading.
       shards: number of searchers; a sharded search needs one per device along its mesh axis.
+      engine: where they are built.
 
     Raises:
       UserError: if the store does not hold this kind, ScaNN cannot be imported, or the disk is full.
     """
-    with new_index(store, kind, options, shards):
+    with new_index(store, kind, options, shards, engine):
         pass
     return index_directory(store, kind)
 
 
 @contextlib.contextmanager
-def new_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> Iterator[None]:
+def new_index(
+    store: Datastore, kind: str, options: ScannOptions, shards: int = 1, engine: Engine = HERE
+) -> Iterator[None]:
     """Builds the index in a temporary folder; on exit it replaces the old one. Arguments as in ``build_index``."""
     with atomic_folder(index_directory(store, kind), "an index", replace=True) as temporary:
-        _write_index(temporary, store, kind, options, shards)
+        _write_index(temporary, store, kind, options, shards, engine)
         yield
 
 
-def refresh_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1) -> None:
+def refresh_index(store: Datastore, kind: str, options: ScannOptions, shards: int = 1, engine: Engine = HERE) -> None:
     """Builds the index unless a current one exists; then removes leftovers of a killed build.
 
     Arguments and errors are those of ``build_index``.
@@ -109,19 +113,14 @@ def refresh_index(store: Datastore, kind: str, options: ScannOptions, shards: in
     if is_current(store, kind, options, shards):
         clear_leftovers(index_directory(store, kind))
     else:
-        build_index(store, kind, options, shards)
+        build_index(store, kind, options, shards, engine)
 
 
-def _write_index(directory: Path, store: Datastore, kind: str, options: ScannOptions, shards: int) -> None:
-    bounds, entries = shard_bounds(store.num_rows(kind), shards), []
-    # only one shard's float32 keys are in memory at a time, which bounds the memory of a build
-    for shard, rows in enumerate(progress.bar(bounds, unit="shard", desc=f"indexing {kind} keys")):
-        place, patches = directory / _shard_name(shard), stored_patches(store, kind, rows)
-        place.mkdir(parents=True)
-        # an index with absolute paths does not load after it is moved
-        build_searcher(patches, options).serialize(str(place), relative_path=True)
-        entries.append(len(patches.keys))
-    files = {}
+def _write_index(
+    directory: Path, store: Datastore, kind: str, options: ScannOptions, shards: int, engine: Engine
+) -> None:
+    places = [directory / _shard_name(shard) for shard in range(shards)]
+    entries, files = write_shards(places, store, kind, options, engine), {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         sync(path)
         files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

@@ -1,6 +1,7 @@
 """Builds neighbour sets of the images that a config names, by leave-one-out search of a store."""
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,10 +28,14 @@ from arrag_jax.store.images import LISTING, ImageSource, encoder, names_below, n
 from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings
 from arrag_jax.store.skipped import SkipLimit
 from arrag_jax.store.writer import NO_CAPTION
+from arrag_jax.work import HERE, Engine, Opened
 
 
-def build(config: NeighborsConfig, directory: Path) -> None:
+def build(config: NeighborsConfig, directory: Path, engine: Engine = HERE) -> None:
     """Builds the neighbour sets of two splits in ``directory``/train and /valid; resumes an unfinished build.
+
+    Args:
+      engine: where images are encoded and searched.
 
     Raises:
       UserError: as in ``load_retriever``, ``ImageSource`` and ``writer.build_neighbor_set``.
@@ -57,17 +62,40 @@ def build(config: NeighborsConfig, directory: Path) -> None:
     for folder, (_, settings) in jobs.items():
         require_same_settings(NeighborSet, folder, settings)  # both are checked before the first build starts
     source.keep_listing()
-    encode, name_of = encoder(tokenizer), names_below(config.source)
-    leave_one_out = LeaveOneOut(store, names_in(store), retriever)
+    encode = encoder(tokenizer)
+    search = Opened(functools.partial(_open_search, config), _search(config, store, retriever))
+    for folder, (images, settings) in jobs.items():
+        encoded = Opened(
+            functools.partial(_encoded_again, config, splits[folder], directory / LISTING),
+            EncodedImages(images, images.source_id, encode, config.batch_size),
+        )
+        limit = SkipLimit(config.max_bad_fraction, config.min_bad)
+        _say(writer.build_neighbor_set(folder, encoded, search, settings, limit, engine), start)
+    (directory / LISTING).unlink(missing_ok=True)
+
+
+def _search(config: NeighborsConfig, store: Datastore, retriever: DenseRetriever | ScannRetriever) -> writer.Search:
+    """Returns the leave-one-out search of images of the config's source."""
+    leave_one_out, name_of = LeaveOneOut(store, names_in(store), retriever), names_below(config.source)
 
     def search(codes: np.ndarray, ids: Sequence[str], count: Callable[[int], Any]) -> Neighbors:
         return leave_one_out.search(codes, [name_of(id_) for id_ in ids], count)
 
-    for folder, (images, settings) in jobs.items():
-        encoded = EncodedImages(images, images.source_id, encode, config.batch_size)
-        limit = SkipLimit(config.max_bad_fraction, config.min_bad)
-        _say(writer.build_neighbor_set(folder, encoded, search, settings, limit), start)
-    (directory / LISTING).unlink(missing_ok=True)
+    return search
+
+
+def _open_search(config: NeighborsConfig) -> writer.Search:
+    """Opens the search in a process that did not begin the build."""
+    store, retriever = load_retriever(config.retrieval, load_tokenizer(config.model).fingerprint)
+    assert isinstance(retriever, DenseRetriever | ScannRetriever)
+    return _search(config, store, retriever)
+
+
+def _encoded_again(config: NeighborsConfig, split: str, listing: Path) -> EncodedImages:
+    """Opens the images of a split in a process that did not begin the build."""
+    tokenizer = load_tokenizer(config.model)
+    images = ImageSource(config.source, config.data_dir, True, tokenizer, "begun", listing).images(split)
+    return EncodedImages(images, images.source_id, encoder(tokenizer), config.batch_size)
 
 
 def settings_of(

@@ -1,44 +1,41 @@
 """Builds a folder of shards. A build that is interrupted at any moment and run again writes the same bytes.
 
-``begun`` opens and finishes the build. ``Build.pending`` yields the shards that still have to be written; the loops
-over them are in ``writer``. Each file is written atomically (``files.atomic_write``), and the manifest is written last.
-``building.json`` holds the settings of an unfinished build, so that a build with other settings never mixes with it.
-Several processes can share the shards.
+``begun`` opens and finishes the build, and ``Build.write`` has the missing shards written where an engine of ``work``
+does that; the functions that write one shard are in ``writer``. Each file is written atomically
+(``files.atomic_write``). The process that leads writes the manifest, last. ``building.json`` holds the settings of an
+unfinished build, so that a build with other settings never mixes with it.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from arrag_jax import progress, signals
 from arrag_jax.data.examples import BadImage
 from arrag_jax.errors import UserError, printable
-from arrag_jax.files import atomic_write, exclusive_lock, write_errors, write_json
+from arrag_jax.files import atomic_write, exclusive_lock, remove_temporary, write_errors, write_json
 from arrag_jax.json_files import read_object
 from arrag_jax.parsing import differences, parse
-from arrag_jax.progress import Bar
 from arrag_jax.store.encoding import Batch, EncodedImages
 from arrag_jax.store.shards import MANIFEST, ShardFolder, ShardSettings, facts_of, write_manifest
 from arrag_jax.store.skipped import SkipLimit, is_bad
-from arrag_jax.store.workers import Workers
+from arrag_jax.work import HERE, Engine, Opened, Report, run_work
 
 BUILDING = "building.json"
-SHARD_SECONDS = 60.0  # time limit to finish the current shard after a signal; batch systems wait twice as long
-Item = TypeVar("Item")
 
 
 @contextlib.contextmanager
 def begun(
     kind: type[ShardFolder],
     directory: Path,
-    images: EncodedImages,
+    images: EncodedImages | Opened[EncodedImages],
     settings: ShardSettings,
     limit: SkipLimit,
-    workers: Workers | None = None,
+    engine: Engine = HERE,
 ) -> Iterator["Build"]:
     """Yields the build of a folder in ``directory``; the folder is complete when the context exits.
 
@@ -51,19 +48,20 @@ def begun(
         complete.
       settings: what to build.
       limit: how many images may be bad.
-      workers: the processes that build the folder together, all on the same file system; None = this process alone.
+      engine: where the shards are written; all its machines need access to the directory.
 
     Raises:
       UserError: if there are too few images or too many bad ones, the directory holds another folder or build (which
-        stays untouched), the disk is full, or another one of the processes has ended.
+        stays untouched), the disk is full, or another process of the run has ended.
     """
-    workers = workers or Workers(directory, 0, 1)
+    images = images if isinstance(images, Opened) else Opened(None, images)
     if require_same_settings(kind, directory, settings) != "whole":
-        images.require(settings)
-    if not workers.leads:
-        workers.wait_until(lambda: require_same_settings(kind, directory, settings) != "nothing")
-        yield Build(directory, images, settings, limit, workers, is_whole=(directory / MANIFEST).exists())
-        workers.wait_until((directory / MANIFEST).exists)
+        images().require(settings)
+    if not engine.leads:
+        engine.meet(f"start of {directory}")
+        is_whole = require_same_settings(kind, directory, settings) == "whole"
+        yield Build(directory, images, settings, limit, engine, is_whole)
+        engine.meet(f"manifest of {directory}")
         return
     with write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -73,13 +71,20 @@ def begun(
             settings = read_building(kind, directory)  # keeps the record fields of the run that started it
         elif not is_whole:
             write_json(directory / BUILDING, dataclasses.asdict(settings))
-        build = Build(directory, images, settings, limit, workers, is_whole)
+        build = Build(directory, images, settings, limit, engine, is_whole)
+        engine.meet(f"start of {directory}")
         yield build
         if not is_whole:
-            workers.wait_until(lambda: not missing_shards(directory, settings))
             build.require_few_bad()
+            if lost := missing_shards(directory, settings):
+                raise UserError(
+                    f"shards of {directory} are not to be seen here, the first is {lost[0]}; --workdir must be on a "
+                    "disk that all machines share"
+                )
             write_manifest(directory, _manifest(kind, directory, settings))
+            remove_temporary(directory)
         (directory / BUILDING).unlink(missing_ok=True)
+    engine.meet(f"manifest of {directory}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,29 +92,25 @@ class Build:
     """A build of one folder; see ``begun``."""
 
     directory: Path
-    images: EncodedImages
+    images: Opened[EncodedImages]
     settings: ShardSettings
     limit: SkipLimit
-    workers: Workers
+    engine: Engine
     is_whole: bool
 
     @property
     def leads(self) -> bool:
         """Whether this process must write the files that belong to no shard (the folder is not complete yet)."""
-        return self.workers.leads and not self.is_whole
+        return self.engine.leads and not self.is_whole
 
-    def pending(self) -> Iterator["Shard"]:
-        """Yields each unfinished shard of this process; the caller writes it before it takes the next one."""
+    def write(self, write: Callable[["Shard"], None]) -> None:
+        """Has each missing shard written by ``write``, which must be picklable where the engine sends it."""
         if self.is_whole:
             return
-        own = self.workers.share(range(self.settings.num_shards))
-        missing = sorted(set(own) & set(missing_shards(self.directory, self.settings)))
-        counts = {number: len(self.settings.shard_images(number)) for number in own}
-        for number, bar in in_turn(counts, missing, str(self.directory), self.workers):
-            shard = Shard(self, number, bar)
-            # A killed run may have left this file. An image that was bad then may be readable now.
-            shard.bad_file.unlink(missing_ok=True)
-            yield shard
+        sizes = {number: len(self.settings.shard_images(number)) for number in range(self.settings.num_shards)}
+        missing = missing_shards(self.directory, self.settings)
+        make = functools.partial(_ShardWriter, self.directory, self.settings, self.images, write)
+        for _ in run_work(missing, make, sizes, str(self.directory), engine=self.engine):
             self.require_few_bad()
 
     def require_few_bad(self) -> None:
@@ -117,31 +118,49 @@ class Build:
         self.limit.require_few(self.directory, self.settings.num_images)
 
 
+@dataclasses.dataclass(frozen=True)
+class _ShardWriter:
+    """Writes shards by their numbers; a worker of ``work``."""
+
+    directory: Path
+    settings: ShardSettings
+    images: Opened[EncodedImages]
+    write: Callable[["Shard"], None]
+
+    def __call__(self, number: int, report: Report) -> None:
+        shard = Shard(self.directory, self.settings, self.images(), number, report)
+        # A killed run may have left this file. An image that was bad then may be readable now.
+        shard.bad_file.unlink(missing_ok=True)
+        self.write(shard)
+
+
 class Shard:
     """A shard that is being written.
 
     Attributes:
+      settings: the settings of its folder.
       files: kind of content → path of its file.
       bad_file: path of the file that lists the images left out; it exists only if there are any.
     """
 
-    def __init__(self, build: Build, number: int, bar: Bar):
-        self.build, self.bar, self.numbers = build, bar, build.settings.shard_images(number)
-        self.files = {kind: build.directory / name for kind, name in build.settings.shard_files(number).items()}
-        self.bad_file = build.directory / build.settings.bad_file(number)
+    def __init__(self, directory: Path, settings: ShardSettings, images: EncodedImages, number: int, report: Report):
+        self.settings, self.images, self.report = settings, images, report
+        self.numbers = settings.shard_images(number)
+        self.files = {kind: directory / name for kind, name in settings.shard_files(number).items()}
+        self.bad_file = directory / settings.bad_file(number)
         self._left_out: dict[int, str] = {}  # image number → its line in ``bad_file``
 
     def batches(self) -> Iterator[Batch]:
         """Yields batches of the shard's encoded images; bad images are left out and recorded."""
-        return self.build.images.batches(self.numbers, self.build.settings, self._skip)
+        return self.images.batches(self.numbers, self.settings, self._skip)
 
     def leave_out(self, number: int, reason: str) -> None:
         """Records that an image is left out, and why."""
-        self._left_out[number] = f"{self.build.images.source_id(number)}\t{printable(reason)}"
+        self._left_out[number] = f"{self.images.source_id(number)}\t{printable(reason)}"
 
     def count(self, images: int) -> None:
         """Advances the progress bar by ``images`` images."""
-        self.bar.update(images)
+        self.report.count(images)
 
     def write_left_out(self) -> list[str]:
         """Writes ``bad_file`` if images are left out, and returns the ids of the images that are kept.
@@ -150,36 +169,13 @@ class Shard:
         """
         if self._left_out:
             write_lines(self.bad_file, [self._left_out[number] for number in sorted(self._left_out)])
-        return [self.build.images.source_id(number) for number in self.numbers if number not in self._left_out]
+        return [self.images.source_id(number) for number in self.numbers if number not in self._left_out]
 
     def _skip(self, number: int, reason: BadImage) -> None:
         self.leave_out(number, str(reason))
         if is_bad(str(reason)):
-            progress.tell(f"skipped {printable(self.build.images.source_id(number))}: {printable(reason)}")
+            self.report.tell(f"skipped {printable(self.images.source_id(number))}: {printable(reason)}")
         self.count(1)
-
-
-def in_turn(
-    counts: dict[Item, int], missing: Sequence[Item], label: str, workers: Workers
-) -> Iterator[tuple[Item, Bar]]:
-    """Yields each missing shard with the progress bar of images; a signal stops the process between two shards.
-
-    Args:
-      counts: number of images of each shard of this process, including the finished shards.
-      missing: the shards that have to be written.
-      label: the text of the progress bar.
-      workers: the processes that share the shards.
-    """
-    total, left = sum(counts.values()), sum(counts[shard] for shard in missing)
-    label += f" (process {workers.index} of {workers.count})" if workers.count > 1 else ""
-    with (
-        progress.bar(total=total, initial=total - left, unit="image", desc=label) as bar,
-        signals.held("shard", SHARD_SECONDS) as point,
-    ):
-        for shard in missing:
-            yield shard, bar
-            point.check()
-            workers.check()
 
 
 def require_same_settings(kind: type[ShardFolder], directory: Path, settings: ShardSettings) -> str:

@@ -9,6 +9,7 @@ see the store as it was. Codes, indexes and the store's fingerprint do not chang
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,13 @@ from jaxtyping import UInt16
 
 from arrag_jax.data.examples import BadImage
 from arrag_jax.errors import UserError
-from arrag_jax.files import exclusive_lock
-from arrag_jax.progress import Bar
-from arrag_jax.store.building import in_turn
+from arrag_jax.files import exclusive_lock, remove_temporary
 from arrag_jax.store.datastore import Datastore, StoreSettings
 from arrag_jax.store.encoding import EncodedImages
 from arrag_jax.store.shards import content_of, facts_of, write_manifest
 from arrag_jax.store.skipped import read_lines
-from arrag_jax.store.workers import Workers
 from arrag_jax.store.writer import items_of, write_file
+from arrag_jax.work import HERE, Engine, Opened, Report, run_work
 
 # (settings of a segment, whether captions are needed) → (images of its source, image id → image number)
 Reader = Callable[[StoreSettings, bool], tuple[EncodedImages, Mapping[str, int]]]
@@ -76,7 +75,7 @@ def all_keys(held: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def extend(
-    store: Datastore, keys: tuple[str, ...], captions: bool, read: Reader, workers: Workers | None = None
+    store: Datastore, keys: tuple[str, ...], captions: bool, read: Opened[Reader], engine: Engine = HERE
 ) -> Datastore:
     """Adds the missing keys and captions to a store and its segments, and returns the extended store.
 
@@ -87,30 +86,41 @@ def extend(
       keys, captions: what the store holds afterwards, in addition to what it holds already.
       read: opens the images of a segment's source. The tokenizer that made the store must encode them. With the batch
         size of the build, the bytes equal those of a store that was built with everything at once.
-      workers: the processes that share the work; None = this process alone.
+      engine: where the shards are extended.
 
     Raises:
       UserError: if an image is gone or has other codes now, another process writes to the store, or the disk is full.
     """
-    workers = workers or Workers(store.directory, 0, 1)
-    with exclusive_lock(store.directory) if workers.leads else contextlib.nullcontext():
+    with exclusive_lock(store.directory) if engine.leads else contextlib.nullcontext():
         jobs = _jobs(store, keys, captions)
-        counts = {jobs[place]: len(jobs[place].ids) for place in workers.share(range(len(jobs)))}
-        opened = None  # only one segment's source is open at a time, because the list of a folder may be long
-        for job, bar in in_turn(counts, [job for job in counts if job.absent], f"adding to {store.directory}", workers):
-            if opened is not job.segment:
-                opened, source = job.segment, read(job.segment.settings, "captions" in job.files)
-            _write_shard(job, *source, bar)
-        if workers.leads:
-            workers.wait_until(lambda: not any(job.absent for job in jobs))
+        engine.meet(f"start of adding to {store.directory}")
+        sizes = {number: len(job.ids) for number, job in enumerate(jobs)}
+        left = [number for number, job in enumerate(jobs) if job.absent]
+        make = functools.partial(_ShardExtender, store.directory, keys, captions, read)
+        for _ in run_work(left, make, sizes, f"adding to {store.directory}", engine=engine):
+            pass
+        if engine.leads:
             _write_manifests(store, jobs)
-        else:
-            workers.wait_until(lambda: _holds(Datastore.open(store.directory).settings, keys, captions))
+            for segment in store.wholes:
+                remove_temporary(segment.directory)
+    engine.meet(f"manifests of {store.directory}")
     return Datastore.open(store.directory)
 
 
-def _holds(settings: StoreSettings, keys: tuple[str, ...], captions: bool) -> bool:
-    return set(keys) <= set(settings.keys) and captions <= settings.captions
+class _ShardExtender:
+    """Extends shards by the numbers of their jobs; a worker of ``work``."""
+
+    def __init__(self, directory: Path, keys: tuple[str, ...], captions: bool, read: Opened[Reader]):
+        self._jobs, self._read = _jobs(Datastore.open(directory), keys, captions), read
+        self._opened: Datastore | None = None
+        self._source: tuple[EncodedImages, Mapping[str, int]]
+
+    def __call__(self, number: int, report: Report) -> None:
+        job = self._jobs[number]
+        if self._opened is not job.segment:  # only one source is open at a time: the list of a folder may be long
+            self._source = self._read()(job.segment.settings, "captions" in job.files)
+            self._opened = job.segment
+        _write_shard(job, *self._source, report)
 
 
 def _jobs(store: Datastore, keys: tuple[str, ...], captions: bool) -> list[_Job]:
@@ -123,7 +133,7 @@ def _jobs(store: Datastore, keys: tuple[str, ...], captions: bool) -> list[_Job]
     return jobs
 
 
-def _write_shard(job: _Job, images: EncodedImages, numbers: Mapping[str, int], bar: Bar) -> None:
+def _write_shard(job: _Job, images: EncodedImages, numbers: Mapping[str, int], report: Report) -> None:
     """Writes the new files of one shard after checking that its images still have the stored codes."""
     ids, place = job.ids, f"{job.segment.directory} (source {job.segment.settings.source})"
     gone = [id_ for id_ in ids if id_ not in numbers]
@@ -151,7 +161,7 @@ def _write_shard(job: _Job, images: EncodedImages, numbers: Mapping[str, int], b
         for kind, items in contents.items():
             items += items_of(kind, batch)
         done += len(differ)
-        bar.update(len(differ))
+        report.count(len(differ))
     for kind, items in contents.items():
         write_file(job.segment.directory / job.files[kind], kind, items)
 

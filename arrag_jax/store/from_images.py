@@ -1,6 +1,7 @@
 """Builds and extends stores from the images that a config names."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from arrag_jax.config import DatastoreConfig
-from arrag_jax.data.examples import DUPLICATE, PASSED_OVER
+from arrag_jax.data.examples import DUPLICATE, PASSED_OVER, Images
 from arrag_jax.errors import UserError, printable
 from arrag_jax.interfaces import ImageTokenizer
+from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.store import extension, segments, writer
 from arrag_jax.store.building import require_same_settings, state_of
 from arrag_jax.store.datastore import Datastore, StoreSettings
@@ -30,11 +32,11 @@ from arrag_jax.store.images import (
 )
 from arrag_jax.store.shards import MANIFEST
 from arrag_jax.store.skipped import SkipLimit, SkippedCounts
-from arrag_jax.store.workers import Workers
+from arrag_jax.work import Engine, Opened
 
 
 def with_what_is_held(
-    config: DatastoreConfig, directory: Path, tokenizer: ImageTokenizer, workers: Workers, append: bool
+    config: DatastoreConfig, directory: Path, tokenizer: ImageTokenizer, engine: Engine, append: bool
 ) -> DatastoreConfig:
     """Returns the config with all kinds of key (and the captions) of the complete store in ``directory``.
 
@@ -52,79 +54,112 @@ def with_what_is_held(
         held = {"keys": found.keys, "captions": found.captions, "indexes": ()}
         same = dataclasses.replace(spelt_alike(config, [found]), **held)
         require_same_settings(Datastore, directory, settings_of(same, tokenizer, config.num_images or found.num_images))
-
-        def images(settings: StoreSettings, captions: bool) -> tuple[EncodedImages, dict[str, int]]:
-            source = ImageSource(
-                settings.source, config.data_dir, captions, tokenizer, "nothing", Path(), columns=config.columns
-            )
-            examples = source.images(settings.split)
-            encoded = EncodedImages(examples, examples.source_id, encoder(tokenizer), config.batch_size)
-            return encoded, {examples.source_id(number): number for number in range(len(examples))}
-
-        store = Datastore.open(directory)
-        extension.extend(store, keys, captions, images, workers)
+        read = Opened(functools.partial(_reader, config), _reader(config, tokenizer))
+        extension.extend(Datastore.open(directory), keys, captions, read, engine)
     return dataclasses.replace(config, keys=keys, captions=captions)
+
+
+def _reader(config: DatastoreConfig, tokenizer: ImageTokenizer | None = None) -> extension.Reader:
+    """Returns how ``extension`` reads the images of a segment again; without a tokenizer, that of the config."""
+    encoded_by = tokenizer or load_tokenizer(config.model)
+
+    def read(settings: StoreSettings, captions: bool) -> tuple[EncodedImages, dict[str, int]]:
+        source = ImageSource(
+            settings.source, config.data_dir, captions, encoded_by, "nothing", Path(), columns=config.columns
+        )
+        examples = source.images(settings.split)
+        encoded = EncodedImages(examples, examples.source_id, encoder(encoded_by), config.batch_size)
+        return encoded, {examples.source_id(number): number for number in range(len(examples))}
+
+    return read
 
 
 def build(
     config: DatastoreConfig,
     directory: Path,
     tokenizer: ImageTokenizer,
-    workers: Workers,
+    engine: Engine,
     keep_duplicates: bool = False,
     whole: Datastore | None = None,
 ) -> Datastore | None:
-    """Builds the store of the config's images with all processes; returns None if there are no images to store.
+    """Builds the store of the config's images; returns None if there are no images to store.
 
     Args:
       config: names the images and the settings.
       directory: where the store is built.
       tokenizer: encodes the images.
-      workers: the processes that share the work.
+      engine: where the images are encoded.
       keep_duplicates: store all images of equal content; an unfinished build keeps the value that it started with.
       whole: the store that the new one becomes a segment of; images that it holds or left out are not stored again.
     """
 
-    def state() -> tuple[str, StoreSettings | None]:
-        return state_of(Datastore, directory)
-
-    if not workers.leads:  # the first process prepares the data set, or lists the folder
-        workers.wait_until(lambda: state()[0] != "nothing" or workers.leader_has_left())
-        if state()[0] == "nothing":
-            return None
-    begun, found = state()
+    about, anything = f"images for {directory}", "anything"
+    if not engine.leads and engine.meet(about) != anything:  # the first one prepares the data set, or lists the folder
+        return None
+    begun, found = state_of(Datastore, directory)
     config = spelt_alike(config, [found] if found else [])
     keep = found.keep_duplicates if found else keep_duplicates
-    source = ImageSource(
-        config.source, config.data_dir, config.captions, tokenizer, begun, directory / LISTING, keep, config.columns
-    )
-    images = source.images(split_of(config), *(names_not_to_take(whole, keep) if whole else ()))
-    if begun == "nothing" and len(images) == getattr(images, "num_passed_over", 0):
-        return None
-    source.keep_listing()
+    state = begun if engine.leads or begun == "whole" else "begun"
+    source, images = _images(config, directory, tokenizer, state, keep, whole)
+    if engine.leads:
+        nothing = begun == "nothing" and len(images) == getattr(images, "num_passed_over", 0)
+        if not nothing:
+            source.keep_listing()
+        if engine.meet(about, "nothing" if nothing else anything) != anything:
+            return None
     settings = settings_of(
         config, tokenizer, config.num_images or (found.num_images if found and begun == "whole" else len(images))
     )
     elsewhere = counts_of(whole) if whole else SkippedCounts(0, 0)
+    again = functools.partial(_encoded_again, config, directory, keep, whole.directory if whole else None)
     store = writer.build_datastore(
         directory,
-        EncodedImages(images, images.source_id, encoder(tokenizer), config.batch_size),
+        Opened(again, EncodedImages(images, images.source_id, encoder(tokenizer), config.batch_size)),
         np.asarray(tokenizer.codebook),
         dataclasses.replace(settings, beside=source.beside, keep_duplicates=keep),
         SkipLimit(config.max_bad_fraction, config.min_bad, elsewhere),
-        workers,
+        engine,
         contents_of_files(whole) if whole and not (keep or is_data_set(config.source)) else None,
     )
-    if workers.leads:
+    if engine.leads:
         (directory / LISTING).unlink(missing_ok=True)
     return store
+
+
+def _images(
+    config: DatastoreConfig,
+    directory: Path,
+    tokenizer: ImageTokenizer,
+    state: str,
+    keep_duplicates: bool,
+    whole: Datastore | None,
+) -> tuple[ImageSource, Images]:
+    """Returns the config's source and the images of it that a build takes; arguments as in ``build``."""
+    source = ImageSource(
+        config.source,
+        config.data_dir,
+        config.captions,
+        tokenizer,
+        state,
+        directory / LISTING,
+        keep_duplicates,
+        config.columns,
+    )
+    return source, source.images(split_of(config), *(names_not_to_take(whole, keep_duplicates) if whole else ()))
+
+
+def _encoded_again(config: DatastoreConfig, directory: Path, keep: bool, whole: Path | None) -> EncodedImages:
+    """Returns the images of an unfinished build, opened in a process that did not begin it."""
+    tokenizer = load_tokenizer(config.model)
+    _, images = _images(config, directory, tokenizer, "begun", keep, Datastore.open(whole) if whole else None)
+    return EncodedImages(images, images.source_id, encoder(tokenizer), config.batch_size)
 
 
 def add(
     config: DatastoreConfig,
     directory: Path,
     tokenizer: ImageTokenizer,
-    workers: Workers,
+    engine: Engine,
     keep_duplicates: bool = False,
     prepare: Callable[[Datastore], AbstractContextManager] | None = None,
 ) -> Datastore:
@@ -134,7 +169,7 @@ def add(
       config: names the images and the settings.
       directory: the store's folder.
       tokenizer: encodes the images.
-      workers: the processes that share the work.
+      engine: where the images are encoded.
       keep_duplicates: as in ``build``.
       prepare: as in ``segments.add_segment``.
 
@@ -150,10 +185,10 @@ def add(
     if found and not is_same_source(found, config.source):
         left = f"{segment} is what is left of adding {found.source}"
         raise UserError(f"{left}; run that command again first, or delete it")
-    if build(config, segment, tokenizer, workers, keep_duplicates, store) is None:
+    if build(config, segment, tokenizer, engine, keep_duplicates, store) is None:
         print(f"nothing to add: {directory} holds every image of {printable(config.source)}")
         return store
-    return segments.add_segment(store, segment, prepare) if workers.leads else store
+    return segments.add_segment(store, segment, prepare) if engine.leads else store
 
 
 def names_not_to_take(store: Datastore, keep_duplicates: bool) -> tuple[set[str], set[str]]:

@@ -5,6 +5,7 @@ A killed build continues with the next shard and writes the same bytes. The imag
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,9 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int, Integer
 
 from arrag_jax.errors import UserError
-from arrag_jax.files import atomic_write, exclusive_lock, write_json
+from arrag_jax.files import atomic_write, exclusive_lock, remove_temporary, write_json
 from arrag_jax.interfaces import Condition, PromptEncoder, StatefulBackbone
+from arrag_jax.models.checkpoint import load_model, load_prompts
 from arrag_jax.ops.keys import HIDDEN
 from arrag_jax.ops.keys.hidden import fit_projection
 from arrag_jax.store import building
@@ -27,7 +29,7 @@ from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.hidden import PROJECTION, HiddenFolder, HiddenSettings, digest_of, folder_of
 from arrag_jax.store.record_files import write_array
 from arrag_jax.store.shards import MANIFEST, facts_of, write_manifest
-from arrag_jax.store.workers import Workers
+from arrag_jax.work import HERE, Engine, Opened, Report, run_work
 
 FITTED_IMAGES = 512  # images whose states the projection is fitted on
 FITTED_STATES = 2**16  # of these states, so many are used
@@ -48,24 +50,44 @@ class Known(NamedTuple):
     excess: Float[np.ndarray, "n T"]
 
 
+class Prompts(NamedTuple):
+    """What the prompts of all images that a ``Reader`` reads have in common; see ``prompts_of``."""
+
+    words: str  # stands in for an empty caption, whose row is then read without a condition
+    length: int  # of a prompt, in the units of ``PromptEncoder.length``
+
+
+def prompts_of(text: PromptEncoder, captions: Sequence[str]) -> Prompts:
+    """Returns the common length of the captions' prompts.
+
+    An image whose caption is empty is read without one, as guidance's unconditional rows are.
+
+    Raises:
+      UserError: if the model cannot read a caption, or there is no caption at all.
+    """
+    words = next(filter(None, captions), None)
+    if words is None:
+        raise UserError("hidden keys need captions, and no image of the store has one; use another kind of key")
+    return Prompts(words, text.length([caption or words for caption in captions]))
+
+
+def open_reader(folder: str, prompts: Prompts, batch_size: int) -> "Reader":
+    """Returns a ``Reader`` by the model in a folder."""
+    model: Any = load_model(folder)
+    return Reader(model, load_prompts(folder), prompts, batch_size)
+
+
 class Reader:
     """Runs a backbone over images in batches of one shape; the local devices take turns."""
 
-    def __init__(self, model: StatefulBackbone, text: PromptEncoder, captions: Sequence[str], batch_size: int):
+    def __init__(self, model: StatefulBackbone, text: PromptEncoder, prompts: "Prompts", batch_size: int):
         """
         Args:
-          captions: all captions that will be read; they determine the length of a prompt. An image whose caption is
-            empty is read without one, as guidance's unconditional rows are.
+          prompts: the prompts that will be read.
           batch_size: images per forward pass.
-
-        Raises:
-          UserError: if the model cannot read a caption, or there is no caption at all.
         """
-        words = next(filter(None, captions), None)
-        if words is None:
-            raise UserError("hidden keys need captions, and no image of the store has one; use another kind of key")
-        self._model, self._text, self._words, self._batch = model, text, words, batch_size
-        self._length = text.length([caption or words for caption in captions])
+        self._model, self._text, self._batch = model, text, batch_size
+        self._words, self._length = prompts
         graph, state = nnx.split(model)
         self._graph = graph
         self._turns = itertools.cycle([(device, jax.device_put(state, device)) for device in jax.local_devices()])
@@ -124,7 +146,7 @@ def add_hidden(
     numbers: int,
     batch_size: int,
     folder: str = "",
-    workers: Workers | None = None,
+    engine: Engine = HERE,
 ) -> Datastore:
     """Builds the hidden keys of a backbone for every segment that lacks them, and returns the store with these keys.
 
@@ -132,37 +154,46 @@ def add_hidden(
       store: a complete store with captions.
       numbers: E, the numbers per key; keys that exist already decide for later segments.
       batch_size: images per forward pass.
-      folder: the model's folder, for the record.
-      workers: the processes that share the work; None = this process alone.
+      folder: the model's folder, for the record and for workers elsewhere.
+      engine: where the shards are read and written.
 
     Raises:
       UserError: if the model's tokenizer did not make the store, the store has no captions, the model cannot read one,
         or ``numbers`` does not fit the model.
     """
-    workers = workers or Workers(store.directory, 0, 1)
     backbone = model.backbone_fingerprint
     owners = [(segment, folder_of(segment.directory, backbone)) for segment in store.wholes]
     missing = [(segment, place) for segment, place in owners if not (place / MANIFEST).is_file()]
     if missing:
-        captions = store.captions
-        reader = Reader(model, text, captions, batch_size)
-        if workers.leads:
-            _write_projections(store, [place for _, place in owners], reader, numbers)
-        for segment, place in missing:
-            workers.wait_until((place / PROJECTION).exists)
-            table = _read_projection(place / PROJECTION)
-            _build(segment, place, reader, table, _settings(segment, table, backbone, batch_size, folder), workers)
+        prompts = prompts_of(text, store.captions)
+        again = functools.partial(open_reader, folder, prompts, batch_size)
+        reader = Opened(again, Reader(model, text, prompts, batch_size))
+        table = _projection(store, [place for _, place in owners], reader, numbers, engine)
+        jobs = {place: (segment, _settings(segment, table, backbone, batch_size, folder)) for segment, place in missing}
+        _build(jobs, reader, store.directory, engine)
     return dataclasses.replace(store, backbone=backbone)
 
 
-def _write_projections(store: Datastore, places: list[Path], reader: Reader, numbers: int) -> None:
-    """Writes the projection into each folder that lacks it; fits it to the store's states if no folder has one."""
+def _projection(
+    store: Datastore, places: list[Path], reader: Opened[Reader], numbers: int, engine: Engine
+) -> Float[np.ndarray, "D2 E"]:
+    """Returns the projection after writing it into each folder that lacks it; fits it if no folder has one."""
     found = [place / PROJECTION for place in places if (place / PROJECTION).is_file()]
-    table = _read_projection(found[0]) if found else _fitted(store, reader, numbers)
-    for place in places:
+    table = _read_projection(found[0]) if found else None
+    if engine.meet(f"projection of {store.directory}", "there" if found else "absent") == "absent":
+        images = np.unique(np.linspace(0, store.num_images - 1, FITTED_IMAGES).astype(np.int64))
+        codes, captions = store.codes[images].reshape(len(images), -1), [store.captions[i] for i in images]
+        fit = functools.partial(_Fit, codes, captions, numbers, reader)
+        label = f"projection of {store.directory}"
+        fitted = [*run_work([0], fit, {0: len(images)}, label, noun="fit", kept=False, engine=engine)]
+        table = fitted[0][1] if fitted else None  # the process that leads has it
+    for place in places if engine.leads else ():
         place.mkdir(parents=True, exist_ok=True)
         if not (place / PROJECTION).exists():
+            assert table is not None
             write_array(place / PROJECTION, "projection", table)
+    engine.meet(f"files of the projection of {store.directory}")
+    return _read_projection(places[0] / PROJECTION)
 
 
 def _read_projection(path: Path) -> Float[np.ndarray, "D2 E"]:
@@ -170,21 +201,29 @@ def _read_projection(path: Path) -> Float[np.ndarray, "D2 E"]:
         return file["projection"]
 
 
-def _fitted(store: Datastore, reader: Reader, numbers: int) -> Float[np.ndarray, "D2 E"]:
-    """Returns a projection that is fitted to the states of images spread over the store."""
-    images = np.unique(np.linspace(0, store.num_images - 1, FITTED_IMAGES).astype(np.int64))
-    captions = [store.captions[i] for i in images]
-    cells = int(np.prod(store.settings.grid))
-    kept = max(1, -(-len(images) * cells // FITTED_STATES))  # every ``kept``-th state of the sequence
-    codes, parts, first = store.codes[images].reshape(len(images), -1), [], 0
-    for known in reader.read(codes, captions):
-        flat = known.states.reshape(-1, known.states.shape[2])
-        parts.append(flat[-first % kept :: kept])
-        first += len(flat)
-    states = np.concatenate(parts)
-    if not 1 <= numbers <= min(states.shape):
-        raise UserError(f"hidden_numbers={numbers}: {len(states):,} states of width {states.shape[1]} allow fewer")
-    return fit_projection(states, numbers)
+@dataclasses.dataclass(frozen=True)
+class _Fit:
+    """Returns a projection that is fitted to the states of these images; a worker of ``work`` for a single item."""
+
+    codes: Integer[np.ndarray, "n T"]
+    captions: list[str]
+    numbers: int
+    reader: Opened[Reader]
+
+    def __call__(self, _: int, report: Report) -> Float[np.ndarray, "D2 E"]:
+        kept = max(1, -(-self.codes.size // FITTED_STATES))  # every ``kept``-th state of the sequence
+        parts, first = [], 0
+        for known in self.reader().read(self.codes, self.captions):
+            flat = known.states.reshape(-1, known.states.shape[2])
+            parts.append(flat[-first % kept :: kept])
+            first += len(flat)
+            report.count(len(known.states))
+        states = np.concatenate(parts)
+        if not 1 <= self.numbers <= min(states.shape):
+            raise UserError(
+                f"hidden_numbers={self.numbers}: {len(states):,} states of width {states.shape[1]} allow fewer"
+            )
+        return fit_projection(states, self.numbers)
 
 
 def _settings(
@@ -210,35 +249,57 @@ def _settings(
 
 
 def _build(
-    segment: Datastore,
-    place: Path,
-    reader: Reader,
-    table: Float[np.ndarray, "D2 E"],
-    settings: HiddenSettings,
-    workers: Workers,
+    jobs: dict[Path, tuple[Datastore, HiddenSettings]], reader: Opened[Reader], directory: Path, engine: Engine
 ) -> None:
-    """Builds the folder of one segment; several processes share its shards."""
-    if (place / building.BUILDING).exists():
-        building.require_same_settings(HiddenFolder, place, settings)
-    with exclusive_lock(place) if workers.leads else contextlib.nullcontext():
-        if workers.leads:
+    """Builds the folders of segments: folder → (its segment, its settings). ``directory`` is the store's folder."""
+    for place, (_, settings) in jobs.items():
+        if (place / building.BUILDING).exists():
+            building.require_same_settings(HiddenFolder, place, settings)
+    with contextlib.ExitStack() as locks:
+        for place, (_, settings) in jobs.items() if engine.leads else ():
+            locks.enter_context(exclusive_lock(place))
             write_json(place / building.BUILDING, dataclasses.asdict(settings))
-        own = workers.share(range(settings.num_shards))
-        absent = [shard for shard in building.missing_shards(place, settings) if shard in own]
-        counts = {shard: len(settings.shard_images(shard)) for shard in own}
-        for shard, bar in building.in_turn(counts, absent, f"hidden keys of {segment.directory}", workers):
-            images, records = settings.shard_images(shard), []
-            codes = segment.codes_of(images.start, images.stop).reshape(len(images), -1)
-            for known in reader.read(codes, segment.captions[images.start : images.stop]):
-                records.append(HIDDEN.records(*known, table))
-                bar.update(len(known.states))
-            rows = itertools.chain.from_iterable(records)
-            building.write_records(place / settings.shard_files(shard)[HIDDEN.file], map(bytes, rows), RECORD_OPTIONS)
-        if not workers.leads:
-            workers.wait_until((place / MANIFEST).exists)
-            return
-        workers.wait_until(lambda: not building.missing_shards(place, settings))
-        finish(place, settings)
+        engine.meet(f"start of hidden keys of {directory}")
+        sizes, left = {}, []
+        for place, (segment, settings) in jobs.items():
+            missing = building.missing_shards(place, settings)
+            for shard in range(settings.num_shards):
+                item = str(segment.directory), str(place), shard
+                sizes[item] = len(settings.shard_images(shard))
+                left += [item] if shard in missing else []
+        for _ in run_work(
+            left, functools.partial(_StateWriter, reader), sizes, f"hidden keys of {directory}", engine=engine
+        ):
+            pass
+        for place, (_, settings) in jobs.items() if engine.leads else ():
+            finish(place, settings)
+    engine.meet(f"hidden keys of {directory}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _StateWriter:
+    """Writes shards of hidden keys: (folder of a segment, folder of its keys, shard); a worker of ``work``."""
+
+    reader: Opened[Reader]
+
+    def __call__(self, item: tuple[str, str, int], report: Report) -> None:
+        directory, place, shard = item
+        segment, table = _segment(directory), _read_projection(Path(place) / PROJECTION)
+        settings, records = building.read_building(HiddenFolder, Path(place)), []
+        images = settings.shard_images(shard)
+        codes = segment.codes_of(images.start, images.stop).reshape(len(images), -1)
+        for known in self.reader().read(codes, segment.captions[images.start : images.stop]):
+            records.append(HIDDEN.records(*known, table))
+            report.count(len(known.states))
+        rows = itertools.chain.from_iterable(records)
+        path = Path(place) / settings.shard_files(shard)[HIDDEN.file]
+        building.write_records(path, map(bytes, rows), RECORD_OPTIONS)
+
+
+@functools.lru_cache(1)
+def _segment(directory: str) -> Datastore:
+    """Returns an opened segment, whose captions are read only once."""
+    return Datastore.open(directory).alone
 
 
 def finish(place: Path, settings: HiddenSettings) -> None:
@@ -250,6 +311,7 @@ def finish(place: Path, settings: HiddenSettings) -> None:
     content = {"format_version": HiddenFolder.format_version, "settings": dataclasses.asdict(settings), "files": files}
     write_manifest(place, content)
     (place / building.BUILDING).unlink(missing_ok=True)
+    remove_temporary(place)
 
 
 def copy_hidden(folder: HiddenFolder, images: Int[np.ndarray, " n"], target: Path, datastore: str) -> None:

@@ -1,5 +1,6 @@
 """Builds the two kinds of folder of shards, a datastore and a neighbour set: the loops over shards and batches."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from arrag_jax.store.identity import KnownContents, digests
 from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings, to_record
 from arrag_jax.store.record_files import write_array
 from arrag_jax.store.skipped import NO_BAD, SkipLimit
-from arrag_jax.store.workers import Workers
+from arrag_jax.work import HERE, Engine, Opened
 
 # zstd removes the unused bits of codes (10 to 14 of 16 are in use); without unused bits it adds next to nothing.
 # Records are grouped, because ArrayRecord otherwise adds 9 bytes per record. It always adds 128 KiB per file. A store
@@ -35,17 +36,17 @@ Search = Callable[[np.ndarray, Sequence[str], Callable[[int], Any]], Neighbors]
 
 def build_datastore(
     directory: str | Path,
-    images: EncodedImages,
+    images: EncodedImages | Opened[EncodedImages],
     codebook: Float[np.ndarray, "V C"],
     settings: StoreSettings,
     limit: SkipLimit = NO_BAD,
-    workers: Workers | None = None,
+    engine: Engine = HERE,
     known: KnownContents | None = None,
 ) -> Datastore:
     """Builds the store in ``directory`` and returns it; resumes an unfinished build, and keeps a complete store.
 
     Args:
-      directory, images, settings, limit, workers: as in ``building.begun``.
+      directory, images, settings, limit, engine: as in ``building.begun``.
       codebook: rows of unit norm.
       known: contents that are left out as duplicates; None = every image is stored.
 
@@ -54,28 +55,32 @@ def build_datastore(
     """
     directory = Path(directory)
     _require_codebook(codebook, settings)
-    with building.begun(Datastore, directory, images, settings, limit, workers) as build:
+    with building.begun(Datastore, directory, images, settings, limit, engine) as build:
         if build.leads:
             write_array(directory / CODEBOOK, "codebook", codebook)
-        for shard in build.pending():
-            contents: dict[str, list[Any]] = {kind: [] for kind in shard.files if kind != "sources"}
-            for batch in shard.batches():
-                taken = batch if known is None else _without_known(batch, known, shard)
-                for kind, items in contents.items():
-                    items += items_of(kind, taken)
-                shard.count(len(batch.numbers))
-            for kind, items in contents.items():
-                write_file(shard.files[kind], kind, items)
-            write_file(shard.files["sources"], "sources", shard.write_left_out())
+        build.write(functools.partial(_write_store_shard, known))
     return Datastore.open(directory)
+
+
+def _write_store_shard(known: KnownContents | None, shard: Shard) -> None:
+    contents: dict[str, list[Any]] = {kind: [] for kind in shard.files if kind != "sources"}
+    for batch in shard.batches():
+        taken = batch if known is None else _without_known(batch, known, shard)
+        for kind, items in contents.items():
+            items += items_of(kind, taken)
+        shard.count(len(batch.numbers))
+    for kind, items in contents.items():
+        write_file(shard.files[kind], kind, items)
+    write_file(shard.files["sources"], "sources", shard.write_left_out())
 
 
 def build_neighbor_set(
     directory: str | Path,
-    images: EncodedImages,
-    search: Search,
+    images: EncodedImages | Opened[EncodedImages],
+    search: Search | Opened[Search],
     settings: NeighborSettings,
     limit: SkipLimit = NO_BAD,
+    engine: Engine = HERE,
 ) -> NeighborSet:
     """Builds the set in ``directory`` and returns it; resumes an unfinished build, and keeps a complete set.
 
@@ -84,7 +89,7 @@ def build_neighbor_set(
     a caption is a bad image, because FAiD trains on images and captions.
 
     Args:
-      directory, settings, limit: as in ``building.begun``.
+      directory, settings, limit, engine: as in ``building.begun``.
       images: examples with "image" and "caption".
       search: must search the store and use the options that ``settings`` name.
 
@@ -92,23 +97,27 @@ def build_neighbor_set(
       UserError: if a code lies outside the codebook, or as in ``building.begun``.
     """
     directory = Path(directory)
-    images = EncodedImages(_Captioned(images.examples), images.source_id, images.encode, images.batch_size)
-    with building.begun(NeighborSet, directory, images, settings, limit) as build:
-        for shard in build.pending():
-            codes: list[np.ndarray] = []
-            captions: list[str] = []
-            records: Iterable[bytes] = []
-            for batch in shard.batches():
-                codes.append(batch.codes)
-                captions += batch.captions
-            names = shard.write_left_out()
-            if names:
-                grids = np.concatenate(codes)
-                found = np.asarray(search(grids, names, shard.count).code)
-                neighbors = neighbors_of_positions(found, settings.grid)
-                records = map(to_record, grids.reshape(len(grids), -1), neighbors, map(str.encode, captions))
-            building.write_records(shard.files["neighbors"], records, NEIGHBOR_RECORD_OPTIONS)
+    images = Opened(functools.partial(captioned, images)) if isinstance(images, Opened) else captioned(images)
+    search = search if isinstance(search, Opened) else Opened(None, search)
+    with building.begun(NeighborSet, directory, images, settings, limit, engine) as build:
+        build.write(functools.partial(_write_neighbor_shard, search))
     return NeighborSet.open(directory)
+
+
+def _write_neighbor_shard(search: Opened[Search], shard: Shard) -> None:
+    codes: list[np.ndarray] = []
+    captions: list[str] = []
+    records: Iterable[bytes] = []
+    for batch in shard.batches():
+        codes.append(batch.codes)
+        captions += batch.captions
+    names = shard.write_left_out()
+    if names:
+        grids = np.concatenate(codes)
+        found = np.asarray(search()(grids, names, shard.count).code)
+        neighbors = neighbors_of_positions(found, shard.settings.grid)
+        records = map(to_record, grids.reshape(len(grids), -1), neighbors, map(str.encode, captions))
+    building.write_records(shard.files["neighbors"], records, NEIGHBOR_RECORD_OPTIONS)
 
 
 def items_of(kind: str, batch: Batch) -> list[bytes] | list[str]:
@@ -141,6 +150,12 @@ def _without_known(batch: Batch, known: KnownContents, shard: Shard) -> Batch:
         if name is not None:
             shard.leave_out(number, f"{DUPLICATE}{name}")
     return batch.of(np.array([name is None for name in names], bool))
+
+
+def captioned(images: EncodedImages | Opened[EncodedImages]) -> EncodedImages:
+    """Returns the images with captions as they are stored; those without a caption are bad images."""
+    images = images() if isinstance(images, Opened) else images
+    return EncodedImages(_Captioned(images.examples), images.source_id, images.encode, images.batch_size)
 
 
 class _Captioned:

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 from arrag_jax.config import DatastoreConfig
-from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_tokenizer
-from arrag_jax.store import from_images, workers
+from arrag_jax.store import from_images
 from arrag_jax.store.datastore import Datastore
-from arrag_jax.store.workers import workers_in
-from helpers import children, folders
+from arrag_jax.work import Processes, run_work
+from helpers import children, folders, working
 from helpers.folders import contents, write_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,52 +30,37 @@ def whole(config, tmp_path_factory) -> Datastore:
     return folders.built(config, tmp_path_factory.mktemp("stores") / "whole")
 
 
-def test_a_member_that_falls_silent_ends_the_others(tmp_path, monkeypatch):
-    """One that leaves is told at once, one that was killed after the silence; one that works is waited for."""
-    monkeypatch.setattr(workers, "BEAT", 0.02)
-    monkeypatch.setattr(workers, "SILENCE", 0.4)
-    with workers_in(tmp_path, 0, 2) as first:
-        with workers_in(tmp_path, 1, 2):
-            late = time.monotonic() + 1.0  # longer than the silence
-            first.wait_until(lambda: time.monotonic() > late)
-        with pytest.raises(UserError, match="process 1 of 2 has ended"):
-            first.wait_until(lambda: False)
-    with workers_in(tmp_path, 0, 2) as first:
-        (tmp_path / ".process-00001").write_text("killed long ago")
-        with pytest.raises(UserError, match="process 1 of 2 gave no sign of life"):
-            first.wait_until(lambda: False)
-    assert not (tmp_path / ".process-00000").exists()
-
-
-def test_the_sign_that_a_killed_run_left_is_gone_before_the_first_one(tmp_path, monkeypatch):
-    (tmp_path / ".process-00001").write_text("killed 7 stopping")
-    monkeypatch.setattr(workers.Workers, "_give_signs", lambda *_: None)
-    with workers_in(tmp_path, 1, 2):
-        assert not (tmp_path / ".process-00001").exists()
-
-
 def test_two_builders_at_once_make_the_same_store(whole, config, tmp_path):
-    """In two threads, as members of one team: every shard by one of them, the same bytes as by one alone."""
-    tokenizer = load_tokenizer(config.model)
-    errors: list[BaseException] = []
+    """Every shard is written by one of them; the same bytes as by one process, also where there is nothing to do."""
+    tokenizer, errors, store = load_tokenizer(config.model), [], tmp_path / "store"
 
-    def work(index: int) -> None:
+    def work(engine: Processes) -> None:
         try:
-            with workers_in(tmp_path / "store", index, 2) as members:
-                from_images.build(config, tmp_path / "store", tokenizer, members)
-                if index:
-                    members.wait_for_leader_to_leave()
+            for _ in range(2):
+                from_images.build(config, store, tokenizer, engine)
+            assert from_images.build(config, tmp_path / "none", tokenizer, engine, whole=Datastore.open(store)) is None
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in (1, 0)]
+    threads = [threading.Thread(target=work, args=(engine,)) for engine in reversed(working.in_threads(2))]
     for thread in threads:
         thread.start()
         time.sleep(0.3)  # the leader comes late
     for thread in threads:
         thread.join(60)
     assert not errors
-    assert contents(tmp_path / "store") == contents(whole.directory)
+    assert contents(store) == contents(whole.directory)
+    assert not (tmp_path / "none").exists()
+
+
+def test_each_process_has_a_fixed_share_whatever_is_left():
+    """Also where the processes see different items left, because others have finished some meanwhile."""
+    make, sizes = lambda: lambda item, report: item * item, dict.fromkeys(range(7), 1)
+    shares = [
+        dict(run_work(left, make, sizes, "squares", engine=Processes(index, 2)))
+        for index, left in enumerate((range(7), range(3, 7)))
+    ]
+    assert shares == [{0: 0, 2: 4, 4: 16, 6: 36}, {3: 9, 5: 25}]
 
 
 def processes(config: DatastoreConfig, store: Path, **changes) -> list[subprocess.Popen]:
@@ -103,8 +87,8 @@ def test_two_processes_build_what_one_does(whole, config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_other_within_a_minute(config, tmp_path):
-    source = write_scenes(tmp_path / "photos", range(400))
+def test_a_killed_process_ends_the_other_at_the_end_of_its_share(config, tmp_path):
+    source = write_scenes(tmp_path / "photos", range(60))
     running = processes(config, tmp_path / "store", source=str(source), batch_size=1, shard_size=2)
     deadline = time.monotonic() + 90
     while not list((tmp_path / "store").glob("codes-*")) and time.monotonic() < deadline:
@@ -113,5 +97,7 @@ def test_a_killed_process_ends_the_other_within_a_minute(config, tmp_path):
     killed = time.monotonic()
     error = running[0].communicate(timeout=120)[1]
     assert running[0].returncode == 2, error
-    assert "error: process 1 of 2 gave no sign of life for 30 s; run the same command again" in error
+    assert "because process 1 of 2 died; start all processes again with the same command to continue" in error
     assert time.monotonic() - killed < 60
+    written = {int(path.name[6:11]) for path in (tmp_path / "store").glob("codes-*")}
+    assert set(range(0, 30, 2)) <= written != set(range(30))  # the other one has finished its own share
