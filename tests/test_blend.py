@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from arrag_jax.errors import UserError
 from arrag_jax.models.weights import to_ours
+from arrag_jax.nn.abstract import abstract
 from arrag_jax.nn.faid import Blended, Blender, FaidConfig, FusedBlender, window_positions
 from arrag_jax.ops import blend
 from arrag_jax.ops.grid import has_context
@@ -25,7 +26,7 @@ WIDTH, HEIGHT, ACROSS, BATCH, SLOTS = 8, 4, 5, 2, 3
 
 def blender(hops=(1, 2), width=WIDTH, seed=3) -> Blender:
     """A random blender."""
-    model = nnx.eval_shape(lambda: Blender(FaidConfig(stride=1, hops=hops, neighbors=SLOTS), width, 1e-6, nnx.Rngs(0)))
+    model = abstract(Blender, config=FaidConfig(stride=1, hops=hops, neighbors=SLOTS), width=width, eps=1e-6)
     tiny.fill(model, seed)
     return model
 
@@ -198,7 +199,7 @@ def reference_blender(reference, name: str) -> Blender:
     """A blender of the reference; the official module is given features that are normed already."""
     weights = load_file(reference("blender_alone.safetensors"))
     hops = tuple(int(hop) for hop in name[1:])
-    model = nnx.eval_shape(lambda: Blender(FaidConfig(stride=1, hops=hops), 64, 1e-6, nnx.Rngs(0)))
+    model = abstract(Blender, config=FaidConfig(stride=1, hops=hops), width=64, eps=1e-6)
     official = {"gate.0": "mlp.0", "gate.1": "mlp.2"}
     for path, value in nnx.to_flat_state(nnx.state(model)):
         path = ".".join(map(str, path))
