@@ -40,19 +40,21 @@ def inputs(slots: int = SLOTS):
 
 
 def with_gradients(blend_map, model: Blender, *inputs):
-    """What a form gives, and for a random pull at it gradients of all parameters, hidden states and features.
-
-    Not jitted: the subsets of hops share most operations, but no program.
-    """
+    """What a form gives, and for a random pull at it gradients of all parameters, hidden states and features."""
     graph, state = nnx.split(model)
-    blended, gradients = jax.vjp(lambda state, *inputs: blend_map(nnx.merge(graph, state), *inputs), state, *inputs)
-    rng = np.random.default_rng(2)
-    return blended, gradients(jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), blended))
+
+    @jax.jit
+    def both(state, *inputs):
+        blended, gradients = jax.vjp(lambda state, *inputs: blend_map(nnx.merge(graph, state), *inputs), state, *inputs)
+        rng = np.random.default_rng(2)
+        return blended, gradients(jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), blended))
+
+    return both(state, *inputs)
 
 
 def assert_close(value, expected):
     """1e-5 of the largest number."""
-    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @functools.cache
