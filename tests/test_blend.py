@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from arrag_jax.errors import UserError
 from arrag_jax.models.weights import to_ours
+from arrag_jax.nn.abstract import abstract
 from arrag_jax.nn.faid import Blended, Blender, FaidConfig, FusedBlender, window_positions
 from arrag_jax.ops import blend
 from arrag_jax.ops.grid import has_context
@@ -25,7 +26,7 @@ WIDTH, HEIGHT, ACROSS, BATCH, SLOTS = 8, 4, 5, 2, 3
 
 def blender(hops=(1, 2), width=WIDTH, seed=3) -> Blender:
     """A random blender."""
-    model = nnx.eval_shape(lambda: Blender(FaidConfig(stride=1, hops=hops, neighbors=SLOTS), width, 1e-6, nnx.Rngs(0)))
+    model = abstract(Blender, config=FaidConfig(stride=1, hops=hops, neighbors=SLOTS), width=width, eps=1e-6)
     tiny.fill(model, seed)
     return model
 
@@ -39,19 +40,21 @@ def inputs(slots: int = SLOTS):
 
 
 def with_gradients(blend_map, model: Blender, *inputs):
-    """What a form gives, and for a random pull at it gradients of all parameters, hidden states and features.
-
-    Not jitted: the subsets of hops share most operations, but no program.
-    """
+    """What a form gives, and for a random pull at it gradients of all parameters, hidden states and features."""
     graph, state = nnx.split(model)
-    blended, gradients = jax.vjp(lambda state, *inputs: blend_map(nnx.merge(graph, state), *inputs), state, *inputs)
-    rng = np.random.default_rng(2)
-    return blended, gradients(jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), blended))
+
+    @jax.jit
+    def both(state, *inputs):
+        blended, gradients = jax.vjp(lambda state, *inputs: blend_map(nnx.merge(graph, state), *inputs), state, *inputs)
+        rng = np.random.default_rng(2)
+        return blended, gradients(jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), blended))
+
+    return both(state, *inputs)
 
 
 def assert_close(value, expected):
     """1e-5 of the largest number."""
-    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @functools.cache
@@ -198,7 +201,7 @@ def reference_blender(reference, name: str) -> Blender:
     """A blender of the reference; the official module is given features that are normed already."""
     weights = load_file(reference("blender_alone.safetensors"))
     hops = tuple(int(hop) for hop in name[1:])
-    model = nnx.eval_shape(lambda: Blender(FaidConfig(stride=1, hops=hops), 64, 1e-6, nnx.Rngs(0)))
+    model = abstract(Blender, config=FaidConfig(stride=1, hops=hops), width=64, eps=1e-6)
     official = {"gate.0": "mlp.0", "gate.1": "mlp.2"}
     for path, value in nnx.to_flat_state(nnx.state(model)):
         path = ".".join(map(str, path))

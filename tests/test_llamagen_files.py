@@ -14,7 +14,11 @@ from arrag_jax.models.llamagen_config import PRESETS, config_to_json, read_confi
 from arrag_jax.models.weights import parameters
 from helpers import llamagens, running
 
-torch = pytest.importorskip("torch")
+
+@pytest.fixture
+def torch():
+    """Imported here, so that no other test waits for it."""
+    return pytest.importorskip("torch")
 
 
 def equal(one, other):
@@ -49,7 +53,7 @@ def test_saved_and_loaded_is_the_same_to_the_bit(tmp_path, family):
     ("name", "weights", "tokenizer"),
     [("c2i_a", "c2i_a.pt", "vq16.pt"), ("c2i_b", "c2i_b_fsdp.pt", ""), ("t2i_120", "t2i_120_training.pt", "vq16.pt")],
 )
-def test_there_and_back_every_tensor_is_byte_equal(tmp_path, name, weights, tokenizer):
+def test_there_and_back_every_tensor_is_byte_equal(torch, tmp_path, name, weights, tokenizer):
     """Of a published .pt with its tokenizer's, whose names all stay."""
     source = llamagens.folder(tmp_path / "source", name, weights, tokenizer)
     convert(source, tmp_path / "ours", "ours")
@@ -74,7 +78,7 @@ def test_what_serving_code_left_in_the_weights_is_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["model", "module", "state_dict", ""])
-def test_every_wrapper_of_weights_is_read(tmp_path, key):
+def test_every_wrapper_of_weights_is_read(torch, tmp_path, key):
     source = llamagens.folder(tmp_path, "c2i_b", "c2i_b.safetensors")
     whole = load_model(source)
     state = {name: torch.tensor(value) for name, value in load_file(source / "model.safetensors").items()}
@@ -83,7 +87,7 @@ def test_every_wrapper_of_weights_is_read(tmp_path, key):
     equal(load_model(source), whole)
 
 
-def spoil(folder, how: str) -> None:
+def spoil(torch, folder, how: str) -> None:
     config, weights = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
     held = load_file(weights)
     if how.startswith("{"):
@@ -132,9 +136,9 @@ def spoil(folder, how: str) -> None:
         ("none", ["model.safetensors", ".pt"]),
     ],
 )
-def test_a_bad_folder_is_named(tmp_path, how, words):
+def test_a_bad_folder_is_named(torch, tmp_path, how, words):
     folder = llamagens.folder(tmp_path / "bad", "c2i_a", "c2i_a.safetensors")
-    spoil(folder, how)
+    spoil(torch, folder, how)
     with pytest.raises(UserError) as error:
         load_model(folder)
     assert all(word in str(error.value) for word in (*words, "bad")), error.value

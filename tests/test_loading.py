@@ -20,6 +20,7 @@ from arrag_jax.models.layouts import PUBLISHED, to_published
 from arrag_jax.models.presets import PRESETS, JanusConfig
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.models.weights import parameters
+from arrag_jax.nn.abstract import abstract
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.transformer import LlamaConfig
@@ -253,7 +254,7 @@ def save_blank(folder: Path, config: JanusConfig) -> None:
     """A checkpoint of zeros in bfloat16."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_to_json(config)))
-    model = nnx.eval_shape(lambda: Janus(config, nnx.Rngs(0)))
+    model = abstract(Janus, config=config)
     shapes = {path: value.shape for path, value in parameters(model).items()}
     zeros = {PUBLISHED.key(path): to_published(np.zeros(shape, jnp.bfloat16), path) for path, shape in shapes.items()}
     save_file(zeros, folder / "model.safetensors")

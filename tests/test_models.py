@@ -20,7 +20,9 @@ from arrag_jax.models.janus import PARTS, VISION
 from arrag_jax.models.presets import PRESETS
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.models.weights import parameters
+from arrag_jax.nn.abstract import abstract
 from arrag_jax.nn.faid import FaidConfig
+from arrag_jax.nn.variables import freeze
 from arrag_jax.nn.vq import ResBlock, VQConfig, to_uint8
 from helpers import tiny
 from helpers.jaxprs import equations
@@ -59,9 +61,19 @@ def test_tokenizer_latents_codes_and_pixels(golden_model, reference, shape):
     np.testing.assert_allclose(golden_model.codebook, golden["codebook_normalised"], atol=1e-6)
 
 
+def test_an_abstract_model_is_that_of_eval_shape(monkeypatch):
+    """Same graph and shapes, traced once; what one caller does to its model the next one's does not show."""
+    expected = nnx.split(nnx.eval_shape(lambda: tiny.Janus(tiny.CONFIG, nnx.Rngs(0))))
+    first = abstract(tiny.Janus, config=tiny.CONFIG)
+    monkeypatch.setattr(nnx, "eval_shape", None)
+    tiny.fill(first, 0)
+    freeze(first)
+    assert nnx.split(abstract(tiny.Janus, config=tiny.CONFIG)) == expected
+
+
 def test_norms_do_not_cancel():
     """A GroupNorm takes no notice of what its input stands on: here 1000, whose float32 are 6e-5 apart."""
-    block = nnx.eval_shape(lambda: ResBlock(32, 32, VQConfig(), nnx.Rngs(0)))
+    block = abstract(ResBlock, inputs=32, outputs=32, config=VQConfig())
     tiny.fill(block, 0)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 4, 32)), jnp.float32)
     np.testing.assert_allclose(block.norm1(x + 1000), block.norm1(x), atol=1e-3)

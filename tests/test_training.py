@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from arrag_jax.config import MeshConfig, OptimizerConfig
 from arrag_jax.data.loader import make_loader
@@ -23,6 +22,7 @@ from arrag_jax.mesh import make_mesh, put_batch
 from arrag_jax.training.loop import init_state, make_evaluation, make_train_step, train
 from arrag_jax.training.metrics import MetricWriter
 from arrag_jax.training.optimizer import make_optimizer
+from arrag_jax.training.tensorboard import Event, SessionLog
 from helpers import children
 from helpers.toy import (
     ONE_DEVICE,
@@ -236,6 +236,13 @@ def test_metrics_after_the_restored_step_are_dropped(tmp_path):
     writer.scalars(4, {"loss": 9.0})
     writer.close()
     assert losses(tmp_path) == {1: 1.0, 2: 0.5, 3: 1 / 3, 4: 9.0}
+
+
+def test_tensorboard_files_are_written_without_torch():
+    """It is installed here, and tensorboardX imports it where it can."""
+    program = "import sys; from arrag_jax.training import tensorboard; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], env=children.alone(), capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 def test_tensorboard_gets_the_same_figures_and_a_full_disk_is_told(tmp_path, monkeypatch):

@@ -30,6 +30,8 @@ from arrag_jax.models.presets import PRESETS, JanusConfig
 from arrag_jax.models.tensor_files import Stored, has_checksums, stored_tensors
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.models.vq_images import VQImages
+from arrag_jax.nn.abstract import abstract
+from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.variables import freeze
 
 
@@ -68,14 +70,15 @@ def abstract_model(
     aligner = shape.aligner_depth if "gen_aligner" in parts else 0
     require_room(shape, stored, parts, directory / "config.json", aligner)
 
-    def build() -> Janus:
-        model = Janus(shape, nnx.Rngs(0), parts)
-        if lora and model.language_model:
-            for layer in model.language_model.layers:
-                layer.attention.add_lora(lora, nnx.Rngs(0))
-        return model
+    return abstract(_build, shape=shape, parts=parts, lora=lora), layout_of(config), stored
 
-    return nnx.eval_shape(build), layout_of(config), stored
+
+def _build(shape: JanusConfig, parts: tuple[str, ...], lora: LoraConfig | None, rngs: nnx.Rngs) -> Janus:
+    model = Janus(shape, rngs, parts)
+    if lora and model.language_model:
+        for layer in model.language_model.layers:
+            layer.attention.add_lora(lora, rngs)
+    return model
 
 
 def _save(model: Janus, directory: Path, dtype: str) -> None:

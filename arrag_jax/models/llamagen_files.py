@@ -8,8 +8,6 @@ their own, ``vq*.safetensors`` or ``vq*.pt``.
 import re
 from pathlib import Path
 
-from flax import nnx
-
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import ArrayLike, PromptEncoder
 from arrag_jax.models.family import Family
@@ -19,6 +17,7 @@ from arrag_jax.models.llamagen import PARTS, VISION, LlamaGen
 from arrag_jax.models.llamagen_config import MODEL_TYPE, PRESETS, config_to_json, read_config
 from arrag_jax.models.llamagen_prompts import CaptionEncoder, ClassNumbers
 from arrag_jax.models.tensor_files import Stored, stored_tensors
+from arrag_jax.nn.abstract import abstract
 
 TOKENIZER = ("vq*.safetensors", "vq*.pt")
 TOKENIZER_KEY = re.compile(r"(encoder|decoder|quantize|quant_conv|post_quant_conv)\..*")
@@ -84,7 +83,7 @@ def _open(
             f"{path} gives a tokenizer of {shape.vision.codebook_size} codes, but the model draws "
             f"{shape.decoder.vocab_size}; put the tokenizer there that the model was trained with"
         )
-    return nnx.eval_shape(lambda: LlamaGen(shape, nnx.Rngs(0), parts)), LAYOUT, stored
+    return abstract(LlamaGen, config=shape, parts=parts), LAYOUT, stored
 
 
 def _load(directory: Path, dtype: str, grid: ArrayLike, parts: tuple[str, ...] | None = None) -> LlamaGen:

@@ -57,7 +57,7 @@ def read_weights(model: nnx.Module, matched: dict[str, Stored], dtype: str, exac
     """Fills a model, tensor by tensor; only the model and one tensor are in memory at a time.
 
     Args:
-      model: an abstract model (``nnx.eval_shape``), whose parameters are set in ``dtype``.
+      model: an abstract model (``nn.abstract``), whose parameters are set in ``dtype``.
       matched: the result of ``match``.
       exact: parts that are read in float32 (``Layout.exact``).
 

@@ -13,15 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Int
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from arrag_jax import progress
 from arrag_jax.config import TrainConfig
 from arrag_jax.errors import UserError
 from arrag_jax.figures.grids import save
 from arrag_jax.files import atomic_write, folder_in
+from arrag_jax.training.tensorboard import TensorBoardFile, summary
 
 SHOWN_EXAMPLES = 8  # number of examples named in a message about a loss that is not finite
 WATCHED = {"loss": "the loss", "grad_norm": "the gradient's norm"}  # a run ends if one of them is not finite
@@ -150,23 +148,6 @@ class MetricWriter:
     def close(self) -> None:
         self._lines.close()
         self._tensorboard.close()
-
-
-class TensorBoardFile(EventsWriter):
-    """Writes TensorBoard events in the calling thread.
-
-    tensorboardX's ``SummaryWriter`` writes in a thread of its own. A full disk ends that thread, and the run then waits
-    for ever.
-    """
-
-    def __init__(self, folder: Path, step: int):
-        """Creates a new file in ``folder``; TensorBoard then ignores events after ``step`` in older files."""
-        super().__init__(str(folder / "events"))
-        self.add(step + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def add(self, step: int, **content: Any) -> None:
-        """Writes one event: ``summary=…`` or ``session_log=…``."""
-        self.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 def peak_memory_gib() -> float:

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from arrag_jax.models.llamagen import PARTS, LlamaGen
 from arrag_jax.models.llamagen_config import LlamaGenConfig
+from arrag_jax.nn.abstract import abstract
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.transformer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
@@ -62,7 +62,7 @@ def folder(target: Path, name: str, weights: str, tokenizer: str = "") -> Path:
 def random(family: str, seed: int = 0) -> LlamaGen:
     """A random model with blenders, whose logits differ enough between codes for draws to mean something."""
     config = dataclasses.replace(CONFIG, family=family, caption_tokens=8 if family == "t2i" else CONFIG.caption_tokens)
-    model = nnx.eval_shape(lambda: LlamaGen(config, nnx.Rngs(0), PARTS))
+    model = abstract(LlamaGen, config=config, parts=PARTS)
     tiny.fill(model, seed)
     model.gen_head.weight[...] = 3.0 * model.gen_head.weight[...]
     model.gen_vision_model.usage.set_value(jnp.full((config.vision.codebook_size,), 0.1))

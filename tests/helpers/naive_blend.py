@@ -21,7 +21,7 @@ def windows(hidden, features, hop):
     positions = []
     for position in range(height * width):
         row, column = divmod(position, width)
-        window = padded[:, row : row + side, column : column + side]
+        window = jax.lax.dynamic_slice(padded, (0, row, column, 0), (batch, side, side, dim))  # one program for all
         past = jnp.arange(side * side).reshape(1, side, side, 1) < side * side // 2
         positions.append(jnp.where(past, window, 0.0))
     patches = jnp.broadcast_to(jnp.stack(positions, 1)[:, :, None], (batch, height * width, slots, side, side, dim))

@@ -7,6 +7,7 @@ from flax import nnx
 from arrag_jax.decode.loop import SampleOutput
 from arrag_jax.models.janus import PARTS, Janus
 from arrag_jax.models.presets import JanusConfig
+from arrag_jax.nn.abstract import abstract
 from arrag_jax.nn.transformer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
 from arrag_jax.ops import grid
@@ -28,7 +29,7 @@ def janus(seed: int = 0, config: JanusConfig = CONFIG, parts: tuple[str, ...] = 
 
     Filled by numpy: to compile the real initialisers takes longer than most tests.
     """
-    model = nnx.eval_shape(lambda: Janus(config, nnx.Rngs(0), parts))
+    model = abstract(Janus, config=config, parts=parts)
     fill(model, seed)
     if model.gen_vision_model is not None:
         model.gen_vision_model.usage.set_value(jnp.full((config.vision.codebook_size,), 0.1))
