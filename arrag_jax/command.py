@@ -52,9 +52,7 @@ CONFIG = Flag(
     "config file, path.py or path.py:argument, or the name of a shipped one; --config.key=value overrides a key",
     path=True,
 )
-RAY = Flag(
-    "share the work over a Ray cluster: auto (the one that runs here), HOST:PORT, or local (one for this command)", ""
-)
+RAY = Flag("share the work over a Ray cluster: auto (the running one), HOST:PORT, or local (one of its own)", "")
 RAY_CORES = Flag("CPU cores per worker of --ray, where the cluster has no accelerator", 4)
 OPTIONAL_CONFIG = CONFIG._replace(default="")
 Recorded = Callable[[dict[str, Any]], dict[str, Any]]  # from the flags' values to the config stored in a workdir

@@ -39,6 +39,7 @@ TAKES_LONG = (
 # What is no command of this package, and why it is not run.
 ELSEWHERE = {
     "make ": "installs packages; CI runs it",
+    "pip install ": "installs packages",
     "mkdir -p runs/prior_hour && git archive": "needs the whole history",
     "export XLA_FLAGS": "for the training after it",
     "sbatch ": "needs SLURM",
