@@ -1,5 +1,6 @@
 """Commands of README and docs/, word for word and in order, in a scratch folder; the long ones are named and parsed."""
 
+import dataclasses
 import re
 import shlex
 import shutil
@@ -34,12 +35,12 @@ TAKES_LONG = (
     "python -m arrag_jax.build_neighbors ",
     "python -m arrag_jax.build_datastore --config configs/emoji_datastore.py ",
     "python -m arrag_jax.generate --config configs/emoji_compare.py ",  # of the tuned models
-    "python -m arrag_jax.generate --config configs/emoji_knowledge.py ",  # of a store with hidden keys
 )
 # What is no command of this package, and why it is not run.
 ELSEWHERE = {
     "make ": "installs packages; CI runs it",
     "pip install ": "installs packages",
+    "ray ": "needs the machines of a cluster",
     "mkdir -p runs/prior_hour && git archive": "needs the whole history",
     "export XLA_FLAGS": "for the training after it",
     "sbatch ": "needs SLURM",
@@ -88,8 +89,9 @@ def clone(tmp_path_factory) -> Path:
             (folder / name / f"scene_{number}.txt").write_text(scene("store", number).caption)
     model = "arrag_jax/assets/emoji_janus"
     small = DatastoreConfig(model, "emoji_scenes/tiny", data_dir=str(folder / "data"), captions=True)
-    build_datastore.run(small, str(folder / "demo" / "store"))  # `make demo` builds it, with more images
-    shutil.copytree(folder / "demo" / "store", folder / "runs" / "store")
+    build_datastore.run(small, str(folder / "runs" / "store"))
+    taught = dataclasses.replace(small, keys=("codebook", "hidden"), indexes=())
+    build_datastore.run(taught, str(folder / "demo" / "store"))  # `make demo` builds it, with more images
     more = DatastoreConfig(model, str(folder / "more_photos"), indexes=())
     build_datastore.run(more, str(folder / "runs" / "more_photos"))
     return folder
