@@ -65,7 +65,7 @@ def _reader(config: DatastoreConfig, tokenizer: ImageTokenizer | None = None) ->
 
     def read(settings: StoreSettings, captions: bool) -> tuple[EncodedImages, dict[str, int]]:
         source = ImageSource(
-            settings.source, config.data_dir, captions, encoded_by, "nothing", Path(), columns=config.columns
+            settings.source, config.data_dir, captions, encoded_by, "nothing", Path(), columns=settings.columns
         )
         examples = source.images(settings.split)
         encoded = EncodedImages(examples, examples.source_id, encoder(encoded_by), config.batch_size)
