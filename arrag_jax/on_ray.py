@@ -31,7 +31,7 @@ TICK = 1.0  # seconds between two looks at signals, and at the machines of the c
 REMINDER = 30.0  # seconds between two lines that say that there is no machine
 CONNECT = 10.0  # seconds for the cluster's port to answer
 ACCELERATORS = {"GPU": "cuda,cpu", "TPU": "tpu,cpu"}  # Ray's name of a resource → JAX_PLATFORMS of its workers
-# Ray reports its use to its makers and shows addresses of the network, unless these say otherwise.
+# Ray reports its use to its makers, and warns of a change to come, unless these say otherwise.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # else Ray replaces 127.0.0.1 by the machine's own address
 
