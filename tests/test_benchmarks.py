@@ -1,17 +1,20 @@
 """Laws of the benchmarks: each one is what ``interfaces.Benchmark`` says, scores batch by batch, and stands alone."""
 
+import inspect
+
 import numpy as np
 import pytest
 from test_house import imported_names, modules
 
 from arrag_jax.config import DataSetConfig
 from arrag_jax.data.emoji.scenes import scene
-from arrag_jax.evaluation.benchmarks import BENCHMARKS, open_benchmark
+from arrag_jax.eval import run
+from arrag_jax.evaluation.benchmarks import BENCHMARKS, benchmark_flags, is_folder_benchmark, open_benchmark
 from arrag_jax.evaluation.emoji.object_score import object_score
 from arrag_jax.interfaces import Benchmark, ImageBatch
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if not is_folder_benchmark(name)])
 def test_every_benchmark_is_one(name):
     benchmark = open_benchmark(name, DataSetConfig())
     assert isinstance(benchmark, Benchmark) and benchmark.images_per_prompt >= 1
@@ -43,9 +46,16 @@ def test_the_score_of_batches_is_that_of_all_images():
 
 def test_evaluation_and_commands_import_no_benchmark():
     """They know benchmarks by name alone."""
+    folders = {path.split(".")[2] for path in BENCHMARKS.values()}
     outside = {
         name: tree
         for name, tree in modules().items()
-        if name.split(".")[0] in ("evaluation", "eval", "generate", "decode") and ".emoji" not in name
+        if name.split(".")[0] in ("evaluation", "eval", "generate", "decode") and not folders & set(name.split("."))
     }
-    assert not [name for name, tree in outside.items() if any(".emoji" in word for word in imported_names(tree))]
+    assert not [
+        name for name, tree in outside.items() for word in imported_names(tree) if folders & set(word.split("."))
+    ]
+
+
+def test_flags_of_benchmarks_do_not_hide_those_of_eval():
+    assert not benchmark_flags().keys() & inspect.signature(run).parameters.keys()

@@ -175,8 +175,8 @@ def test_images_of_another_program_are_scored_and_missing_ones_named(prompts, tm
         run(prompts, tmp_path, None, **flags)
     run(prompts, tmp_path, None, allow_missing=True, **flags)
     record = measurements.read_results(str(tmp_path))
-    assert record["figures"]["red"]["value"] == 25 and record["drawn"] is None
-    assert record["protocol"]["missing"] == ["00006.png"]
+    assert record["figures"]["red"]["value"] == 25 and record["images"]["drawn"] is None
+    assert record["images"]["missing"] == ["00006.png"]
     assert "note: 1 of 7 images are missing and not scored: 00006.png" in capsys.readouterr().out
 
 

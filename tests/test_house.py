@@ -82,15 +82,22 @@ PEERS = {
     ("nn", "interfaces"),
 }
 FORBIDDEN_IMPORTS = {"tensorflow", "torch", "pickle", "cloudpickle", "dill", "pillow_heif", "transformers", "ftfy"}
+FORBIDDEN_IMPORTS |= {"onnxruntime"}
 # PyTorch's own files can be read by PyTorch alone; it is imported where one is met, and its absence is a UserError.
 # HEIC is read by pillow-heif alone; without it such files are passed over, with the reason.
 # A text encoder of other people's runs in their library; captions whose letters are mis-decoded are mended by another.
+# Detectors and VQA models of benchmarks run in the libraries that published them.
 OPTIONAL_IMPORTS = {
     ("models.tensor_files", "torch"),
     ("data.pixels", "pillow_heif"),
     ("models.t5", "torch"),
     ("models.t5", "transformers"),
     ("models.t5_text", "ftfy"),
+    ("evaluation.geneval.yolox", "onnxruntime"),
+    ("evaluation.geneval.mask2former", "torch"),
+    ("evaluation.geneval.mask2former", "transformers"),
+    ("evaluation.dpg.answers", "torch"),
+    ("evaluation.dpg.answers", "transformers"),
 }
 # Written in two halves, so that this file does not hold what it looks for.
 FORBIDDEN_TEXT = re.compile(r"(?<![\w.])/(ho" r"me/|ro" r"ot/|wo" r"rk\b)|\b(TO" r"DO|FIX" r"ME)\b")

@@ -14,6 +14,8 @@ from arrag_jax.interfaces import Benchmark, FolderBenchmark
 # ``DataSetConfig`` and one of its ``splits``. Packages that one benchmark alone needs are imported where they are used.
 BENCHMARKS = {
     "emoji_scenes": "arrag_jax.evaluation.emoji.benchmark:EmojiScenes",
+    "geneval": "arrag_jax.evaluation.geneval.benchmark:GenEval",
+    "dpg": "arrag_jax.evaluation.dpg.benchmark:DpgBench",
     "distances": "arrag_jax.evaluation.distances.benchmark:Distances",
 }
 

@@ -99,8 +99,8 @@ def score_folder(
     if missing:
         note = f"{len(missing)} of {len(missing) + len(images)} images are missing and not scored: {named(missing)}"
         measured = measured._replace(notes=(note, *measured.notes))
-    whole = {**settings, "missing": missing, **protocol}
-    record = measurements.record_of(name, whole, drawn["settings"] if drawn else None, measured)
+    images_of = {"copies": benchmark.copies, "missing": missing, "drawn": drawn["settings"] if drawn else None}
+    record = measurements.record_of(name, {"prompts": settings["prompts"], **protocol}, images_of, measured)
     write_json(folder / measurements.RESULTS, record)
     return record
 

@@ -60,13 +60,13 @@ def _seed(part: str) -> int:
 
 
 def record_of(
-    benchmark: str, protocol: Mapping[str, Any], drawn: Mapping[str, Any] | None, measured: Measurement
+    benchmark: str, protocol: Mapping[str, Any], images: Mapping[str, Any], measured: Measurement
 ) -> dict[str, Any]:
     """Returns the content of results.json.
 
     Args:
       protocol: everything that the figures depend on beside the images.
-      drawn: the settings in ``run.json``; None = another program has drawn the images.
+      images: which images were scored: ``copies``, ``missing``, and ``drawn``, the settings in ``run.json``.
     """
     versions = {name: importlib.metadata.version(name) for name, module in PACKAGES.items() if module in sys.modules}
     device = jax.devices()[0]
@@ -76,7 +76,7 @@ def record_of(
         "benchmark": benchmark,
         "protocol": protocol,
         "protocol_hash": protocol_hash(benchmark, protocol),
-        "drawn": drawn,
+        "images": images,
         "versions": {"python": platform.python_version(), "arrag_jax": _own_version(), **versions},
         "device": f"{jax.local_device_count()} x {device.device_kind} ({device.platform}), {platform.machine()}",
         "figures": {name: figure._asdict() for name, figure in measured.figures.items()},
