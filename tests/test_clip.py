@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from arrag_jax.errors import UserError
+from arrag_jax.evaluation.metrics import clip_features, cmmd
 from arrag_jax.models.clip import ClipTokenizer, clip_pixels, load_clip, read_clip_config, unit_image_features
 from arrag_jax.nn.clip import ClipConfig, TowerConfig
 
@@ -167,6 +168,20 @@ def test_pixels_are_prepared_as_clip_and_cmmd_do(size):
     top, left = (size[0] - short) // 2, (size[1] - short) // 2
     square = image[top : top + short, left : left + short]
     assert np.array_equal(clip_pixels(image, 24, crop_first=True), clip_pixels(square, 24))
+
+
+def test_features_for_cmmd_are_unit_vectors_of_the_centre(tmp_path):
+    torch, model = theirs(SHAPES[2], tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
+    found = clip_features(images, tmp_path)
+    pixels = np.stack([clip_pixels(image[:, 10:50], 28) for image in images])
+    with torch.no_grad():
+        expected = model.get_image_features(pixel_values=torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    expected = np.asarray(getattr(expected, "pooler_output", expected))
+    assert np.allclose(found, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
+    assert cmmd(found, found) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(UserError, match="images must be uint8"):
+        clip_features(images[0], "absent")
 
 
 def test_a_batch_is_its_images(tmp_path):

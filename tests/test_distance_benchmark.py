@@ -246,5 +246,8 @@ def test_bad_images_are_named(run, tmp_path):
         run()
     (tmp_path / "true" / "a" / "004.png").write_bytes(whole)
     (tmp_path / "out" / "002.png").write_bytes(png(images(0, 1)[0][:, :8]))
-    with pytest.raises(UserError, match=r"002\.png has 8 x 8 pixels, other images 8 x 16"):
+    made = sorted((tmp_path / "features").rglob("*"))
+    with pytest.raises(UserError, match=r"002\.png has 8 x 8 pixels, 000\.png 8 x 16; FWD needs one size"):
         run()
+    assert sorted((tmp_path / "features").rglob("*")) == made  # it is seen before the networks run
+    assert "FWD" not in values(run(fwd_level=0))

@@ -17,7 +17,7 @@ from arrag_jax.command import Flag
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.distances.feature_store import FeatureStore
 from arrag_jax.evaluation.distances.image_sets import ImageSet, drawn_set, reference_set, statistics
-from arrag_jax.evaluation.distances.packets import streamed_fwd
+from arrag_jax.evaluation.distances.packets import require_packets, streamed_fwd
 from arrag_jax.evaluation.layouts import Flat
 from arrag_jax.evaluation.measurements import figure_of
 from arrag_jax.evaluation.metrics import frechet, kernels, manifold
@@ -105,6 +105,8 @@ class Distances:
         drawn = drawn_set(folder, images)
         if len(drawn) < 2:
             raise UserError(f"{folder} holds {len(drawn)} image; a distance needs at least two")
+        if self._level and self._true is not None:
+            require_packets(drawn, self._level)
         inception = self._extractors["inception"]
         a = self._features(drawn, inception, "drawn images")
         if self._statistics is not None:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from arrag_jax.data import pixels, sources
 from arrag_jax.data.examples import BadImage
@@ -37,6 +39,14 @@ class ImageSet:
     def pixels(self, number: int) -> UInt8[np.ndarray, "h w 3"]:
         """Returns the pixels of an image, of its own size; raises UserError if it cannot be read."""
         return decoded(self.ids[number], self.read(number))
+
+    def size(self, number: int) -> tuple[int, int]:
+        """Returns the height and width in an image's header; raises UserError if it cannot be read."""
+        try:
+            with Image.open(io.BytesIO(self.read(number)), formats=pixels.FORMATS) as image:
+                return image.height, image.width
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{self.ids[number]}: not an image that PIL reads; mend it, or take it out") from error
 
     def of_category(self, category: str) -> list[int]:
         """Returns the numbers of a category's images."""

@@ -103,6 +103,20 @@ def inception_features(
     return extract(inception_extractor(resize, weights), images)
 
 
+def clip_features(images: ArrayLike, directory: str | Path) -> Float[np.ndarray, "N D"]:
+    """Returns the vectors of length 1 on which CMMD is computed, float32.
+
+    Args:
+      images: RGB pixels, uint8 [N, h, w, 3]; the centre square is scaled to the size of CLIP's images.
+      directory: folder of a CLIP: config.json and safetensors. CMMD is published with ViT-L/14 at 336 pixels.
+
+    Raises:
+      UserError: if ``images`` are not uint8 [N, h, w, 3], or the folder holds no CLIP.
+    """
+    images = uint8_images("images", images)
+    return extract(clip_extractor(directory), images)
+
+
 def extract(extractor: Extractor, images: ArrayLike) -> Float[np.ndarray, "N D"]:
     """Returns the features of images in memory, uint8 [N, h, w, 3], as float32; raises UserError for other arrays."""
     images = uint8_images("images", images)

@@ -14,8 +14,8 @@ from arrag_jax.errors import UserError
 from arrag_jax.evaluation.metrics.samples import Estimate, pair
 from arrag_jax.interfaces import ArrayLike
 
-# Above this size the nuclear norm comes from eigenvalues of the squared matrix, four times faster than its singular
-# values. Squaring costs half of the digits of singular values near zero, which large sets of features do not have.
+# Above this size the nuclear norm comes from eigenvalues of the squared matrix, which take a fraction of the time of
+# singular values. Squaring costs half of the digits of singular values near zero; few of those matter in large sets.
 LARGE = 1024
 BLOCK = 4096  # images whose features are in memory in float64
 
