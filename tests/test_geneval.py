@@ -15,7 +15,7 @@ from arrag_jax.evaluation.geneval import judge, known, yolox
 from arrag_jax.evaluation.geneval.benchmark import open_detector
 from arrag_jax.evaluation.geneval.colors import SENTENCES, Colors
 from arrag_jax.evaluation.geneval.detectors import FileDetections, crop
-from arrag_jax.evaluation.geneval.mask2former import instances
+from arrag_jax.evaluation.geneval.mask2former import Mask2Former, instances
 from arrag_jax.evaluation.geneval.rules import COLORS, TAGS, Thresholds, asked_colors, iou, kept, relations
 from arrag_jax.signals import Stop
 from helpers.drawings import bytes_of
@@ -320,3 +320,42 @@ def test_instances_are_those_of_the_plain_rule():
 
 def test_tags_are_those_of_the_summary(lines):
     assert {line["tag"] for line in lines} == set(TAGS)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_the_model_of_transformers_is_read_as_mmdet_reads_it(tmp_path):
+    """A random Mask2Former: scores, classes and boxes are those of the plain rule on the model's own outputs."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    swin = transformers.SwinConfig(
+        image_size=64, patch_size=4, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = transformers.Mask2FormerConfig(
+        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
+        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=7, num_labels=80,
+    )  # fmt: skip
+    model = transformers.Mask2FormerForUniversalSegmentation(config).eval()
+    model.save_pretrained(tmp_path)
+    size = {"shortest_edge": 64, "longest_edge": 96}
+    transformers.Mask2FormerImageProcessor(size=size, size_divisor=32).save_pretrained(tmp_path)
+    detector = Mask2Former(tmp_path, [str(number) for number in range(80)])
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3)).astype(np.uint8)  # the processor leaves its size
+    found = detector.detect("", image)
+    mean, deviation = (np.array(x, np.float32) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    pixels = torch.from_numpy(((image / np.float32(255) - mean) / deviation).transpose(2, 0, 1)[None])
+    with torch.no_grad():
+        out = model(pixels)
+        masks = torch.nn.functional.interpolate(out.masks_queries_logits, size=(64, 96), mode="bilinear")[0].double()
+    chances, places = out.class_queries_logits[0].double().softmax(-1)[:, :-1].flatten().topk(100)
+    scores = []
+    for chance, place in zip(chances, places, strict=True):
+        mask = masks[place // 80]
+        if (mask > 0).any():
+            scores.append((float(chance * mask[mask > 0].sigmoid().mean()), str(int(place % 80))))
+    assert [each["score"] for each in found] == pytest.approx([x for x, _ in sorted(scores, reverse=True)], abs=1e-5)
+    assert sorted(each["class"] for each in found) == sorted(name for _, name in scores)
+    assert set(detector.facts()["sha256"]) >= {"model.safetensors", "config.json"}
+    with pytest.raises(UserError, match="holds no Mask2Former that transformers reads"):
+        Mask2Former(tmp_path / "absent", ["x"])
