@@ -92,10 +92,10 @@ def test_a_driver_that_ends_keeps_what_is_whole_and_its_command_goes_on(tmp_path
         wait_until(lambda: len(list(store.glob("codes-*"))) > 2 or driver.poll() is not None, 240)
         own = psutil.Process(driver.pid).children(recursive=True)
         driver.send_signal(number)
-        last = driver.communicate(timeout=120)[1].splitlines()[-1]
+        lines = driver.communicate(timeout=120)[1].splitlines()
     assert own
     if number == signal.SIGINT:
-        assert (driver.returncode, last) == (130, "error: interrupted; run the same command again to continue")
+        assert (driver.returncode, lines[-1]) == (130, "error: interrupted; run the same command again to continue")
     wait_until(lambda: not any(process.is_running() for process in own), 30)
     kept = {name: x for name, x in contents(store).items() if name.startswith(("codes-", "sources-"))}
     assert len(kept) > 2 and not (store / "manifest.json").exists()
