@@ -13,18 +13,18 @@ leave. What has been written remains when the command ends in any way.
 import contextlib
 import dataclasses
 import importlib
-import importlib.metadata
 import os
 import signal
 import socket
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from arrag_jax import __version__, files, progress
+from arrag_jax import progress
 from arrag_jax.errors import UserError, printable
+from arrag_jax.ray_actor import Hand, versions
 
 TRIES = 3  # times that an item is worked on before the command gives up
 TICK = 1.0  # seconds between two looks at signals, and at the machines of the cluster
@@ -196,7 +196,6 @@ class _Pool:
         self, ray: Any, room: Callable[[], tuple[int, dict[str, Any]]], sent: Sequence[Any], spare: list[_Actor]
     ):
         self._ray, self._room, self._sent, self._spare = ray, room, sent, spare
-        self._versions = {"arrag_jax": __version__, "jax": importlib.metadata.version("jax")}
         self._opening: dict[Any, _Actor] = {}  # reference to its answer → actor
         self.busy: dict[Any, tuple[_Actor, Any]] = {}  # reference to its answer → actor, item
         self.idle: list[_Actor] = []
@@ -217,7 +216,7 @@ class _Pool:
             for _ in range(min(items, self._target - self._unfit) - self.open - len(self._opening)):
                 hand = self._ray.remote(Hand).options(max_restarts=0, max_task_retries=0, **options)
                 actor = self._spare.pop() if self._spare else _Actor(hand.remote())
-                self._opening[actor.handle.open.remote(self._versions, platforms, os.getcwd(), self._sent)] = actor
+                self._opening[actor.handle.open.remote(versions(), platforms, os.getcwd(), self._sent)] = actor
 
     def give(self, item: Any) -> None:
         """Hands an item to an idle actor."""
@@ -304,54 +303,3 @@ def _reason(error: Any) -> str:
     if "No module named 'arrag_jax'" in words:
         return "the machine lacks the package arrag_jax; install it there in the same version"
     return f"{type(cause).__name__}: {words}" if cause is not None else words
-
-
-class Hand:
-    """The actor: works on items in a process of a cluster's machine, for one worker after the other."""
-
-    _worker: Any = None
-
-    def open(
-        self, versions: Mapping[str, str], platforms: str, folder: str, sent: Sequence[Any]
-    ) -> tuple[str, str, str]:
-        """Opens the worker in the driver's folder, because paths may be relative.
-
-        Returns the machine's name, Ray's id of it, and what is wrong ("" = nothing).
-        """
-        ray: Any = importlib.import_module("ray")
-        os.environ.setdefault("JAX_PLATFORMS", platforms)  # before jax is imported
-        host, node = socket.gethostname(), ray.get_runtime_context().get_node_id()
-        here = {"arrag_jax": __version__, "jax": importlib.metadata.version("jax")}
-        other = [f"{name} {here[name]}, not {versions[name]}" for name in versions if here[name] != versions[name]]
-        if other:
-            return host, node, f"it has {', '.join(other)}; install the same on all machines"
-        try:
-            os.chdir(folder)
-        except OSError as error:
-            return host, node, f"it cannot enter {folder}, where the command runs ({error.strerror}); share that folder"
-        files.name_writer(f"{host}-{os.getpid()}")
-        importlib.import_module("arrag_jax.command").enable_compilation_cache()
-        self._worker = None  # frees the memory of an earlier one
-        try:
-            self._worker = ray.get(sent[0])()
-        except UserError as error:
-            return host, node, str(error)
-        return host, node, ""
-
-    def do(self, item: Any) -> tuple[Any, list[str]]:
-        """Returns the result of an item, and the lines that its worker told."""
-        told = _Told()
-        return self._worker(item, told), told.lines
-
-
-class _Told:
-    """A ``work.Report`` that keeps the lines for the driver, which also counts finished items."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def count(self, units: int) -> None:
-        pass
-
-    def tell(self, line: str) -> None:
-        self.lines.append(line)
