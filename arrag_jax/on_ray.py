@@ -1,4 +1,3 @@
-# size: the driver and its actors are two halves of one protocol
 """Data-parallel work on a Ray cluster: the engine that ``work`` uses for --ray.
 
 The driver, which is the process of the command, keeps the list of items and hands them out one at a time. An actor per
