@@ -33,6 +33,7 @@ def ray():
         yield running
 
 
+@pytest.mark.long  # joins a cluster in a process that has run other tests; this has hung once
 def test_a_store_is_the_same_though_a_worker_and_a_machine_die(config, ray, tmp_path):
     """Both are in the middle of a shard. The rest of the work is done by a new worker of the machine that is left."""
     whole, store, errors = folders.built(config, tmp_path / "whole"), tmp_path / "store", []
@@ -78,6 +79,7 @@ def odd_ones() -> Squares:
     return Squares(1)
 
 
+@pytest.mark.long
 def test_what_fails_is_tried_three_times_and_named_and_what_workers_tell_is_told(ray, capsys):
     with open_engine(ray.address, 1) as engine:
         squares = run_work([0, 2, 4, 3], Squares, dict.fromkeys(range(6), 1), "squares", engine=engine)
