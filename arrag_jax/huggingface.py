@@ -260,7 +260,7 @@ def _remote(file: Any) -> RemoteFile:
 def _commit_of(place: Path, revision: str) -> str:
     """Returns the commit that a revision had when the cache last saw it; "" if the cache holds nothing of it."""
     noted = place / "refs" / revision
-    commit = revision if _COMMIT.fullmatch(revision) else noted.read_text().strip() if noted.is_file() else ""
+    commit = revision if _COMMIT.fullmatch(revision) else noted.read_bytes().decode().strip() if noted.is_file() else ""
     return commit if commit and (place / "snapshots" / commit).is_dir() else ""
 
 
@@ -270,7 +270,7 @@ def _note(place: Path, revision: str, commit: str) -> None:
         path = place / "refs" / revision
         with contextlib.suppress(OSError):  # a cache that cannot be written can still be read
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(commit)
+            path.write_bytes(commit.encode())
 
 
 def _cached(of: HubId, place: Path, commit: str) -> tuple[str, dict[str, RemoteFile], Path]:

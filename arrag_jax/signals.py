@@ -47,6 +47,7 @@ _listening = False  # our signal handlers are installed
 _holding: list["held"] = []  # open ``held`` blocks
 _received: int | None = None  # the first signal
 _since = 0.0  # time of the first signal
+_handled = 0.0  # time when the handler last ran
 _raised = 0.0  # time when ``Stop`` was last raised
 _unsaid = [True]  # emptied when the effect of the first signal is printed
 _repeats: list[int] = []  # signals that ``_repeat`` has sent and ``_watch`` has not seen yet
@@ -109,9 +110,9 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
+        _forget()
         for number, handler in before.items():
             signal.signal(number, handler)
-        _forget()
 
 
 class held:
@@ -182,8 +183,9 @@ def together(agree: Callable[[int], bool] | None, tell: Callable[[int], None]) -
 def hand_over(number: int) -> None:
     """Sends this process a signal that another process has received; can be called in any thread."""
     if _listening and _received is None and not _leaving and _result is None:
+        now = time.monotonic()
         signal.pthread_kill(_main_thread(), number)
-        threading.Thread(target=_repeat, args=(number,), daemon=True).start()
+        threading.Thread(target=_repeat, args=(number, now), daemon=True).start()
 
 
 def write_to(file: int) -> None:
@@ -283,7 +285,8 @@ def _forget() -> None:
 
 def _handle(number: int, _: Any) -> None:
     """Handles a signal; Python calls this in the main thread, between two instructions."""
-    global _received, _since
+    global _received, _since, _handled
+    _handled = time.monotonic()
     if _result is not None:
         _say_last_words()
         os._exit(_result)
@@ -323,7 +326,7 @@ def _watch(reading: int) -> None:
     """
     numbers = filter(NUMBERS.__contains__, (os.read(reading, 1)[0] for _ in itertools.count()))
     first, came = next(numbers), time.monotonic()
-    threading.Thread(target=_repeat, args=(first,), daemon=True).start()
+    threading.Thread(target=_repeat, args=(first, came - TWICE), daemon=True).start()
     threading.Thread(target=_remind, args=(came,), daemon=True).start()
     for number in numbers:
         if _repeats:
@@ -336,11 +339,11 @@ def _main_thread() -> int:
     return threading.main_thread().ident or 0
 
 
-def _repeat(number: int) -> None:
+def _repeat(number: int, since: float) -> None:
     """Sends a signal again until its handler runs: one that arrives just before a system call does not interrupt it."""
     for seconds in (0.1, 1, 1):
         time.sleep(seconds)
-        if _received is not None or _leaving or _result is not None:
+        if _handled > since or not _listening or _leaving or _result is not None:
             return
         if _command:
             _repeats.append(number)

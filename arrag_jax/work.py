@@ -150,6 +150,12 @@ class _Console:
 HERE = Processes()
 
 
+def processes_of_run() -> Processes:
+    """Returns the processes of this run; usually this process is alone."""
+    place = processes.place()
+    return HERE if place is None else Processes(place.index, place.count, processes.from_first)
+
+
 @contextlib.contextmanager
 def open_engine(ray: str = "", cores: int = 4) -> Iterator[Engine]:
     """Yields the engine of a command.
@@ -161,11 +167,10 @@ def open_engine(ray: str = "", cores: int = 4) -> Iterator[Engine]:
     Raises:
       UserError: if the cluster cannot be used, or both Ray and several processes are asked for.
     """
-    place = processes.place()
     if not ray:
-        yield HERE if place is None else Processes(place.index, place.count, processes.from_first)
+        yield processes_of_run()
         return
-    if place is not None or is_one_of_several():
+    if processes.place() is not None or is_one_of_several():
         raise UserError(f"--ray={ray} starts workers itself; start the command once, not in several processes")
     if cores < 1:
         raise UserError(f"--ray_cores={cores} must be at least 1")

@@ -17,7 +17,7 @@ from arrag_jax.evaluation.drawn_folder import draw_folder
 from arrag_jax.evaluation.pipeline import open_pipeline
 from arrag_jax.models.checkpoint import save_model
 from arrag_jax.models.text import PromptTokenizer
-from arrag_jax.store.workers import workers_in
+from arrag_jax.work import HERE, Processes
 from helpers import children, tiny
 from helpers.drawings import bytes_of
 
@@ -60,18 +60,19 @@ def config_of(model: Path, batch_size: int) -> DrawConfig:
     return DrawConfig(str(model), RetrievalConfig("none"), sampling=sampling, mesh=mesh, batch_size=batch_size)
 
 
-def draw(model: Path, prompts: Path, out: Path, batch_size: int, index: int = 0, count: int = 1) -> None:
+def draw(model: Path, prompts: Path, out: Path, batch_size: int, engine: Processes = HERE) -> None:
     pipeline = open_pipeline(config_of(model, batch_size), ["plain"], alone=True)
     benchmark = open_folder_benchmark("geneval", str(prompts), 2)
-    with workers_in(out, index, count) as workers:
-        draw_folder(pipeline, "plain", benchmark, out, workers, known_words=True)
+    draw_folder(pipeline, "plain", benchmark, out, engine, known_words=True)
 
 
 def test_two_that_share_the_list_draw_what_one_draws(model, prompts, tmp_path):
     draw(model, prompts, tmp_path / "one", 5)
-    second = threading.Thread(target=draw, args=(model, prompts, tmp_path / "two", 4, 1, 2))
+    barrier = threading.Barrier(2, timeout=100)
+    first, other = (Processes(index, 2, lambda value, what: str(barrier.wait())) for index in range(2))
+    second = threading.Thread(target=draw, args=(model, prompts, tmp_path / "two", 4, other))
     second.start()
-    draw(model, prompts, tmp_path / "two", 4, 0, 2)
+    draw(model, prompts, tmp_path / "two", 4, first)
     second.join()
     assert len(list((tmp_path / "one").glob("*/samples/*.png"))) == 18
     assert bytes_of(tmp_path / "two") == bytes_of(tmp_path / "one")

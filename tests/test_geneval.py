@@ -1,3 +1,4 @@
+# size: the laws of one benchmark, over golden files that they share
 """GenEval: verdicts equal the official ones; detectors, colours and the whole run against oracles."""
 
 import collections

@@ -77,7 +77,8 @@ def test_each_prompt_of_a_shown_command_is_a_caption():
     model_of = functools.cache(lambda config: runpy.run_path(str(ROOT / config))["get_config"]()["model"])
     ours = [row for row in found if Path(model_of(row[1])).name == Path(EMBEDDED).name]
     assert len(ours) >= 8
-    assert [row for row in ours if row[2] not in captions()] == []
+    # Those of this config ask for what training never showed.
+    assert [row for row in ours if row[2] not in captions() and row[1] != "configs/emoji_knowledge.py"] == []
     text()([prompt for _, _, prompt in ours])
 
 

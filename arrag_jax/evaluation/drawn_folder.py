@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -27,7 +26,7 @@ from arrag_jax.files import atomic_write, exclusive_lock, folder_in
 from arrag_jax.interfaces import FolderBenchmark, ImageFile, Prompt
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.parsing import differences
-from arrag_jax.work import Engine
+from arrag_jax.work import Processes
 
 MADE_BY = "arrag_jax.eval"
 BATCH_SECONDS = 60.0  # time limit to finish the current batch after a signal
@@ -99,7 +98,7 @@ def draw_folder(
     method: str,
     benchmark: FolderBenchmark,
     directory: Path,
-    engine: Engine,
+    engine: Processes,
     known_words: bool = False,
 ) -> None:
     """Draws what is missing of a prompt set into a folder.
@@ -126,7 +125,7 @@ def draw_folder(
     if not engine.leads:
         engine.meet(begun)
         _require_same(record, directory)
-        work.draw(record.settings)
+        work.draw(record.settings, engine)
         engine.meet(drawn)
         engine.meet(complete)
         return
@@ -142,7 +141,7 @@ def draw_folder(
                     with atomic_write(path) as temporary:
                         temporary.write_text(content, encoding="utf-8")
         engine.meet(begun)
-        work.draw(record.settings)
+        work.draw(record.settings, engine)
         engine.meet(drawn)
         for prompt in benchmark.prompts:
             benchmark.layout.finish(directory, prompt, benchmark.copies)
@@ -182,10 +181,10 @@ class _Work:
             return True
         return drawn not in files and all(is_whole(self._directory / file) for file in files)
 
-    def draw(self, settings: dict[str, Any]) -> None:
+    def draw(self, settings: dict[str, Any], engine: Processes) -> None:
         """Draws the missing items of this process's batches."""
         pipeline, count = self._pipeline, len(self._items)
-        own = pipeline.batches(count)[jax.process_index() :: jax.process_count()]
+        own = pipeline.batches(count)[engine.index :: engine.count]
         wanted = np.zeros(count, bool)
         for item in (int(item) for batch in own for item in batch):
             wanted[item] = not self.is_done(item)

@@ -14,7 +14,7 @@ from arrag_jax.evaluation.pipeline import open_pipeline
 from arrag_jax.evaluation.run_record import RunRecord
 from arrag_jax.files import require_writable, write_json
 from arrag_jax.interfaces import FolderBenchmark, ImageFile
-from arrag_jax.work import open_engine
+from arrag_jax.work import processes_of_run
 
 NAMED = 5  # missing images that a message names
 
@@ -55,8 +55,7 @@ def run(
         folders = {each: out if method else out / each for each in pipeline.methods}
         require_writable(out)
         for each, folder in folders.items():
-            with open_engine() as engine:
-                draw_folder(pipeline, each, benchmark, folder, engine, known_words)
+            draw_folder(pipeline, each, benchmark, folder, processes_of_run(), known_words)
     else:
         folders = {method or out.name: out}
     if not leads:
