@@ -11,7 +11,7 @@ python -m arrag_jax.eval --config configs/emoji_knowledge.py --num_prompts=240 -
 python -m arrag_jax.generate --config configs/emoji_knowledge.py --method gated+caption --prompt "a red cup" \
     --workdir pictures
 
-The gate's threshold and τ were chosen by ``eval --fit_gate``.
+λ, τ, the gates and copy_share were chosen on test prompts from number 20,000 on (docs/LOG.md).
 """
 
 import runpy
