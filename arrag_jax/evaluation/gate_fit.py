@@ -2,8 +2,8 @@
 
 A gate that is fitted to likelihoods is too soft for drawing, and a score alone can be bought by copying. So the gate of
 ``config.hidden.gated_caption`` is fitted to the benchmark's score of images, at a bound on the share of copies. One
-number is changed at a time, by ``STEPS``; a change is kept if it is better. Every candidate's figures are kept in
-``gate.json``, so that an interrupted fit continues.
+number is changed at a time, by ``STEPS``; a change is kept if it is better. An interrupted fit continues after the
+candidates that it has measured; ``gate.json`` holds the figures of all.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from arrag_jax.config import DaidConfig, DrawConfig
 from arrag_jax.decode.methods import BASELINE
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.benchmarks import open_benchmark
+from arrag_jax.evaluation.kept import Kept
 from arrag_jax.evaluation.measure import by_group, scores
 from arrag_jax.evaluation.pipeline import Pipeline, open_pipeline
 from arrag_jax.figures import grids
 from arrag_jax.files import require_writable, write_json
 from arrag_jax.interfaces import Benchmark
-from arrag_jax.json_files import read_json
 
 METHOD = "gated+caption"
 SPLIT = "tuning"  # the split on whose prompts it is fitted
@@ -62,8 +62,8 @@ def fit(pipeline: Pipeline, benchmark: Benchmark, prompts: Sequence[str], out: P
         raise UserError(
             "config.hidden.gated_caption.gate.features is empty; name the features whose gate is to be fitted"
         )
-    known = read_json(out / RECORD)["candidates"] if (out / RECORD).exists() else []
-    fitted = _Fit(pipeline, benchmark, prompts, out, known)
+    kept = Kept(out)
+    fitted = _Fit(pipeline, benchmark, prompts, kept)
     best = start
     with progress.bar(total=2 + len(STEPS) * (1 + len(start.gate.features)), desc="fitting", unit="gate") as bar:
         plain = fitted.figures(None)
@@ -77,61 +77,47 @@ def fit(pipeline: Pipeline, benchmark: Benchmark, prompts: Sequence[str], out: P
                 if (now := _worth(fitted.figures(candidate), plain)) > worth:
                     best, worth = candidate, now
                 bar.update()
+    write_json(out / RECORD, {"candidates": fitted.candidates})
+    kept.forget()
     return f"{fitted.table()}\n\n{_flags(best)}"
 
 
-@dataclasses.dataclass
 class _Fit:
-    """The figures of candidates, measured once each; ``known`` are rows of ``gate.json``."""
+    """The figures of candidates; finished ones are kept in the folder of the fit."""
 
-    pipeline: Pipeline
-    benchmark: Benchmark
-    prompts: Sequence[str]
-    out: Path
-    known: list[dict[str, Any]]
+    def __init__(self, pipeline: Pipeline, benchmark: Benchmark, prompts: Sequence[str], kept: Kept):
+        self._pipeline, self._benchmark, self._prompts, self._kept = pipeline, benchmark, prompts, kept
+        groups = benchmark.groups(len(prompts))
+        self._numbers = np.array([number for number, group in enumerate(groups) if group is not None], int)
+        self._groups = [groups[number] for number in self._numbers.tolist()]
+        self.candidates: list[dict[str, Any]] = []  # what ``gate.json`` holds
 
     def figures(self, candidate: DaidConfig | None) -> dict[str, Any]:
         """Returns "score" and "copied" by group; None = of the baseline."""
-        settings = {
-            "prompts": len(self.prompts),
-            "seed": self.pipeline.config.seed,
-            "gated": None if candidate is None else _numbers(candidate),
-        }
-        for row in self.known:
-            if row["settings"] == settings:
-                return row["figures"]
-        method, config = (BASELINE, self.pipeline.config) if candidate is None else (METHOD, self._with(candidate))
-        pipeline = dataclasses.replace(self.pipeline, config=config, methods=(method,))
-        groups = self.benchmark.groups(len(self.prompts))
-        numbers = np.array([number for number, group in enumerate(groups) if group is not None], int)
-        shown = scores(pipeline, self.benchmark, self.prompts, numbers)
-        figures: Any = by_group({}, shown, [], [groups[number] for number in numbers.tolist()])[method]
-        self.known.append({"settings": settings, "figures": figures})
-        write_json(self.out / RECORD, {"candidates": self.known})
+        method, config = (BASELINE, self._pipeline.config) if candidate is None else (METHOD, self._with(candidate))
+        pipeline = dataclasses.replace(self._pipeline, config=config, methods=(method,))
+        shown = scores(pipeline, self._benchmark, self._prompts, self._numbers, self._kept)
+        figures: Any = by_group({}, shown, [], self._groups)[method]
+        gated = None if candidate is None else dataclasses.asdict(candidate)
+        self.candidates.append({"gated": gated, "figures": figures})
         return figures
 
     def _with(self, candidate: DaidConfig) -> Any:
-        config = self.pipeline.config
+        config = self._pipeline.config
         return dataclasses.replace(config, hidden=dataclasses.replace(config.hidden, gated_caption=candidate))
 
     def table(self) -> str:
         """Returns a Markdown table of all candidates."""
-        rows, groups = [], list(self.known[0]["figures"]["score"])
-        for row in self.known:
-            gated = row["settings"]["gated"]
-            words = BASELINE if gated is None else f"τ {gated['temperature']:g}, thresholds {gated['thresholds']}"
+        rows, groups = [], list(self.candidates[0]["figures"]["score"])
+        for row in self.candidates:
+            gated = row["gated"]
+            words = BASELINE
+            if gated is not None:
+                words = f"τ {gated['temperature']:g}, thresholds {list(gated['gate']['thresholds'])}"
             figures = row["figures"]
             rows.append([words, *(figures[name][group]["mean"] for name in ("score", "copied") for group in groups)])
         columns = [f"{name} {group}" for name in ("score", "copied") for group in groups]
         return grids.table(["gate", *columns], rows)
-
-
-def _numbers(candidate: DaidConfig) -> dict[str, Any]:
-    gate = candidate.gate
-    return {
-        "weight": candidate.weight, "temperature": candidate.temperature,
-        "features": list(gate.features), "slopes": list(gate.slopes), "thresholds": list(gate.thresholds),
-    }  # fmt: skip
 
 
 def _changed(config: DaidConfig, place: int) -> Iterator[DaidConfig]:

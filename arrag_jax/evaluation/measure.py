@@ -192,11 +192,26 @@ def _bits(
     kept: Kept, pipeline: Pipeline, benchmark: Benchmark, source: Sequence[Mapping[str, Any]], numbers: np.ndarray
 ) -> dict[str, Float[np.ndarray, " N"]]:
     """Returns ``bits_of_examples`` of the examples with these numbers."""
-    facts = {method: method_facts(pipeline, method) for method in pipeline.methods}
-    key = ["bits", facts, type(benchmark).__name__, vars(pipeline.config.data), numbers.tolist()]
+    key = ["bits", *(_facts(pipeline, benchmark, method) for method in pipeline.methods), numbers.tolist()]
     examples = [source[i] for i in numbers.tolist()]
     make = lambda: {name: bits.tolist() for name, bits in bits_of_examples(pipeline, examples).items()}  # noqa: E731
     return {name: np.array(bits) for name, bits in kept.result(key, make).items()}
+
+
+def _facts(pipeline: Pipeline, benchmark: Benchmark, method: str) -> dict[str, Any]:
+    """Returns what a method's figures depend on beside the prompts or examples, as JSON values."""
+    config = pipeline.config
+    return {
+        "method": method,
+        **method_facts(pipeline, method),
+        "benchmark": type(benchmark).__name__,
+        "images_per_prompt": benchmark.images_per_prompt,
+        "data": dataclasses.asdict(config.data),
+        "sampling": dataclasses.asdict(config.sampling),
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "compared_with": pipeline.store.store_fingerprint if pipeline.store else "",  # the store of the copies
+    }
 
 
 def bits_of_examples(pipeline: Pipeline, source: Sequence[Mapping[str, Any]]) -> dict[str, Float[np.ndarray, " N"]]:
@@ -265,10 +280,7 @@ def scores(
         rows["reconstruction"] = _shown(benchmark.score([_true(benchmark, len(prompts), decoded)]))
     chosen, kept = np.arange(len(prompts)) if numbers is None else numbers, kept or Kept(None)
     for method in pipeline.methods:
-        config = pipeline.config
-        key: list[Any] = ["score", method, method_facts(pipeline, method), type(benchmark).__name__, vars(config.data)]
-        key += [[prompts[i] for i in chosen.tolist()], benchmark.images_per_prompt, config.seed, config.dtype]
-        key += [vars(config.sampling), pipeline.store and pipeline.store.store_fingerprint]
+        key = ["score", _facts(pipeline, benchmark, method), [prompts[i] for i in chosen.tolist()]]
         make = functools.partial(_score, pipeline, benchmark, method, prompts, chosen)
         rows[method] = _shown(*kept.result(key, make))
     return rows

@@ -54,12 +54,18 @@ class OpenSearch:
       config: the settings of the search.
       retriever: searches the whole store; None if no requested method does.
       trust: the store's captions, and how well the model knows its images.
+      copies: the tables that ``uncopied`` compares with, without a search; None if copies are not looked for.
     """
 
     config: RetrievalConfig
     store: Datastore
     retriever: AnyRetriever | None
     trust: Trust
+    copies: UncopiedRetriever | None = None
+
+    def uncopied(self, retriever: Any) -> AnyRetriever:
+        """Returns a search over this store without the neighbours that ``config.hidden.copy_share`` leaves out."""
+        return retriever if self.copies is None else dataclasses.replace(self.copies, local=retriever)
 
 
 class PositionBar:
@@ -152,7 +158,7 @@ class Pipeline:
         config, images = opened.config, self.images_for(method, prompts)
         k = min(config.k, images.shape[1] * (opened.store.num_rows(config.keys) // opened.store.num_images))
         limited = LimitedRetriever.create(opened.store, images, config.keys, k)
-        return uncopied(self.config, as_asked(limited, opened.store, config.keys), opened.store, opened.trust)
+        return opened.uncopied(as_asked(limited, opened.store, config.keys))
 
     def images_for(self, method: str, prompts: Sequence[str]) -> Int[np.ndarray, "B M"]:
         """Returns the stored images that a limited method searches for each prompt."""
@@ -293,16 +299,10 @@ def _open_search(
         store, retriever = load_retriever(asked, model.fingerprint, mesh, "fsdp", "data", backbone)
     if any(method.limited for method in methods):
         _ = store.captions  # raises now, not after the first batches
-    trust = Trust(store)
-    return OpenSearch(asked, store, retriever and uncopied(config, retriever, store, trust, mesh), trust)
-
-
-def uncopied(
-    config: DrawConfig, retriever: AnyRetriever, store: Datastore, trust: Trust, mesh: Mesh | None = None
-) -> AnyRetriever:
-    """Returns the search without the neighbours that ``config.hidden.copy_share`` leaves out."""
-    if not isinstance(retriever, StateRetriever) or config.hidden.copy_share == 1:
-        return retriever
-    images = store.codes.reshape(store.num_images, -1), trust.told.surprise, np.float32(config.hidden.copy_share)
-    codes, surprise, most = jax.tree.map(jnp.asarray, images) if mesh is None else put_everywhere(images, mesh)
-    return UncopiedRetriever(retriever, codes, surprise, most, store.settings.grid)
+    trust, copies = Trust(store), None
+    if asked.keys == HIDDEN.name and config.hidden.copy_share < 1:
+        tables = store.codes.reshape(store.num_images, -1), trust.told.surprise, np.float32(config.hidden.copy_share)
+        codes, surprise, most = jax.tree.map(jnp.asarray, tables) if mesh is None else put_everywhere(tables, mesh)
+        copies = UncopiedRetriever(None, codes, surprise, most, store.settings.grid)
+    opened = OpenSearch(asked, store, None, trust, copies)
+    return opened if retriever is None else dataclasses.replace(opened, retriever=opened.uncopied(retriever))
