@@ -36,20 +36,33 @@ def parse_json(text: str | bytes, where: str, constants: bool = False) -> Any:
         raise UserError(f"{where} is not JSON ({error})") from None
 
 
+def read_bounded(path: Path, max_bytes: int, otherwise: str, part: str = "") -> bytes:
+    """Returns the content of a small file.
+
+    Args:
+      otherwise: what a larger file is, for the message.
+      part: what is read of the file, such as "the prompts of ", for the message.
+
+    Raises:
+      UserError: if the file cannot be read, or is larger than ``max_bytes``.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise UserError(f"cannot read {part}{path}: {error.strerror}") from error
+    if len(content) > max_bytes:
+        raise UserError(f"{path} is larger than {max_bytes:,} bytes; it is {otherwise}")
+    return content
+
+
 def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
     """Returns the value that a JSON file holds.
 
     Raises:
       UserError: if the file cannot be read, is larger than ``max_bytes``, or ``parse_json`` refuses its text.
     """
-    try:
-        with open(path, "rb") as file:
-            content = file.read(max_bytes + 1)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if len(content) > max_bytes:
-        raise UserError(f"{path} is larger than {max_bytes:,} bytes; it is not a JSON file of this kind")
-    return parse_json(content, str(path))
+    return parse_json(read_bounded(path, max_bytes, "not a JSON file of this kind"), str(path))
 
 
 def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:

@@ -102,10 +102,8 @@ OPTIONAL_IMPORTS = {
     ("models.t5", "transformers"),
     ("models.t5_text", "ftfy"),
     ("evaluation.geneval.yolox", "onnxruntime"),
-    ("evaluation.geneval.mask2former", "torch"),
-    ("evaluation.geneval.mask2former", "transformers"),
-    ("evaluation.dpg.answers", "torch"),
-    ("evaluation.dpg.answers", "transformers"),
+    ("evaluation.pretrained", "torch"),
+    ("evaluation.pretrained", "transformers"),
 }
 # Written in two halves, so that this file does not hold what it looks for.
 FORBIDDEN_TEXT = re.compile(r"(?<![\w.])/(ho" r"me/|ro" r"ot/|wo" r"rk\b)|\b(TO" r"DO|FIX" r"ME)\b")

@@ -1,13 +1,12 @@
 """A file of JSON lines that is filled in order, and continued after an interruption to the same bytes."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from arrag_jax import progress, signals
-from arrag_jax.files import write_errors
+from arrag_jax.files import sha256_of, write_errors
 
 IMAGE = "sha256"  # key of an image's hash in an entry
 CHUNK = 16  # entries that are computed at once
@@ -15,8 +14,7 @@ CHUNK = 16  # entries that are computed at once
 
 def image_hash(path: Path) -> str:
     """Returns the identity of an image file, 16 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return sha256_of(path)[:16]
 
 
 def continued(

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from arrag_jax.errors import UserError, printable
 from arrag_jax.interfaces import Prompt
-from arrag_jax.json_files import MAX_BYTES, parse_json
+from arrag_jax.json_files import MAX_BYTES, parse_json, read_bounded
 
 TEXTS = ("prompt", "caption", "text")
 NAMES = ("name", "id", "image_id", "item_id")
@@ -68,13 +68,7 @@ def read_prompts(path: str, limit: int = 0) -> list[Prompt]:
 
 
 def _text(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"cannot read the prompts of {path}: {error.strerror}") from error
-    if len(content) > MAX_BYTES:
-        raise UserError(f"{path} is larger than {MAX_BYTES:,} bytes; it is no prompt set")
+    content = read_bounded(path, MAX_BYTES, "no prompt set", "the prompts of ")
     for number, line in enumerate(content.split(b"\n"), 1):
         try:
             line.decode("utf-8-sig")

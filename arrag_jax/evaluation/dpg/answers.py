@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from arrag_jax.errors import UserError
+from arrag_jax.evaluation.pretrained import folder_hashes, pretrained
 from arrag_jax.files import sha256_of
 from arrag_jax.json_files import parse_json, read_object
 
@@ -120,25 +121,14 @@ class VqaModel:
     from_images = True
 
     def __init__(self, folder: Path):
-        try:
-            import torch
-            from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
-        except ImportError:
-            raise UserError("--answers=vqa:… needs torch and transformers; pip install 'arrag_jax[eval]'") from None
-        try:
-            self._prepare = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
-            self._model = AutoModelForVisualQuestionAnswering.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True
-            ).eval()
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{folder} holds no VQA model that transformers reads ({reason})") from None
-        self._torch, self._folder = torch, folder
+        self._torch, self._prepare, self._model = pretrained(
+            folder, "AutoProcessor", "AutoModelForVisualQuestionAnswering", "--answers=vqa:…", "VQA model"
+        )
+        self._folder = folder
 
     def facts(self) -> dict[str, Any]:
         """Returns the kind of model, and the hashes of the folder's files."""
-        files = sorted(path for path in self._folder.iterdir() if path.suffix in (".json", ".txt", ".safetensors"))
-        hashes = {path.name: sha256_of(path) for path in files}
+        hashes = folder_hashes(self._folder, (".json", ".txt", ".safetensors"))
         return {"name": f"transformers' {self._model.config.model_type}", "sha256": hashes}
 
     def answer(self, name: str, number: int, image: Any, questions: Sequence[str]) -> list[str]:

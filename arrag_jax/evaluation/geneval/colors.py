@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from arrag_jax.evaluation.geneval.detectors import folder_hashes
 from arrag_jax.evaluation.geneval.rules import COLORS
+from arrag_jax.evaluation.pretrained import folder_hashes
 
 SENTENCES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 BATCH = 16  # crops that are encoded at once

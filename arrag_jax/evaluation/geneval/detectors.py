@@ -136,12 +136,6 @@ def read_mask(path: Path) -> Bool[np.ndarray, "h w"]:
     return read_rgb(path).max(-1) > 0
 
 
-def folder_hashes(folder: Path) -> dict[str, str]:
-    """Returns the SHA-256 of the settings and weights in a model's folder, by file."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    return {path.name: sha256_of(path) for path in files}
-
-
 def crop(image: UInt8[np.ndarray, "h w 3"], detection: Mapping[str, Any]) -> UInt8[np.ndarray, "box_h box_w 3"]:
     """Returns the pixels in a detection's box; where it has a mask, those outside the mask are grey (#999).
 

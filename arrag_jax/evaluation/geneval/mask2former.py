@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation.geneval.detectors import NUM_CLASSES, folder_hashes
+from arrag_jax.evaluation.geneval.detectors import NUM_CLASSES
 from arrag_jax.evaluation.geneval.rules import Thresholds
+from arrag_jax.evaluation.pretrained import folder_hashes, pretrained
 
 MOST = 100  # (query, class) pairs that are kept
 
@@ -29,24 +30,16 @@ class Mask2Former:
     thresholds = Thresholds()
 
     def __init__(self, folder: Path, classes: Sequence[str]):
-        try:
-            import torch
-            from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
-        except ImportError:
-            raise UserError(
-                "--detector=mask2former:… needs torch and transformers; pip install 'arrag_jax[eval]'"
-            ) from None
-        try:
-            self._prepare = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
-            self._model = Mask2FormerForUniversalSegmentation.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True
-            ).eval()
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{folder} holds no Mask2Former that transformers reads ({reason})") from None
+        self._torch, self._prepare, self._model = pretrained(
+            folder,
+            "AutoImageProcessor",
+            "Mask2FormerForUniversalSegmentation",
+            "--detector=mask2former:…",
+            "Mask2Former",
+        )
         if self._model.config.num_labels != NUM_CLASSES:
             raise UserError(f"{folder} knows {self._model.config.num_labels} classes, and not COCO's {NUM_CLASSES}")
-        self._torch, self._folder, self._classes = torch, folder, list(classes)
+        self._folder, self._classes = folder, list(classes)
 
     def facts(self) -> dict[str, Any]:
         """Returns the hashes of the folder's files."""
