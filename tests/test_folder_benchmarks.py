@@ -13,11 +13,13 @@ from arrag_jax.command import Flag
 from arrag_jax.config import DrawConfig, MeshConfig, RetrievalConfig, SamplingConfig
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import benchmarks, drawn_folder, measurements
+from arrag_jax.evaluation.image_codes import codes_in
 from arrag_jax.evaluation.layouts import Flat, GenEvalFolders, Grids, read_rgb
 from arrag_jax.evaluation.measurements import figure_of
 from arrag_jax.interfaces import FolderBenchmark, Measurement
-from arrag_jax.models.checkpoint import save_model
+from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.text import PromptTokenizer
+from arrag_jax.nn.vq import to_uint8
 from arrag_jax.signals import Stop
 from helpers import tiny
 from helpers.drawings import bytes_of
@@ -116,6 +118,17 @@ def test_a_grid_holds_its_copies_row_by_row(prompts, config, tmp_path):
     parts = [grid[:8, :10], grid[:8, 10:], grid[8:, :10], grid[8:, 10:]]
     for copy, part in enumerate(parts):
         np.testing.assert_array_equal(part, read_rgb(tmp_path / "flat" / f"00001_{copy:04d}.png"))
+    codes, tokenizer = codes_in(tmp_path / "dpg" / "00001.png")
+    height, width = codes.shape[0] // 2, codes.shape[1] // 2
+    model = load_model(config.model)
+    assert tokenizer == model.fingerprint
+    for copy in range(4):
+        top, left = copy // 2 * height, copy % 2 * width
+        part = codes[top : top + height, left : left + width]
+        path = tmp_path / "flat" / f"00001_{copy:04d}.png"
+        np.testing.assert_array_equal(part, codes_in(path)[0])
+        decoded = model.decode_codes(part.reshape(1, -1), height, width)
+        np.testing.assert_array_equal(to_uint8(decoded)[0], read_rgb(path))
     assert not (tmp_path / "dpg" / "results.json").exists()
 
 

@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from arrag_jax import progress, signals
 from arrag_jax.errors import UserError
+from arrag_jax.evaluation.image_codes import add_codes
 from arrag_jax.evaluation.layouts import COPIES
 from arrag_jax.evaluation.pipeline import Pipeline
 from arrag_jax.evaluation.run_record import RunRecord, method_facts, texts_of
@@ -170,7 +171,7 @@ class _Work:
         self._items = [(prompt, copy) for prompt in benchmark.prompts for copy in range(benchmark.copies)]
         self._texts = [text for text in texts for _ in range(benchmark.copies)]
         height, width = pipeline.model.image_size
-        self._size = (height, width)
+        self._size, self._tokenizer = (height, width), pipeline.model.fingerprint
 
     def is_done(self, item: int) -> bool:
         """Returns whether an item's image is whole, or the file that was made from it."""
@@ -196,15 +197,17 @@ class _Work:
         seeds = np.array([seed_of(settings["seed"], prompt.name, copy) for prompt, copy in self._items])
         with signals.held("batch", BATCH_SECONDS) as point:
             for batch in pipeline.draw(self._texts, self._method, seeds, wanted):
-                for item, image in zip(batch.numbers.tolist(), batch.images, strict=True):
+                codes = np.asarray(batch.drawn.codes).reshape(-1, *pipeline.model.grid)
+                for item, image, grid in zip(batch.numbers.tolist(), batch.images, codes, strict=True):
                     if wanted[item]:
-                        self._write(item, image, int(seeds[item]), settings)
+                        self._write(item, image, grid, int(seeds[item]), settings)
                 point.check()
 
-    def _write(self, item: int, image: np.ndarray, seed: int, settings: dict[str, Any]) -> None:
+    def _write(self, item: int, image: np.ndarray, codes: np.ndarray, seed: int, settings: dict[str, Any]) -> None:
         prompt, copy = self._items[item]
         path, info = self._directory / self._layout.drawn(prompt, copy, self._copies), PngInfo()
         folder_in(self._directory, *path.parent.relative_to(self._directory).parts)
         for key, text in texts_of(prompt.text, seed, self._method, settings).items():
             info.add_text(key, text)
+        add_codes(info, codes, self._tokenizer)
         save(path, image, info)

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from arrag_jax.errors import UserError
+from arrag_jax.evaluation.image_codes import add_codes, codes_in
 from arrag_jax.figures.grids import save
 from arrag_jax.interfaces import Prompt
 
@@ -71,14 +73,17 @@ class Grids(Flat):
         paths = [folder / self.drawn(prompt, copy, copies) for copy in range(copies)]
         if copies == 1 or not all(path.exists() for path in paths):
             return
-        images = [read_rgb(path) for path in paths]
-        save(folder / f"{prompt.name}.png", joined(images))
+        images, info = [read_rgb(path) for path in paths], PngInfo()
+        codes = [found for path in paths if (found := codes_in(path)) is not None]
+        if len(codes) == copies:
+            add_codes(info, joined([grid for grid, _ in codes]), codes[0][1])
+        save(folder / f"{prompt.name}.png", joined(images), info)
         for path in paths:
             path.unlink()
 
 
-def joined(images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> UInt8[np.ndarray, "2*h 2*w 3"]:
-    """Returns four images in a grid of 2 x 2, row by row."""
+def joined(images: Sequence[Shaped[np.ndarray, "h w *c"]]) -> Shaped[np.ndarray, "2*h 2*w *c"]:
+    """Returns four images, or the codes of four, in a grid of 2 x 2, row by row."""
     return np.concatenate([np.concatenate(images[:2], 1), np.concatenate(images[2:], 1)])
 
 
