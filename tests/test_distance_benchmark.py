@@ -13,8 +13,8 @@ from PIL import Image
 
 from arrag_jax import eval
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation import benchmarks, measurements
-from arrag_jax.evaluation.distances import benchmark, feature_store, packets
+from arrag_jax.evaluation import benchmarks, feature_store, measurements
+from arrag_jax.evaluation.distances import benchmark, packets
 from arrag_jax.evaluation.metrics import frechet_distance, fwd, kernel_distance
 from arrag_jax.evaluation.metrics.features import Extractor
 from arrag_jax.evaluation.metrics.resizing import require_rule, resized

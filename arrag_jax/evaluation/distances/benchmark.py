@@ -15,9 +15,9 @@ from jaxtyping import Float32
 
 from arrag_jax.command import Flag
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation.distances.feature_store import FeatureStore
-from arrag_jax.evaluation.distances.image_sets import ImageSet, drawn_set, reference_set, statistics
 from arrag_jax.evaluation.distances.packets import require_packets, streamed_fwd
+from arrag_jax.evaluation.feature_store import FeatureStore
+from arrag_jax.evaluation.image_sets import ImageSet, drawn_set, reference_set, statistics
 from arrag_jax.evaluation.layouts import Flat
 from arrag_jax.evaluation.measurements import figure_of
 from arrag_jax.evaluation.metrics import frechet, kernels, manifold

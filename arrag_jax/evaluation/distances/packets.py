@@ -10,8 +10,8 @@ from PIL import Image
 
 from arrag_jax import progress
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation.distances.feature_store import FeatureStore
-from arrag_jax.evaluation.distances.image_sets import ImageSet
+from arrag_jax.evaluation.feature_store import FeatureStore
+from arrag_jax.evaluation.image_sets import ImageSet
 from arrag_jax.evaluation.metrics.frechet import distance
 from arrag_jax.evaluation.metrics.moments import Moments
 from arrag_jax.evaluation.metrics.wavelets import packets, require_level, step

@@ -36,12 +36,14 @@ class Extractor(NamedTuple):
       width: number of features.
       prepare: scales one image to the network's input, on the host.
       embed: from a batch of inputs to features [B, width]; JAX may still be computing them.
+      size: height and width to which image files are decoded, as a tokenizer takes them; None = their own.
     """
 
     name: str
     width: int
     prepare: Callable[[Image], Float[np.ndarray, "side side 3"]]
     embed: Callable[[Float[np.ndarray, "B side side 3"]], Any]
+    size: tuple[int, int] | None = None
 
 
 def inception_extractor(resize: str = "clean", weights: str | Path | None = None) -> Extractor:

@@ -53,10 +53,14 @@ class ImageSet:
         return [number for number, each in enumerate(self.categories) if each == category]
 
 
-def decoded(id_: str, data: bytes) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns the pixels of an image file, of its own size; raises UserError if it is no whole image."""
+def decoded(id_: str, data: bytes, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the pixels of an image file; raises UserError if it is no whole image.
+
+    Args:
+      size: height and width to scale and crop it to; None = its own size.
+    """
     try:
-        return pixels.decode(data, None)
+        return pixels.decode(data, size)
     except BadImage as reason:
         raise UserError(f"{id_}: {reason}; mend it, or take it out") from reason
 

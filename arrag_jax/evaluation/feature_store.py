@@ -14,7 +14,7 @@ from jaxtyping import Float32, Float64
 
 from arrag_jax import progress
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation.distances.image_sets import ImageSet, decoded
+from arrag_jax.evaluation.image_sets import ImageSet, decoded
 from arrag_jax.evaluation.metrics.features import Extractor, stream
 from arrag_jax.evaluation.metrics.moments import Moments
 from arrag_jax.files import atomic_write, folder_in
@@ -89,7 +89,7 @@ class FeatureStore:
             return held
 
         def prepare(number: int) -> np.ndarray:
-            return extractor.prepare(decoded(images.ids[first + number], data[number]))
+            return extractor.prepare(decoded(images.ids[first + number], data[number], extractor.size))
 
         found = np.concatenate(list(stream(extractor.embed, prepare, range(len(data)))))
         _save(path, found)
