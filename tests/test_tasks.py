@@ -19,7 +19,7 @@ from arrag_jax.nn.variables import Frozen
 from arrag_jax.training.loop import train
 from arrag_jax.training.prior import PriorTask
 from arrag_jax.training.tasks import make_task
-from arrag_jax.training.tokenizer import TokenizerTask
+from arrag_jax.training.tokenizer import TokenizerTask, count_codes
 from helpers import tiny
 
 PRESET = dataclasses.replace(
@@ -60,6 +60,7 @@ def test_dead_codes_move_to_latents_of_the_batch_and_live_ones_stay(workshop):
     vq, batch = model.gen_vision_model, batch_of(task)
     usage = np.full(16, 1 / 16, np.float32)
     usage[[2, 5]] = 0.0
+    count_codes(vq, trained=True)
     vq.usage[...] = jnp.asarray(usage)
     before = np.asarray(vq.codes[...])
     task.loss(model, batch, jax.random.key(0))
@@ -75,10 +76,24 @@ def test_dead_codes_move_to_latents_of_the_batch_and_live_ones_stay(workshop):
         assert np.abs(flat - code).max(1).min() < 1e-6
 
 
+def test_a_trained_codebook_that_is_tuned_further_is_not_replaced(workshop, tmp_path):
+    """At a learning rate of 0 nothing but a revival changes codes: it changes random ones, and no trained ones."""
+    folder, configs = workshop
+    still = OptimizerConfig(learning_rate=0.0, warmup_steps=0)
+    config = dataclasses.replace(configs("tokenizer"), optimizer=still, steps=1)
+    for start in ("", str(folder)):
+        task = make_task(dataclasses.replace(config, init_from=start))
+        train(dataclasses.replace(config, init_from=start), task, tmp_path / f"from{bool(start)}")
+        before = task.init_model(nnx.Rngs(config.seed)) if not start else load_tokenizer(folder)
+        after = load_tokenizer(tmp_path / f"from{bool(start)}" / "export")
+        assert np.array_equal(after.vq.codes[...], before.vq.codes[...]) == bool(start)
+
+
 def test_the_decoder_teaches_the_encoder_through_the_rounding(workshop):
     """Without codebook and commitment terms the encoder's gradient can come from the pixels alone."""
     task = make_task(workshop[1]("tokenizer", codebook=0.0, commitment=0.0))
     model, batch = tiny.janus(config=PRESET, parts=VISION), batch_of(task)
+    count_codes(model.vq, trained=True)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)  # a merged model then owns its variables
     loss = lambda p, r: task.loss(nnx.merge(graph, p, r), batch, jax.random.key(0))[0]  # noqa: E731

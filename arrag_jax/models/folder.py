@@ -4,8 +4,6 @@ import math
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax.numpy as jnp
-
 from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_write, write_json
 from arrag_jax.interfaces import ArrayLike
@@ -61,11 +59,6 @@ def filled(
     """
     model = model if grid is None else model.with_grid(grid)
     read_weights(model, match(model, stored, layout, directory), dtype, layout.exact)
-    tokenizer = model.gen_vision_model
-    if tokenizer is not None:
-        size, dim = tokenizer.config.codebook_size, tokenizer.config.code_dim
-        tokenizer.usage.set_value(jnp.full((size,), 1.0 / size))
-        tokenizer.spare.set_value(jnp.zeros((size, dim)))
     return model
 
 

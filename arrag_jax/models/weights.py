@@ -11,15 +11,15 @@ from arrag_jax.checksums import all_finite
 from arrag_jax.errors import UserError
 from arrag_jax.models.layouts import Layout, published_shape, to_ours, to_published
 from arrag_jax.models.tensor_files import Stored, read_tensors, write_tensors
-from arrag_jax.nn.vq import CodeUsage
+from arrag_jax.nn.variables import Statistic
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 def parameters(model: Any) -> dict[str, nnx.Variable]:
-    """Returns a model's parameters by dotted path, without the state that only training uses (``CodeUsage``)."""
+    """Returns a model's parameters by dotted path, without what only training uses (``Statistic``)."""
     flat = nnx.to_flat_state(nnx.state(model))
-    return {".".join(map(str, path)): value for path, value in flat if not isinstance(value, CodeUsage)}
+    return {".".join(map(str, path)): value for path, value in flat if not isinstance(value, Statistic)}
 
 
 def match(model: nnx.Module, stored: dict[str, Stored], layout: Layout, directory: Path) -> dict[str, Stored]:

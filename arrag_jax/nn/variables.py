@@ -9,6 +9,10 @@ class Frozen(nnx.Variable):
     """A parameter that this run does not train; it has no optimizer state and is not saved."""
 
 
+class Statistic(nnx.Variable):
+    """A number that a training task keeps beside the parameters; checkpoints hold it, exports do not."""
+
+
 class Adapter(nnx.Param):
     """A parameter that fine-tuning trains."""
 

@@ -56,10 +56,6 @@ class VQConfig:
         return 2 ** (len(self.multipliers) - 1)
 
 
-class CodeUsage(nnx.Variable):
-    """Statistics of training, which are not exported: how often codes are used, and latents to replace unused codes."""
-
-
 def l2_normalize(x: Float[Array, "*dims C"]) -> Float[Array, "*dims C"]:
     """Returns vectors divided by their norm along the last axis; norms below 1e-12 count as 1e-12."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
@@ -203,10 +199,6 @@ class VQTokenizer(nnx.Module):
         self.quant_conv = _conv(config.z_channels, config.code_dim, 1, rngs)
         self.post_quant_conv = _conv(config.code_dim, config.z_channels, 1, rngs)
         self.codes = nnx.Param(jax.random.normal(rngs.params(), (config.codebook_size, config.code_dim)))
-        # No code counts as used yet, so the first revival of training replaces every code by a latent of the first
-        # batch. With random codes, the encoder would soon use only a few of them.
-        self.usage = CodeUsage(jnp.zeros(config.codebook_size))
-        self.spare = CodeUsage(jnp.zeros((config.codebook_size, config.code_dim)))
 
     @property
     def codebook(self) -> Float[Array, "V C"]:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grain
 import jax
@@ -20,7 +20,8 @@ from arrag_jax.figures import grids
 from arrag_jax.models.checkpoint import save_model
 from arrag_jax.models.registry import preset_of
 from arrag_jax.models.vq_images import VQImages
-from arrag_jax.nn.vq import from_uint8
+from arrag_jax.nn.variables import Statistic
+from arrag_jax.nn.vq import VQTokenizer, from_uint8
 from arrag_jax.store.images import reconstruct
 from arrag_jax.training.loop import Batch, SampleImages, Scalars
 from arrag_jax.training.shared import RunImages, psnr, rows_of_a_device, tokenizer_figures, write_manifest
@@ -64,7 +65,9 @@ class TokenizerTask:
     def init_model(self, rngs: nnx.Rngs) -> VQImages:
         """Returns a model that contains only the tokenizer."""
         training, shape = preset_of(self.options.preset)
-        return training.tokenizer(shape, rngs)
+        model = training.tokenizer(shape, rngs)
+        count_codes(model.vq, trained=bool(self.config.init_from))
+        return model
 
     def base(self) -> dict[str, str]:
         """Returns the identity of the training images; nothing is frozen."""
@@ -80,7 +83,7 @@ class TokenizerTask:
 
     def loss(self, model: VQImages, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
         """Returns reconstruction + codebook + commitment loss; also updates the usage of the codes."""
-        vq, images = model.vq, from_uint8(batch["image"])
+        vq, images = cast(CountedTokenizer, model.vq), from_uint8(batch["image"])
         codes, latents = vq.encode(images)
         quantised = vq.codebook[codes]
         # Straight-through estimator: the decoder gets the code, the encoder gets the decoder's gradient.
@@ -103,7 +106,7 @@ class TokenizerTask:
 
     def after_update(self, model: VQImages, key: Array) -> None:
         """Replaces dead codes with latents of this batch, which the loss has stored."""
-        vq = model.vq
+        vq = cast(CountedTokenizer, model.vq)
         dead = vq.usage[...] < self.options.dead_below / vq.config.codebook_size
         vq.codes[...] = jnp.where(dead[:, None], vq.spare[...], vq.codes[...])
         vq.usage[...] = jnp.where(dead, 1.0 / vq.config.codebook_size, vq.usage[...])
@@ -129,6 +132,30 @@ class TokenizerTask:
         save_model(model, directory)
         figures = tokenizer_figures(model, self.eval_batches(rows_of_a_device(self.config)))
         write_manifest(directory, model, run, **figures)
+
+
+class CountedTokenizer(VQTokenizer):
+    """The type of a tokenizer after ``count_codes``.
+
+    Attributes:
+      usage: [V], moving average of each code's share of the positions.
+      spare: [V, C], latents that replace dead codes.
+    """
+
+    usage: Statistic
+    spare: Statistic
+
+
+def count_codes(vq: VQTokenizer, trained: bool) -> None:
+    """Adds what revives dead codes to a tokenizer, in place.
+
+    Every code of a trained codebook counts as used. Of a random one no code does, so that the first revival replaces
+    every code by a latent of the first batch; with random codes, the encoder would soon use only a few of them.
+    """
+    size, dim = vq.config.codebook_size, vq.config.code_dim
+    counted = cast(CountedTokenizer, vq)
+    counted.usage = Statistic(jnp.full(size, 1.0 / size if trained else 0.0))
+    counted.spare = Statistic(jnp.zeros((size, dim)))
 
 
 def _image_alone(example: dict[str, Any]) -> Batch:

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from arrag_jax.models.llamagen import PARTS, LlamaGen
@@ -65,7 +64,6 @@ def random(family: str, seed: int = 0) -> LlamaGen:
     model = abstract(LlamaGen, config=config, parts=PARTS)
     tiny.fill(model, seed)
     model.gen_head.weight[...] = 3.0 * model.gen_head.weight[...]
-    model.gen_vision_model.usage.set_value(jnp.full((config.vision.codebook_size,), 0.1))
     return model
 
 

@@ -31,8 +31,6 @@ def janus(seed: int = 0, config: JanusConfig = CONFIG, parts: tuple[str, ...] = 
     """
     model = abstract(Janus, config=config, parts=parts)
     fill(model, seed)
-    if model.gen_vision_model is not None:
-        model.gen_vision_model.usage.set_value(jnp.full((config.vision.codebook_size,), 0.1))
     return model
 
 
