@@ -7,6 +7,7 @@ The public API:
   ``load_retriever`` opens a datastore and returns its search.
   ``Daid`` and ``Faid`` are the policies: the ways in which retrieval changes a draw.
   ``sample(model, condition, …)`` draws images, optionally with a policy and a search.
+  ``sample_stream(model, condition, …)`` does the same and yields each row of the code grids when it is drawn.
 """
 
 import importlib
@@ -22,6 +23,7 @@ _API = {
     "load_model": "arrag_jax.models.checkpoint",
     "load_retriever": "arrag_jax.retrieval.load",
     "sample": "arrag_jax.decode.loop",
+    "sample_stream": "arrag_jax.decode.stream",
 }
 __all__ = list(_API)
 

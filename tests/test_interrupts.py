@@ -117,7 +117,7 @@ def test_a_drawing_that_is_interrupted_again_and_again_ends_with_the_same_bytes(
 def test_a_second_interrupt_ends_a_compilation_at_once(store, tmp_path):
     slowly = {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}  # 16 times as long as the two signals are apart
     command = Running(drawing(store, tmp_path), children.alone() | slowly | {"JAX_LOG_COMPILES": "1"})
-    command.wait_for(lambda: any("Compiling jit(_decode)" in line for line in list(command.lines)))
+    command.wait_for(lambda: any("Compiling jit(_advance)" in line for line in list(command.lines)))
     command.send(signal.SIGINT)
     command.wait_for(lambda: command.says("once more stops at once"))
     time.sleep(signals.TWICE + 0.02)

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 
 from arrag_jax.decode import loop
 from arrag_jax.decode.policies import Daid
+from arrag_jax.decode.stream import joined, sample_stream
 from arrag_jax.ops import handles
 from arrag_jax.retrieval import sharded
 from arrag_jax.retrieval.patches import stored_patches
@@ -40,10 +41,11 @@ def opened(store, k: int = 4, mesh=None):
     return retriever, [weakref.ref(x) for x in (retriever, host, *host.shards.values())]
 
 
-def draw(model, retriever, **more):
+def draw(model, retriever, stream=False):
     prompts, mask = tiny.prompts((4, 6))
     daid = Daid(weight=0.9, temperature=0.1)
-    return loop.sample(model, prompts, daid, retriever, cfg_scale=None, prompt_mask=mask, **more)
+    how = sample_stream if stream else loop.sample
+    return how(model, prompts, daid, retriever, cfg_scale=None, prompt_mask=mask)
 
 
 def assert_gone(references) -> None:
@@ -52,14 +54,14 @@ def assert_gone(references) -> None:
 
 
 def test_twenty_retrievers_draw_by_one_program_and_go(store, model):
-    loop._decode.clear_cache()
+    loop._advance.clear_cache()
     references, codes = [], []
     for _ in range(20):
         retriever, own = opened(store)
         codes.append(np.asarray(draw(model, retriever).codes))
         references += own
         del retriever
-    assert loop._decode._cache_size() == 1
+    assert loop._advance._cache_size() == 1
     assert_gone(references)
     for drawn in codes:
         np.testing.assert_array_equal(drawn, codes[0])
@@ -67,14 +69,14 @@ def test_twenty_retrievers_draw_by_one_program_and_go(store, model):
 
 def test_sharded_retrievers_draw_by_one_program_and_go(store, model):
     mesh = jax.make_mesh((2,), ("store",), (AxisType.Auto,), devices=jax.devices()[:2])
-    loop._decode.clear_cache()
+    loop._advance.clear_cache()
     references = []
     for _ in range(3):
         retriever, own = opened(store, mesh=mesh)
         jax.block_until_ready(draw(model, retriever))
         references += own
         del retriever
-    assert loop._decode._cache_size() == 1
+    assert loop._advance._cache_size() == 1
     assert_gone(references)
 
 
@@ -130,26 +132,20 @@ def test_results_that_are_pending_keep_what_they_need(store):
         assert_gone(references)
 
 
-def test_progress_callbacks_share_a_program_and_go(store, model):
-    class Bar:
-        def __init__(self):
-            self.positions = []
-
-        def __call__(self, position):
-            self.positions.append(int(position))
-
+def test_a_stream_that_is_stopped_holds_nothing_and_shares_the_program(store, model):
+    loop._advance.clear_cache()
     retriever, _ = opened(store)
-    loop._decode.clear_cache()
+    whole = draw(model, retriever)
     references = []
-    for _ in range(4):
-        bar = Bar()
-        jax.block_until_ready(draw(model, retriever, on_position=bar))
-        jax.effects_barrier()
-        assert sorted(bar.positions) == list(range(20))
-        references.append(weakref.ref(bar))
-        del bar
-    assert loop._decode._cache_size() == 1
+    for _ in range(3):
+        retriever, own = opened(store)
+        references += own
+        stream = draw(model, retriever, stream=True)
+        rows = [next(stream), next(stream)]
+        del stream, retriever
+        np.testing.assert_array_equal(joined(rows).codes, whole.codes[:, :10])
     assert_gone(references)
+    assert loop._advance._cache_size() == 1
 
 
 def test_an_object_stays_until_pending_results_are_there(monkeypatch):

@@ -1,13 +1,13 @@
-"""Samples code grids: one prefill, then one ``lax.scan`` over the positions of the grid, for every method.
+"""Samples code grids: one prefill, then one loop over the positions of the grid, for every method.
 
 Each position runs these steps: context → search → policy's features → backbone step → guidance → policy's mixture →
 sampled code. A search by context needs only codes that were sampled before this position. It therefore does not wait
 for the backbone's step, unless the policy feeds the neighbours into that step. A search by the backbone's state
 (``interfaces.StateRetriever``) runs between the step and the mixture. The loop depends on no particular model or index.
+
+The loop can end at any position and go on from there, so one compiled program draws a whole grid and streams its rows.
 """
 
-import operator
-from collections.abc import Callable
 from typing import Any, NamedTuple, SupportsFloat, SupportsIndex, cast
 
 import jax
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from arrag_jax.config import SamplingConfig
+from arrag_jax.decode.checks import require_fit, sampling_of
 from arrag_jax.decode.policies import Plain, weights_of
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
@@ -25,6 +26,7 @@ from arrag_jax.interfaces import (
     ArrayLike,
     Backbone,
     BlendingBackbone,
+    Cache,
     Condition,
     DecodePolicy,
     Retriever,
@@ -32,7 +34,6 @@ from arrag_jax.interfaces import (
     StateRetriever,
 )
 from arrag_jax.mesh import put_everywhere, put_rows
-from arrag_jax.ops import handles
 from arrag_jax.ops.grid import context_codes, context_positions, has_context
 from arrag_jax.ops.host import awaited
 from arrag_jax.ops.neighbors import empty_neighbors
@@ -64,6 +65,79 @@ class SampleOutput(NamedTuple):
     weight: Float[Array | np.ndarray, "B T"] | None = None
 
 
+class Drawing(NamedTuple):
+    """Grids that are being drawn; the state between two calls of ``advance``.
+
+    Attributes:
+      position: the next position to draw; all positions before it are drawn.
+      hidden, cache: what the backbone's step takes at this position.
+      out: the output, [B, T, ...]; code -1 at positions that are not drawn yet.
+    """
+
+    position: Int[Array, ""]
+    hidden: Float[Array, "R D"]
+    cache: Cache
+    out: SampleOutput
+
+
+def begin(
+    model: Backbone,
+    cond: Condition,
+    uncond: Condition | None,
+    policy: DecodePolicy,
+    batch: int,
+    return_log_probs: bool = False,
+) -> Drawing:
+    """Returns B grids of which nothing is drawn yet, after the prefill; for arguments see ``decode``."""
+    rows = cond if uncond is None else jax.tree.map(lambda *x: jnp.concatenate(x), cond, uncond)
+    hidden, cache = model.prefill(rows, batch if policy.blends else 0)  # unconditional rows are never blended
+    shape = (batch, int(np.prod(model.grid)))
+    none, zeros = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
+    log_probs = jnp.zeros((*shape, model.codebook_size), jnp.float32) if return_log_probs else None
+    out = SampleOutput(none, zeros, zeros, none, none, jnp.full(shape, jnp.inf, jnp.float32), log_probs, zeros)
+    return Drawing(jnp.zeros((), jnp.int32), hidden, cache, out)
+
+
+def advance(
+    model: Backbone,
+    policy: DecodePolicy,
+    retriever: Retriever | StateRetriever | None,
+    keys: Key[Array, " B"],
+    sampling: SamplingConfig,
+    drawing: Drawing,
+    until: Int[Array, ""] | int,
+) -> Drawing:
+    """Draws the positions before ``until`` that are not drawn yet; for arguments see ``decode``."""
+    batch, guided = len(keys), len(drawing.hidden) > len(keys)
+    contexts, complete_at = jnp.asarray(context_positions(*model.grid)), jnp.asarray(has_context(*model.grid))
+    nothing, everywhere = empty_neighbors(batch, 1), jnp.asarray(True)
+    assert retriever is not None or not policy.uses_retrieval  # ``sample`` has checked it
+
+    def one_position(drawing: Drawing) -> Drawing:
+        position, hidden, cache, out = drawing
+        complete = complete_at[position]
+        if isinstance(retriever, StateRetriever):
+            stateful = cast(StatefulBackbone, model)
+            state, cache = stateful.step_state(hidden, cache, position)
+            logits, complete = stateful.logits(state), everywhere
+            neighbors = retriever.search_states(state[:batch], out.codes, jnp.repeat(position, batch))
+        else:
+            neighbors = nothing if retriever is None else retriever.search(context_codes(out.codes, contexts[position]))
+            features = policy.features(model, neighbors, complete)
+            logits, cache = model.step(hidden, cache, position, features)
+        scale = sampling.cfg_scale if guided else None
+        log_p_model = truncate(guide(logits, scale), sampling.temperature, sampling.top_k, sampling.top_p)
+        log_p = policy.log_probs(log_p_model, neighbors, complete)
+        code = draw(log_p, keys, position, sampling.greedy)
+        hidden = model.embed_codes(jnp.tile(code, 2) if guided else code)
+        record = _record(code, log_p, log_p_model, neighbors, weights_of(policy, log_p_model, neighbors, complete))
+        record = record._replace(log_probs=None if out.log_probs is None else log_p)
+        put = lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new[:, None], position, axis=1)  # noqa: E731
+        return Drawing(position + 1, hidden, cache, jax.tree.map(put, out, record))
+
+    return jax.lax.while_loop(lambda drawing: drawing.position < until, one_position, drawing)
+
+
 def decode(
     model: Backbone,
     cond: Condition,
@@ -72,7 +146,6 @@ def decode(
     retriever: Retriever | StateRetriever | None,
     keys: Key[Array, " B"],
     sampling: SamplingConfig,
-    on_position: Callable[[Any], None] | None = None,
     return_log_probs: bool = False,
 ) -> SampleOutput:
     """Samples B grids. The function can be traced; the caller jits it.
@@ -82,48 +155,10 @@ def decode(
       cond, uncond: from ``Backbone.check_condition`` and ``unconditional``; ``uncond`` is None without guidance.
       retriever: may be None only for a policy that uses no retrieval.
       keys: one random key per image.
-      on_position: called during tracing with the number of each finished position, e.g. to insert a host callback.
       return_log_probs: also return the whole distribution at each position.
     """
-    height, width = model.grid
-    positions, batch = height * width, len(keys)
-    rows = cond if uncond is None else jax.tree.map(lambda *x: jnp.concatenate(x), cond, uncond)
-    hidden, cache = model.prefill(rows, batch if policy.blends else 0)  # unconditional rows are never blended
-    nothing, everywhere = empty_neighbors(batch, 1), jnp.asarray(True)
-    assert retriever is not None or not policy.uses_retrieval  # ``sample`` has checked it
-
-    def one_position(carry, this):
-        drawn, hidden, cache = carry
-        position, context, complete = this
-        if isinstance(retriever, StateRetriever):
-            stateful = cast(StatefulBackbone, model)
-            state, cache = stateful.step_state(hidden, cache, position)
-            logits, complete = stateful.logits(state), everywhere
-            neighbors = retriever.search_states(state[:batch], drawn, jnp.repeat(position, batch))
-        else:
-            neighbors = nothing if retriever is None else retriever.search(context_codes(drawn, context))
-            features = policy.features(model, neighbors, complete)
-            logits, cache = model.step(hidden, cache, position, features)
-        scale = None if uncond is None else sampling.cfg_scale
-        log_p_model = truncate(guide(logits, scale), sampling.temperature, sampling.top_k, sampling.top_p)
-        log_p = policy.log_probs(log_p_model, neighbors, complete)
-        code = draw(log_p, keys, position, sampling.greedy)
-        drawn = jax.lax.dynamic_update_slice_in_dim(drawn, code[:, None], position, axis=1)
-        hidden = model.embed_codes(code if uncond is None else jnp.tile(code, 2))
-        if on_position is not None:
-            on_position(position)
-        weight = weights_of(policy, log_p_model, neighbors, complete)
-        record = _record(code, log_p, log_p_model, neighbors, weight)
-        return (drawn, hidden, cache), record._replace(log_probs=log_p if return_log_probs else None)
-
-    start = jnp.full((batch, positions), -1, jnp.int32)
-    this = (
-        jnp.arange(positions),
-        jnp.asarray(context_positions(height, width)),
-        jnp.asarray(has_context(height, width)),
-    )
-    _, records = jax.lax.scan(one_position, (start, hidden, cache), this)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1), records)
+    drawing = begin(model, cond, uncond, policy, len(keys), return_log_probs)
+    return advance(model, policy, retriever, keys, sampling, drawing, int(np.prod(model.grid))).out
 
 
 def _record(code, log_p, log_p_model, neighbors, weight) -> SampleOutput:
@@ -142,19 +177,16 @@ def _record(code, log_p, log_p_model, neighbors, weight) -> SampleOutput:
     )
 
 
-@jax.jit(static_argnames=("graph", "sampling", "return_log_probs"))
-def _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, listener, return_log_probs):
-    """Runs ``decode``, compiled. ``listener`` is the number of a host function's handle, or None."""
-    model = nnx.merge(graph, state)
-    on_position = None if listener is None else lambda position: jax.debug.callback(_tell, listener, position)
-    return decode(model, cond, uncond, policy, retriever, keys, sampling, on_position, return_log_probs)
+@jax.jit(static_argnames=("graph", "batch", "return_log_probs"))
+def _begin(graph, state, cond, uncond, policy, batch, return_log_probs):
+    """Runs ``begin``, compiled."""
+    return begin(nnx.merge(graph, state), cond, uncond, policy, batch, return_log_probs)
 
 
-def _tell(listener: Any, position: Any) -> None:
-    """Calls the host function with this number if its handle still exists."""
-    on_position = handles.look_up(listener)
-    if on_position is not None:
-        on_position(position)
+@jax.jit(static_argnames=("graph", "sampling"), donate_argnames=("drawing",))
+def _advance(graph, state, policy, retriever, keys, sampling, drawing, until):
+    """Runs ``advance``, compiled: one program draws a whole grid, or any part of it."""
+    return advance(nnx.merge(graph, state), policy, retriever, keys, sampling, drawing, until)
 
 
 def image_keys(seed: ArrayLike, batch: int) -> Key[Array, " batch"]:
@@ -176,59 +208,29 @@ def image_keys(seed: ArrayLike, batch: int) -> Key[Array, " batch"]:
     return jax.vmap(jax.random.key)(jnp.asarray(seeds))
 
 
-def require_blenders(model: Backbone, retriever: Retriever, neighbors: int | None = None) -> None:
-    """Raises UserError unless the model has blenders and the search returns enough neighbours for them.
+class Prepared(NamedTuple):
+    """Everything that a draw needs, checked and on its devices.
 
-    Args:
-      neighbors: how many neighbours are blended; None = the model's own number.
+    Attributes:
+      rest: the arguments of ``_advance`` between the model and the drawing.
+      drawing: the grids before the first position.
     """
-    blended = getattr(model, "blended_neighbors", 0)
-    if not blended:
-        raise UserError("this checkpoint has no FAiD blenders; decode it with --method plain or daid")
-    wanted = blended if neighbors is None else neighbors
-    if not 1 <= wanted <= retriever.k:
-        raise UserError(f"FAiD blends {wanted} neighbours, the search gives k={retriever.k}; raise k")
 
+    grid: tuple[int, int]
+    model: tuple[Any, Any]
+    rest: tuple[Any, ...]
+    drawing: Drawing
+    mesh: Mesh | None
 
-def require_states(model: Backbone, policy: DecodePolicy) -> None:
-    """Raises UserError unless the model and the policy can work with a search by the backbone's state."""
-    if not isinstance(model, StatefulBackbone):
-        raise UserError(f"{type(model).__name__} does not give its states, so hidden keys cannot be searched with it")
-    if policy.blends:
-        raise UserError(
-            "FAiD needs its neighbours before the backbone's step, but hidden keys are searched after it; choose "
-            "keys=codebook or keys=latent"
-        )
+    def until(self, position: int) -> "Prepared":
+        """Returns the draw advanced to this position; ``self`` cannot be used any more."""
+        drawing = _advance(*self.model, *self.rest, self.drawing, np.int32(position))
+        awaited(drawing.out.codes)
+        return self._replace(drawing=drawing)
 
-
-def _number(name: str, value: Any) -> Any:
-    """Returns a number of any library as a Python number, which can be hashed; None stays None."""
-    try:
-        return value if value is None else operator.index(value) if name == "top_k" else float(value)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name} = {value!r} must be one number") from error
-
-
-def _sampling(model: Backbone, numbers: dict[str, Any], greedy: bool) -> SamplingConfig:
-    """Returns the settings of ``sample`` as a ``SamplingConfig``.
-
-    Raises:
-      UserError: if a setting is invalid.
-    """
-    sampling = SamplingConfig(**{name: _number(name, value) for name, value in numbers.items()}, greedy=greedy)
-    if sampling.top_k is not None and sampling.top_k > model.codebook_size:
-        raise UserError(f"top_k = {sampling.top_k} is more than the {model.codebook_size} codes there are")
-    return sampling
-
-
-def _require_fit(model: Backbone, policy: DecodePolicy, retriever: Retriever | StateRetriever | None) -> None:
-    """Raises UserError unless the model and the search give what the policy needs."""
-    if policy.uses_retrieval and retriever is None:
-        raise UserError(f"{type(policy).__name__} needs a retriever: build a datastore, or draw with --method plain")
-    if policy.uses_retrieval and isinstance(retriever, StateRetriever):
-        require_states(model, policy)
-    elif policy.blends and retriever is not None:
-        require_blenders(model, cast(Retriever, retriever), getattr(policy, "neighbors", None))
+    def out(self) -> SampleOutput:
+        """Returns the output so far, in every process of the run."""
+        return self.drawing.out if self.mesh is None else put_everywhere(self.drawing.out, self.mesh)
 
 
 def sample(
@@ -243,7 +245,6 @@ def sample(
     prompt_mask: ArrayLike = None,
     top_k: SupportsIndex | None = None,
     top_p: SupportsFloat | None = None,
-    on_position: Callable[[Any], None] | None = None,
     mesh: Mesh | None = None,
     grid: ArrayLike = None,
     return_log_probs: bool = False,
@@ -259,7 +260,6 @@ def sample(
       seed: one integer per image, or one integer for all. With one per image, an image depends only on its prompt and
         seed. With one for all, it also depends on the image's place in the batch.
       prompt_mask: 1 where ``condition`` holds a real token; None = everywhere.
-      on_position: host function that is called with the number of each finished position.
       mesh: the batch is split over its axis "data", and every device gets a copy of the model. Every process calls this
         function with the same arguments and gets all grids. The retriever must be on the mesh, too. None = one device.
       grid: height and width in codes; None = the model's. return_log_probs: also return the distributions [B, T, V].
@@ -267,12 +267,34 @@ def sample(
     Raises:
       UserError: if parts are missing or do not fit together, or if the process was forked after JAX had been used.
     """
+    prepared = prepare(
+        model, condition, policy, retriever, cfg_scale=cfg_scale, temperature=temperature, greedy=greedy, seed=seed,
+        prompt_mask=prompt_mask, top_k=top_k, top_p=top_p, mesh=mesh, grid=grid, return_log_probs=return_log_probs,
+    )  # fmt: skip
+    return prepared.until(int(np.prod(prepared.grid))).out()
+
+
+def prepare(
+    model: Backbone,
+    condition: ArrayLike,
+    policy: DecodePolicy | None = None,
+    retriever: Retriever | StateRetriever | None = None,
+    *,
+    greedy: Any = False,
+    seed: ArrayLike = 0,
+    prompt_mask: ArrayLike = None,
+    mesh: Mesh | None = None,
+    grid: ArrayLike = None,
+    return_log_probs: bool = False,
+    cfg_scale: SupportsFloat | None = 5.0,
+    **numbers: Any,
+) -> Prepared:
+    """Returns the draw that these arguments of ``sample`` ask for, checked and prefilled."""
     require_own_process()
     model = model if grid is None else model.with_grid(grid)
     policy = Plain() if policy is None else policy
-    _require_fit(model, policy, retriever)
-    numbers = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    sampling = _sampling(model, numbers, bool(greedy))
+    require_fit(model, policy, retriever)
+    sampling = sampling_of(model, {"cfg_scale": cfg_scale, **numbers}, bool(greedy))
     cond = model.check_condition(condition, prompt_mask)
     uncond = None if cfg_scale is None else model.unconditional(cond)
     keys = image_keys(seed, len(jax.tree.leaves(cond)[0]))
@@ -286,8 +308,5 @@ def sample(
         cond, uncond, keys = put_rows((cond, uncond, keys), mesh)
         state = put_everywhere(state, mesh)
         policy = put_everywhere(policy, mesh) if gate else policy
-    told = None if on_position is None else handles.Handle(on_position)
-    listener = None if told is None else np.int32(told.number)
-    drawn = _decode(graph, state, cond, uncond, policy, retriever, keys, sampling, listener, return_log_probs)
-    awaited(drawn.codes)
-    return drawn if mesh is None else put_everywhere(drawn, mesh)
+    drawing = _begin(graph, state, cond, uncond, policy, len(keys), return_log_probs)
+    return Prepared(model.grid, (graph, state), (policy, retriever, keys, sampling), drawing, mesh)

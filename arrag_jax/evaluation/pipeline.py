@@ -12,14 +12,15 @@ from jaxtyping import Bool, Int, UInt8
 
 from arrag_jax import progress
 from arrag_jax.config import DrawConfig, RetrievalConfig
-from arrag_jax.decode.loop import SampleOutput, require_blenders, require_states, sample
+from arrag_jax.decode.checks import require_blenders, require_states
+from arrag_jax.decode.loop import SampleOutput
 from arrag_jax.decode.methods import METHODS, Kind, Method, Search, chosen_methods, search_config
+from arrag_jax.decode.stream import joined, sample_stream
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.trust import Trust
 from arrag_jax.interfaces import DecodePolicy, ImageModel, PromptEncoder, Retriever, StateRetriever
 from arrag_jax.mesh import make_mesh, put_everywhere
 from arrag_jax.models.checkpoint import config_of, load_model, load_prompts, sample_hashes
-from arrag_jax.models.weights import parameters
 from arrag_jax.nn.vq import to_uint8
 from arrag_jax.ops.keys import HIDDEN
 from arrag_jax.processes import require_same
@@ -29,7 +30,6 @@ from arrag_jax.retrieval.load import as_asked, backbone_of, index_hash_of, load_
 from arrag_jax.store.datastore import Datastore
 
 AnyRetriever = Retriever | StateRetriever
-LARGE_MODEL = 10**8  # parameters; with more, one image takes minutes on a CPU
 
 
 class Batch(NamedTuple):
@@ -68,21 +68,6 @@ class OpenSearch:
         return retriever if self.copies is None else dataclasses.replace(self.copies, local=retriever)
 
 
-class PositionBar:
-    """A progress bar over positions.
-
-    One object serves all batches, because the compiled loop calls it.
-    """
-
-    def __init__(self):
-        self.bar = None
-
-    def __call__(self, position: Any) -> None:
-        """Advances the bar by one position of the whole batch."""
-        if self.bar is not None:
-            self.bar.update()
-
-
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
     """A model, its tuned variants, their prompt encoder and, if a method needs it, a store with its search.
@@ -104,7 +89,6 @@ class Pipeline:
     searches: Mapping[Search, OpenSearch]
     mesh: Mesh | None = None
     folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    bar: PositionBar = dataclasses.field(default_factory=PositionBar)
 
     @property
     def store(self) -> Datastore | None:
@@ -166,17 +150,6 @@ class Pipeline:
         assert count is not None
         return opened.trust.captions.nearest(prompts, min(count(self.config), opened.store.num_images))
 
-    def reports_every_position(self, method: str) -> bool:
-        """Returns whether a method's decode loop calls the host at every position, for the progress bar.
-
-        JAX's persistent cache does not keep a program that calls the host. Therefore a loop calls it only if it calls
-        the host anyway, to search, or if generating takes far longer than compiling.
-        """
-        on_host = METHODS[method].search is not Search.NONE and not METHODS[method].limited
-        on_host = on_host and self.search_of(method).config.search == "scann"
-        size = sum(int(value[...].size) for value in parameters(self.model_of(method)).values())
-        return on_host or size >= LARGE_MODEL
-
     def _patches(self, method: str, source: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """Returns stored rows as numbers of patches with a context, which provenance works with; -1 for other rows."""
         if METHODS[method].search is Search.NONE or self.search_of(method).config.keys != HIDDEN.name:
@@ -192,9 +165,10 @@ class Pipeline:
         size = self._batch_size(count)
         return [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def _pixels(self, codes: Int[np.ndarray, "1 T"]) -> UInt8[np.ndarray, "1 h w 3"]:
-        """Returns an image. It is decoded alone: XLA rounds otherwise in batches of other sizes, by one grey level."""
-        return np.asarray(to_uint8(self.model.decode_codes(codes, *self.model.grid)))
+    def pixels(self, codes: Int[np.ndarray, "n T"]) -> UInt8[np.ndarray, "n h w 3"]:
+        """Returns images. Each is decoded alone: XLA rounds otherwise in other batch sizes, by one grey level."""
+        decoded = [to_uint8(self.model.decode_codes(grid[None], *self.model.grid)) for grid in codes]
+        return np.concatenate([np.asarray(image) for image in decoded])
 
     def draw(
         self,
@@ -205,8 +179,7 @@ class Pipeline:
     ) -> Iterator[Batch]:
         """Yields generated images with their provenance, in batches of ``config.batch_size`` prompts.
 
-        An image depends only on its prompt, method and seed. A progress bar over the positions advances at every
-        position or at every batch: see ``reports_every_position``.
+        An image depends only on its prompt, method and seed. A progress bar over the positions advances row by row.
 
         Args:
           wanted: batches without a wanted image are skipped; None = all are wanted.
@@ -214,27 +187,33 @@ class Pipeline:
         batches, positions = self.batches(len(prompts)), int(np.prod(self.model.grid))
         size = self._batch_size(len(prompts))
         length = self.text.length(prompts)  # of all batches, so that one shape is compiled
-        on_position = self.bar if self.reports_every_position(method) else None
         batches = [numbers for numbers in batches if wanted is None or wanted[numbers].any()]
         leads, total = jax.process_index() == 0, len(batches) * positions
         with progress.bar(wanted=leads, total=total, desc=f"drawing {method}", unit="cell") as bar:
-            self.bar.bar = bar
             for numbers in batches:
                 # The last batch is padded with its own rows, so that only one shape is compiled.
                 rows, keep = np.resize(numbers, size), len(numbers)
-                drawn_here = [prompts[int(i)] for i in rows]
-                result = sample(
-                    self.model_of(method), self.text(drawn_here, length), self.policy(method, drawn_here),
-                    self.retriever_for(method, drawn_here), seed=seeds[rows], on_position=on_position, mesh=self.mesh,
-                    **dataclasses.asdict(self.config.sampling),
-                )  # fmt: skip
-                drawn = jax.tree.map(lambda x, keep=keep: np.asarray(x)[:keep], result)
-                drawn = drawn._replace(source=self._patches(method, drawn.source))
-                pixels = np.concatenate([self._pixels(codes[None]) for codes in drawn.codes])
-                jax.effects_barrier()
-                if on_position is None:
-                    bar.update(positions)
-                yield Batch(numbers, pixels, drawn)
+                parts = []
+                for row in self.rows([prompts[int(i)] for i in rows], method, seeds[rows], length):
+                    parts.append(jax.tree.map(lambda x, keep=keep: x[:keep], row))
+                    bar.update(row.codes.shape[1])
+                drawn = joined(parts)
+                yield Batch(numbers, self.pixels(drawn.codes), drawn)
+
+    def rows(
+        self, prompts: Sequence[str], method: str, seeds: Int[np.ndarray, " n"], length: int | None = None
+    ) -> Iterator[SampleOutput]:
+        """Yields the rows of one batch of code grids as they are drawn; see ``decode.stream.sample_stream``.
+
+        Args:
+          length: as in ``interfaces.PromptEncoder``.
+        """
+        stream = sample_stream(
+            self.model_of(method), self.text(prompts, length), self.policy(method, prompts),
+            self.retriever_for(method, prompts), seed=seeds, mesh=self.mesh, **dataclasses.asdict(self.config.sampling),
+        )  # fmt: skip
+        for row in stream:
+            yield row._replace(source=self._patches(method, row.source))
 
 
 def open_pipeline(config: DrawConfig, methods: Sequence[str] = (), alone: bool = False) -> Pipeline:

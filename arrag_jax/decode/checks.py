@@ -1,0 +1,63 @@
+"""Checks that models, policies, searches and sampling settings fit together, before anything is compiled."""
+
+import operator
+from typing import Any, cast
+
+from arrag_jax.config import SamplingConfig
+from arrag_jax.errors import UserError
+from arrag_jax.interfaces import Backbone, DecodePolicy, Retriever, StatefulBackbone, StateRetriever
+
+
+def require_blenders(model: Backbone, retriever: Retriever, neighbors: int | None = None) -> None:
+    """Raises UserError unless the model has blenders and the search returns enough neighbours for them.
+
+    Args:
+      neighbors: how many neighbours are blended; None = the model's own number.
+    """
+    blended = getattr(model, "blended_neighbors", 0)
+    if not blended:
+        raise UserError("this checkpoint has no FAiD blenders; decode it with --method plain or daid")
+    wanted = blended if neighbors is None else neighbors
+    if not 1 <= wanted <= retriever.k:
+        raise UserError(f"FAiD blends {wanted} neighbours, the search gives k={retriever.k}; raise k")
+
+
+def require_states(model: Backbone, policy: DecodePolicy) -> None:
+    """Raises UserError unless the model and the policy can work with a search by the backbone's state."""
+    if not isinstance(model, StatefulBackbone):
+        raise UserError(f"{type(model).__name__} does not give its states, so hidden keys cannot be searched with it")
+    if policy.blends:
+        raise UserError(
+            "FAiD needs its neighbours before the backbone's step, but hidden keys are searched after it; choose "
+            "keys=codebook or keys=latent"
+        )
+
+
+def _number(name: str, value: Any) -> Any:
+    """Returns a number of any library as a Python number, which can be hashed; None stays None."""
+    try:
+        return value if value is None else operator.index(value) if name == "top_k" else float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} = {value!r} must be one number") from error
+
+
+def sampling_of(model: Backbone, numbers: dict[str, Any], greedy: bool) -> SamplingConfig:
+    """Returns the settings of ``sample`` as a ``SamplingConfig``.
+
+    Raises:
+      UserError: if a setting is invalid.
+    """
+    sampling = SamplingConfig(**{name: _number(name, value) for name, value in numbers.items()}, greedy=greedy)
+    if sampling.top_k is not None and sampling.top_k > model.codebook_size:
+        raise UserError(f"top_k = {sampling.top_k} is more than the {model.codebook_size} codes there are")
+    return sampling
+
+
+def require_fit(model: Backbone, policy: DecodePolicy, retriever: Retriever | StateRetriever | None) -> None:
+    """Raises UserError unless the model and the search give what the policy needs."""
+    if policy.uses_retrieval and retriever is None:
+        raise UserError(f"{type(policy).__name__} needs a retriever: build a datastore, or draw with --method plain")
+    if policy.uses_retrieval and isinstance(retriever, StateRetriever):
+        require_states(model, policy)
+    elif policy.blends and retriever is not None:
+        require_blenders(model, cast(Retriever, retriever), getattr(policy, "neighbors", None))
