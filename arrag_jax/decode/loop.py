@@ -115,14 +115,14 @@ def advance(
 
     def one_position(drawing: Drawing) -> Drawing:
         position, hidden, cache, out = drawing
-        complete = complete_at[position]
+        drawn, complete = jnp.asarray(out.codes), complete_at[position]
         if isinstance(retriever, StateRetriever):
             stateful = cast(StatefulBackbone, model)
             state, cache = stateful.step_state(hidden, cache, position)
             logits, complete = stateful.logits(state), everywhere
-            neighbors = retriever.search_states(state[:batch], out.codes, jnp.repeat(position, batch))
+            neighbors = retriever.search_states(state[:batch], drawn, jnp.repeat(position, batch))
         else:
-            neighbors = nothing if retriever is None else retriever.search(context_codes(out.codes, contexts[position]))
+            neighbors = nothing if retriever is None else retriever.search(context_codes(drawn, contexts[position]))
             features = policy.features(model, neighbors, complete)
             logits, cache = model.step(hidden, cache, position, features)
         scale = sampling.cfg_scale if guided else None

@@ -198,7 +198,7 @@ class Pipeline:
                     parts.append(jax.tree.map(lambda x, keep=keep: x[:keep], row))
                     bar.update(row.codes.shape[1])
                 drawn = joined(parts)
-                yield Batch(numbers, self.pixels(drawn.codes), drawn)
+                yield Batch(numbers, self.pixels(np.asarray(drawn.codes)), drawn)
 
     def rows(
         self, prompts: Sequence[str], method: str, seeds: Int[np.ndarray, " n"], length: int | None = None
@@ -213,7 +213,7 @@ class Pipeline:
             self.retriever_for(method, prompts), seed=seeds, mesh=self.mesh, **dataclasses.asdict(self.config.sampling),
         )  # fmt: skip
         for row in stream:
-            yield row._replace(source=self._patches(method, row.source))
+            yield row._replace(source=self._patches(method, np.asarray(row.source)))
 
 
 def open_pipeline(config: DrawConfig, methods: Sequence[str] = (), alone: bool = False) -> Pipeline:
