@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from arrag_jax.errors import UserError
-from arrag_jax.models import t5_text
+from arrag_jax.models import llamagen_prompts, t5_text
 from arrag_jax.models.llamagen_prompts import CaptionEncoder, ClassNumbers, save_features
-from arrag_jax.models.t5 import caption_features
+from arrag_jax.models.t5 import T5Features
 from helpers import llamagens
 
 
@@ -100,15 +100,34 @@ def test_text_features_are_the_references(tmp_path):
         np.testing.assert_allclose(row[120 - count :], states[:count], atol=1e-5)
         assert not row[: 120 - count].any()
     np.testing.assert_array_equal(encode(prompts[1:2])[0][0], values[1])  # looked up, and of its prompt alone
-    assert len(encode.known) == len(prompts)
+
+
+def test_computed_features_stay_for_the_newest_captions_and_the_encoder_is_read_once(tmp_path, monkeypatch):
+    (tmp_path / "t5").mkdir()
+    encode, calls = CaptionEncoder(tmp_path, 7, 8), []
+
+    def compute(captions):
+        calls.append(list(captions))
+        values, mask = features(1)
+        return np.repeat(values, len(captions), 0) + len(calls), np.repeat(mask, len(captions), 0)
+
+    monkeypatch.setattr(llamagen_prompts, "KEPT", 2)
+    monkeypatch.setattr(encode, "_compute", compute)
+    first = encode(["a", "b", "a"])[0]
+    np.testing.assert_array_equal(first[0], first[2])
+    np.testing.assert_array_equal(encode(["b"])[0][0], first[1])
+    assert encode(["c", "d", "e", "a"])[0].shape == (4, 8, 7)  # more than are kept, and one that is kept
+    assert list(encode.computed) == ["d", "e"]
+    encode(["a", "e"])
+    assert calls == [["a", "b"], ["c", "d", "e"], ["a"]]
 
 
 def test_absent_libraries_and_damaged_encoders_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"tokenizer\.json cannot be read as a tokenizer"):
-        caption_features(tmp_path, ["a"], 8)
+        T5Features(tmp_path, 8)(["a"])
     shutil.copyfile(llamagens.path("t5/tokenizer.json"), tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match="holds no T5 encoder"):
-        caption_features(tmp_path, ["a"], 8)
+        T5Features(tmp_path, 8)(["a"])
     imported = builtins.__import__
 
     def without(name, *rest):
@@ -118,4 +137,4 @@ def test_absent_libraries_and_damaged_encoders_are_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match="pip install transformers torch, or put features"):
-        caption_features(tmp_path, ["a"], 8)
+        T5Features(tmp_path, 8)(["a"])

@@ -10,10 +10,11 @@ from jaxtyping import Bool, Float, Int
 
 from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_write
-from arrag_jax.models.t5 import caption_features
+from arrag_jax.models.t5 import T5Features
 
 FEATURES = "features.npz"  # captions with precomputed features
 T5 = "t5"  # folder of the T5 encoder
+KEPT = 128  # captions whose computed features stay in memory; at flan-t5-xl's width one takes a megabyte
 
 
 class ClassNumbers:
@@ -45,7 +46,8 @@ class CaptionEncoder:
     """Encodes captions as T5 features, which are padded on the left.
 
     Captions in ``features.npz`` have their features there (see ``save_features``). The features of other captions are
-    computed once by the T5 encoder in the folder ``t5``; the ``transformers`` library runs it.
+    computed by the T5 encoder in the folder ``t5``, which the ``transformers`` library runs. Those of the newest ones
+    are kept, because the images of one prompt are usually drawn one after the other.
     """
 
     def __init__(self, directory: Path, width: int, length: int):
@@ -55,23 +57,25 @@ class CaptionEncoder:
           UserError: if the folder has neither ``features.npz`` nor ``t5``, or the file is damaged or for another model.
         """
         self.t5, self.width, self.tokens = directory / T5, width, length
+        self._compute = T5Features(self.t5, length)
         file = directory / FEATURES
         if not file.is_file() and not self.t5.is_dir():
             raise UserError(
                 f"{directory} has nothing that turns captions into text features: put a T5 encoder (flan-t5-xl of the "
                 f"published models) into {self.t5}, or features of your captions into {file}"
             )
-        self.known = _read_features(file, width, length) if file.is_file() else {}
+        self.stored = _read_features(file, width, length) if file.is_file() else {}
+        self.computed: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # the newest last
 
     def length(self, prompts: Sequence[str]) -> int:
         """Returns the tokens of every caption. Raises UserError where one is empty, or has no features and no T5."""
         for prompt in prompts:
             if not prompt.strip():
                 raise UserError("a prompt is empty; say what to draw")
-        absent = next((prompt for prompt in prompts if prompt not in self.known), None)
+        absent = next((prompt for prompt in prompts if prompt not in self.stored), None)
         if absent is not None and not self.t5.is_dir():
             raise UserError(
-                f"{FEATURES} has no features of the prompt {absent[:60]!r}; it holds {len(self.known)} captions: add "
+                f"{FEATURES} has no features of the prompt {absent[:60]!r}; it holds {len(self.stored)} captions: add "
                 f"it, or put a T5 encoder into {self.t5}"
             )
         return self.tokens
@@ -86,16 +90,19 @@ class CaptionEncoder:
             or the T5 does not fit this model.
         """
         self.length(prompts)
-        fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        found = {prompt: row for prompt in prompts if (row := self.stored.get(prompt, self.computed.get(prompt)))}
+        fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         if fresh:
-            features, mask = caption_features(self.t5, fresh, self.tokens)
+            features, mask = self._compute(fresh)
             if features.shape[2] != self.width:
                 raise UserError(
                     f"{self.t5} gives features of {features.shape[2]} numbers, the model takes {self.width}"
                 )
-            self.known |= dict(zip(fresh, zip(features, mask, strict=True), strict=True))
+            found |= dict(zip(fresh, zip(features, mask, strict=True), strict=True))
+            newest = list((self.computed | {prompt: found[prompt] for prompt in fresh}).items())[-KEPT:]
+            self.computed = dict(newest)
         wanted = self.tokens if length is None else length
-        rows = [self.known[prompt] for prompt in prompts]
+        rows = [found[prompt] for prompt in prompts]
         for prompt, (_, mask) in zip(prompts, rows, strict=True):
             if mask.sum() > wanted or wanted > self.tokens:
                 raise UserError(f"prompt too long: {mask.sum()} tokens, at most {wanted}: {prompt[:60]!r}…")
