@@ -156,7 +156,7 @@ class TrainConfig(Settings):
     accumulate: int = 1  # microbatches per step; more of them need less memory, and the update stays the same
     compute_dtype: str = "float32"  # dtype of the trained parameters in the loss: "float32" | "bfloat16"
     # Where the initial parameters come from: a model folder, or the workdir of another run, whose best checkpoint is
-    # used. Empty = random initial parameters.
+    # used. A model folder may know fewer words and image codes. Empty = random initial parameters.
     init_from: ModelPath = ""
 
     def __post_init__(self):

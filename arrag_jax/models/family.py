@@ -35,6 +35,9 @@ class SavedEncoder(PromptEncoder, Protocol):
         """Writes the files that ``Family.prompts`` reads."""
         ...
 
+    @property
+    def vocabulary(self) -> Mapping[str, int]: ...  # row of the text embedding by token
+
 
 @dataclasses.dataclass(frozen=True)
 class Training:

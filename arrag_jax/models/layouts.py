@@ -69,6 +69,8 @@ class Layout:
       exact: parts that stay in float32, whatever dtype the other parts are read or written in. A rounded tokenizer
         maps some images to other codes, so existing datastores would not match it.
       shared: published keys of unused tensors that also have a name in this layout.
+      words: key of the parameter with one row per token of the vocabulary; "" = there is none.
+      per_code: keys of the parameters with one row per image code.
     """
 
     names: tuple[Rule, ...]
@@ -77,6 +79,8 @@ class Layout:
     unused: re.Pattern
     exact: tuple[str, ...] = ("gen_vision_model",)
     shared: tuple[str, ...] = ()
+    words: str = ""
+    per_code: tuple[str, ...] = ()
 
     def from_published(self, key: str) -> str:
         """Returns the key in this layout of a published key."""
@@ -105,6 +109,13 @@ PUBLISHED = Layout(
     unused=re.compile(
         r"language_model\.lm_head\.weight|gen_vision_model\.quantize\.codebook_used|(vision_model|aligner)\..*"
         r"|language_model\.model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+    ),
+    words="language_model.model.embed_tokens.weight",
+    per_code=(
+        "gen_vision_model.quantize.embedding.weight",
+        "gen_embed.weight",
+        "gen_head.vision_head.weight",
+        "gen_head.vision_head.bias",
     ),
 )
 TRANSFORMERS = Layout(

@@ -111,6 +111,11 @@ class PromptTokenizer:
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
         return cls(tokenizer)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token."""
+        return self.tokenizer.get_vocab()
+
     def save(self, directory: str | Path) -> None:
         """Writes ``tokenizer.json``."""
         self.tokenizer.save(str(Path(directory) / "tokenizer.json"))

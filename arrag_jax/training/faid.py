@@ -106,7 +106,7 @@ class FaidTask:
         text = load_prompts(options.base)
         if not isinstance(text, SavedEncoder):
             raise UserError(f"config.options.base={options.base} holds a kind of model that cannot be tuned here")
-        self.text = text
+        self.text, self.vocabulary = text, text.vocabulary
         self.sets = {name: NeighborSet.open(Path(options.neighbors) / name) for name in ("train", "valid")}
         for neighbors in self.sets.values():
             neighbors.verify()  # training reads them in random order, in which no hash can be checked

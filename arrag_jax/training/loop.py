@@ -40,8 +40,6 @@ from arrag_jax.training.start import params_of
 Batch = Mapping[str, Any]  # arrays whose first axis is the batch axis
 Scalars = dict[str, Float[Array, ""]]
 SampleImages = dict[str, UInt8[np.ndarray, "h w 3"]]  # by name; may be empty
-
-
 Model = TypeVar("Model")
 
 
@@ -57,6 +55,9 @@ class Task(Protocol[Model]):
 
     @property
     def tokens(self) -> int: ...  # tokens per training example, for the tokens per second
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]: ...  # ids of the tokens of prompts; {} if there are no prompts
 
     def init_model(self, rngs: nnx.Rngs) -> Model:
         """Returns the model at step 0, from scratch or from a checkpoint; it is the same on every process.
@@ -204,7 +205,7 @@ def resume_or_start(
     if resumed is not None:
         state, words = resumed, f"continuing at step {int(resumed.step)}"
     elif config.init_from:
-        params, words = params_of(config.init_from, state.params, task.best_metric)
+        params, words = params_of(config.init_from, state.params, task.best_metric, task.vocabulary)
         state = state._replace(params=params, ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None)
     else:
         words = "starting from scratch"

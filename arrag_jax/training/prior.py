@@ -77,6 +77,7 @@ class PriorTask:
         self.words = None  # no word is removed while the vocabulary is collected
         self.words = frozenset(self._vocabulary())
         self.text = self.fresh.text(self.words)
+        self.vocabulary = self.text.vocabulary
         self.images.require_splits()  # fails before anything is written
         if self.images.source.words is None:
             for images in (self.images.train, self.images.held_out):

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import grain
@@ -54,6 +55,7 @@ class TokenizerTask:
 
     trainable = nnx.Param
     best_metric = ("psnr", "max")
+    vocabulary = MappingProxyType[str, int]({})  # it reads no prompts
 
     def __init__(self, config: TrainConfig, options: TokenizerOptions):
         self.config, self.options = config, options

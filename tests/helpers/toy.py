@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,7 @@ class ToyTask:
     trainable = Adapter
     best_metric = ("error", "min")
     tokens = 5
+    vocabulary = MappingProxyType({})
 
     def __init__(self, pause: float = 0.0, noise: bool = True, base: str = "toy"):
         self._pause, self._noise, self._base = pause, noise, base
