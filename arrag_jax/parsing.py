@@ -108,6 +108,7 @@ class _Shown(reprlib.Repr):
 RENAMED = {
     ("DaidConfig", "copies"): 'reduction, with "max" for "nearest"',
     ("DataConfig", "name"): "source",
+    ("DataSetConfig", "name"): "source",
 }
 
 

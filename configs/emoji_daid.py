@@ -15,6 +15,6 @@ def get_config() -> ConfigDict:
             "retrieval": {"store": "runs/store", "k": 128},
             "daid": {"weight": 0.01, "temperature": 0.003, "reduction": "sum"},
             "sampling": {"cfg_scale": 1.5, "top_p": 0.9},
-            "data": {"name": "emoji_scenes/full"},
+            "data": {"source": "emoji_scenes/full"},
         }
     )

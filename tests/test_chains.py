@@ -44,7 +44,7 @@ def commands_in(message: str) -> list[str]:
 
 FEW = ("steps=2", "batch_size=4", "data.eval_examples=8")
 TINY = ("data.source=emoji_scenes/tiny",)
-DRAW = ("model=runs/prior/export", "retrieval.k=16", "data.name=emoji_scenes/tiny")
+DRAW = ("model=runs/prior/export", "retrieval.k=16", "data.source=emoji_scenes/tiny")
 LIMITED = ("caption.images=8", "caption.static_images=3")
 CATS = ("--prompt=a cat", "--prompt=two dogs", "--noprovenance")
 
@@ -141,7 +141,7 @@ class TestEmoji:
             emoji,
             command("generate", "emoji_daid", "none", f"model={alone}", *CATS),
             command("generate", "emoji_compare", "none", *DRAW, f"faid_model={alone}", *CATS),
-            command("eval", "emoji_daid", "none", f"model={alone}", "data.name=emoji_scenes/tiny"),
+            command("eval", "emoji_daid", "none", f"model={alone}", "data.source=emoji_scenes/tiny"),
             command("train", "emoji_faid", "none", *FEW, f"options.base={alone}"),
             command("train", "emoji_prior", "refused", *FEW, *TINY, f"init_from={alone}"),
             needed=False,

@@ -207,7 +207,7 @@ def test_a_sprite_of_another_world_is_not_looked_for():
 )
 def test_the_benchmark_scores_groups(name, world):
     count = 36
-    benchmark = open_benchmark("emoji_scenes", DataSetConfig(name=name))
+    benchmark = open_benchmark("emoji_scenes", DataSetConfig(source=name))
     expected = [scenes.group(scene("test", i, world), world) for i in range(count)]
     assert benchmark.prompts(count) == [s.caption for s in scenes.test_prompts(count, world)]
     truth = benchmark.true_images(np.arange(count))

@@ -93,10 +93,10 @@ def prompts_of(data: DataSetConfig, number: int, group: str = "") -> list[str]:
     Raises:
       UserError: if the data set belongs to no benchmark, or none of the first prompts is of the group.
     """
-    name = data.name.partition("/")[0]
+    name = data.source.partition("/")[0]
     if number and (name not in BENCHMARKS or is_folder_benchmark(name)):
         known = ", ".join(key for key in BENCHMARKS if not is_folder_benchmark(key))
-        raise UserError(f"config.data.name={data.name!r} has no test prompts; choose a configuration of {known}")
+        raise UserError(f"config.data.source={data.source!r} has no test prompts; choose a configuration of {known}")
     if not number:
         return []
     benchmark = open_benchmark(name, data)

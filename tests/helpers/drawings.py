@@ -46,7 +46,7 @@ def make_config(tmp_path_factory) -> DrawConfig:
         retrieval=RetrievalConfig(store=store, k=16),
         daid=DaidConfig(weight=0.3),
         sampling=SamplingConfig(cfg_scale=2.0),
-        data=DataSetConfig(name="emoji_scenes/tiny", data_dir=data),
+        data=DataSetConfig(source="emoji_scenes/tiny", data_dir=data),
         mesh=MeshConfig(1, 1),
         batch_size=4,
     )

@@ -35,7 +35,7 @@ class EmojiScenes:
 
     def __init__(self, data: DataSetConfig, split: str):
         self._data, self._split = data, split
-        self._world = WORLDS.get(data.name, STANDARD)
+        self._world = WORLDS.get(data.source, STANDARD)
         first, of = (TUNING, "test") if split == "tuning" else (0, split)
         self._scene = functools.cache(lambda number: scene(of, first + number, world=self._world))
 
@@ -55,7 +55,7 @@ class EmojiScenes:
         """
         if self._split == "tuning":
             return []
-        return load_source(self._data.name, f"{self._split}[:{number}]", self._data.data_dir)
+        return load_source(self._data.source, f"{self._split}[:{number}]", self._data.data_dir)
 
     def groups(self, number: int) -> Sequence[str | None]:
         """Returns how far training has shown what the scenes ask for (``data.emoji.scenes.group``)."""
