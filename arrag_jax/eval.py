@@ -13,7 +13,8 @@ python -m arrag_jax.eval --config configs/emoji_daid.py --benchmark geneval --pr
   --detector onnx:yolox.onnx --method plain --workdir runs/geneval
 
 --draw_only leaves out the scoring. --score_only scores what is in --workdir, without a config; another program may have
-drawn it. ``--compare OUT1 OUT2`` prints two finished runs side by side and needs nothing else.
+drawn it. With --ray a Ray cluster draws the images and computes their features, see docs/clusters.md.
+``--compare OUT1 OUT2`` prints two finished runs side by side and needs nothing else.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from typing import Any
 
 import jax
 
-from arrag_jax.command import OPTIONAL_CONFIG, Flag, main_with_config
+from arrag_jax.command import OPTIONAL_CONFIG, RAY, RAY_CORES, Flag, main_with_config
 from arrag_jax.config import DrawConfig
 from arrag_jax.decode.methods import METHODS
 from arrag_jax.errors import UserError
@@ -33,6 +34,7 @@ from arrag_jax.evaluation.benchmarks import (
     open_folder_benchmark,
 )
 from arrag_jax.evaluation.measure import evaluate
+from arrag_jax.work import open_engine
 
 
 def run(
@@ -54,6 +56,8 @@ def run(
     known_words: bool = False,
     fit_gate: bool = False,
     compare: Sequence[str] = (),
+    ray: str = "",
+    ray_cores: int = RAY_CORES.default,
     **flags: Any,
 ) -> None:
     """Runs --benchmark; prints tables and writes results.json. ``flags``: those of ``benchmark_flags``."""
@@ -68,10 +72,12 @@ def run(
         if sweep or scaling or fit_gate:
             raise UserError(f"{benchmark} has no examples for --sweep, --scaling and --fit_gate; leave them out")
         opened = open_folder_benchmark(benchmark, prompts, copies, limit, flags)
-        folder_runs.run(
-            config, workdir, benchmark, opened, method, not score_only, not draw_only, allow_missing, known_words
-        )
+        steps = (not score_only, not draw_only, allow_missing, known_words)
+        with open_engine(ray, ray_cores) as engine:
+            folder_runs.run(config, workdir, benchmark, opened, method, *steps, engine)
         return
+    if ray:
+        raise UserError(f"{benchmark} is measured in one process; --ray is for benchmarks over a prompt set")
     if draw_only or score_only or prompts or method:
         raise UserError(f"{benchmark} draws its own prompts and keeps no images; leave out the flags of prompt sets")
     if config is None:
@@ -115,5 +121,7 @@ if __name__ == "__main__":
             path=True,
             several=True,
         ),
+        ray=RAY,
+        ray_cores=RAY_CORES,
         **own,
     )

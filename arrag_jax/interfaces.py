@@ -510,9 +510,12 @@ class FolderBenchmark(Protocol):
         """
         ...
 
-    def measure(self, folder: Path, images: Sequence[ImageFile]) -> Measurement:
+    def measure(self, folder: Path, images: Sequence[ImageFile], engine: Any) -> Measurement:
         """Scores the images of a folder, in the order of the prompts; every file exists.
 
         Files with results may be written into the folder. An interrupted call is repeated; its result must not differ.
+
+        Args:
+          engine: a ``work.Engine``, where work on independent images may be done.
         """
         ...

@@ -41,7 +41,7 @@ class Redness:
     def protocol(self):
         return {"gain": self._gain}
 
-    def measure(self, folder, images):
+    def measure(self, folder, images, engine):
         red = {}
         for image in images:
             red.setdefault(image.prompt.name, []).append(self._gain * read_rgb(folder / image.path)[..., 0].mean())
@@ -84,7 +84,7 @@ def test_batches_and_interruptions_change_no_byte(prompts, config, tmp_path, mon
     copies = 4 if form == "dpg" else 2
     run(prompts, tmp_path / "whole", config, form=form, copies=copies)
     whole, table = bytes_of(tmp_path / "whole"), capfd.readouterr().out
-    out, real, left = tmp_path / "cut", drawn_folder._Work._write, [0]
+    out, real, left = tmp_path / "cut", drawn_folder._Drawer._write, [0]
 
     def write(self, *words):
         if not left[0]:
@@ -92,7 +92,7 @@ def test_batches_and_interruptions_change_no_byte(prompts, config, tmp_path, mon
         left[0] -= 1
         real(self, *words)
 
-    monkeypatch.setattr(drawn_folder._Work, "_write", write)
+    monkeypatch.setattr(drawn_folder._Drawer, "_write", write)
     for count in (3, 2, 99):
         left[0] = count
         changed = dataclasses.replace(config, batch_size=4 if count == 3 else 3)

@@ -1,10 +1,13 @@
 """Work on a Ray cluster: the same bytes as in one process, whatever died; one clear line where it cannot be done."""
 
+import functools
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -27,20 +30,58 @@ def config(tmp_path_factory) -> DatastoreConfig:
     return folders.config(tmp_path_factory.mktemp("folders"))
 
 
-@pytest.fixture(scope="module")
-def ray():
-    with cluster.running(2) as running:
-        yield running
+class Squares:
+    """A worker that does even numbers alone, cannot begin with an odd ``first``, and dies once if it gets a mark."""
+
+    def __init__(self, first: int = 0, mark: str = ""):
+        self._mark = mark
+        if first % 2:
+            raise UserError(f"{first} is no way to begin")
+
+    def __call__(self, item: int, report) -> int:
+        report.tell(f"at {item}")
+        if self._mark and not os.path.exists(self._mark):
+            open(self._mark, "x").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item % 2:
+            raise UserError(f"{item} is odd; give an even number")
+        return item * item
 
 
-@pytest.mark.long  # joins a cluster in a process that has run other tests; this has hung once
-def test_a_store_is_the_same_though_a_worker_and_a_machine_die(config, ray, tmp_path):
+def squares(address: str, mark: str) -> None:
+    """The driver of the next test."""
+    sizes = dict.fromkeys(range(6), 1)
+    with open_engine(address, 1) as engine:
+        work = run_work([0, 2, 4, 3], functools.partial(Squares, mark=mark), sizes, "squares", engine=engine)
+        with pytest.raises(UserError, match=r"shard 3 of squares failed 3 times, the last time on .*: 3 is odd; give"):
+            for item, square in work:
+                assert square == item * item
+                print("square", square)
+        with pytest.raises(UserError, match=r"a worker on .* cannot begin: 1 is no way to begin"):
+            list(run_work([0], functools.partial(Squares, 1), {0: 1}, "odd squares", engine=engine))
+
+
+def test_what_fails_is_tried_three_times_and_named_and_what_workers_tell_is_told(tmp_path):
+    """A worker is killed at its first item."""
+    with cluster.running(1) as ray:
+        lines = set(cluster.drive("test_on_ray:squares", ray.address, str(tmp_path / "mark")).splitlines())
+    assert {"at 0", "at 2", "at 4", "square 0", "square 4", "square 16"} <= lines
+    assert (tmp_path / "mark").exists()
+
+
+def build(address: str, folder: str, store: str) -> None:
+    """The driver of the next test."""
+    build_datastore.run(folders.config_in(Path(folder)), store, ray=address)
+
+
+@pytest.mark.long
+def test_a_store_is_the_same_though_a_worker_and_a_machine_die(config, tmp_path):
     """Both are in the middle of a shard. The rest of the work is done by a new worker of the machine that is left."""
-    whole, store, errors = folders.built(config, tmp_path / "whole"), tmp_path / "store", []
+    folder, store, errors = str(Path(config.source).parent), tmp_path / "store", []
+    cluster.drive("test_on_ray:build", "", folder, str(tmp_path / "whole"))
 
-    def kill() -> None:
+    def kill(first: cluster.Node, second: cluster.Node) -> None:
         try:
-            first, second = ray.nodes
             wait_until(lambda: first.workers() and second.workers() and list(store.glob("codes-*")))
             (worker,), (other,) = first.workers(), second.workers()
             for process in (worker, other):
@@ -52,43 +93,14 @@ def test_a_store_is_the_same_though_a_worker_and_a_machine_die(config, ray, tmp_
         except BaseException as error:
             errors.append(error)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    build_datastore.run(config, str(store), ray=ray.address)
-    killer.join()
+    with cluster.running(2) as ray:
+        killer = threading.Thread(target=kill, args=ray.nodes)
+        killer.start()
+        cluster.drive("test_on_ray:build", ray.address, folder, str(store))
+        killer.join()
     assert not errors
-    assert contents(store) == contents(whole.directory)
+    assert contents(store) == contents(tmp_path / "whole")
     assert not [path.name for path in store.iterdir() if path.name.startswith(".")]
-
-
-class Squares:
-    """A worker that does even numbers alone; ``first`` is one that it cannot begin with."""
-
-    def __init__(self, first: int = 0):
-        if first % 2:
-            raise UserError(f"{first} is no way to begin")
-
-    def __call__(self, item: int, report) -> int:
-        report.tell(f"at {item}")
-        if item % 2:
-            raise UserError(f"{item} is odd; give an even number")
-        return item * item
-
-
-def odd_ones() -> Squares:
-    return Squares(1)
-
-
-@pytest.mark.long
-def test_what_fails_is_tried_three_times_and_named_and_what_workers_tell_is_told(ray, capsys):
-    with open_engine(ray.address, 1) as engine:
-        squares = run_work([0, 2, 4, 3], Squares, dict.fromkeys(range(6), 1), "squares", engine=engine)
-        with pytest.raises(UserError, match=r"shard 3 of squares failed 3 times, the last time on .*: 3 is odd; give"):
-            for item, square in squares:
-                assert square == item * item
-        with pytest.raises(UserError, match=r"a worker on .* cannot begin: 1 is no way to begin"):
-            list(run_work([0], odd_ones, {0: 1}, "odd squares", engine=engine))
-    assert {"at 0", "at 2", "at 4"} <= set(capsys.readouterr().err.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Commands that share work over Ray, with machines that come and go and drivers that end: the bytes of one process."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -7,15 +8,25 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
-from arrag_jax import build_datastore, build_neighbors
-from arrag_jax.config import DatastoreConfig, NeighborsConfig, RetrievalConfig
-from helpers import children, cluster, folders
+from arrag_jax import build_datastore, build_neighbors, eval
+from arrag_jax.config import (
+    DatastoreConfig,
+    DrawConfig,
+    MeshConfig,
+    NeighborsConfig,
+    RetrievalConfig,
+    SamplingConfig,
+)
+from arrag_jax.models.checkpoint import save_model
+from arrag_jax.models.text import PromptTokenizer
+from helpers import children, cluster, folders, tiny
 from helpers.cluster import wait_until
 from helpers.folders import contents
 
@@ -27,12 +38,8 @@ pytestmark = [
 ]
 
 
-def test_every_kind_of_work_has_the_same_bytes(tmp_path, monkeypatch):
-    """A store with hidden keys and two indexes, latents added to it, a segment appended, and a neighbour set.
-
-    One node alone begins; a second one joins, and is killed at its first shard of hidden keys.
-    """
-    monkeypatch.chdir(tmp_path)
+def build_all(address: str) -> None:
+    """A driver: a store with hidden keys and two indexes, latents added to it, a segment appended, and neighbours."""
     data = {"model": MODEL, "source": "emoji_scenes/tiny", "data_dir": "data"}
     first = DatastoreConfig(
         **data, num_images=40, batch_size=8, shard_size=4, keys=("codebook", "hidden"), captions=True,
@@ -43,39 +50,90 @@ def test_every_kind_of_work_has_the_same_bytes(tmp_path, monkeypatch):
     neighbors = NeighborsConfig(
         **data, retrieval=retrieval, train_split="store[4:20]", valid_split="valid[:3]", batch_size=2, shard_size=6
     )
+    more = dataclasses.replace(wider, num_images=0, split="valid[:9]")
+    for config, append in ((first, False), (wider, False), (more, True)):
+        build_datastore.run(config, "store", append=append, ray=address)
+    build_neighbors.run(neighbors, "neighbors", ray=address)
 
-    def build(ray: str = "") -> dict[str, bytes]:
-        shutil.rmtree("store", ignore_errors=True)
-        shutil.rmtree("neighbors", ignore_errors=True)
-        for config in (first, wider):
-            build_datastore.run(config, "store", ray=ray)
-        build_datastore.run(dataclasses.replace(wider, num_images=0, split="valid[:9]"), "store", append=True, ray=ray)
-        build_neighbors.run(neighbors, "neighbors", ray=ray)
-        return {
-            f"{folder}/{name}": x for folder in ("store", "neighbors") for name, x in contents(Path(folder)).items()
-        }
 
-    whole, errors = build(), []
-    shutil.rmtree("store")
+def test_every_kind_of_work_has_the_same_bytes(tmp_path, monkeypatch):
+    """One node alone begins; a second one joins, and is killed at its first shard of hidden keys."""
+    monkeypatch.chdir(tmp_path)
 
-    def join_and_die() -> None:
-        try:
+    def build(address: str = "") -> dict[str, bytes]:
+        cluster.drive("test_on_ray_chain:build_all", address, seconds=900)
+        made = {f"{name}/{x}": y for name in ("store", "neighbors") for x, y in contents(Path(name)).items()}
+        for name in ("store", "neighbors"):
+            shutil.rmtree(name)
+        return made
+
+    whole, found = build(), []
+    with cluster.running(1) as ray:
+
+        def join_and_die() -> None:
             wait_until(lambda: list(Path("store").glob("codes-*")), 240)
             node = ray.add()
             wait_until(lambda: node.workers() and list(Path("store").glob("hidden-*/hidden-*.arrayrecord")), 240)
             for worker in node.workers():
                 worker.suspend()
             node.raylet.kill()
-        except BaseException as error:
-            errors.append(error)
 
-    with cluster.running(1) as ray:
-        other = threading.Thread(target=join_and_die)
-        other.start()
-        found = build(ray.address)
-        other.join()
-    assert not errors
+        with beside(join_and_die):
+            found = build(ray.address)
     assert found == whole
+
+
+PROMPTS = [f"{number} {thing}" for number in ("one", "two") for thing in ("cat", "dog", "car", "cup", "star", "house")]
+
+
+def draw(address: str, out: str) -> None:
+    """A driver: draws 48 pictures of the prompts in the working folder, and measures features of them."""
+    config = DrawConfig(
+        "model", RetrievalConfig("none"), sampling=SamplingConfig(1.5), mesh=MeshConfig(1, 1), batch_size=4
+    )
+    flags = {"prompts": "prompts.txt", "copies": 4, "method": "plain", "known_words": True, "ray": address}
+    flags |= {"features": f"{out}-features", "reference": "photos", "fwd_level": 0}
+    eval.run(config, out, "distances", "test", 600, 1500, False, False, ray_cores=1, **flags)
+
+
+def test_pictures_and_their_features_have_the_same_bytes(tmp_path, monkeypatch):
+    """A worker is killed, a machine joins and is killed, and the driver is killed and run again."""
+    monkeypatch.chdir(tmp_path)
+    language = dataclasses.replace(tiny.CONFIG.language, vocab_size=64)
+    save_model(tiny.janus(config=dataclasses.replace(tiny.CONFIG, language=language, pad_id=2)), tmp_path / "model")
+    PromptTokenizer.of_words(PROMPTS).save(tmp_path / "model")
+    Path("prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    folders.write_scenes(tmp_path / "photos", range(20, 60))
+    cluster.drive("test_on_ray_chain:draw", "", "whole", seconds=900)
+    with cluster.running(1) as ray:
+        first = ray.nodes[0]
+
+        def kill() -> None:
+            wait_until(lambda: list(Path("out").glob("*.png")) and first.workers(), 300)
+            first.workers()[0].kill()
+            node = ray.add()
+            count = len(list(Path("out").glob("*.png")))
+            wait_until(lambda: node.workers() and len(list(Path("out").glob("*.png"))) > count, 300)
+            for worker in node.workers():
+                worker.suspend()
+            node.raylet.kill()
+            driver.kill()
+
+        with beside(kill), cluster.driving("test_on_ray_chain:draw", ray.address, "out") as driver:
+            driver.communicate(timeout=900)
+        assert driver.returncode == -signal.SIGKILL and not Path("out/results.json").exists()
+        cluster.drive("test_on_ray_chain:draw", ray.address, "out", seconds=900)
+    for name in ("", "-features"):
+        assert contents(Path(f"out{name}")) == contents(Path(f"whole{name}"))
+
+
+@contextlib.contextmanager
+def beside(work: Callable[[], None]) -> Iterator[None]:
+    """Runs this meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(work)
+        yield
+        done.result(300)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -96,7 +154,7 @@ def test_a_driver_that_ends_keeps_what_is_whole_and_its_command_goes_on(tmp_path
     assert own
     if number == signal.SIGINT:
         assert (driver.returncode, lines[-1]) == (130, "error: interrupted; run the same command again to continue")
-    wait_until(lambda: not any(process.is_running() for process in own), 30)
+    wait_until(lambda: not any(process.is_running() for process in own), 180)  # two agents stay for about a minute
     kept = {name: x for name, x in contents(store).items() if name.startswith(("codes-", "sources-"))}
     assert len(kept) > 2 and not (store / "manifest.json").exists()
     assert subprocess.run(command, **pipes).returncode == 0

@@ -7,6 +7,7 @@ were made with; a folder of another run is refused.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,21 +17,20 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from arrag_jax import progress, signals
+from arrag_jax import progress
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.image_codes import add_codes
 from arrag_jax.evaluation.layouts import COPIES
-from arrag_jax.evaluation.pipeline import Pipeline
+from arrag_jax.evaluation.pipeline import Pipeline, open_pipeline
 from arrag_jax.evaluation.run_record import RunRecord, method_facts, texts_of
 from arrag_jax.figures.grids import save
-from arrag_jax.files import atomic_write, exclusive_lock, folder_in
+from arrag_jax.files import atomic_write, exclusive_lock, folder_in, remove_temporary
 from arrag_jax.interfaces import FolderBenchmark, ImageFile, Prompt
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.parsing import differences
-from arrag_jax.work import Processes
+from arrag_jax.work import HERE, Engine, Opened, Report, run_work
 
 MADE_BY = "arrag_jax.eval"
-BATCH_SECONDS = 60.0  # time limit to finish the current batch after a signal
 
 
 def seed_of(seed: int, name: str, copy: int) -> int:
@@ -99,15 +99,14 @@ def draw_folder(
     method: str,
     benchmark: FolderBenchmark,
     directory: Path,
-    engine: Processes,
+    engine: Engine = HERE,
     known_words: bool = False,
 ) -> None:
     """Draws what is missing of a prompt set into a folder.
 
-    The processes share the batches. The first one waits for the others and completes the folder.
-
     Args:
-      engine: the processes of the run.
+      engine: where the batches are drawn. Of several processes the first one waits for the others and completes the
+        folder.
       known_words: draw only the words of each prompt that the model's tokenizer knows.
 
     Raises:
@@ -121,13 +120,12 @@ def draw_folder(
             raise UserError("--known_words needs a model with a tokenizer of words; leave it out")
         texts = [pipeline.text.known_part(text) for text in texts]
     pipeline.text.length(texts)  # reports a bad prompt before the first image
-    work = _Work(pipeline, method, benchmark, directory, texts)
-    begun, drawn, complete = (f"{what} of {directory}" for what in ("record", "images", "end"))
+    images = _Images.of(pipeline, benchmark, directory)
+    begun, complete = (f"{what} of {directory}" for what in ("record", "end"))
     if not engine.leads:
         engine.meet(begun)
         _require_same(record, directory)
-        work.draw(record.settings, engine)
-        engine.meet(drawn)
+        _draw(pipeline, method, images, texts, record.settings, engine)
         engine.meet(complete)
         return
     directory.mkdir(parents=True, exist_ok=True)
@@ -142,8 +140,9 @@ def draw_folder(
                     with atomic_write(path) as temporary:
                         temporary.write_text(content, encoding="utf-8")
         engine.meet(begun)
-        work.draw(record.settings, engine)
-        engine.meet(drawn)
+        _draw(pipeline, method, images, texts, record.settings, engine)
+        for folder in {images.path(number).parent for number in range(len(images))}:
+            remove_temporary(folder)  # of workers that have died
         for prompt in benchmark.prompts:
             benchmark.layout.finish(directory, prompt, benchmark.copies)
         if (directory / COPIES).is_dir():
@@ -160,54 +159,100 @@ def _require_same(record: RunRecord, directory: Path) -> bool:
     return found is not None
 
 
-class _Work:
-    """The work list of a folder: item i is copy i % copies of prompt i // copies."""
+@dataclasses.dataclass(frozen=True)
+class _Images:
+    """The images of a folder: number i is copy i % copies of prompt i // copies.
+
+    Attributes:
+      size: height and width of an image.
+    """
+
+    directory: Path
+    layout: Any
+    prompts: Sequence[Prompt]
+    copies: int
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, benchmark: FolderBenchmark, directory: Path) -> "_Images":
+        height, width = pipeline.model.image_size
+        return cls(directory, benchmark.layout, benchmark.prompts, benchmark.copies, (height, width))
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.copies
+
+    def prompt(self, number: int) -> Prompt:
+        return self.prompts[number // self.copies]
+
+    def seeds(self, seed: int) -> np.ndarray:
+        """Returns the seeds of all images of a run."""
+        return np.array([seed_of(seed, self.prompt(i).name, i % self.copies) for i in range(len(self))])
+
+    def path(self, number: int) -> Path:
+        return self.directory / self.layout.drawn(self.prompt(number), number % self.copies, self.copies)
+
+    def is_done(self, number: int) -> bool:
+        """Returns whether an image is whole, or the file that was made from it."""
+        path, files = self.path(number), self.layout.files(self.prompt(number), self.copies)
+        if is_whole(path, self.size):
+            return True
+        made = [self.directory / file for file in files]
+        return path not in made and all(map(is_whole, made))
+
+
+def _draw(
+    pipeline: Pipeline,
+    method: str,
+    images: _Images,
+    texts: Sequence[str],
+    settings: dict[str, Any],
+    engine: Engine,
+) -> None:
+    """Draws the missing images, batch by batch."""
+    batches = [batch.tolist() for batch in pipeline.batches(len(images))]
+    done = np.array([images.is_done(number) for number in range(len(images))], bool)
+    left = [number for number, batch in enumerate(batches) if not done[batch].all()]
+    if left and done.any():
+        progress.tell(f"continuing: {done.sum()} of {len(images)} images are drawn already")
+    opened = Opened(functools.partial(open_pipeline, pipeline.config, [method], alone=True), pipeline)
+    draw = functools.partial(_Drawer, opened, method, images, batches, texts, settings)
+    sizes, label = dict.fromkeys(range(len(batches)), pipeline.positions), f"drawing {method} into {images.directory}"
+    for _ in run_work(left, draw, sizes, label, unit="cell", noun="batch", engine=engine):
+        pass
+
+
+class _Drawer:
+    """Draws the images of a batch, by its number, that are missing; a worker of ``work``."""
 
     def __init__(
-        self, pipeline: Pipeline, method: str, benchmark: FolderBenchmark, directory: Path, texts: Sequence[str]
+        self,
+        pipeline: Opened[Pipeline],
+        method: str,
+        images: _Images,
+        batches: Sequence[Sequence[int]],
+        texts: Sequence[str],
+        settings: dict[str, Any],
     ):
-        self._pipeline, self._method, self._directory = pipeline, method, directory
-        self._layout, self._copies = benchmark.layout, benchmark.copies
-        self._items = [(prompt, copy) for prompt in benchmark.prompts for copy in range(benchmark.copies)]
-        self._texts = [text for text in texts for _ in range(benchmark.copies)]
-        height, width = pipeline.model.image_size
-        self._size, self._tokenizer = (height, width), pipeline.model.fingerprint
+        self._pipeline, self._method, self._images, self._batches = pipeline(), method, images, batches
+        self._texts = [text for text in texts for _ in range(images.copies)]
+        self._length, self._seeds = self._pipeline.text.length(texts), images.seeds(settings["seed"])
+        self._settings = settings
 
-    def is_done(self, item: int) -> bool:
-        """Returns whether an item's image is whole, or the file that was made from it."""
-        prompt, copy = self._items[item]
-        drawn = self._layout.drawn(prompt, copy, self._copies)
-        files = self._layout.files(prompt, self._copies)
-        if is_whole(self._directory / drawn, self._size):
-            return True
-        return drawn not in files and all(is_whole(self._directory / file) for file in files)
+    def __call__(self, number: int, report: Report) -> None:
+        numbers = np.array(self._batches[number])
+        missing = [number for number in numbers.tolist() if not self._images.is_done(number)]
+        what = (self._texts, self._method, self._seeds, numbers, self._length)
+        batch = self._pipeline.draw_batch(*what, report.count)
+        codes = np.asarray(batch.drawn.codes).reshape(-1, *self._pipeline.model.grid)
+        for number, image, grid in zip(batch.numbers.tolist(), batch.images, codes, strict=True):
+            if number in missing:
+                self._write(number, image, grid)
 
-    def draw(self, settings: dict[str, Any], engine: Processes) -> None:
-        """Draws the missing items of this process's batches."""
-        pipeline, count = self._pipeline, len(self._items)
-        own = pipeline.batches(count)[engine.index :: engine.count]
-        wanted = np.zeros(count, bool)
-        for item in (int(item) for batch in own for item in batch):
-            wanted[item] = not self.is_done(item)
-        there = sum(map(len, own)) - int(wanted.sum())
-        if there and wanted.any():
-            progress.tell(f"continuing: {there} of {there + int(wanted.sum())} images are drawn already")
-        if not wanted.any():
-            return
-        seeds = np.array([seed_of(settings["seed"], prompt.name, copy) for prompt, copy in self._items])
-        with signals.held("batch", BATCH_SECONDS) as point:
-            for batch in pipeline.draw(self._texts, self._method, seeds, wanted):
-                codes = np.asarray(batch.drawn.codes).reshape(-1, *pipeline.model.grid)
-                for item, image, grid in zip(batch.numbers.tolist(), batch.images, codes, strict=True):
-                    if wanted[item]:
-                        self._write(item, image, grid, int(seeds[item]), settings)
-                point.check()
-
-    def _write(self, item: int, image: np.ndarray, codes: np.ndarray, seed: int, settings: dict[str, Any]) -> None:
-        prompt, copy = self._items[item]
-        path, info = self._directory / self._layout.drawn(prompt, copy, self._copies), PngInfo()
-        folder_in(self._directory, *path.parent.relative_to(self._directory).parts)
-        for key, text in texts_of(prompt.text, seed, self._method, settings).items():
+    def _write(self, number: int, image: np.ndarray, codes: np.ndarray) -> None:
+        path, info = self._images.path(number), PngInfo()
+        folder_in(self._images.directory, *path.parent.relative_to(self._images.directory).parts)
+        what = (self._images.prompt(number).text, int(self._seeds[number]), self._method, self._settings)
+        for key, text in texts_of(*what).items():
             info.add_text(key, text)
-        add_codes(info, codes, self._tokenizer)
+        add_codes(info, codes, self._pipeline.model.fingerprint)
         save(path, image, info)

@@ -5,19 +5,21 @@ network, so that a file can never belong to other images; nothing else is record
 """
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from arrag_jax import progress
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.image_sets import ImageSet, decoded
 from arrag_jax.evaluation.metrics.features import Extractor, stream
 from arrag_jax.evaluation.metrics.moments import Moments
-from arrag_jax.files import atomic_write, folder_in
+from arrag_jax.files import atomic_write, folder_in, remove_temporary
+from arrag_jax.work import HERE, Engine, Opened, Report, run_work
 
 SHARD = 128  # images of a file; a run that is killed computes at most so many again
 
@@ -28,22 +30,44 @@ class FeatureStore:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def features(self, images: ImageSet, extractor: Extractor, what: str) -> tuple[Float32[np.ndarray, "n D"], str]:
+    def features(
+        self, images: ImageSet, extractor: Opened[Extractor], what: str, engine: Engine = HERE
+    ) -> tuple[Float32[np.ndarray, "n D"], str]:
         """Returns the features of a set, and the identity of its images' bytes.
 
         Args:
+          extractor: the network; what opens it again must be picklable where the engine sends it.
           what: name of the set, for the progress bar.
+          engine: where they are computed; all its machines need access to the folder.
 
         Raises:
           UserError: if an image cannot be read; the message names it.
         """
-        found, keys = np.empty((len(images), extractor.width), np.float32), hashlib.sha256()
-        with progress.bar(desc=f"features of {what}", total=len(images), unit="image") as bar:
-            for first, shard, key in self._shards(images):
-                keys.update(key.encode())
-                found[first : first + len(shard)] = self._of_shard(images, first, shard, key, extractor)
-                bar.update(len(shard))
-        return found, keys.hexdigest()[:16]
+        found, digest = np.empty((len(images), extractor().width), np.float32), hashlib.sha256()
+        sizes = {first: min(SHARD, len(images) - first) for first in range(0, len(images), SHARD)}
+        make = functools.partial(_ShardWriter, self, images, extractor, sizes)
+        # without ``kept``: an interruption need not wait for the shard, because a later run computes it again
+        keys = dict(run_work(list(sizes), make, sizes, f"features of {what}", kept=False, engine=engine))
+        for first, size in sizes.items():
+            digest.update(keys[first].encode())
+            shard = self.held(keys[first], extractor(), size)
+            if shard is None:
+                raise UserError(f"{self.folder} lacks features that a worker has written; give a folder that all share")
+            found[first : first + size] = shard
+        for folder in self.folder.glob("??"):
+            remove_temporary(folder)  # of workers that have died
+        return found, digest.hexdigest()[:16]
+
+    def held(self, key: str, extractor: Extractor, size: int) -> Float32[np.ndarray, "n D"] | None:
+        """Returns the features of a shard, by the hash of its images; None if they are not there."""
+        return _load(self._shard(key, extractor), (size, extractor.width), np.float32)
+
+    def write(self, key: str, extractor: Extractor, features: Float32[np.ndarray, "n D"]) -> None:
+        """Keeps the features of a shard."""
+        _save(self._shard(key, extractor), features)
+
+    def _shard(self, key: str, extractor: Extractor) -> Path:
+        return self._file(f"{extractor.name} {key}")
 
     def moments(self, features: Float32[np.ndarray, "n D"], identity: str, extractor: Extractor) -> Moments:
         """Returns the exact moments of features, from the folder if they are there.
@@ -72,32 +96,34 @@ class FeatureStore:
             _save(path, held)
         return held
 
-    def _shards(self, images: ImageSet) -> Iterator[tuple[int, list[bytes], str]]:
-        for first in range(0, len(images), SHARD):
-            data = [images.read(number) for number in range(first, min(first + SHARD, len(images)))]
-            digest = hashlib.sha256()
-            for each in data:
-                digest.update(hashlib.sha256(each).digest())
-            yield first, data, digest.hexdigest()
-
-    def _of_shard(
-        self, images: ImageSet, first: int, data: list[bytes], key: str, extractor: Extractor
-    ) -> Float32[np.ndarray, "n D"]:
-        path = self._file(f"{extractor.name} {key}")
-        held = _load(path, (len(data), extractor.width), np.float32)
-        if held is not None:
-            return held
-
-        def prepare(number: int) -> np.ndarray:
-            return extractor.prepare(decoded(images.ids[first + number], data[number], extractor.size))
-
-        found = np.concatenate(list(stream(extractor.embed, prepare, range(len(data)))))
-        _save(path, found)
-        return found
-
     def _file(self, key: str) -> Path:
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
         return folder_in(self.folder, name[:2]) / f"{name}.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class _ShardWriter:
+    """Computes the features of the shard that begins at an image, unless they are kept; a worker of ``work``."""
+
+    store: FeatureStore
+    images: ImageSet
+    extractor: Opened[Extractor]
+    sizes: Mapping[int, int]
+
+    def __call__(self, first: int, report: Report) -> str:
+        size, extractor, digest = self.sizes[first], self.extractor(), hashlib.sha256()
+        data = [self.images.read(first + number) for number in range(size)]
+        for each in data:
+            digest.update(hashlib.sha256(each).digest())
+        key = digest.hexdigest()
+
+        def prepare(number: int) -> np.ndarray:
+            return extractor.prepare(decoded(self.images.ids[first + number], data[number], extractor.size))
+
+        if self.store.held(key, extractor, size) is None:
+            self.store.write(key, extractor, np.concatenate(list(stream(extractor.embed, prepare, range(size)))))
+        report.count(size)
+        return key
 
 
 def _save(path: Path, numbers: np.ndarray) -> None:

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from arrag_jax.config import DrawConfig
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import measurements
@@ -14,7 +12,7 @@ from arrag_jax.evaluation.pipeline import open_pipeline
 from arrag_jax.evaluation.run_record import RunRecord
 from arrag_jax.files import require_writable, write_json
 from arrag_jax.interfaces import FolderBenchmark, ImageFile
-from arrag_jax.work import processes_of_run
+from arrag_jax.work import HERE, Engine
 
 NAMED = 5  # missing images that a message names
 
@@ -29,6 +27,7 @@ def run(
     score: bool = True,
     allow_missing: bool = False,
     known_words: bool = False,
+    engine: Engine = HERE,
 ) -> None:
     """Draws a benchmark's images and scores them; prints a table and writes results.json.
 
@@ -41,12 +40,14 @@ def run(
       draw, score: leave out one of the two steps.
       allow_missing: score a folder that lacks images; they are counted and named in results.json.
       known_words: draw only the words of each prompt that the model's tokenizer knows.
+      engine: where images are drawn and their features computed.
 
     Raises:
       UserError: if nothing can be drawn or scored; as ``draw_folder``, ``open_pipeline`` and the benchmark.
     """
-    out, leads = Path(workdir), jax.process_index() == 0
-    protocol = benchmark.protocol() if score and leads else {}  # a missing file is reported before anything is drawn
+    out = Path(workdir)
+    # a missing file is reported before anything is drawn
+    protocol = benchmark.protocol() if score and engine.leads else {}
     records: dict[str, dict[str, Any]] = {}
     if draw:
         if config is None:
@@ -55,24 +56,29 @@ def run(
         folders = {each: out if method else out / each for each in pipeline.methods}
         require_writable(out)
         for each, folder in folders.items():
-            draw_folder(pipeline, each, benchmark, folder, processes_of_run(), known_words)
+            draw_folder(pipeline, each, benchmark, folder, engine, known_words)
     else:
         folders = {method or out.name: out}
-    if not leads:
+    if not engine.leads:
         return
     if not score:
         count = len(benchmark.prompts) * benchmark.copies
         print(f"drew {count} images of {len(benchmark.prompts)} prompts: {', '.join(map(str, folders.values()))}")
         return
     for each, folder in folders.items():
-        records[each] = score_folder(folder, name, benchmark, protocol, allow_missing)
+        records[each] = score_folder(folder, name, benchmark, protocol, allow_missing, engine.alone())
     print(measurements.table(records))
     for note in dict.fromkeys(note for record in records.values() for note in record["notes"]):
         print(f"note: {note}")
 
 
 def score_folder(
-    folder: Path, name: str, benchmark: FolderBenchmark, protocol: dict[str, Any], allow_missing: bool
+    folder: Path,
+    name: str,
+    benchmark: FolderBenchmark,
+    protocol: dict[str, Any],
+    allow_missing: bool,
+    engine: Engine = HERE,
 ) -> dict[str, Any]:
     """Scores the images of a folder; writes results.json and returns its content.
 
@@ -92,7 +98,7 @@ def score_folder(
             f"{folder} lacks {count}: {named(missing)}; draw them, or give --allow_missing to score the others"
         )
     require_writable(folder)
-    measured = benchmark.measure(folder, images)
+    measured = benchmark.measure(folder, images, engine)
     if missing:
         note = f"{len(missing)} of {len(missing) + len(images)} images are missing and not scored: {named(missing)}"
         measured = measured._replace(notes=(note, *measured.notes))

@@ -1,6 +1,7 @@
 """Sets of image files that are compared: those of a run, and a reference in a folder or a tar."""
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from arrag_jax.data import pixels, sources
+from arrag_jax.data.entries import Entry
 from arrag_jax.data.examples import BadImage
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import ImageFile
@@ -26,7 +28,7 @@ class ImageSet:
     Attributes:
       ids: one line of text per image.
       categories: of each image; "" = none.
-      read: returns the bytes of an image by its number; raises ``UserError`` if it cannot be read.
+      read: returns the bytes of an image by its number; raises ``UserError`` if it cannot be read. Can be pickled.
     """
 
     ids: Sequence[str]
@@ -68,14 +70,14 @@ def decoded(id_: str, data: bytes, size: tuple[int, int] | None = None) -> UInt8
 def drawn_set(folder: Path, images: Sequence[ImageFile]) -> ImageSet:
     """Returns the images of a run."""
     ids, categories = [image.path for image in images], [image.prompt.category for image in images]
+    return ImageSet(ids, categories, functools.partial(_read_drawn, folder, ids))
 
-    def read(number: int) -> bytes:
-        try:
-            return (folder / ids[number]).read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read {folder / ids[number]}: {error.strerror}; draw it again") from error
 
-    return ImageSet(ids, categories, read)
+def _read_drawn(folder: Path, ids: Sequence[str], number: int) -> bytes:
+    try:
+        return (folder / ids[number]).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {folder / ids[number]}: {error.strerror}; draw it again") from error
 
 
 def reference_set(source: str) -> tuple[ImageSet, str]:
@@ -90,17 +92,17 @@ def reference_set(source: str) -> tuple[ImageSet, str]:
     bad = next((entry for entry in entries if entry.fault), None)
     if bad is not None:
         raise UserError(f"--reference={source}: {bad.id}: {bad.fault}; mend it, or take it out")
-    root = sources.root_of(source)
     ids = [entry.id for entry in entries]
-
-    def read(number: int) -> bytes:
-        try:
-            return sources.read_entry(root, entries[number])
-        except BadImage as reason:
-            raise UserError(f"--reference={source}: {ids[number]}: {reason}; mend it, or take it out") from reason
-
     identity = hashlib.sha256(json.dumps([(entry.id, entry.size) for entry in entries]).encode())
+    read = functools.partial(_read_reference, source, entries)
     return ImageSet(ids, [_folder_of(id_) for id_ in ids], read), identity.hexdigest()[:16]
+
+
+def _read_reference(source: str, entries: Sequence[Entry], number: int) -> bytes:
+    try:
+        return sources.read_entry(sources.root_of(source), entries[number])
+    except BadImage as reason:
+        raise UserError(f"--reference={source}: {entries[number].id}: {reason}; mend it, or take it out") from reason
 
 
 def _folder_of(id_: str) -> str:

@@ -1,7 +1,7 @@
 """Loads models and store from a ``DrawConfig`` and generates images; shared by ``generate`` and ``eval``."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -184,21 +184,41 @@ class Pipeline:
         Args:
           wanted: batches without a wanted image are skipped; None = all are wanted.
         """
-        batches, positions = self.batches(len(prompts)), int(np.prod(self.model.grid))
-        size = self._batch_size(len(prompts))
+        batches = [numbers for numbers in self.batches(len(prompts)) if wanted is None or wanted[numbers].any()]
         length = self.text.length(prompts)  # of all batches, so that one shape is compiled
-        batches = [numbers for numbers in batches if wanted is None or wanted[numbers].any()]
-        leads, total = jax.process_index() == 0, len(batches) * positions
+        leads, total = jax.process_index() == 0, len(batches) * self.positions
         with progress.bar(wanted=leads, total=total, desc=f"drawing {method}", unit="cell") as bar:
             for numbers in batches:
-                # The last batch is padded with its own rows, so that only one shape is compiled.
-                rows, keep = np.resize(numbers, size), len(numbers)
-                parts = []
-                for row in self.rows([prompts[int(i)] for i in rows], method, seeds[rows], length):
-                    parts.append(jax.tree.map(lambda x, keep=keep: x[:keep], row))
-                    bar.update(row.codes.shape[1])
-                drawn = joined(parts)
-                yield Batch(numbers, self.pixels(np.asarray(drawn.codes)), drawn)
+                yield self.draw_batch(prompts, method, seeds, numbers, length, bar.update)
+
+    @property
+    def positions(self) -> int:
+        """T, by which every batch advances the progress bar."""
+        return int(np.prod(self.model.grid))
+
+    def draw_batch(
+        self,
+        prompts: Sequence[str],
+        method: str,
+        seeds: Int[np.ndarray, " N"],
+        numbers: Int[np.ndarray, " n"],
+        length: int,
+        count: Callable[[int], Any],
+    ) -> Batch:
+        """Returns the images of some of N prompts, drawn together.
+
+        Args:
+          numbers: of the prompts, one of ``batches(N)``.
+          length: of all prompts (``PromptEncoder.length``).
+          count: called with the number of positions that have been drawn since the last call.
+        """
+        # The last batch is padded with its own rows, so that only one shape is compiled.
+        rows, keep, parts = np.resize(numbers, self._batch_size(len(prompts))), len(numbers), []
+        for row in self.rows([prompts[int(i)] for i in rows], method, seeds[rows], length):
+            parts.append(jax.tree.map(lambda x: x[:keep], row))
+            count(row.codes.shape[1])
+        drawn = joined(parts)
+        return Batch(numbers, self.pixels(np.asarray(drawn.codes)), drawn)
 
     def rows(
         self, prompts: Sequence[str], method: str, seeds: Int[np.ndarray, " n"], length: int | None = None

@@ -1,7 +1,8 @@
 """A Ray cluster of several nodes on loopback, in processes of its own, for tests that kill some of them.
 
 Run as a script, this file holds the cluster: it prints one line for each node, adds a node for each
-line that it reads, and ends everything when its stdin closes.
+line that it reads, and ends everything when its stdin closes. Drivers join it in fresh processes, as commands do:
+``ray.init`` has hung in a process that had run hundreds of other tests.
 """
 
 import contextlib
@@ -28,6 +29,10 @@ ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
 }
+
+
+DRIVER = "import pkgutil, sys; f, *words = sys.argv[1:]; sys.argv[1:] = []; pkgutil.resolve_name(f)(*words)"
+LEAVING = 10.0  # seconds for killed processes to be gone
 
 
 class Node:
@@ -97,6 +102,25 @@ def running(nodes: int) -> Iterator[Cluster]:
             for left in seen:
                 with contextlib.suppress(psutil.Error):
                     left.kill()
+            assert not psutil.wait_procs(seen, LEAVING)[1]
+
+
+def driving(function: str, *words: str) -> subprocess.Popen:
+    """Calls MODULE:FUNCTION with these words in a fresh process."""
+    command = [sys.executable, "-c", DRIVER, function, *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=children.alone() | ENVIRONMENT, **pipes)
+
+
+def drive(function: str, *words: str, seconds: float = 120) -> str:
+    """The same; waits for its end, and returns what it printed."""
+    with driving(function, *words) as process:
+        try:
+            printed = process.communicate(timeout=seconds)[0]
+        finally:
+            process.kill()
+    assert process.returncode == 0, printed
+    return printed
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 90) -> None:

@@ -35,8 +35,14 @@ def contents(directory: Path) -> dict[str, bytes]:
 def config(folder: Path) -> DatastoreConfig:
     """A store of 23 scenes by a tokenizer of 8 x 10 pixels; both are made in the folder."""
     save_model(tiny.janus(parts=VISION), folder / "model")
-    source = str(write_scenes(folder / "photos", range(23)))
-    return DatastoreConfig(str(folder / "model"), source, batch_size=4, shard_size=5, max_bad_fraction=0.1, indexes=())
+    write_scenes(folder / "photos", range(23))
+    return config_in(folder)
+
+
+def config_in(folder: Path) -> DatastoreConfig:
+    """The same, of a model and scenes that are there."""
+    model, source = (str(folder / name) for name in ("model", "photos"))
+    return DatastoreConfig(model, source, batch_size=4, shard_size=5, max_bad_fraction=0.1, indexes=())
 
 
 def built(config: DatastoreConfig, directory: Path) -> Datastore:

@@ -5,8 +5,9 @@ the image's influence on it (``metrics.samples.Estimate``). So figures have inte
 compared prompt by prompt, as in the other benchmarks.
 """
 
+import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,6 +27,7 @@ from arrag_jax.evaluation.metrics.samples import Estimate
 from arrag_jax.evaluation.metrics.wavelets import LEVEL
 from arrag_jax.files import require_writable
 from arrag_jax.interfaces import Figure, ImageFile, Measurement, Prompt
+from arrag_jax.work import HERE, Engine, Opened
 
 PUBLISHED_CLIP = ("clip 336", 768)  # side of the images and width of the CLIP that CMMD is published with
 
@@ -69,7 +71,7 @@ class Distances:
         self._store = FeatureStore(Path(features))
         self._true: ImageSet | None = None
         self._statistics: frechet.Gaussian | None = None
-        self._extractors: dict[str, Extractor] = {}
+        self._extractors: dict[str, Opened[Extractor]] = {}
 
     def protocol(self) -> dict[str, Any]:
         """Opens the reference and the networks; returns what identifies them.
@@ -81,7 +83,7 @@ class Distances:
             raise UserError("distances needs true images; give their folder, .tar or .npz as --reference")
         if not 0 <= self._level <= 8:
             raise UserError(f"--fwd_level={self._level} must be from 0 to 8")
-        inception = self._extractors["inception"] = inception_extractor(self._resize, self._weights)
+        inception = self._open("inception", functools.partial(inception_extractor, self._resize, self._weights))
         protocol: dict[str, Any] = {"resize": self._resize, "inception": inception.name}
         if self._reference.endswith(".npz"):
             mean, covariance, count = statistics(Path(self._reference), inception.width)
@@ -89,13 +91,16 @@ class Distances:
             return {**protocol, "reference": "statistics", "reference_images": count}
         self._true, identity = reference_set(self._reference)
         if self._clip:
-            self._extractors["clip"] = clip_extractor(self._clip)
-            protocol["clip"] = self._extractors["clip"].name
+            protocol["clip"] = self._open("clip", functools.partial(clip_extractor, self._clip)).name
         require_writable(self._store.folder)
         more = {"reference": identity, "reference_images": len(self._true), "fwd_level": self._level}
         return {**protocol, **more}
 
-    def measure(self, folder: Path, images: Sequence[ImageFile]) -> Measurement:
+    def _open(self, name: str, again: Callable[[], Extractor]) -> Extractor:
+        self._extractors[name] = Opened(again)
+        return self._extractors[name]()
+
+    def measure(self, folder: Path, images: Sequence[ImageFile], engine: Engine = HERE) -> Measurement:
         """Returns the distances of drawn images from the reference.
 
         Raises:
@@ -108,26 +113,27 @@ class Distances:
         if self._level and self._true is not None:
             require_packets(drawn, self._level)
         inception = self._extractors["inception"]
-        a = self._features(drawn, inception, "drawn images")
+        a = self._features(drawn, inception, "drawn images", engine)
         if self._statistics is not None:
             scores.add(f"FID, {self._resize}", frechet.estimate(a.rows, a.gaussian, self._statistics))
             return scores.measurement()
         assert self._true is not None  # protocol() has opened one or the other
-        b = self._features(self._true, inception, "true images")
+        b = self._features(self._true, inception, "true images", engine)
         self._add_inception(scores, a, b)
         self._add_categories(scores, drawn, self._true, a, b)
         if "clip" in self._extractors:
             both = (drawn, "drawn images"), (self._true, "true images")
-            x, y = (self._store.features(images, self._extractors["clip"], what)[0] for images, what in both)
+            clip = self._extractors["clip"]
+            x, y = (self._store.features(images, clip, what, engine)[0] for images, what in both)
             scores.add("CMMD", kernels.cmmd_estimate(x, y))
         if self._level:
             value = streamed_fwd(drawn, self._true, self._level, self._store, f"{a.identity} {b.identity}")
             scores.figures["FWD"] = Figure(value)
         return scores.measurement()
 
-    def _features(self, images: ImageSet, extractor: Extractor, what: str) -> Features:
-        rows, identity = self._store.features(images, extractor, what)
-        return Features(rows, self._store.moments(rows, identity, extractor).gaussian(), identity)
+    def _features(self, images: ImageSet, extractor: Opened[Extractor], what: str, engine: Engine) -> Features:
+        rows, identity = self._store.features(images, extractor, what, engine)
+        return Features(rows, self._store.moments(rows, identity, extractor()).gaussian(), identity)
 
     def _add_inception(self, scores: "_Scores", a: Features, b: Features) -> None:
         x, y = a.rows, b.rows
@@ -154,13 +160,13 @@ class Distances:
     def _notes(self, count: int) -> list[str]:
         notes = [f"FID and KID are of the resize {self._resize!r}; they compare with no other resize"]
         sizes = [count] if self._true is None else [count, len(self._true)]
-        width = self._extractors["inception"].width
+        width = self._extractors["inception"]().width
         if min(sizes) <= width:
             notes.append(
                 f"{min(sizes):,} images are no more than the {width:,} features: the covariance of FID is "
                 "rank-deficient, and FID compares with runs of the same number of images alone"
             )
-        clip = self._extractors.get("clip")
+        clip = self._extractors["clip"]() if "clip" in self._extractors else None
         if clip is not None and not (clip.name.startswith(PUBLISHED_CLIP[0]) and clip.width == PUBLISHED_CLIP[1]):
             notes.append("CMMD is not of CLIP ViT-L/14 at 336 pixels and compares with no published CMMD")
         notes.append("intervals are over prompts (recall, coverage: over true images) and leave the reference fixed")

@@ -67,7 +67,7 @@ class DpgBench:
             "official_bugs": self._official,
         }
 
-    def measure(self, folder: Path, images: Sequence[ImageFile]) -> Measurement:
+    def measure(self, folder: Path, images: Sequence[ImageFile], engine: Any = None) -> Measurement:
         """Writes answers.jsonl, image by image; returns the score and those of the categories."""
         answerer = self._answerer
         assert answerer is not None  # ``protocol`` is called first

@@ -105,7 +105,7 @@ class GenEval:
         self._scorer = _Scorer(detector, thresholds, colors, facts)
         return facts
 
-    def measure(self, folder: Path, images: Sequence[ImageFile]) -> Measurement:
+    def measure(self, folder: Path, images: Sequence[ImageFile], engine: Any = None) -> Measurement:
         """Writes detections.jsonl, image by image, and results.jsonl; returns tag scores, overall and shares."""
         scorer = self._scorer
         assert scorer is not None  # ``protocol`` is called first
