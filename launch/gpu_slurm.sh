@@ -27,6 +27,8 @@
 # with 0, and the script queues the job again. The job then continues from --workdir, which must be on a disk that
 # all nodes share. Submitting the same line by hand also continues the run.
 #
+#   --ray       make a Ray cluster of the job's nodes and run the command on it once (docs/clusters.md); it must
+#               take --ray, as build_datastore, build_neighbors and eval do
 #   --dry_run   print the command without Slurm: launch/gpu_slurm.sh --dry_run -- python -m arrag_jax.…
 #   --help      print this text
 set -euo pipefail
@@ -40,10 +42,11 @@ usage() {
   sed -n '/^# Runs/,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 }
 
-dry_run=""
+dry_run="" ray=""
 while (($#)); do
   case $1 in
     --dry_run) dry_run=yes ;;
+    --ray) ray=yes ;;
     --help | -h)
       usage
       exit
@@ -60,7 +63,13 @@ done
 [[ $1 == python && ${2:-} == -m && ${3:-} == arrag_jax.* ]] || die "the command must be python -m arrag_jax.…, not: $*"
 
 # Host callbacks need the CPU backend in addition to the GPU's.
-launch=(env JAX_PLATFORMS=cuda,cpu srun --gpu-bind=none --kill-on-bad-exit=1 "$@")
+launch=(env JAX_PLATFORMS=cuda,cpu srun --gpu-bind=none --kill-on-bad-exit=1)
+if [[ -n $ray ]]; then # one task per node, which gets all of its CPUs and GPUs; workers choose JAX_PLATFORMS themselves
+  nodes=${SLURM_JOB_NUM_NODES:-1}
+  launch=(srun "--ntasks=$nodes" --ntasks-per-node=1 "--cpus-per-task=${SLURM_CPUS_ON_NODE:-1}" --gpu-bind=none
+    --kill-on-bad-exit=1 bash launch/ray_job.sh "--port=$((20000 + ${SLURM_JOB_ID:-0} % 10000))" --)
+fi
+launch+=("$@")
 if [[ -n $dry_run ]]; then
   printf '%q ' "${launch[@]}"
   echo
@@ -69,6 +78,10 @@ fi
 
 [[ -e .venv/bin/activate ]] || die "no .venv here; submit from the repository's root, after make install"
 . .venv/bin/activate
+if [[ -n $ray ]]; then
+  RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')} # srun hands it to the nodes
+  export RAY_AUTH_TOKEN
+fi
 
 stopped="" step=""
 trap 'stopped=yes; trap "" TERM; [[ -z $step ]] || kill -TERM "$step"' TERM
@@ -81,6 +94,7 @@ wait "$step" || code=$?
 if [[ -n $stopped ]]; then
   code=0
   wait "$step" || code=$?
-  if ((code == 0)); then scontrol requeue "$SLURM_JOB_ID"; fi
+  # Work on Ray ends with an error at a signal, and its command goes on where it was.
+  if ((code == 0)) || [[ -n $ray ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
 fi
 exit "$code"

@@ -15,6 +15,7 @@
 #   --version VERSION                     version of the TPU software for TYPE (default: v2-alpha-tpuv6e)
 #   --project PROJECT                     Google Cloud project (default: that of gcloud)
 #   --spot                                use a slice that may be preempted, at a lower price
+#   --ray                                 run the command once, on a Ray cluster of the slice's hosts (docs/clusters.md)
 #   --delete                              delete the slice; takes no command
 #   --dry_run                             print every command of a first launch and run none
 #   --help                                print this text
@@ -47,7 +48,7 @@ run() {
   if [[ -z $dry_run ]]; then "$@"; fi
 }
 
-name="" zone="" type="" version="v2-alpha-tpuv6e" project="" spot="" delete="" dry_run=""
+name="" zone="" type="" version="v2-alpha-tpuv6e" project="" spot="" ray="" delete="" dry_run=""
 while (($#)); do
   if [[ $1 == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
   case $1 in
@@ -56,7 +57,7 @@ while (($#)); do
       printf -v "${1#--}" '%s' "$2"
       shift 2
       ;;
-    --spot | --delete | --dry_run)
+    --spot | --ray | --delete | --dry_run)
       printf -v "${1#--}" yes
       shift
       ;;
@@ -106,6 +107,14 @@ python3 -m uv pip install --quiet --python $home/.venv/bin/python -r $code/requi
 # Host callbacks need the CPU backend in addition to the TPU's. setsid puts the command into its own process group,
 # so that it survives the connection and one kill reaches all of its processes. With the trap the shell survives
 # that kill and records the command's exit code.
+if [[ -n $ray ]]; then
+  # A token for this launch; whoever has it can run programs on the cluster. The workers choose JAX_PLATFORMS themselves.
+  token="${TMPDIR:-/tmp}/arrag_jax-token-$$"
+  trap 'rm -f "$archive" "$token"' EXIT
+  [[ -n $dry_run ]] || (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$token")
+  install+=" 'ray==$(sed -n 's/^ray==//p' requirements-dev.txt)'; chmod 600 $home.token"
+  set -- env -u JAX_PLATFORMS "RAY_AUTH_TOKEN_PATH=../../$home.token" bash launch/ray_job.sh -- "$@"
+fi
 recorded="trap : TERM; $(quoted "$@"); echo \$? >../exit_code"
 start="set -e; cd $code; . ../.venv/bin/activate; export JAX_PLATFORMS=tpu,cpu; rm -f ../exit_code; \
 setsid bash -c $(quoted "$recorded") >../log 2>&1 </dev/null & echo \$! >../pid"
@@ -128,6 +137,9 @@ esac
 run "${tpu[@]}" ssh "${slice[@]}" --worker=all "--command=$check"
 run git archive --format=tar.gz "--output=$archive" "$commit"
 run "${tpu[@]}" scp "$archive" "$name:arrag_jax.tar.gz" "${slice[@]:1}" --worker=all
+if [[ -n $ray ]]; then
+  run "${tpu[@]}" scp "$token" "$name:$home.token" "${slice[@]:1}" --worker=all
+fi
 run "${tpu[@]}" ssh "${slice[@]}" --worker=all "--command=$install"
 run "${tpu[@]}" ssh "${slice[@]}" --worker=all "--command=$start"
 run "${tpu[@]}" ssh "${slice[@]}" --worker=0 "--command=$follow"
