@@ -350,7 +350,7 @@ class HiddenConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig(Settings):
-    """Settings that turn the model's logits into drawn codes; they are static in the compiled decode loop.
+    """Settings that turn the model's logits into drawn codes.
 
     Attributes:
       cfg_scale: scale of classifier-free guidance; None = off, and no unconditional rows are computed.

@@ -39,8 +39,10 @@ FLOORS = {
     **dict.fromkeys(("retrieval", "decode"), 4),
     **dict.fromkeys(("training",), 5),
     **dict.fromkeys(("evaluation",), 6),
-    **dict.fromkeys(("train", "generate", "build_datastore", "build_neighbors", "eval", "convert", "demo"), 7),
-    "cli": 8,
+    **dict.fromkeys(("web",), 7),
+    **dict.fromkeys(("train", "generate", "build_datastore", "build_neighbors", "eval", "convert", "demo"), 8),
+    **dict.fromkeys(("serve",), 8),
+    "cli": 9,
 }
 # The imports allowed between two names of one floor (importer, imported).
 PEERS = {
@@ -90,6 +92,7 @@ PEERS = {
 }
 FORBIDDEN_IMPORTS = {"tensorflow", "torch", "pickle", "cloudpickle", "dill", "pillow_heif", "transformers", "ftfy"}
 FORBIDDEN_IMPORTS |= {"onnxruntime"}
+FORBIDDEN_IMPORTS |= {"fastapi", "gradio", "starlette", "uvicorn"}
 FORBIDDEN_IMPORTS |= {"ray"}  # only ``on_ray`` loads it, by name, because mypy would read all of it
 # PyTorch's own files can be read by PyTorch alone; it is imported where one is met, and its absence is a UserError.
 # HEIC is read by pillow-heif alone; without it such files are passed over, with the reason.
@@ -105,6 +108,8 @@ OPTIONAL_IMPORTS = {
     ("evaluation.pretrained", "torch"),
     ("evaluation.pretrained", "transformers"),
 }
+# Modules that consist of a web framework's routes or pages; commands import them in functions.
+WEB_IMPORTS = {("web.endpoint", "fastapi"), ("web.endpoint", "starlette"), ("serve", "uvicorn")}
 # Written in two halves, so that this file does not hold what it looks for.
 FORBIDDEN_TEXT = re.compile(r"(?<![\w.])/(ho" r"me/|ro" r"ot/|wo" r"rk\b)|\b(TO" r"DO|FIX" r"ME)\b")
 
@@ -192,7 +197,7 @@ def test_one_table_alone_imports_the_emoji_scenes():
 
 def test_no_foreign_framework_and_no_pickle():
     pairs = {(name, word.split(".")[0]) for name, tree in modules().items() for word in imported_names(tree)}
-    assert {pair for pair in pairs if pair[1] in FORBIDDEN_IMPORTS} == OPTIONAL_IMPORTS
+    assert {pair for pair in pairs if pair[1] in FORBIDDEN_IMPORTS} == OPTIONAL_IMPORTS | WEB_IMPORTS
 
 
 def test_optional_imports_stand_in_functions():
@@ -200,6 +205,15 @@ def test_optional_imports_stand_in_functions():
     for name, foreign in OPTIONAL_IMPORTS:
         outside = [node for node in trees[name].body if isinstance(node, ast.Import | ast.ImportFrom)]
         assert foreign not in imported_names(ast.Module(outside, []))
+
+
+def test_no_module_imports_a_web_framework_when_it_is_imported_itself():
+    """But for those that are one: they are imported in functions alone, so that everything else runs without."""
+    framed = {f"arrag_jax.{name}" for name, _ in WEB_IMPORTS if name.startswith("web.")}
+    for name, tree in modules().items():
+        outside = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = imported_names(ast.Module(outside, []))
+        assert f"arrag_jax.{name}" in framed or not {each for each in names if each.startswith(tuple(framed))}, name
 
 
 def pins(file: str) -> list[str]:
@@ -221,7 +235,8 @@ def test_every_requirement_is_pinned(file):
 def test_every_import_is_a_core_requirement():
     """What ``arrag_jax`` imports comes with requirements.txt alone."""
     names = {name.split(".")[0] for tree in modules().values() for name in imported_names(tree)}
-    foreign = names - set(sys.stdlib_module_names) - {"arrag_jax"} - {word for _, word in OPTIONAL_IMPORTS}
+    foreign = names - set(sys.stdlib_module_names) - {"arrag_jax"}
+    foreign -= {word for _, word in OPTIONAL_IMPORTS | WEB_IMPORTS}
     core = {plain(re.split(r"[\[=; ]", line)[0]) for line in pins("requirements.txt")}
     owners = importlib.metadata.packages_distributions()
     assert {name for name in foreign if not core & {plain(owner) for owner in owners.get(name, [])}} == set()

@@ -35,6 +35,19 @@ def test_the_rows_are_what_sample_returns(model, retriever, policy):
     assert loop._advance._cache_size() == 1  # one program draws whole grids and rows
 
 
+def test_other_numbers_need_no_other_program(model):
+    ids, mask = tiny.prompts((3, 6))
+    loop._advance.clear_cache()
+    drawn = [
+        np.asarray(
+            loop.sample(model, ids, prompt_mask=mask, cfg_scale=scale, temperature=temperature, top_p=top_p).codes
+        )
+        for scale, temperature, top_p in ((2.0, 1.0, 0.9), (7.5, 1.0, 0.9), (2.0, 0.3, 0.9), (2.0, 1.0, 0.2))
+    ]
+    assert loop._advance._cache_size() == 1
+    assert len({codes.tobytes() for codes in drawn}) == 4
+
+
 def test_a_drawing_that_stops_changes_none_that_follows(model, retriever):
     ids, mask = tiny.prompts((3, 6))
 

@@ -1,11 +1,31 @@
 """Checks that models, policies, searches and sampling settings fit together, before anything is compiled."""
 
+import dataclasses
+import functools
 import operator
 from typing import Any, cast
+
+import jax
 
 from arrag_jax.config import SamplingConfig
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import Backbone, DecodePolicy, Retriever, StatefulBackbone, StateRetriever
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("cfg_scale", "temperature", "top_p"),
+    meta_fields=("top_k", "greedy"),
+)
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """A checked ``SamplingConfig`` as the compiled loop takes it: another guidance needs no other program."""
+
+    cfg_scale: Any
+    temperature: Any
+    top_k: int | None
+    top_p: Any
+    greedy: bool
 
 
 def require_blenders(model: Backbone, retriever: Retriever, neighbors: int | None = None) -> None:
@@ -41,8 +61,8 @@ def _number(name: str, value: Any) -> Any:
         raise UserError(f"{name} = {value!r} must be one number") from error
 
 
-def sampling_of(model: Backbone, numbers: dict[str, Any], greedy: bool) -> SamplingConfig:
-    """Returns the settings of ``sample`` as a ``SamplingConfig``.
+def sampling_of(model: Backbone, numbers: dict[str, Any], greedy: bool) -> Sampling:
+    """Returns the settings of ``sample``, checked as ``SamplingConfig`` checks them.
 
     Raises:
       UserError: if a setting is invalid.
@@ -50,7 +70,7 @@ def sampling_of(model: Backbone, numbers: dict[str, Any], greedy: bool) -> Sampl
     sampling = SamplingConfig(**{name: _number(name, value) for name, value in numbers.items()}, greedy=greedy)
     if sampling.top_k is not None and sampling.top_k > model.codebook_size:
         raise UserError(f"top_k = {sampling.top_k} is more than the {model.codebook_size} codes there are")
-    return sampling
+    return Sampling(**dataclasses.asdict(sampling))
 
 
 def require_fit(model: Backbone, policy: DecodePolicy, retriever: Retriever | StateRetriever | None) -> None:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from arrag_jax.config import SamplingConfig
-from arrag_jax.decode.checks import require_fit, sampling_of
+from arrag_jax.decode.checks import Sampling, require_fit, sampling_of
 from arrag_jax.decode.policies import Plain, weights_of
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
@@ -103,7 +103,7 @@ def advance(
     policy: DecodePolicy,
     retriever: Retriever | StateRetriever | None,
     keys: Key[Array, " B"],
-    sampling: SamplingConfig,
+    sampling: SamplingConfig | Sampling,
     drawing: Drawing,
     until: Int[Array, ""] | int,
 ) -> Drawing:
@@ -183,7 +183,7 @@ def _begin(graph, state, cond, uncond, policy, batch, return_log_probs):
     return begin(nnx.merge(graph, state), cond, uncond, policy, batch, return_log_probs)
 
 
-@jax.jit(static_argnames=("graph", "sampling"), donate_argnames=("drawing",))
+@jax.jit(static_argnames="graph", donate_argnames=("drawing",))
 def _advance(graph, state, policy, retriever, keys, sampling, drawing, until):
     """Runs ``advance``, compiled: one program draws a whole grid, or any part of it."""
     return advance(nnx.merge(graph, state), policy, retriever, keys, sampling, drawing, until)

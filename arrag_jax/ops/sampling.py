@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from arrag_jax.ops.neighbors import Neighbors
 
 
-def guide(logits: Float[Array, "R V"], scale: float | None) -> Float[Array, "B V"]:
+def guide(logits: Float[Array, "R V"], scale: float | Float[Array, ""] | None) -> Float[Array, "B V"]:
     """Returns the logits after classifier-free guidance: uncond + scale · (cond − uncond).
 
     Args:
@@ -26,7 +26,10 @@ def guide(logits: Float[Array, "R V"], scale: float | None) -> Float[Array, "B V
 
 
 def truncate(
-    logits: Float[Array, "B V"], temperature: float, top_k: int | None, top_p: float | None
+    logits: Float[Array, "B V"],
+    temperature: float | Float[Array, ""],
+    top_k: int | None,
+    top_p: float | Float[Array, ""] | None,
 ) -> Float[Array, "B V"]:
     """Returns log-probabilities after temperature, top-k and top-p (nucleus) truncation, in this order, renormalised.
 
