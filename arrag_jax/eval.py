@@ -54,6 +54,7 @@ def run(
     score_only: bool = False,
     allow_missing: bool = False,
     known_words: bool = False,
+    copies_of: str = "",
     fit_gate: bool = False,
     compare: Sequence[str] = (),
     ray: str = "",
@@ -72,9 +73,9 @@ def run(
         if sweep or scaling or fit_gate:
             raise UserError(f"{benchmark} has no examples for --sweep, --scaling and --fit_gate; leave them out")
         opened = open_folder_benchmark(benchmark, prompts, copies, limit, flags)
-        steps = (not score_only, not draw_only, allow_missing, known_words)
+        steps = folder_runs.Steps(not score_only, not draw_only, allow_missing, known_words, copies_of)
         with open_engine(ray, ray_cores) as engine:
-            folder_runs.run(config, workdir, benchmark, opened, method, *steps, engine)
+            folder_runs.run(config, workdir, benchmark, opened, method, steps, engine)
         return
     if ray:
         raise UserError(f"{benchmark} is measured in one process; --ray is for benchmarks over a prompt set")
@@ -115,6 +116,11 @@ if __name__ == "__main__":
         score_only=Flag("score the images that are in --workdir, and draw nothing", False),
         allow_missing=Flag("score a folder that lacks images; they are counted and named", False),
         known_words=Flag("draw only the words of a prompt that a model of few words knows, and no error", False),
+        copies_of=Flag(
+            "datastore in which copies are looked for, or none; default: that of the method or the config",
+            "",
+            path=True,
+        ),
         compare=Flag(
             "folder of a finished run; give two, and their figures are compared prompt by prompt",
             (),

@@ -1,5 +1,6 @@
 """Runs a benchmark over a folder of images: draws the folder, scores it, and records what was measured."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,34 @@ from typing import Any
 from arrag_jax.config import DrawConfig
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import measurements
+from arrag_jax.evaluation.copy_audit import audited, store_for
 from arrag_jax.evaluation.drawn_folder import MADE_BY, draw_folder, hash_of, image_files, is_whole
 from arrag_jax.evaluation.pipeline import open_pipeline
 from arrag_jax.evaluation.run_record import RunRecord
 from arrag_jax.files import require_writable, write_json
 from arrag_jax.interfaces import FolderBenchmark, ImageFile
+from arrag_jax.store.datastore import Datastore
 from arrag_jax.work import HERE, Engine
 
 NAMED = 5  # missing images that a message names
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """What is done with a folder.
+
+    Attributes:
+      draw, score: the two steps.
+      allow_missing: score a folder that lacks images; they are counted and named in results.json.
+      known_words: draw only the words of each prompt that the model's tokenizer knows.
+      copies_of: the datastore in which copies are looked for, as in ``copy_audit.store_for``.
+    """
+
+    draw: bool = True
+    score: bool = True
+    allow_missing: bool = False
+    known_words: bool = False
+    copies_of: str = ""
 
 
 def run(
@@ -23,10 +44,7 @@ def run(
     name: str,
     benchmark: FolderBenchmark,
     method: str = "",
-    draw: bool = True,
-    score: bool = True,
-    allow_missing: bool = False,
-    known_words: bool = False,
+    steps: Steps = Steps(),
     engine: Engine = HERE,
 ) -> None:
     """Draws a benchmark's images and scores them; prints a table and writes results.json.
@@ -37,75 +55,111 @@ def run(
     Args:
       config: None = nothing is drawn.
       name: of the benchmark.
-      draw, score: leave out one of the two steps.
-      allow_missing: score a folder that lacks images; they are counted and named in results.json.
-      known_words: draw only the words of each prompt that the model's tokenizer knows.
       engine: where images are drawn and their features computed.
 
     Raises:
       UserError: if nothing can be drawn or scored; as ``draw_folder``, ``open_pipeline`` and the benchmark.
     """
     out = Path(workdir)
-    # a missing file is reported before anything is drawn
-    protocol = benchmark.protocol() if score and engine.leads else {}
-    records: dict[str, dict[str, Any]] = {}
-    if draw:
+    scorer = Scorer.of(name, benchmark, steps, config, engine)  # a missing file is reported before anything is drawn
+    if steps.draw:
         if config is None:
             raise UserError("missing --config (see --help); it is needed unless --score_only is given")
         pipeline = open_pipeline(config, [method] if method else [], alone=True)
         folders = {each: out if method else out / each for each in pipeline.methods}
         require_writable(out)
         for each, folder in folders.items():
-            draw_folder(pipeline, each, benchmark, folder, engine, known_words)
+            draw_folder(pipeline, each, benchmark, folder, engine, steps.known_words)
     else:
         folders = {method or out.name: out}
     if not engine.leads:
         return
-    if not score:
+    if not steps.score:
         count = len(benchmark.prompts) * benchmark.copies
         print(f"drew {count} images of {len(benchmark.prompts)} prompts: {', '.join(map(str, folders.values()))}")
         return
-    for each, folder in folders.items():
-        records[each] = score_folder(folder, name, benchmark, protocol, allow_missing, engine.alone())
+    records = {each: scorer.score(folder) for each, folder in folders.items()}
     print(measurements.table(records))
     for note in dict.fromkeys(note for record in records.values() for note in record["notes"]):
         print(f"note: {note}")
 
 
-def score_folder(
-    folder: Path,
-    name: str,
-    benchmark: FolderBenchmark,
-    protocol: dict[str, Any],
-    allow_missing: bool,
-    engine: Engine = HERE,
-) -> dict[str, Any]:
-    """Scores the images of a folder; writes results.json and returns its content.
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Scores folders of images.
 
-    Raises:
-      UserError: if images are missing and not ``allow_missing``, or the folder's run drew other prompts.
+    Attributes:
+      name: of the benchmark.
+      protocol: everything that the figures depend on beside the images.
+      config: names a store in which copies are looked for; None = none.
     """
-    settings = {"prompts": hash_of(benchmark.prompts), "copies": benchmark.copies}
-    drawn = RunRecord(folder, MADE_BY, {}).read()
-    if drawn is not None:
-        wrong = [key for key, value in settings.items() if drawn["settings"].get(key) != value]
+
+    name: str
+    benchmark: FolderBenchmark
+    steps: Steps
+    protocol: dict[str, Any]
+    config: DrawConfig | None
+    engine: Engine
+
+    @classmethod
+    def of(
+        cls, name: str, benchmark: FolderBenchmark, steps: Steps, config: DrawConfig | None, engine: Engine
+    ) -> "Scorer":
+        """Opens what scoring needs, in the process that scores.
+
+        Raises:
+          UserError: if one of it cannot be opened.
+        """
+        protocol = {"prompts": hash_of(benchmark.prompts)}
+        if steps.score and engine.leads:
+            protocol |= benchmark.protocol()
+            if steps.copies_of:
+                store_for(steps.copies_of, None, None)  # raises if there is none
+        return cls(name, benchmark, steps, protocol, config, engine.alone())
+
+    def score(self, folder: Path) -> dict[str, Any]:
+        """Scores the images of a folder; writes results.json and returns its content.
+
+        Raises:
+          UserError: if images are missing and that is not allowed, or the folder's run drew other prompts.
+        """
+        benchmark = self.benchmark
+        drawn = self.drawn(folder)
+        images, missing = present(folder, image_files(benchmark))
+        if missing and not (self.steps.allow_missing and images):
+            count = f"{len(missing)} of {len(missing) + len(images)} images"
+            raise UserError(
+                f"{folder} lacks {count}: {named(missing)}; draw them, or give --allow_missing to score the others"
+            )
+        require_writable(folder)
+        store, audit = store_for(self.steps.copies_of, drawn, self.config), None
+        measured = benchmark.measure(folder, images, self.engine)
+        if isinstance(store, Datastore):
+            measured, audit = audited(measured, folder, images, benchmark, store, self.engine)
+        elif store:
+            measured = measured._replace(notes=(*measured.notes, store))
+        if missing:
+            note = f"{len(missing)} of {len(missing) + len(images)} images are missing and not scored: {named(missing)}"
+            measured = measured._replace(notes=(note, *measured.notes))
+        images_of = {"copies": benchmark.copies, "missing": missing, "drawn": drawn, "audit": audit}
+        record = measurements.record_of(self.name, self.protocol, images_of, measured)
+        write_json(folder / measurements.RESULTS, record)
+        return record
+
+    def drawn(self, folder: Path) -> dict[str, Any] | None:
+        """Returns the settings that the images of a folder were drawn with; None if another program drew them.
+
+        Raises:
+          UserError: if other prompts were drawn.
+        """
+        found = RunRecord(folder, MADE_BY, {}).read()
+        if found is None:
+            return None
+        settings = {"prompts": hash_of(self.benchmark.prompts), "copies": self.benchmark.copies}
+        wrong = [key for key, value in settings.items() if found["settings"].get(key) != value]
         if wrong:
             raise UserError(f"{folder} holds images of another run ({', '.join(wrong)} differ); give its own flags")
-    images, missing = present(folder, image_files(benchmark))
-    if missing and not (allow_missing and images):
-        count = f"{len(missing)} of {len(missing) + len(images)} images"
-        raise UserError(
-            f"{folder} lacks {count}: {named(missing)}; draw them, or give --allow_missing to score the others"
-        )
-    require_writable(folder)
-    measured = benchmark.measure(folder, images, engine)
-    if missing:
-        note = f"{len(missing)} of {len(missing) + len(images)} images are missing and not scored: {named(missing)}"
-        measured = measured._replace(notes=(note, *measured.notes))
-    images_of = {"copies": benchmark.copies, "missing": missing, "drawn": drawn["settings"] if drawn else None}
-    record = measurements.record_of(name, {"prompts": settings["prompts"], **protocol}, images_of, measured)
-    write_json(folder / measurements.RESULTS, record)
-    return record
+        return found["settings"]
 
 
 def present(folder: Path, images: Sequence[ImageFile]) -> tuple[list[ImageFile], list[str]]:

@@ -66,7 +66,8 @@ def record_of(
 
     Args:
       protocol: everything that the figures depend on beside the images.
-      images: which images were scored: ``copies``, ``missing``, and ``drawn``, the settings in ``run.json``.
+      images: which images were scored: ``copies``, ``missing``, ``drawn``, the settings in ``run.json``, and ``audit``,
+        in which store copies were looked for.
     """
     versions = {name: importlib.metadata.version(name) for name, module in PACKAGES.items() if module in sys.modules}
     device = jax.devices()[0]
@@ -123,7 +124,7 @@ def read_results(folder: str) -> dict[str, Any]:
     """
     path = Path(folder) / RESULTS
     record = read_object(path)
-    wanted = {"benchmark": str, "protocol": dict, "protocol_hash": str, "figures": dict, "values": dict}
+    wanted = {"benchmark": str, "protocol": dict, "protocol_hash": str, "images": dict, "figures": dict, "values": dict}
     if record.get("made_by") != MADE_BY or not all(isinstance(record.get(k), kind) for k, kind in wanted.items()):
         raise UserError(f"{path} is no result of a benchmark over a folder of images; measure that folder again")
     return record
@@ -142,6 +143,9 @@ def compare(first: str, second: str) -> str:
         names = ["benchmark"] if a["benchmark"] != b["benchmark"] else names
         raise UserError(f"{first} and {second} were not measured in the same way: {', '.join(names)} differ")
     rows, notes = [], list(dict.fromkeys([*a["notes"], *b["notes"]]))
+    stores = [(record["images"].get("audit") or {}).get("fingerprint") for record in (a, b)]
+    if None not in stores and stores[0] != stores[1]:
+        notes.append("copies were looked for in different stores")
     for name in a["figures"].keys() & b["figures"].keys():
         figure = Figure(**a["figures"][name])
         before, after = (shown(record["figures"][name]) for record in (a, b))

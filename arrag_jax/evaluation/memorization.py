@@ -30,7 +30,7 @@ def copied_runs(
     """
     runs = [np.zeros((0, *grid.shape), bool)]
     for codes, (down, right) in zip(stored, shift, strict=True):
-        equal = grid == _moved(codes, int(down), int(right))
+        equal = grid == moved(codes, int(down), int(right))
         while len(np.unique(grid[equal])) >= least:  # with fewer codes, no part of it is a run
             part = _joined(equal, divmod(int(equal.argmax()), equal.shape[1]))
             if len(np.unique(grid[part])) >= least:
@@ -65,7 +65,7 @@ def are_copies(
     return copies
 
 
-def _moved(codes: Integer[np.ndarray, "H W"], down: int, right: int) -> Int[np.ndarray, "H W"]:
+def moved(codes: Integer[np.ndarray, "H W"], down: int, right: int) -> Int[np.ndarray, "H W"]:
     """Returns the codes of an image moved down and to the right; -1 where no code is moved to."""
     moved = np.full(codes.shape, -1)
     (height, width), rows, columns = codes.shape, max(down, 0), max(right, 0)

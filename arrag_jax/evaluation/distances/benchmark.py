@@ -131,6 +131,10 @@ class Distances:
             scores.figures["FWD"] = Figure(value)
         return scores.measurement()
 
+    def true_images(self) -> tuple[ImageSet, FeatureStore] | None:
+        """Returns the reference, and where its features are kept; None if it is statistics."""
+        return None if self._true is None else (self._true, self._store)
+
     def _features(self, images: ImageSet, extractor: Opened[Extractor], what: str, engine: Engine) -> Features:
         rows, identity = self._store.features(images, extractor, what, engine)
         return Features(rows, self._store.moments(rows, identity, extractor()).gaussian(), identity)
