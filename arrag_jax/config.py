@@ -357,6 +357,7 @@ class SamplingConfig(Settings):
       temperature: temperature of the model's logits after guidance, above 0.
       top_k, top_p: truncation of the model's distribution before retrieval is mixed in; None = off.
       greedy: take the most probable code instead of drawing one.
+      window: positions that one pass of the model draws (``decode.parallel``); the images do not depend on it.
     """
 
     cfg_scale: float | None = 2.0
@@ -364,8 +365,11 @@ class SamplingConfig(Settings):
     top_k: int | None = None
     top_p: float | None = None
     greedy: bool = False
+    window: int = 1
 
     def __post_init__(self):
+        if self.window < 1:
+            raise UserError(f"window = {self.window} must be at least 1")
         require_guidance(self.cfg_scale)
         require_temperature("temperature", self.temperature, " (for the most probable code: greedy)")
         if self.top_k is not None and self.top_k < 1:

@@ -211,6 +211,25 @@ class StatefulBackbone(Backbone, Protocol):
 
 
 @runtime_checkable
+class WindowBackbone(StatefulBackbone, Protocol):
+    """A backbone that runs several positions in one pass; drawing with ``window`` above 1 needs one."""
+
+    def step_states(
+        self, hidden: Float[Array, "R S D"], cache: Cache, first: Int[Array, "*R"], features: Any = None
+    ) -> tuple[Float[Array, "R S D"], Cache]:
+        """Runs S positions per row and returns their states; each depends on the positions before its own.
+
+        The cache may hold anything for positions from ``first`` on, and a later call may run them again.
+
+        Args:
+          hidden: inputs of the positions, as in ``step``.
+          first: number of the first position: one for all rows, or one per row.
+          features: what ``DecodePolicy.features`` returned for these positions, [B, S, ...].
+        """
+        ...
+
+
+@runtime_checkable
 class BlendingBackbone(Backbone, Protocol):
     """A backbone whose blenders mix features of retrieved codes into its hidden states (the paper's FAiD)."""
 
@@ -316,23 +335,23 @@ class DecodePolicy(Protocol):
     @property
     def blends(self) -> bool: ...
 
-    def features(self, model: Any, neighbors: Neighbors, has_context: Bool[Array, ""]) -> Any:
+    def features(self, model: Any, neighbors: Neighbors, has_context: Bool[Array, "*B"]) -> Any:
         """Returns the features that the backbone's step takes; None if it takes none. Called before the step.
 
         Args:
           model: a ``BlendingBackbone`` if the policy blends, else any ``Backbone``.
-          has_context: whether all four context positions lie on the grid.
+          has_context: whether all four context positions lie on the grid: once for all rows, or once per row.
         """
         ...
 
     def log_probs(
-        self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
+        self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, "*B"]
     ) -> Float[Array, "B V"]:
         """Returns the log-probabilities to draw from. Called after the step.
 
         Args:
           log_p: the model's log-probabilities, after guidance, temperature and truncation.
-          has_context: whether all four context positions lie on the grid.
+          has_context: whether all four context positions lie on the grid: once for all rows, or once per row.
         """
         ...
 

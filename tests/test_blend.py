@@ -79,7 +79,7 @@ def test_a_cell_alone_is_the_cell_in_the_naive_map(hops, slots):
     flat, positions = hidden.reshape(BATCH, -1, WIDTH), []
     for position in range(HEIGHT * ACROSS):
         window = jnp.where(windows[position][None, :, None] >= 0, flat[:, np.maximum(windows[position], 0)], 0)
-        positions.append(blend_position(fused, window, features[:, position], jnp.asarray(complete[position])))
+        positions.append(blend_position(fused, window, features[:, position], jnp.full(BATCH, complete[position])))
     added, blended, gate = (np.stack(values) for values in zip(*positions, strict=True))
     found = Blended(np.moveaxis(added, 0, 1), np.moveaxis(blended, 0, 1), gate.mean())
     jax.tree.map(assert_close, found, naive_with_gradients(hops, slots)[0])
@@ -150,7 +150,9 @@ def test_all_products_of_bfloat16_are_summed_in_float32(form, monkeypatch):
         model = nnx.merge(graph, state)
         if form != "cell":
             return model.blend_map(hidden, features)
-        return FusedBlender(model).blend_position(hidden.reshape(BATCH, -1, WIDTH), features[:, 0], jnp.asarray(True))
+        return FusedBlender(model).blend_position(
+            hidden.reshape(BATCH, -1, WIDTH), features[:, 0], jnp.full(BATCH, True)
+        )
 
     hidden = hidden if form != "cell" else jnp.ones((BATCH, len(blend.live_offsets(3)), WIDTH))
     products = [e for e in traced(run, state, hidden, features) if e.primitive.name == "dot_general"]
@@ -234,6 +236,6 @@ def test_the_reference_blends_cell_by_cell_the_same(reference, name):
         tokens = golden[f"{name}_eval_hidden_padded"][i][:, 5:]  # five of the prompt come first
         around = np.where(window[None, :, None] >= 0, tokens[:, window], 0)
         features = np.repeat(golden[f"{name}_eval_retrieved"][i].reshape(1, 10, 64), 2, axis=0)
-        out = model.blend_position(jnp.asarray(around), jnp.asarray(features), jnp.asarray(True)).features
+        out = model.blend_position(jnp.asarray(around), jnp.asarray(features), jnp.full(len(features), True)).features
         expected = golden[f"{name}_eval_out"][i][:, 0]
         np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

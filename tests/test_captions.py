@@ -131,7 +131,11 @@ def test_limited_to_one_image_at_weight_one_only_its_codes_are_drawn(store):
     model = tiny.janus()
     ids, mask = tiny.prompts((4, 3, 2))
     images = np.array([[3], [8], [3]], np.int32)
-    drawn = sample(model, ids, Daid(1.0, 0.5), LimitedRetriever.create(store, images, "codebook", 6), prompt_mask=mask)
+    search = LimitedRetriever.create(store, images, "codebook", 6)
+    drawn = sample(model, ids, Daid(1.0, 0.5), search, prompt_mask=mask)
+    np.testing.assert_array_equal(
+        sample(model, ids, Daid(1.0, 0.5), search, prompt_mask=mask, window=6).codes, drawn.codes
+    )
     inside = grid_ops.has_context(*GRID)
     image, position = grid_ops.image_and_position(np.asarray(drawn.source), *GRID)
     assert (image[:, inside] == images).all()

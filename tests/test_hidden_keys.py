@@ -124,6 +124,8 @@ def test_step_by_step_equals_teacher_forcing(store, model, text):
     found = search_teacher_forced(retriever, states, codes)
     expected = policy.log_probs(log_p, found, jnp.asarray(True)).reshape(drawn.log_probs.shape)
     np.testing.assert_allclose(np.exp(drawn.log_probs), np.exp(expected), atol=2e-4)
+    parallel = sample(model, condition, policy, retriever, cfg_scale=1.5, seed=np.arange(3), window=16)
+    np.testing.assert_array_equal(parallel.codes, drawn.codes)
     weight = policy.weights(log_p, found, jnp.asarray(True)).reshape(drawn.weight.shape)
     np.testing.assert_allclose(drawn.weight, weight, atol=2e-3)
 

@@ -9,13 +9,13 @@ import jax
 
 from arrag_jax.config import SamplingConfig
 from arrag_jax.errors import UserError
-from arrag_jax.interfaces import Backbone, DecodePolicy, Retriever, StatefulBackbone, StateRetriever
+from arrag_jax.interfaces import Backbone, DecodePolicy, Retriever, StatefulBackbone, StateRetriever, WindowBackbone
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("cfg_scale", "temperature", "top_p"),
-    meta_fields=("top_k", "greedy"),
+    meta_fields=("top_k", "greedy", "window"),
 )
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -26,6 +26,7 @@ class Sampling:
     top_k: int | None
     top_p: Any
     greedy: bool
+    window: int
 
 
 def require_blenders(model: Backbone, retriever: Retriever, neighbors: int | None = None) -> None:
@@ -56,7 +57,7 @@ def require_states(model: Backbone, policy: DecodePolicy) -> None:
 def _number(name: str, value: Any) -> Any:
     """Returns a number of any library as a Python number, which can be hashed; None stays None."""
     try:
-        return value if value is None else operator.index(value) if name == "top_k" else float(value)
+        return value if value is None else operator.index(value) if name in ("top_k", "window") else float(value)
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} = {value!r} must be one number") from error
 
@@ -70,6 +71,11 @@ def sampling_of(model: Backbone, numbers: dict[str, Any], greedy: bool) -> Sampl
     sampling = SamplingConfig(**{name: _number(name, value) for name, value in numbers.items()}, greedy=greedy)
     if sampling.top_k is not None and sampling.top_k > model.codebook_size:
         raise UserError(f"top_k = {sampling.top_k} is more than the {model.codebook_size} codes there are")
+    positions = model.grid[0] * model.grid[1]
+    if sampling.window > positions:
+        raise UserError(f"window = {sampling.window} is more than the {positions} positions of the grid")
+    if sampling.window > 1 and not isinstance(model, WindowBackbone):
+        raise UserError(f"{type(model).__name__} runs one position per pass; draw with window=1")
     return Sampling(**dataclasses.asdict(sampling))
 
 

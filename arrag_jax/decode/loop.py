@@ -1,9 +1,7 @@
 """Samples code grids: one prefill, then one loop over the positions of the grid, for every method.
 
-Each position runs these steps: context → search → policy's features → backbone step → guidance → policy's mixture →
-sampled code. A search by context needs only codes that were sampled before this position. It therefore does not wait
-for the backbone's step, unless the policy feeds the neighbours into that step. A search by the backbone's state
-(``interfaces.StateRetriever``) runs between the step and the mixture. The loop depends on no particular model or index.
+``decode.passes`` holds what happens at a position, and ``decode.parallel`` the pass that draws a window of positions
+instead of one. The loop depends on no particular model or index.
 
 The loop can end at any position and go on from there, so one compiled program draws a whole grid and streams its rows.
 """
@@ -19,7 +17,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from arrag_jax.config import SamplingConfig
 from arrag_jax.decode.checks import Sampling, require_fit, sampling_of
-from arrag_jax.decode.policies import Plain, weights_of
+from arrag_jax.decode.guesses import Beside
+from arrag_jax.decode.parallel import Ahead, Windows
+from arrag_jax.decode.passes import Passes, SampleOutput
+from arrag_jax.decode.policies import Plain
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import (
@@ -34,50 +35,25 @@ from arrag_jax.interfaces import (
     StateRetriever,
 )
 from arrag_jax.mesh import put_everywhere, put_rows
-from arrag_jax.ops.grid import context_codes, context_positions, has_context
 from arrag_jax.ops.host import awaited
-from arrag_jax.ops.neighbors import empty_neighbors
-from arrag_jax.ops.sampling import draw, guide, truncate
-
-
-class SampleOutput(NamedTuple):
-    """Sampled code grids, and where each code came from.
-
-    Attributes:
-      codes: sampled codes in raster order.
-      log_p: log-probability with which each code was sampled. It includes mixture, truncation and temperature.
-      log_p_model: the same under the model's distribution, before the policy. The difference of the two is the effect
-        of retrieval.
-      source: stored row of the nearest neighbour that holds the sampled code; -1 if no neighbour holds it.
-      rank: rank of that neighbour, 0 = nearest; -1 if no neighbour holds the code.
-      distance: squared L2 distance of that neighbour; +inf if no neighbour holds the code.
-      log_probs: the whole distribution from which each code was sampled; None unless requested.
-      weight: the share λ that the policy gave to the neighbours' distribution; 0 where it mixed nothing.
-    """
-
-    codes: Int[Array | np.ndarray, "B T"]
-    log_p: Float[Array | np.ndarray, "B T"]
-    log_p_model: Float[Array | np.ndarray, "B T"]
-    source: Int[Array | np.ndarray, "B T"]
-    rank: Int[Array | np.ndarray, "B T"]
-    distance: Float[Array | np.ndarray, "B T"]
-    log_probs: Float[Array | np.ndarray, "B T V"] | None = None
-    weight: Float[Array | np.ndarray, "B T"] | None = None
 
 
 class Drawing(NamedTuple):
     """Grids that are being drawn; the state between two calls of ``advance``.
 
     Attributes:
-      position: the next position to draw; all positions before it are drawn.
-      hidden, cache: what the backbone's step takes at this position.
+      position: the next position to draw, one for all images, or with windows one per image; all positions before it
+        are drawn.
+      hidden, cache: what the backbone's step takes at this position; with windows ``hidden`` stays that of position 0.
       out: the output, [B, T, ...]; code -1 at positions that are not drawn yet.
+      ahead: the guesses beyond ``position``; None without windows.
     """
 
-    position: Int[Array, ""]
+    position: Int[Array, "*B"]
     hidden: Float[Array, "R D"]
     cache: Cache
     out: SampleOutput
+    ahead: Ahead | None = None
 
 
 def begin(
@@ -87,15 +63,21 @@ def begin(
     policy: DecodePolicy,
     batch: int,
     return_log_probs: bool = False,
+    windows: bool = False,
 ) -> Drawing:
-    """Returns B grids of which nothing is drawn yet, after the prefill; for arguments see ``decode``."""
+    """Returns B grids of which nothing is drawn yet, after the prefill; for arguments see ``decode``.
+
+    Args:
+      windows: whether a pass will draw more than one position.
+    """
     rows = cond if uncond is None else jax.tree.map(lambda *x: jnp.concatenate(x), cond, uncond)
     hidden, cache = model.prefill(rows, batch if policy.blends else 0)  # unconditional rows are never blended
     shape = (batch, int(np.prod(model.grid)))
     none, zeros = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
     log_probs = jnp.zeros((*shape, model.codebook_size), jnp.float32) if return_log_probs else None
-    out = SampleOutput(none, zeros, zeros, none, none, jnp.full(shape, jnp.inf, jnp.float32), log_probs, zeros)
-    return Drawing(jnp.zeros((), jnp.int32), hidden, cache, out)
+    out = SampleOutput(none, zeros, zeros, none, none, jnp.full(shape, jnp.inf, jnp.float32), log_probs, zeros, none)
+    position = jnp.zeros(batch if windows else (), jnp.int32)
+    return Drawing(position, hidden, cache, out, Ahead(none, position, jnp.zeros((), jnp.int32)) if windows else None)
 
 
 def advance(
@@ -108,34 +90,29 @@ def advance(
     until: Int[Array, ""] | int,
 ) -> Drawing:
     """Draws the positions before ``until`` that are not drawn yet; for arguments see ``decode``."""
-    batch, guided = len(keys), len(drawing.hidden) > len(keys)
-    contexts, complete_at = jnp.asarray(context_positions(*model.grid)), jnp.asarray(has_context(*model.grid))
-    nothing, everywhere = empty_neighbors(batch, 1), jnp.asarray(True)
     assert retriever is not None or not policy.uses_retrieval  # ``sample`` has checked it
+    batch, guided = len(keys), len(drawing.hidden) > len(keys)
+    passes = Passes(model, policy, retriever, sampling, guided, drawing.out.log_probs is not None)
 
     def one_position(drawing: Drawing) -> Drawing:
-        position, hidden, cache, out = drawing
-        drawn, complete = jnp.asarray(out.codes), complete_at[position]
-        if isinstance(retriever, StateRetriever):
+        position, hidden, cache, out, _ = drawing
+
+        def run(features: Any) -> tuple[Any, Array, Cache]:
+            if not isinstance(retriever, StateRetriever):
+                return None, *model.step(hidden, cache, position, features)
             stateful = cast(StatefulBackbone, model)
-            state, cache = stateful.step_state(hidden, cache, position)
-            logits, complete = stateful.logits(state), everywhere
-            neighbors = retriever.search_states(state[:batch], drawn, jnp.repeat(position, batch))
-        else:
-            neighbors = nothing if retriever is None else retriever.search(context_codes(drawn, contexts[position]))
-            features = policy.features(model, neighbors, complete)
-            logits, cache = model.step(hidden, cache, position, features)
-        scale = sampling.cfg_scale if guided else None
-        log_p_model = truncate(guide(logits, scale), sampling.temperature, sampling.top_k, sampling.top_p)
-        log_p = policy.log_probs(log_p_model, neighbors, complete)
-        code = draw(log_p, keys, position, sampling.greedy)
-        hidden = model.embed_codes(jnp.tile(code, 2) if guided else code)
-        record = _record(code, log_p, log_p_model, neighbors, weights_of(policy, log_p_model, neighbors, complete))
-        record = record._replace(log_probs=None if out.log_probs is None else log_p)
+            state, moved = stateful.step_state(hidden, cache, position)
+            return state[:batch], stateful.logits(state), moved
+
+        record, cache = passes.draw(jnp.asarray(out.codes), position, keys, run)
+        record = record._replace(drawn_in=jnp.broadcast_to(position, (batch,)))
+        hidden = model.embed_codes(jnp.tile(record.codes, 2 if guided else 1))
         put = lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new[:, None], position, axis=1)  # noqa: E731
         return Drawing(position + 1, hidden, cache, jax.tree.map(put, out, record))
 
-    return jax.lax.while_loop(lambda drawing: drawing.position < until, one_position, drawing)
+    windows = Windows(passes, drawing.hidden, keys, Beside(model.grid[1]))
+    one_pass = one_position if drawing.ahead is None else lambda drawing: Drawing(*windows.one_pass(*drawing))
+    return jax.lax.while_loop(lambda drawing: (drawing.position < until).any(), one_pass, drawing)
 
 
 def decode(
@@ -157,30 +134,14 @@ def decode(
       keys: one random key per image.
       return_log_probs: also return the whole distribution at each position.
     """
-    drawing = begin(model, cond, uncond, policy, len(keys), return_log_probs)
+    drawing = begin(model, cond, uncond, policy, len(keys), return_log_probs, sampling.window > 1)
     return advance(model, policy, retriever, keys, sampling, drawing, int(np.prod(model.grid))).out
 
 
-def _record(code, log_p, log_p_model, neighbors, weight) -> SampleOutput:
-    """Returns what is kept of one position; each field has the shape [B]."""
-    hit = neighbors.code == code[:, None]
-    found, rank = jnp.any(hit, axis=1), jnp.argmax(hit, axis=1)  # the first hit is the nearest
-    at = lambda x, i: jnp.take_along_axis(x, i[:, None], 1)[:, 0]  # noqa: E731
-    return SampleOutput(
-        codes=code,
-        log_p=at(log_p, code),
-        log_p_model=at(log_p_model, code),
-        source=jnp.where(found, at(neighbors.id, rank), -1),
-        rank=jnp.where(found, rank, -1).astype(jnp.int32),
-        distance=jnp.where(found, at(neighbors.distance, rank), jnp.inf),
-        weight=weight,
-    )
-
-
-@jax.jit(static_argnames=("graph", "batch", "return_log_probs"))
-def _begin(graph, state, cond, uncond, policy, batch, return_log_probs):
+@jax.jit(static_argnames=("graph", "batch", "return_log_probs", "windows"))
+def _begin(graph, state, cond, uncond, policy, batch, return_log_probs, windows):
     """Runs ``begin``, compiled."""
-    return begin(nnx.merge(graph, state), cond, uncond, policy, batch, return_log_probs)
+    return begin(nnx.merge(graph, state), cond, uncond, policy, batch, return_log_probs, windows)
 
 
 @jax.jit(static_argnames="graph", donate_argnames=("drawing",))
@@ -248,6 +209,7 @@ def sample(
     mesh: Mesh | None = None,
     grid: ArrayLike = None,
     return_log_probs: bool = False,
+    window: SupportsIndex = 1,
 ) -> SampleOutput:
     """Generates one code grid per prompt.
 
@@ -256,7 +218,7 @@ def sample(
       condition: the model's condition, e.g. (ids, mask) or class labels int [B]. It may also be the condition's first
         array alone, e.g. prompt ids int [B, L] from BOS to image-start; ``prompt_mask`` is then the second one.
       policy: ``Plain()`` if None. retriever: required by a policy that uses retrieval.
-      cfg_scale, temperature, top_k, top_p, greedy: see ``config.SamplingConfig``.
+      cfg_scale, temperature, top_k, top_p, greedy, window: see ``config.SamplingConfig``.
       seed: one integer per image, or one integer for all. With one per image, an image depends only on its prompt and
         seed. With one for all, it also depends on the image's place in the batch.
       prompt_mask: 1 where ``condition`` holds a real token; None = everywhere.
@@ -270,6 +232,7 @@ def sample(
     prepared = prepare(
         model, condition, policy, retriever, cfg_scale=cfg_scale, temperature=temperature, greedy=greedy, seed=seed,
         prompt_mask=prompt_mask, top_k=top_k, top_p=top_p, mesh=mesh, grid=grid, return_log_probs=return_log_probs,
+        window=window,
     )  # fmt: skip
     return prepared.until(int(np.prod(prepared.grid))).out()
 
@@ -308,5 +271,5 @@ def prepare(
         cond, uncond, keys = put_rows((cond, uncond, keys), mesh)
         state = put_everywhere(state, mesh)
         policy = put_everywhere(policy, mesh) if gate else policy
-    drawing = _begin(graph, state, cond, uncond, policy, len(keys), return_log_probs)
+    drawing = _begin(graph, state, cond, uncond, policy, len(keys), return_log_probs, sampling.window > 1)
     return Prepared(model.grid, (graph, state), (policy, retriever, keys, sampling), drawing, mesh)

@@ -24,11 +24,11 @@ class Plain:
     uses_retrieval = False
     blends = False
 
-    def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> None:
+    def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, "*B"]) -> None:
         """Returns None: the backbone gets no features."""
 
     def log_probs(
-        self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
+        self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, "*B"]
     ) -> Float[Array, "B V"]:
         """Returns the model's distribution unchanged."""
         return log_p
@@ -73,11 +73,11 @@ class Daid:
         """Returns the policy with the config's numbers, without its gate, which depends on prompts and a store."""
         return cls(config.weight, config.temperature, config.reduction)
 
-    def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, ""]) -> None:
+    def features(self, model: Backbone, neighbors: Neighbors, has_context: Bool[Array, "*B"]) -> None:
         """Returns None: the backbone gets no features."""
 
     def log_probs(
-        self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
+        self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, "*B"]
     ) -> Float[Array, "B V"]:
         """Returns the mixture.
 
@@ -87,7 +87,7 @@ class Daid:
         return mix(log_p, log_q, weight, _found(neighbors) & has_context)
 
     def weights(
-        self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
+        self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, "*B"]
     ) -> Float[Array, " B"]:
         """Returns the λ of each row; 0 where nothing is mixed."""
         weight = jnp.asarray(self._retrieved(log_p, neighbors)[1], jnp.float32)
@@ -144,14 +144,14 @@ class Faid:
     blends = True
 
     def features(
-        self, model: BlendingBackbone, neighbors: Neighbors, has_context: Bool[Array, ""]
+        self, model: BlendingBackbone, neighbors: Neighbors, has_context: Bool[Array, "*B"]
     ) -> Float[Array, "B K D"]:
         """Returns the features of the nearest neighbours; zeros where a slot is empty."""
         codes = jnp.asarray(neighbors.code)
         return model.retrieved_features(codes[:, : self.neighbors or model.blended_neighbors])
 
     def log_probs(
-        self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
+        self, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, "*B"]
     ) -> Float[Array, "B V"]:
         """Returns the distribution that ``mixture`` makes of the model's."""
         return self.mixture.log_probs(log_p, neighbors, has_context)
@@ -164,7 +164,7 @@ def mixture_of(policy: Any) -> Daid | None:
 
 
 def weights_of(
-    policy: Any, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, ""]
+    policy: Any, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, "*B"]
 ) -> Float[Array, " B"]:
     """Returns the share λ of the neighbours' distribution in each row; 0 for a policy that mixes nothing."""
     mixture = mixture_of(policy)

@@ -18,8 +18,9 @@ from arrag_jax.interfaces import ArrayLike
 from arrag_jax.models.llama_backbone import LlamaBackbone
 from arrag_jax.models.presets import JanusConfig
 from arrag_jax.models.vq_images import check_ids
+from arrag_jax.nn.cache import Cache
 from arrag_jax.nn.linear import Linear, embedding
-from arrag_jax.nn.transformer import Cache, Llama
+from arrag_jax.nn.transformer import Llama
 from arrag_jax.nn.vq import VQTokenizer
 
 Prompts = tuple[Int[Array, "B L"], Bool[Array, "B L"]]  # Janus' condition: token ids, and True where a token is real

@@ -183,6 +183,16 @@ class LlamaBackbone(VQImages):
         """
         return self.language_model.step(hidden, cache, position, self.grid, features)
 
+    def step_states(
+        self,
+        hidden: Float[Array, "R S D"],
+        cache: Cache,
+        first: Int[Array, "*R"],
+        features: Float[Array, "B S K D"] | None = None,
+    ) -> tuple[Float[Array, "R S D"], Cache]:
+        """Returns the states that predict S positions from ``first`` on, and the cache; see ``Llama.window``."""
+        return self.language_model.window(hidden, cache, first, self.grid, features)
+
     def logits(self, state: Float[Array, "*dims D"]) -> Float[Array, "*dims V"]:
         """Returns the float32 logits of codes that states predict."""
         return self.gen_head(state).astype(jnp.float32)

@@ -147,18 +147,41 @@ class FusedBlender(nnx.Module):
         self.matrix, self.bias = map(nnx.Param, blender.centre(kernels, weights))
 
     def blend_position(
-        self, window: Float[Array, "B n D"], features: Float[Array, "B K D"], complete: Bool[Array, ""]
+        self, window: Float[Array, "B n D"], features: Float[Array, "B K D"], complete: Bool[Array, " B"]
     ) -> Blended:
-        """Returns the blend of one position in B maps.
+        """Returns the blend of one position in each of B maps.
 
         Args:
           window: hidden states at ``live_offsets``, zero outside the map.
           features: incoming features.
-          complete: whether the position has a complete context.
+          complete: which positions have a complete context.
         """
         around = products.linear(window.reshape(len(window), -1), self.around[...])
-        incoming = jnp.where(complete, self.norm(features), 0.0)
+        incoming = jnp.where(complete[:, None, None], self.norm(features), 0.0)
         return _gated(self.gate, around, incoming, blend.Centre(self.matrix[...], self.bias[...]))
+
+    def blend_window(
+        self,
+        past: Float[Array, "B slots D"],
+        places: Int[Array, "n S"],
+        grid: tuple[int, int],
+        features: Float[Array, "B S K D"],
+    ) -> Blended:
+        """Returns the blend of S positions per map; their windows are gathered from the hidden states so far.
+
+        Args:
+          past: hidden states; slot t + 1 belongs to position t.
+          places: the positions: once for all maps, or once per map.
+        """
+        batch, length = features.shape[:2]
+        places = jnp.broadcast_to(places, (batch, length))
+        window = jnp.asarray(window_positions(self.config.hops, *grid))[places]
+        around = jax.vmap(lambda past, window: past[window + 1])(past, window)
+        around = jnp.where(window[..., None] >= 0, around, 0).reshape(batch * length, -1, past.shape[-1])
+        complete = jnp.asarray(has_context(*grid))[places].reshape(-1)
+        blended = self.blend_position(around, features.reshape(batch * length, *features.shape[2:]), complete)
+        added, features = (y.reshape(batch, length, *y.shape[1:]) for y in blended[:2])
+        return blended._replace(added=added, features=features)
 
 
 # Cache of ``Blender.fuse``: by blender, weak references to its arrays and the fused blender made from them.

@@ -6,7 +6,7 @@ stacked weights at every step.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.errors import UserError
-from arrag_jax.nn.faid import Blended, Blender, FaidConfig, FusedBlender, window_positions
+from arrag_jax.nn.cache import Cache, written
+from arrag_jax.nn.faid import Blender, FaidConfig
 from arrag_jax.nn.linear import Linear, embedding
 from arrag_jax.nn.lora import Lora, LoraConfig
 from arrag_jax.nn.rotary import KINDS, Turn, turn_by_grid, turn_by_tokens, turn_halves, turn_neighbors
 from arrag_jax.ops import products
-from arrag_jax.ops.grid import has_context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,26 +46,6 @@ class LlamaConfig:
     def head_width(self) -> int:
         """Channels of one head."""
         return self.head_dim or self.width // self.heads
-
-
-class Cache(NamedTuple):
-    """The KV cache: keys and values of all layers.
-
-    There are P = L - 1 + T slots: the prompt without its last token, then one slot per position of the grid.
-
-    Attributes:
-      keys, values: one array per layer.
-      filled: slots that later slots can attend to; those of the grid are marked from the start.
-      first: rotary position of slot L - 1, which ``step`` fills at position 0; it is t more for slot L - 1 + t.
-      looked_at: one array per blender, the normed hidden states that it uses. Slot 0 belongs to the last token of the
-        prompt, slot t + 1 to position t. Empty if no features are given.
-    """
-
-    keys: tuple[Float[Array, "R KH P hd"], ...]
-    values: tuple[Float[Array, "R KH P hd"], ...]
-    filled: Bool[Array, "R P"]
-    first: Int[Array, " R"]
-    looked_at: tuple[Float[Array, "B slots D"], ...] = ()
 
 
 def attend(
@@ -160,8 +140,7 @@ class Attention(nnx.Module):
         q, k = rotate(q.reshape(shape), turn), rotate(k.reshape(shape), turn)
         k, v = k.swapaxes(1, 2), v.reshape(shape).swapaxes(1, 2)
         if kv is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, slot, axis=2)
-            v = jax.lax.dynamic_update_slice_in_dim(kv[1], v, slot, axis=2)
+            k, v = (written(held, new, slot, 2) for held, new in zip(kv, (k, v), strict=True))
         return self.o(attend(q, k, v, mask).reshape(rows, length, -1)), (k, v)
 
 
@@ -307,33 +286,46 @@ class Llama(nnx.Module):
           features: retrieved features of the first B rows, where B is ``blended_rows`` of ``prefill``. The blenders
             must be fused.
         """
-        cells = grid[0] * grid[1]
-        slots = jnp.arange(cache.filled.shape[1])[None]
-        slot = slots.shape[1] - cells + position
-        mask = ((cache.filled & (slots < slot)) | (slots == slot))[:, None]
-        turn = self._turn((cache.first + position)[:, None], grid[1])
+        states, cache = self.window(x[:, None], cache, position, grid, None if features is None else features[:, None])
+        return states[:, 0], cache
+
+    def window(
+        self,
+        x: Float[Array, "R S D"],
+        cache: Cache,
+        first: Int[Array, "*R"],
+        grid: tuple[int, int],
+        features: Float[Array, "B S K D"] | None = None,
+    ) -> tuple[Float[Array, "R S D"], Cache]:
+        """Runs S tokens per row, in the slots from ``first`` on; returns their normed hidden states and the new cache.
+
+        Later slots may hold anything: a token attends to the slots before its own.
+
+        Args:
+          first: number of the first position: one for all rows, or one per row.
+          features: as in ``step``.
+        """
+        slots, steps = jnp.arange(cache.filled.shape[1])[None, None], jnp.arange(x.shape[1])
+        slot = slots.shape[2] - grid[0] * grid[1] + first
+        places = jnp.reshape(first, (-1, 1)) + steps[None]
+        at = (jnp.reshape(slot, (-1, 1)) + steps[None])[:, :, None]
+        mask = (cache.filled[:, None] & (slots < at)) | (slots == at)
+        turn = self._turn(cache.first[:, None] + places, grid[1])
         looked_at: list[Array] = []
-        x, keys, values = x[:, None], [], []
+        keys, values = [], []
         for layer, k, v in zip(self.layers, cache.keys, cache.values, strict=True):
             normed, x, (k, v) = layer.attend(x, turn, mask, (k, v), slot)
             keys.append(k)
             values.append(v)
             if features is not None and layer.blender is not None:
-                past = cache.looked_at[len(looked_at)]
-                past = jax.lax.dynamic_update_slice_in_dim(past, normed[: len(features)], position, axis=1)
+                rows = len(features)
+                past = written(cache.looked_at[len(looked_at)], normed[:rows], first[:rows] if first.ndim else first, 1)
                 looked_at.append(past)
-                blended = _blend_step(layer.blender, past, position, grid, features)
-                x, features = x.at[: len(features), 0].add(blended.added), blended.features
+                blended = layer.blender.blend_window(past, places[:rows], grid, features)
+                x, features = x.at[:rows].add(blended.added), blended.features
             x = layer.feed_forward(x)
         cache = cache._replace(keys=tuple(keys), values=tuple(values), looked_at=tuple(looked_at))
-        return self.norm(x)[:, 0], cache
-
-
-def _blend_step(blender: FusedBlender, past: Float[Array, "B slots D"], position, grid, features) -> Blended:
-    """Returns the blend of one position; its window is gathered from the hidden states so far."""
-    window = jnp.asarray(window_positions(blender.config.hops, *grid))[position]
-    around = jnp.where(window[None, :, None] >= 0, past[:, window + 1], 0)
-    return blender.blend_position(around, features, jnp.asarray(has_context(*grid))[position])
+        return self.norm(x), cache
 
 
 def _causal(filled: Bool[Array, "R S"]) -> Bool[Array, "R S S"]:

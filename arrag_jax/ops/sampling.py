@@ -109,13 +109,18 @@ def mix(
 
 
 def draw(
-    log_p: Float[Array, "B V"], keys: Key[Array, " B"], position: Int[Array, ""], greedy: bool
+    log_p: Float[Array, "B V"], keys: Key[Array, " B"], position: Int[Array, "*B"], greedy: bool
 ) -> Int[Array, " B"]:
-    """Returns one drawn code per row.
+    """Returns one drawn code per row: the argmax of its log-probabilities plus Gumbel noise.
 
-    Each row has its own random key, so an image does not depend on the other images of its batch.
+    The noise depends on the row's random key and its position alone. So an image does not depend on the other images of
+    its batch, and a position that is drawn again from the same distribution gets the same code.
+
+    Args:
+      position: number of the position: one for all rows, or one per row.
     """
     if greedy:
         return jnp.argmax(log_p, axis=-1).astype(jnp.int32)
-    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, position), log_p.shape[1:]))(keys)
+    keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(position, keys.shape))
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, log_p.shape[1:]))(keys)
     return jnp.argmax(log_p + noise, axis=-1).astype(jnp.int32)
