@@ -354,6 +354,7 @@ class SamplingConfig(Settings):
 
     Attributes:
       cfg_scale: scale of classifier-free guidance; None = off, and no unconditional rows are computed.
+      cfg_interval: k guides the first k + 2 codes only, as LlamaGen's option of that name; -1 = guides all.
       temperature: temperature of the model's logits after guidance, above 0.
       top_k, top_p: truncation of the model's distribution before retrieval is mixed in; None = off.
       greedy: take the most probable code instead of drawing one.
@@ -361,6 +362,7 @@ class SamplingConfig(Settings):
     """
 
     cfg_scale: float | None = 2.0
+    cfg_interval: int = -1
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -371,6 +373,8 @@ class SamplingConfig(Settings):
         if self.window < 1:
             raise UserError(f"window = {self.window} must be at least 1")
         require_guidance(self.cfg_scale)
+        if self.cfg_interval < -1:
+            raise UserError(f"cfg_interval = {self.cfg_interval} must be at least -1, which guides all codes")
         require_temperature("temperature", self.temperature, " (for the most probable code: greedy)")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k = {self.top_k} must be at least 1")

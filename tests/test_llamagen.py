@@ -115,23 +115,30 @@ def conditions(name: str, golden: dict[str, np.ndarray], run: str):
         *((name, run) for name in ("c2i_a", "c2i_b") for run in ("gen_cfg", "gen_nocfg")),
         *(("t2i", run) for run in ("gen_left", "gen_nocfg", "gen_right", "gen_nomask")),
         ("t2i_120", "gen_left"),
+        *((name, "gen_int") for name in ("c2i_a", "c2i_b", "t2i")),
     ],
 )
 def test_greedy_draws_are_the_references(models, name, run):
     """Tokens; and of the guided runs with both rows kept, the logits of each step."""
     model, golden = models(name), llamagens.arrays(name)
     condition, mask = conditions(name, golden, run)
-    scale = None if run == "gen_nocfg" else llamagens.golden()["cfg_scales"][GUIDANCE[name]]
-    tokens, logits = golden[f"{run}_tokens"], golden[f"{run}_logits"]
+    scales = llamagens.golden()["cfg_scales"]
+    scale = None if run == "gen_nocfg" else scales[GUIDANCE[name]]
+    interval = scales[GUIDANCE[name].replace("cfg", "int")] if run == "gen_int" else -1
+    tokens, logits = golden[f"{run}_tokens"], golden.get(f"{run}_logits")  # no logits of t2i's interval
     rows = len(tokens)
     condition, mask = condition[:rows], None if mask is None else mask[:rows]
-    drawn = sample(model, condition, cfg_scale=scale, greedy=True, prompt_mask=mask)
+    drawn = sample(model, condition, cfg_scale=scale, cfg_interval=interval, greedy=True, prompt_mask=mask)
     np.testing.assert_array_equal(drawn.codes, tokens)
+    if logits is None:
+        return
     cond = model.check_condition(condition, mask)
     both = model.score(cond, tokens)
     if scale is not None:
         both = jnp.concatenate([both, model.score(model.unconditional(cond), tokens)])
-    close(guide(both.reshape(-1, both.shape[-1]), scale).reshape(logits.shape), logits, 2e-4)  # guidance adds roundings
+    positions = jnp.tile(jnp.arange(tokens.shape[1]), rows)
+    guided = guide(both.reshape(-1, both.shape[-1]), scale, interval, positions)
+    close(guided.reshape(logits.shape), logits, 2e-4)  # guidance adds roundings
 
 
 def test_a_drawn_image_is_the_references(models):

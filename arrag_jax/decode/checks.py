@@ -14,7 +14,7 @@ from arrag_jax.interfaces import Backbone, DecodePolicy, Retriever, StatefulBack
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("cfg_scale", "temperature", "top_p"),
+    data_fields=("cfg_scale", "cfg_interval", "temperature", "top_p"),
     meta_fields=("top_k", "greedy", "window"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Sampling:
     """A checked ``SamplingConfig`` as the compiled loop takes it: another guidance needs no other program."""
 
     cfg_scale: Any
+    cfg_interval: Any
     temperature: Any
     top_k: int | None
     top_p: Any
@@ -57,7 +58,13 @@ def require_states(model: Backbone, policy: DecodePolicy) -> None:
 def _number(name: str, value: Any) -> Any:
     """Returns a number of any library as a Python number, which can be hashed; None stays None."""
     try:
-        return value if value is None else operator.index(value) if name in ("top_k", "window") else float(value)
+        return (
+            value
+            if value is None
+            else operator.index(value)
+            if name in ("top_k", "window", "cfg_interval")
+            else float(value)
+        )
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} = {value!r} must be one number") from error
 

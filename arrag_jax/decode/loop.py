@@ -210,6 +210,7 @@ def sample(
     grid: ArrayLike = None,
     return_log_probs: bool = False,
     window: SupportsIndex = 1,
+    cfg_interval: SupportsIndex = -1,
 ) -> SampleOutput:
     """Generates one code grid per prompt.
 
@@ -218,7 +219,7 @@ def sample(
       condition: the model's condition, e.g. (ids, mask) or class labels int [B]. It may also be the condition's first
         array alone, e.g. prompt ids int [B, L] from BOS to image-start; ``prompt_mask`` is then the second one.
       policy: ``Plain()`` if None. retriever: required by a policy that uses retrieval.
-      cfg_scale, temperature, top_k, top_p, greedy, window: see ``config.SamplingConfig``.
+      cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, window: see ``config.SamplingConfig``.
       seed: one integer per image, or one integer for all. With one per image, an image depends only on its prompt and
         seed. With one for all, it also depends on the image's place in the batch.
       prompt_mask: 1 where ``condition`` holds a real token; None = everywhere.
@@ -232,7 +233,7 @@ def sample(
     prepared = prepare(
         model, condition, policy, retriever, cfg_scale=cfg_scale, temperature=temperature, greedy=greedy, seed=seed,
         prompt_mask=prompt_mask, top_k=top_k, top_p=top_p, mesh=mesh, grid=grid, return_log_probs=return_log_probs,
-        window=window,
+        window=window, cfg_interval=cfg_interval,
     )  # fmt: skip
     return prepared.until(int(np.prod(prepared.grid))).out()
 

@@ -98,7 +98,7 @@ class Passes:
             neighbors = self._neighbors(drawn, position)
             _, logits, cache = run(self.policy.features(self.model, neighbors, complete))
         sampling = self.sampling
-        guided = guide(logits, sampling.cfg_scale if self.guided else None)
+        guided = guide(logits, sampling.cfg_scale if self.guided else None, sampling.cfg_interval, position)
         log_p_model = truncate(guided, sampling.temperature, sampling.top_k, sampling.top_p)
         log_p = self.policy.log_probs(log_p_model, neighbors, complete)
         code = draw(log_p, keys, position, sampling.greedy)

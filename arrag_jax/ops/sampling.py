@@ -12,17 +12,27 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from arrag_jax.ops.neighbors import Neighbors
 
 
-def guide(logits: Float[Array, "R V"], scale: float | Float[Array, ""] | None) -> Float[Array, "B V"]:
+def guide(
+    logits: Float[Array, "R V"],
+    scale: float | Float[Array, ""] | None,
+    interval: int | Int[Array, ""] = -1,
+    position: int | Int[Array, "*n"] = 0,
+) -> Float[Array, "B V"]:
     """Returns the logits after classifier-free guidance: uncond + scale · (cond − uncond).
+
+    Source of the interval: LlamaGen's sampler, docs/reference.md "Guidance and drawing".
 
     Args:
       logits: the conditional rows, then the unconditional rows (R = 2B).
       scale: scale of the guidance; None = no guidance, and ``logits`` holds only conditional rows (R = B).
+      interval: k; positions above k + 1 keep the conditional logits. -1 = every position is guided.
+      position: the position in the grid that the logits predict, one for all rows or one per row.
     """
     if scale is None:
         return logits
     cond, uncond = jnp.split(logits, 2)
-    return uncond + scale * (cond - uncond)
+    within = (jnp.asarray(interval) < 0) | (jnp.asarray(position) <= jnp.asarray(interval) + 1)
+    return jnp.where(within[..., None], uncond + scale * (cond - uncond), cond)
 
 
 def truncate(
