@@ -55,15 +55,15 @@ def run(
         return  # process 0 alone does these
     if sum(map(bool, (append, merge, verify, report))) > 1:
         raise UserError("--append, --merge, --verify and --report exclude one another; give one of them")
-    if ray and (merge or verify or report):
-        raise UserError("--merge, --verify and --report run in one process; leave --ray out")
+    if ray and (merge or verify):
+        raise UserError("--merge and --verify run in one process; leave --ray out")
     if excess_above != ALL and not merge:
         raise UserError("--excess_above takes images from a finished datastore; name it: --merge=STORE")
     directory = Path(workdir)
     if verify:
         build.verify(directory)
     elif report:
-        build.report(directory, BY_RULE if config is None else config.scann)
+        build.report(directory, BY_RULE if config is None else config.scann, ray)
     elif merge:
         build.merge(merge, directory, keep_duplicates, config, None if excess_above == ALL else excess_above)
     else:

@@ -231,20 +231,34 @@ class DatastoreConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class RayConfig(Settings):
+    """Where a store that is spread over the machines of a Ray cluster is held; it changes no result."""
+
+    cluster: str = "auto"  # as --ray: "auto" | "local" | "HOST:PORT"; the cluster that --ray joins goes first
+    shares: int = 0  # number of actors among which the stored patches are divided; 0 = one per machine
+
+    def __post_init__(self):
+        _in_range("shares", self.shares, 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class RetrievalConfig(Settings):
     """The datastore to search, and how to search it."""
 
     store: DataPath  # folder of the datastore
     k: int = 16  # neighbours per position
     keys: str = "codebook"  # kind of key to search by: "codebook" | "latent" | "hidden"
-    search: str = "scann"  # where the search runs: "scann" (on the host) | "dense" (on the device, exact)
+    # Where the search runs: "scann" (on the host) | "dense" (on the device, exact) | "ray", "ray_dense" (the same,
+    # each on its share of the store, on the machines of a Ray cluster).
+    search: str = "scann"
     storage: str = "float32"  # how "dense" stores keys: "float32" | "bfloat16"; for codebook keys also "codes" | "int8"
     num_images: int = 0  # search only the first images; 0 = all. A ScaNN index over fewer images is built in memory
     scann: ScannOptions = ScannOptions()
+    ray: RayConfig = RayConfig()
 
     def __post_init__(self):
         _one_of("keys", self.keys, tuple(KEY_KINDS))
-        _one_of("search", self.search, ("scann", "dense"))
+        _one_of("search", self.search, ("scann", "dense", "ray", "ray_dense"))
         KEY_KINDS[self.keys].require_storage(self.storage)
         for name, low in (("k", 1), ("num_images", 0)):
             _in_range(name, getattr(self, name), low)

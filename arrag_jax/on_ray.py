@@ -40,9 +40,25 @@ def connected(address: str, cores: int) -> Iterator["OnRay"]:
     """Yields the engine of a cluster; on exit it is left, or stopped if it was started for this.
 
     Args:
+      address: as in ``join``.
+      cores: CPU cores per worker, where the cluster has no accelerator.
+
+    Raises:
+      UserError: as in ``join``.
+    """
+    ray = join(address)
+    try:
+        yield OnRay(ray, address, cores)
+    finally:
+        ray.shutdown()
+
+
+def join(address: str) -> Any:
+    """Returns the package ray, connected to a cluster until the process ends; a connection that exists is kept.
+
+    Args:
       address: "local" starts a cluster on this machine alone; "auto" joins the one that runs on this machine;
         "HOST:PORT" joins the one whose head listens there.
-      cores: CPU cores per worker, where the cluster has no accelerator.
 
     Raises:
       UserError: if Ray is not installed, the cluster cannot be reached, or it has another version of Ray or Python.
@@ -53,6 +69,8 @@ def connected(address: str, cores: int) -> Iterator["OnRay"]:
         ray: Any = importlib.import_module("ray")
     except ImportError as error:
         raise UserError(f"--ray={address} needs the package ray; install it: pip install 'arrag_jax[ray]'") from error
+    if ray.is_initialized():
+        return ray
     _require_answer(address)
     place = {"_node_ip_address": "127.0.0.1", "include_dashboard": False} if address == "local" else {}
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -66,10 +84,12 @@ def connected(address: str, cores: int) -> Iterator["OnRay"]:
     finally:
         for number, handler in before.items():  # Ray replaces them
             signal.signal(number, handler)
-    try:
-        yield OnRay(ray, address, cores)
-    finally:
-        ray.shutdown()
+    return ray
+
+
+def machines(address: str) -> int:
+    """Returns the number of machines of a cluster; joins it."""
+    return sum(node["Alive"] for node in join(address).nodes())
 
 
 def _require_answer(address: str) -> None:

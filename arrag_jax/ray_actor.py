@@ -20,15 +20,28 @@ class Hand:
     """The actor: works on items in a process of a cluster's machine, for one worker after the other."""
 
     _worker: Any = None
+    _key = ""
 
-    def open(self, wanted: Mapping[str, str], platforms: str, folder: str, sent: Sequence[Any]) -> tuple[str, str, str]:
+    def open(
+        self, wanted: Mapping[str, str], platforms: str, folder: str, sent: Sequence[Any], key: str = ""
+    ) -> tuple[str, str, str]:
         """Opens the worker in the driver's folder, because paths may be relative.
 
-        Returns the machine's name, Ray's id of it, and what is wrong ("" = nothing).
+        Args:
+          wanted: the driver's ``versions``.
+          platforms: JAX_PLATFORMS, unless the machine sets it.
+          folder: the driver's folder.
+          sent: a list of one reference, to the function that makes the worker.
+          key: names everything that the worker depends on; a worker of this key that is open stays so. "" = none.
+
+        Returns:
+          The machine's name, Ray's id of it, and what is wrong ("" = nothing).
         """
         ray: Any = importlib.import_module("ray")
         os.environ.setdefault("JAX_PLATFORMS", platforms)  # before jax is imported
         host, node = socket.gethostname(), ray.get_runtime_context().get_node_id()
+        if key and key == self._key:
+            return host, node, ""
         other = [f"{name} {here}, not {wanted[name]}" for name, here in versions().items() if here != wanted[name]]
         if other:
             return host, node, f"it has {', '.join(other)}; install the same on all machines"
@@ -43,6 +56,7 @@ class Hand:
             self._worker = ray.get(sent[0])()
         except UserError as error:
             return host, node, str(error)
+        self._key = key
         return host, node, ""
 
     def do(self, item: Any) -> tuple[Any, list[str]]:

@@ -34,7 +34,7 @@ FLOORS = {
     **dict.fromkeys(("command", "mesh", "ops", "hub", "meeting", "native_output", "processes", "checksums"), 0),
     **dict.fromkeys(("fields", "failures", "console", "usage", "huggingface"), 0),
     **dict.fromkeys(("interfaces", "nn", "figures"), 1),
-    **dict.fromkeys(("models", "data", "work", "on_ray", "ray_actor"), 2),
+    **dict.fromkeys(("models", "data", "work", "on_ray", "ray_actor", "ray_shares"), 2),
     **dict.fromkeys(("store",), 3),
     **dict.fromkeys(("retrieval", "decode"), 4),
     **dict.fromkeys(("training",), 5),
@@ -89,6 +89,9 @@ PEERS = {
     ("nn", "interfaces"),
     ("work", "on_ray"),
     ("on_ray", "ray_actor"),
+    ("ray_shares", "on_ray"),
+    ("ray_shares", "ray_actor"),
+    ("ray_shares", "work"),
 }
 FORBIDDEN_IMPORTS = {"tensorflow", "torch", "pickle", "cloudpickle", "dill", "pillow_heif", "transformers", "ftfy"}
 FORBIDDEN_IMPORTS |= {"onnxruntime"}

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrag_jax.config import DatastoreConfig, RetrievalConfig
+from arrag_jax import build_neighbors, huggingface
+from arrag_jax.config import DatastoreConfig, NeighborsConfig, RetrievalConfig
 from arrag_jax.data import hub_sets
 from arrag_jax.data.registry import open_source
 from arrag_jax.errors import UserError
@@ -15,6 +16,7 @@ from arrag_jax.models.janus import VISION
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.images import ImageSource
+from arrag_jax.store.neighbor_set import NeighborSet
 from helpers import hub_server, running, tables, tiny
 from helpers.folders import built, contents
 
@@ -156,3 +158,19 @@ def test_a_store_by_id_is_searched_as_its_folder_is(hub, tmp_path, monkeypatch):
         Datastore.open("hf:datasets/owner/both")
     with pytest.raises(UserError, match=r"hf:datasets/owner/none: .* has no such dataset; check the id"):
         Datastore.open("hf:datasets/owner/none")
+
+
+def test_neighbor_sets_by_id_are_those_of_the_folder(hub, tmp_path):
+    save_model(tiny.janus(parts=VISION), tmp_path / "model")
+    model, source = str(tmp_path / "model"), str(tables.write_parquet(tmp_path / "one.parquet", PHOTOS))
+    built(DatastoreConfig(model, source, batch_size=4, captions=True), tmp_path / "store")
+    retrieval = RetrievalConfig(str(tmp_path / "store"), k=2, search="dense")
+    build_neighbors.run(NeighborsConfig(model, retrieval, "train[:5]", "train[5:]", source), str(tmp_path / "sets"))
+    hub.push("datasets/owner/sets", {f"mine/{name}": x for name, x in contents(tmp_path / "sets").items()})
+    for name in ("train", "valid"):
+        found = NeighborSet.open(huggingface.below("hf:datasets/owner/sets:mine", name))
+        assert found.store_fingerprint == NeighborSet.open(tmp_path / "sets" / name).store_fingerprint
+        assert contents(found.directory) == contents(tmp_path / "sets" / name)
+    assert huggingface.below("hf:datasets/owner/sets@v1", "train") == "hf:datasets/owner/sets@v1:train"
+    with pytest.raises(UserError, match=r"owner/sets@\w+:train holds no manifest.json; give the id of what was"):
+        NeighborSet.open(huggingface.below("hf:datasets/owner/sets", "train"))

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from arrag_jax import build_datastore, build_neighbors, eval
 from arrag_jax.config import (
@@ -24,8 +26,12 @@ from arrag_jax.config import (
     RetrievalConfig,
     SamplingConfig,
 )
+from arrag_jax.evaluation.feature_store import FeatureStore
+from arrag_jax.evaluation.image_sets import reference_set
+from arrag_jax.evaluation.metrics.features import Extractor
 from arrag_jax.models.checkpoint import save_model
 from arrag_jax.models.text import PromptTokenizer
+from arrag_jax.work import Opened, open_engine
 from helpers import children, cluster, folders, tiny
 from helpers.cluster import wait_until
 from helpers.folders import contents
@@ -87,44 +93,76 @@ PROMPTS = [f"{number} {thing}" for number in ("one", "two") for thing in ("cat",
 
 
 def draw(address: str, out: str) -> None:
-    """A driver: draws 48 pictures of the prompts in the working folder, and measures features of them."""
-    config = DrawConfig(
-        "model", RetrievalConfig("none"), sampling=SamplingConfig(1.5), mesh=MeshConfig(1, 1), batch_size=4
-    )
-    flags = {"prompts": "prompts.txt", "copies": 4, "method": "plain", "known_words": True, "ray": address}
-    flags |= {"features": f"{out}-features", "reference": "photos", "fwd_level": 0}
-    eval.run(config, out, "distances", "test", 600, 1500, False, False, ray_cores=1, **flags)
+    """A driver: draws 48 pictures of the prompts in the working folder."""
+    sampling, mesh = SamplingConfig(1.5), MeshConfig(1, 1)
+    config = DrawConfig("model", RetrievalConfig("none"), sampling=sampling, mesh=mesh, batch_size=4)
+    flags = {"prompts": "prompts.txt", "copies": 4, "method": "plain", "known_words": True, "draw_only": True}
+    eval.run(config, out, "distances", "test", 600, 1500, False, False, ray=address, ray_cores=1, **flags)
 
 
-def test_pictures_and_their_features_have_the_same_bytes(tmp_path, monkeypatch):
+def test_pictures_have_the_same_bytes(tmp_path, monkeypatch):
     """A worker is killed, a machine joins and is killed, and the driver is killed and run again."""
     monkeypatch.chdir(tmp_path)
     language = dataclasses.replace(tiny.CONFIG.language, vocab_size=64)
     save_model(tiny.janus(config=dataclasses.replace(tiny.CONFIG, language=language, pad_id=2)), tmp_path / "model")
     PromptTokenizer.of_words(PROMPTS).save(tmp_path / "model")
     Path("prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
-    folders.write_scenes(tmp_path / "photos", range(20, 60))
     cluster.drive("test_on_ray_chain:draw", "", "whole", seconds=900)
     with cluster.running(1) as ray:
         first = ray.nodes[0]
 
+        def drawn() -> int:
+            return len(list(Path("out").glob("*.png")))
+
         def kill() -> None:
-            wait_until(lambda: list(Path("out").glob("*.png")) and first.workers(), 300)
+            wait_until(lambda: drawn() and first.workers(), 300)
             first.workers()[0].kill()
-            node = ray.add()
-            count = len(list(Path("out").glob("*.png")))
-            wait_until(lambda: node.workers() and len(list(Path("out").glob("*.png"))) > count, 300)
+            node, before = ray.add(), drawn()
+            wait_until(lambda: node.workers() and drawn() > before, 300)
             for worker in node.workers():
                 worker.suspend()
             node.raylet.kill()
             driver.kill()
 
-        with beside(kill), cluster.driving("test_on_ray_chain:draw", ray.address, "out") as driver:
+        with cluster.driving("test_on_ray_chain:draw", ray.address, "out") as driver, beside(kill):
             driver.communicate(timeout=900)
-        assert driver.returncode == -signal.SIGKILL and not Path("out/results.json").exists()
+        assert driver.returncode == -signal.SIGKILL and 0 < drawn() < 48
         cluster.drive("test_on_ray_chain:draw", ray.address, "out", seconds=900)
-    for name in ("", "-features"):
-        assert contents(Path(f"out{name}")) == contents(Path(f"whole{name}"))
+    assert contents(Path("out")) == contents(Path("whole"))
+    assert len(contents(Path("out"))) == 49
+
+
+def stand_in() -> Extractor:
+    """A random projection in place of a network."""
+    projection = np.random.default_rng(0).normal(size=(8 * 10 * 3, 6)).astype(np.float32)
+    return Extractor(
+        "stand-in", 6, lambda x: x[:8, :10] / np.float32(255), lambda x: x.reshape(len(x), -1) @ projection
+    )
+
+
+def measure(address: str, images: str, out: str) -> None:
+    """A driver: computes features of a folder's images."""
+    with open_engine(address, 1) as engine:
+        store, found = FeatureStore(Path(out)), reference_set(images)[0]
+        features, identity = store.features(found, Opened(stand_in), "images", engine)
+    np.savez(f"{out}/all.npz", features=features)
+    print(identity)
+
+
+def test_features_have_the_same_bytes(tmp_path, monkeypatch):
+    """Some of them are there already."""
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    for number in range(300):
+        image = np.random.default_rng(number).integers(0, 256, (8, 10, 3), np.uint8)
+        Image.fromarray(image).save(f"images/{number:03d}.png")
+    said = cluster.drive("test_on_ray_chain:measure", "", "images", "whole").splitlines()[-1]
+    shutil.copytree("whole", "out")
+    next(Path("out").glob("??/*.npz")).unlink()
+    with cluster.running(2) as ray:
+        assert said == cluster.drive("test_on_ray_chain:measure", ray.address, "images", "out").splitlines()[-1]
+    assert contents(Path("out")) == contents(Path("whole"))
+    assert len(contents(Path("out"))) == 4
 
 
 @contextlib.contextmanager

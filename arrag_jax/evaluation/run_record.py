@@ -31,7 +31,7 @@ def method_facts(pipeline: Pipeline, method: str) -> dict[str, Any]:
     opened, chosen = pipeline.search_of(method), METHODS[method]
     facts |= {"store": opened.config.store, "store_fingerprint": opened.store.store_fingerprint}
     index = index_directory(opened.store, opened.config.keys) / INDEX_RECORD
-    if opened.config.search == "scann" and not chosen.limited and index.exists():
+    if opened.config.search in ("scann", "ray") and not chosen.limited and index.exists():
         facts["index"] = sha256_of(index)
     if chosen.images:
         facts["caption"] = {"images": chosen.images(config)}
@@ -39,7 +39,9 @@ def method_facts(pipeline: Pipeline, method: str) -> dict[str, Any]:
         facts["gate"] = dataclasses.asdict(chosen.gate(config))
     if opened.config.keys == HIDDEN.name:
         facts["copy_share"] = config.hidden.copy_share
-    return facts | {"retrieval": dataclasses.asdict(opened.config), "policy": dataclasses.asdict(policy)}
+    retrieval = dataclasses.asdict(opened.config)
+    del retrieval["ray"]  # on which machines the store is changes no image
+    return facts | {"retrieval": retrieval, "policy": dataclasses.asdict(policy)}
 
 
 def _sha256_of_model(folder: str) -> str:

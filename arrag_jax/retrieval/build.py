@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from arrag_jax.config import DatastoreConfig, ScannOptions
+from arrag_jax.config import DatastoreConfig, RayConfig, RetrievalConfig, ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import StatefulBackbone
 from arrag_jax.models.checkpoint import load_model, load_prompts, load_tokenizer
@@ -22,7 +22,7 @@ from arrag_jax.ops.keys import HIDDEN
 from arrag_jax.processes import require_same
 from arrag_jax.retrieval import index
 from arrag_jax.retrieval import report as measure
-from arrag_jax.retrieval.load import settled
+from arrag_jax.retrieval.load import settled, spread
 from arrag_jax.retrieval.scann_rules import BY_RULE
 from arrag_jax.store import from_images, segments
 from arrag_jax.store.datastore import Datastore
@@ -139,17 +139,31 @@ def verify(directory: Path) -> None:
     print(f"datastore {directory} is as it was written: {store.num_images:,} images")
 
 
-def report(directory: Path, options: ScannOptions = BY_RULE) -> None:
-    """Measures each index of a store and prints the figures."""
+def report(directory: Path, options: ScannOptions = BY_RULE, ray: str = "") -> None:
+    """Measures each index of a store and prints the figures.
 
-    def measured() -> dict[str, dict[str, float | int]]:
+    Args:
+      ray: measures the search that is spread over the machines of this cluster, as in ``on_ray.join``; "" = in here.
+    """
+
+    def measured() -> dict[str, tuple[dict[str, float | int], list[dict]]]:
         store = Datastore.open(directory)
-        return {kind: measure.report(store, options, kind) for kind in measure.indexed(store)}
+        if not ray:
+            return {kind: (measure.report(store, options, kind), []) for kind in measure.indexed(store)}
+        found = {}
+        for kind in measure.indexed(store):
+            k = min(measure.NEIGHBORS[0], store.num_patches)
+            config = RetrievalConfig(str(directory), k, kind, "ray", scann=options, ray=RayConfig(ray))
+            search = spread(config, store, True, store.settings.fingerprint, "")
+            found[kind] = measure.report_shares(store, search, kind)
+        return found
 
-    for kind, figures in settled(directory, measured).items():
+    for kind, (figures, nodes) in settled(directory, measured).items():
         print(f"index over {kind} keys")
         for name, figure in figures.items():
             print(f"{name:20}{figure:>16,.4f}" if isinstance(figure, float) else f"{name:20}{figure:>16,}")
+        for node in nodes:
+            print(f"on {node['node']}: {node['rows']:,} patches, {node['bytes']:,} bytes, {node['ms']:.2f} ms per call")
 
 
 def _without_hidden(config: DatastoreConfig) -> DatastoreConfig:

@@ -2,14 +2,16 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from arrag_jax import on_ray
 from arrag_jax.config import RetrievalConfig
 from arrag_jax.errors import UserError
 from arrag_jax.files import is_held
@@ -17,14 +19,16 @@ from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import Retriever, StateRetriever
 from arrag_jax.ops.keys import KEY_KINDS
 from arrag_jax.processes import require_same
+from arrag_jax.ray_shares import Shares
 from arrag_jax.retrieval.dense import DenseRetriever
-from arrag_jax.retrieval.index import RECORD, load_index
+from arrag_jax.retrieval.index import RECORD, index_hash, load_index, saved_shards
 from arrag_jax.retrieval.patches import Patches, stored_patches
-from arrag_jax.retrieval.scann import ScannRetriever, build_host
+from arrag_jax.retrieval.remote import DenseShare, RemoteSearch, ScannShare, ShareWorker
+from arrag_jax.retrieval.scann import HostSearch, ScannRetriever, build_host, shard_bounds
 from arrag_jax.retrieval.sharded import local_shards, shard_dense, shard_scann
 from arrag_jax.retrieval.states import HiddenRetriever
 from arrag_jax.store.datastore import Datastore
-from arrag_jax.store.shards import MANIFEST
+from arrag_jax.store.shards import MANIFEST, content_hash
 
 T = TypeVar("T")
 PATIENCE = 5.0  # time limit in seconds for a writer to put its new files in place
@@ -143,15 +147,71 @@ def _load(
     def patches(rows: tuple[int, int]) -> Patches:
         return stored_patches(store, config.keys, rows)
 
-    if config.search == "dense" and mesh is None:
-        search: Any = DenseRetriever.of(patches((0, rows)), table, config.k, config.storage)
+    if config.search.startswith("ray"):
+        if mesh is not None:
+            mend = "give --config.mesh.data=1 --config.mesh.fsdp=1"
+            raise UserError(f"retrieval.search={config.search!r} runs on one device; {mend}")
+        search: Any = ScannRetriever.of(cast(Any, spread(config, store, whole, fingerprint, backbone)))
+    elif config.search == "dense" and mesh is None:
+        search = DenseRetriever.of(patches((0, rows)), table, config.k, config.storage)
     elif config.search == "dense" and mesh is not None:
         search = shard_dense(patches, rows, table, config.k, mesh, axis, batch_axis, config.storage)
     else:
         shards, local = (1, [0]) if mesh is None else (mesh.shape[axis], local_shards(mesh, axis))
-        if whole:
-            host = load_index(store, config.keys, config.k, config.scann, shards, local)
-        else:  # a saved index covers all images, not a subset
-            host = build_host(patches, rows, table, config.k, config.scann, shards, local)
+        host = _host(config, store, whole, shards, local)
         search = ScannRetriever.of(host) if mesh is None else shard_scann(host, mesh, axis, batch_axis)
     return store, as_asked(search, store, config.keys)
+
+
+def _host(config: RetrievalConfig, store: Datastore, whole: bool, shards: int, local: Sequence[int]) -> HostSearch:
+    """Returns the ScaNN search of some shards."""
+    if whole:
+        return load_index(store, config.keys, config.k, config.scann, shards, local)
+    rows, table = store.num_rows(config.keys), store.table(config.keys)  # a saved index covers all images, not a subset
+    patches = functools.partial(stored_patches, store, config.keys)
+    return build_host(patches, rows, table, config.k, config.scann, shards, local)
+
+
+def spread(config: RetrievalConfig, store: Datastore, whole: bool, fingerprint: str, backbone: str) -> RemoteSearch:
+    """Returns the search of a store whose shares are held by the machines of a Ray cluster.
+
+    Raises:
+      UserError: if the cluster cannot be joined, a share cannot be opened, or the index has fewer shards than shares.
+    """
+    rows, dense = store.num_rows(config.keys), config.search == "ray_dense"
+    wanted = config.ray.shares or on_ray.machines(config.ray.cluster)
+    shards = wanted if dense or not whole else saved_shards(store, config.keys)
+    if config.ray.shares > shards:
+        raise UserError(
+            f"the index over {config.keys} keys in {store.directory} has {shards} shards, too few for "
+            f"retrieval.ray.shares={wanted}; build it with more: --config.index_shards={wanted}"
+        )
+    hash_ = "" if dense or not whole else index_hash(store, config.keys)
+    identity = content_hash({"store": store.store_fingerprint, "index": hash_, **dataclasses.asdict(config)})[:16]
+    makers = {
+        f"{config.keys} {identity} {first}-{end} of {shards}": functools.partial(
+            _share, config, fingerprint, backbone, store.store_fingerprint, shards, (first, end)
+        )
+        for first, end in shard_bounds(shards, min(wanted, shards))
+    }
+    return RemoteSearch(Shares(config.ray.cluster, makers, str(store.directory)), rows, config.k, hash_)
+
+
+def _share(
+    config: RetrievalConfig, fingerprint: str, backbone: str, expected: str, shards: int, own: tuple[int, int]
+) -> ShareWorker:
+    """Opens some neighbouring shards in a process of another machine."""
+
+    def opened() -> ShareWorker:
+        store, whole = open_store(config, fingerprint, backbone)
+        if store.store_fingerprint != expected:
+            raise UserError(f"{config.store} is another store here, or has grown; give the same to all machines")
+        if config.search == "ray":
+            return ShareWorker(ScannShare(_host(config, store, whole, shards, range(*own))))
+        bounds = shard_bounds(store.num_rows(config.keys), shards)
+        rows = bounds[own[0]][0], bounds[own[1] - 1][1]
+        patches, k = stored_patches(store, config.keys, rows), min(config.k, rows[1] - rows[0])
+        dense = DenseRetriever.of(patches, store.table(config.keys), k, config.storage)
+        return ShareWorker(DenseShare(dense, rows[0]))
+
+    return settled(config.store, opened)

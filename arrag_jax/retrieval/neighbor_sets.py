@@ -111,7 +111,7 @@ def settings_of(
         keys=search.keys,
         search=search.search,
         scann=search.scann,
-        storage=search.storage if search.search == "dense" else "",
+        storage=search.storage if search.search.endswith("dense") else "",
         datastore=store.store_fingerprint,
         store_images=store.num_images,
         source=config.source,

@@ -18,6 +18,7 @@ from arrag_jax.files import write_json
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval.index import index_directory, load_index, saved_shards
 from arrag_jax.retrieval.patches import Patches, packed
+from arrag_jax.retrieval.remote import RemoteSearch, measured
 from arrag_jax.retrieval.scann import HostSearch
 from arrag_jax.retrieval.scann_rules import BY_RULE
 from arrag_jax.store.datastore import Datastore
@@ -75,6 +76,31 @@ def report(store: Datastore, options: ScannOptions = BY_RULE, kind: str = "") ->
     }
     write_json(Path(store.directory) / ("report.json" if kind == first else f"report-{kind}.json"), figures)
     return figures
+
+
+def report_shares(store: Datastore, search: RemoteSearch, kind: str) -> tuple[dict[str, float | int], list[dict]]:
+    """Measures a search that is spread over machines, writes what it finds to report-ray-KIND.json, and returns it.
+
+    Returns:
+      Figures as in ``report``, without recall, which needs all keys in one process, and with ``milliseconds``, the
+      median time of a call; and for each share its ``node``, ``bytes``, ``rows`` and ``ms`` (``remote.measured``).
+    """
+    context = held_out_contexts(store)
+    calls = [context[first : first + TOGETHER] for first in range(0, len(context), TOGETHER)]
+    nodes, times = measured(search, calls), []
+    while sum(times) < SECONDS:
+        start = time.perf_counter()
+        search.search(calls[len(times) % len(calls)], np.int32(0))
+        times.append(time.perf_counter() - start)
+    figures = {
+        "queries_per_second": len(context) / len(calls) / float(np.mean(times)),
+        "milliseconds": 1000 * float(np.median(times)),
+        "bytes_per_patch": sum(node["bytes"] for node in nodes) / search.bounds[0][1],
+        "num_patches": store.num_patches,
+        "num_images": store.num_images,
+    }
+    write_json(Path(store.directory) / f"report-ray-{kind}.json", {**figures, "nodes": nodes})
+    return figures, nodes
 
 
 def held_out_contexts(store: Datastore) -> Int[np.ndarray, "n 4"]:

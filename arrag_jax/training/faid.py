@@ -17,12 +17,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from arrag_jax import progress
+from arrag_jax import huggingface, progress
 from arrag_jax.config import DaidConfig, DataConfig, RetrievalConfig, SamplingConfig, TrainConfig
 from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
-from arrag_jax.fields import LocalPath, ModelPath, Settings
+from arrag_jax.fields import DataPath, ModelPath, Settings
 from arrag_jax.figures import grids
 from arrag_jax.files import sha256_of
 from arrag_jax.interfaces import DecodePolicy, TunableModel
@@ -49,9 +49,9 @@ class FaidOptions(Settings):
 
     Attributes:
       base: checkpoint folder of the model whose weights are frozen.
-      neighbors: folder that ``build_neighbors`` has written, with its sets "train" and "valid". If they hold more
-        neighbours per position than the blenders take, training uses a new random choice of them in every epoch;
-        held-out metrics and sample images use the nearest ones.
+      neighbors: folder that ``build_neighbors`` has written, or its id on the hub, with its sets "train" and "valid".
+        If they hold more neighbours per position than the blenders take, training uses a new random choice of them in
+        every epoch; held-out metrics and sample images use the nearest ones.
       retrieval: search settings of the sample images.
       blend: False trains LoRA and head alone, without retrieval.
       faid: where the blenders are. K must not exceed the K of the neighbour sets; if both are equal, training uses only
@@ -65,7 +65,7 @@ class FaidOptions(Settings):
     """
 
     base: ModelPath
-    neighbors: LocalPath
+    neighbors: DataPath
     retrieval: RetrievalConfig
     blend: bool = True
     faid: FaidConfig = FaidConfig()
@@ -107,7 +107,7 @@ class FaidTask:
         if not isinstance(text, SavedEncoder):
             raise UserError(f"config.options.base={options.base} holds a kind of model that cannot be tuned here")
         self.text, self.vocabulary = text, text.vocabulary
-        self.sets = {name: NeighborSet.open(Path(options.neighbors) / name) for name in ("train", "valid")}
+        self.sets = {name: NeighborSet.open(huggingface.below(options.neighbors, name)) for name in ("train", "valid")}
         for neighbors in self.sets.values():
             neighbors.verify()  # training reads them in random order, in which no hash can be checked
         self.daid = Daid.of(options.daid)

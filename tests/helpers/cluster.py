@@ -108,7 +108,7 @@ def running(nodes: int) -> Iterator[Cluster]:
 def driving(function: str, *words: str) -> subprocess.Popen:
     """Calls MODULE:FUNCTION with these words in a fresh process."""
     command = [sys.executable, "-c", DRIVER, function, *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=children.alone() | ENVIRONMENT, **pipes)
 
 
