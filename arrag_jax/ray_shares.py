@@ -74,7 +74,7 @@ class Shares:
         try:
             actor = self._actors[name] = self._ray.remote(Hand).options(**options).remote()
             return actor.open.remote(versions(), "cpu", os.getcwd(), self._sent[name], name)
-        except (self._ray.exceptions.RayActorError, ValueError):  # the old one of this name is just dying
+        except (self._ray.exceptions.RayError, ValueError):  # the old one of this name is just dying
             return None
 
     def _is_open(self, name: str, reference: Any) -> bool:

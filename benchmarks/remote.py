@@ -1,6 +1,6 @@
 """Compares a search that is spread over a Ray cluster with the same search in one process.
 
-python benchmarks/remote.py [--images=800] [--shares=4] [--k=128] [--batch=4] [--calls=300]
+python benchmarks/remote.py [--images=64] [--shares=4] [--k=128] [--batch=4] [--calls=300]
 
 Builds a store of scenes whose index has as many shards as there are actors, starts a cluster on this machine, and asks
 both searches the same contexts in turn. "above" is the median over calls of the difference.
@@ -24,7 +24,7 @@ from arrag_jax.retrieval.report import held_out_contexts
 from arrag_jax.store.datastore import Datastore
 
 MODEL = "arrag_jax/assets/emoji_janus"
-IMAGES = flags.DEFINE_integer("images", 800, "scenes in the store")
+IMAGES = flags.DEFINE_integer("images", 64, "scenes in the store, at most 64")
 SHARES = flags.DEFINE_integer("shares", 4, "actors")
 K = flags.DEFINE_integer("k", 128, "neighbours")
 BATCH = flags.DEFINE_integer("batch", 4, "contexts a call")

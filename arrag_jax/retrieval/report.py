@@ -87,7 +87,8 @@ def report_shares(store: Datastore, search: RemoteSearch, kind: str) -> tuple[di
     """
     context = held_out_contexts(store)
     calls = [context[first : first + TOGETHER] for first in range(0, len(context), TOGETHER)]
-    nodes, times = measured(search, calls), []
+    nodes = measured(search, calls)
+    times: list[float] = []
     while sum(times) < SECONDS:
         start = time.perf_counter()
         search.search(calls[len(times) % len(calls)], np.int32(0))
