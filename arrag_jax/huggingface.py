@@ -196,14 +196,6 @@ def fetch(of: Snapshot, names: Collection[str]) -> None:
         _require_whole(of, name)
 
 
-def below(path: str, name: str) -> str:
-    """Returns the path of a folder in a folder, or in the part that an id names."""
-    if not is_id(path):
-        return os.path.join(path, name)
-    of = parse_id(path, "path")
-    return str(dataclasses.replace(of, part=f"{of.part}/{name}" if of.part else name))
-
-
 def local_copy(path: str | os.PathLike, required: str) -> str | os.PathLike:
     """Returns a path as it is, unless it is a data set's id: then the folder with a copy of all files of the id's part.
 

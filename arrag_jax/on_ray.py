@@ -318,7 +318,8 @@ def _reason(error: Any) -> str:
     cause = getattr(error, "cause", None)
     if isinstance(cause, UserError):
         return str(cause)
-    words = printable((str(cause or error).strip() or "no message").splitlines()[-1])
+    lines = (str(cause or error).strip() or "no message").splitlines()
+    words = printable(lines[0 if cause else -1])  # without a cause it is a traceback
     if "No module named 'arrag_jax'" in words:
         return "the machine lacks the package arrag_jax; install it there in the same version"
     return f"{type(cause).__name__}: {words}" if cause is not None else words

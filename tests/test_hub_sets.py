@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrag_jax import build_neighbors, huggingface
+from arrag_jax import build_neighbors
 from arrag_jax.config import DatastoreConfig, NeighborsConfig, RetrievalConfig
 from arrag_jax.data import hub_sets
 from arrag_jax.data.registry import open_source
@@ -16,7 +16,7 @@ from arrag_jax.models.janus import VISION
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.images import ImageSource
-from arrag_jax.store.neighbor_set import NeighborSet
+from arrag_jax.store.neighbor_set import NeighborSet, set_in
 from helpers import hub_server, running, tables, tiny
 from helpers.folders import built, contents
 
@@ -168,9 +168,9 @@ def test_neighbor_sets_by_id_are_those_of_the_folder(hub, tmp_path):
     build_neighbors.run(NeighborsConfig(model, retrieval, "train[:5]", "train[5:]", source), str(tmp_path / "sets"))
     hub.push("datasets/owner/sets", {f"mine/{name}": x for name, x in contents(tmp_path / "sets").items()})
     for name in ("train", "valid"):
-        found = NeighborSet.open(huggingface.below("hf:datasets/owner/sets:mine", name))
+        found = NeighborSet.open(set_in("hf:datasets/owner/sets:mine", name))
         assert found.store_fingerprint == NeighborSet.open(tmp_path / "sets" / name).store_fingerprint
         assert contents(found.directory) == contents(tmp_path / "sets" / name)
-    assert huggingface.below("hf:datasets/owner/sets@v1", "train") == "hf:datasets/owner/sets@v1:train"
+    assert set_in("hf:datasets/owner/sets@v1", "train") == "hf:datasets/owner/sets@v1:train"
     with pytest.raises(UserError, match=r"owner/sets@\w+:train holds no manifest.json; give the id of what was"):
-        NeighborSet.open(huggingface.below("hf:datasets/owner/sets", "train"))
+        NeighborSet.open(set_in("hf:datasets/owner/sets", "train"))

@@ -21,6 +21,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from jaxtyping import Int, Integer
 
+from arrag_jax import huggingface
 from arrag_jax.config import BY_HABIT, ColumnsConfig, ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.parsing import in_range
@@ -146,3 +147,11 @@ def from_record(record: bytes, positions: int, k: int) -> tuple[Int[np.ndarray, 
     """Returns codes int32 [T], neighbours int32 [T, K] and the caption of a record; T is ``positions``."""
     numbers = np.frombuffer(record, "<u2", positions * (1 + k)).astype(np.int32)
     return numbers[:positions], numbers[positions:].reshape(positions, k) - 1, record[2 * numbers.size :].decode()
+
+
+def set_in(path: str, name: str) -> str:
+    """Returns the path of a neighbour set in what ``build_neighbors`` has written: in a folder, or a data set's id."""
+    if not huggingface.is_id(path):
+        return str(Path(path) / name)
+    of = huggingface.parse_id(path, "neighbors", huggingface.DATASET)
+    return str(dataclasses.replace(of, part=f"{of.part}/{name}" if of.part else name))

@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from arrag_jax import huggingface, progress
+from arrag_jax import progress
 from arrag_jax.config import DaidConfig, DataConfig, RetrievalConfig, SamplingConfig, TrainConfig
 from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
@@ -36,7 +36,7 @@ from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.variables import Adapter, freeze, retype
 from arrag_jax.nn.vq import to_uint8
 from arrag_jax.retrieval.load import load_retriever
-from arrag_jax.store.neighbor_set import NeighborSet
+from arrag_jax.store.neighbor_set import NeighborSet, set_in
 from arrag_jax.training.loop import Batch, SampleImages, Scalars
 from arrag_jax.training.shared import BITS, in_batches, mean_bits, rows_of_a_device, write_manifest
 
@@ -107,7 +107,7 @@ class FaidTask:
         if not isinstance(text, SavedEncoder):
             raise UserError(f"config.options.base={options.base} holds a kind of model that cannot be tuned here")
         self.text, self.vocabulary = text, text.vocabulary
-        self.sets = {name: NeighborSet.open(huggingface.below(options.neighbors, name)) for name in ("train", "valid")}
+        self.sets = {name: NeighborSet.open(set_in(options.neighbors, name)) for name in ("train", "valid")}
         for neighbors in self.sets.values():
             neighbors.verify()  # training reads them in random order, in which no hash can be checked
         self.daid = Daid.of(options.daid)
