@@ -32,6 +32,8 @@ CONNECT = 10.0  # seconds for the cluster's port to answer
 ACCELERATORS = {"GPU": "cuda,cpu", "TPU": "tpu,cpu"}  # Ray's name of a resource → JAX_PLATFORMS of its workers
 # Ray reports its use to its makers, and warns of a change to come, unless these say otherwise.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# A cluster for one command has one machine: Ray must not take it for dead because it is overloaded.
+LOCAL = {"RAY_health_check_timeout_ms": "60000", "RAY_health_check_failure_threshold": "100"}
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # else Ray replaces 127.0.0.1 by the machine's own address
 
 
@@ -64,7 +66,7 @@ def join(address: str) -> Any:
       UserError: if Ray is not installed, the cluster cannot be reached, or it has another version of Ray or Python.
     """
     is_loopback = address == "local" or address.startswith(("localhost:", "127.0.0.1:"))
-    os.environ.update(QUIET | (LOOPBACK if is_loopback else {}))
+    os.environ.update(QUIET | (LOOPBACK if is_loopback else {}) | (LOCAL if address == "local" else {}))
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError as error:

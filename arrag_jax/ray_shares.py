@@ -16,6 +16,7 @@ from arrag_jax.ray_actor import Hand, versions
 from arrag_jax.work import Worker
 
 NAMESPACE = "arrag_jax"
+OPENINGS = 10  # times that a share is opened, because actors and machines die meanwhile, before the search gives up
 SPREAD = {"num_cpus": 0, "scheduling_strategy": "SPREAD"}  # no cores, because drawing on the same machines takes them
 
 
@@ -63,9 +64,14 @@ class Shares:
 
     def _open(self, names: list[str]) -> None:
         """Opens shares at the same time; again, if one of their actors dies meanwhile."""
-        while names:
+        for _ in range(OPENINGS):
             opening = {name: self._opening(name) for name in names}
             names = [name for name, reference in opening.items() if not self._is_open(name, reference)]
+            if not names:
+                return
+        raise UserError(
+            f"share {names[0]} cannot be opened: its process has died {OPENINGS} times; give it more memory"
+        )
 
     def _opening(self, name: str) -> Any:
         """Starts an actor, or finds that of another process of this job; returns the reference to its answer."""

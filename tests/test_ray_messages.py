@@ -24,7 +24,7 @@ class Died(Exception):
 @pytest.fixture
 def ray(monkeypatch):
     """The package, as far as these paths ask for it; the environment that ``join`` sets is set back."""
-    for name in (*on_ray.QUIET, *on_ray.LOOPBACK, "JAX_PLATFORMS"):
+    for name in (*on_ray.QUIET, *on_ray.LOOPBACK, *on_ray.LOCAL, "JAX_PLATFORMS"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     monkeypatch.setattr(files, "name_writer", lambda name: None)
     monkeypatch.setattr(command, "enable_compilation_cache", lambda: None)

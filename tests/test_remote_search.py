@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from arrag_jax.config import RayConfig, RetrievalConfig, ScannOptions
 from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid
 from arrag_jax.models.checkpoint import load_tokenizer, save_model
+from arrag_jax.retrieval.build import report
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.retrieval.remote import merged
 from helpers import cluster, folders, tiny
@@ -75,6 +77,10 @@ def compare(address: str, folder: str) -> None:
                 np.testing.assert_array_equal(x, y)
         print(told, flush=True)
         sys.stdin.readline()
+    report(home / "store", EXHAUSTIVE, address)
+    told = json.loads((home / "store" / "report-ray-codebook.json").read_text())
+    assert len(told["nodes"]) == 2 and sum(node["rows"] for node in told["nodes"]) == told["num_patches"]
+    assert all(node["bytes"] > 0 and node["ms"] > 0 for node in told["nodes"])
     model = tiny.janus()
     ids, mask = tiny.prompts((3, 2))
     drawn = [sample(model, ids, Daid(0.5, 0.1), search, prompt_mask=mask, seed=np.arange(2)) for search in searches[0]]
