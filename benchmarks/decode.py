@@ -1,14 +1,16 @@
 """Measures a decode step at Janus-Pro-1B's shape: plain, DAiD and FAiD, compared with Janus of ``transformers``.
 
 python benchmarks/decode.py [--dtypes=float32,bfloat16] [--batches=1,4] [--rounds=3] [--sides=arrag_jax]
+python benchmarks/decode.py --dtypes=float32 --batches=1 --sides=arrag_jax --methods=plain,hidden
 
 The weights are random. Guidance is on (2 x batch rows). Only the first ``--cells`` positions of a 24 x 24 image are
 generated, but on both sides the cache has room for the whole image. DAiD searches 1,000,000 random patches with ScaNN,
-K = 2048. FAiD has two blenders (layers 0 and 12) and takes the nearest 10 patches of the same search. Each side runs in
-its own process. The sides take turns in every round, so that slow changes of the machine affect both. The time of a
-step is the time of the generation, including the prompt of 32 tokens, divided by the number of positions. "of
-bandwidth" is the rate at which a step reads its weights, as a share of the rate at which a sum over 2 GiB reads memory
-on this machine. ``transformers`` comes with requirements-dev.txt.
+K = 2048. Method "hidden" is DAiD by the state of the step, over 999,936 random hidden keys of 64 numbers, K = 64. FAiD
+has two blenders (layers 0 and 12) and takes the nearest 10 patches of DAiD's search. Each side runs in its own process.
+The sides take turns in every round, so that slow changes of the machine affect both. The time of a step is the time of
+the generation, including the prompt of 32 tokens, divided by the number of positions. "of bandwidth" is the rate at
+which a step reads its weights, as a share of the rate at which a sum over 2 GiB reads memory on this machine.
+``transformers`` comes with requirements-dev.txt.
 """
 
 import argparse
@@ -20,13 +22,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
+CELLS = 576  # of an image
 PROMPT, PATCHES, DAID_K, GUIDANCE = 32, 1_000_000, 2048, 5.0
-METHODS = {"arrag_jax": ("plain", "daid", "faid"), "transformers": ("plain",)}
+HIDDEN_NUMBERS, HIDDEN_K = 64, 64
+METHODS = {"arrag_jax": ("plain", "daid", "faid", "hidden"), "transformers": ("plain",)}
 Draw = Callable[[str, int], None]  # takes a method and a batch size; returns when the codes are ready
 
 
@@ -35,7 +40,27 @@ def prompts(batch: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 1000, (batch, PROMPT))
 
 
-def ours(dtype: str, cells: int) -> tuple[Draw, dict[str, float]]:
+def hidden_search(width: int, codes: int, rng: np.random.Generator) -> Any:
+    """Returns a search over random hidden keys."""
+    import jax.numpy as jnp
+
+    from arrag_jax.config import ScannOptions
+    from arrag_jax.ops.keys import HIDDEN
+    from arrag_jax.retrieval.patches import KeysOfRows, Patches
+    from arrag_jax.retrieval.scann import ScannRetriever, build_host
+    from arrag_jax.retrieval.states import HiddenRetriever
+
+    images = PATCHES // CELLS
+    records = rng.integers(0, 256, (images, HIDDEN.record_bytes(CELLS, HIDDEN_NUMBERS)), np.uint8)
+    table = rng.standard_normal((width + 2, HIDDEN_NUMBERS), np.float32) / np.float32(width)
+    table[-1] = 1
+    values = rng.integers(0, codes, images * CELLS).astype(np.int32)
+    patches = Patches(KeysOfRows(HIDDEN, records, table, 0, len(values)), values, HIDDEN)
+    host = build_host(lambda rows: patches, len(values), table, HIDDEN_K, ScannOptions())
+    return HiddenRetriever(ScannRetriever.of(host), jnp.asarray(table))
+
+
+def ours(dtype: str, cells: int, methods: Sequence[str]) -> tuple[Draw, dict[str, float]]:
     """Returns this package's generation function, and the GB of weights that a step of each method reads."""
     import jax
     import jax.numpy as jnp
@@ -61,9 +86,8 @@ def ours(dtype: str, cells: int) -> tuple[Draw, dict[str, float]]:
             x, room = self.language_model.embed_tokens(prompt_ids), int(np.prod(self.config.grid))
             return x[:, -1], self.language_model.prefill(x[:, :-1], prompt_mask[:, :-1], room, blended_rows)
 
-        def step(self, hidden, cache, cell, features=None):
-            hidden, cache = self.language_model.step(hidden, cache, cell, self.config.grid, features)
-            return self.gen_head(hidden).astype(jnp.float32), cache
+        def step_state(self, hidden, cache, cell, features=None):
+            return self.language_model.step(hidden, cache, cell, self.config.grid, features)
 
     config, rng = dataclasses.replace(PRESETS["janus-pro-1b"], faid=FaidConfig()), np.random.default_rng(0)
     parts = ("language_model", "gen_embed", "gen_aligner", "gen_head")
@@ -78,18 +102,23 @@ def ours(dtype: str, cells: int) -> tuple[Draw, dict[str, float]]:
 
     codebook = rng.standard_normal((config.vision.codebook_size, config.vision.code_dim), np.float32)
     codebook /= np.linalg.norm(codebook, axis=1, keepdims=True)
-    stored = rng.integers(0, len(codebook), (PATCHES, 5)).astype(np.int32)
-    search = ScannRetriever.create(codebook[stored[:, :4]].reshape(PATCHES, -1), stored[:, 4], codebook, DAID_K)
-    policies = {"plain": Plain(), "daid": Daid(0.1, 0.05), "faid": Faid()}
+    searches: dict[str, Any] = {"plain": None}
+    if {"daid", "faid"} & set(methods):
+        stored = rng.integers(0, len(codebook), (PATCHES, 5)).astype(np.int32)
+        keys = codebook[stored[:, :4]].reshape(PATCHES, -1)
+        searches["daid"] = searches["faid"] = ScannRetriever.create(keys, stored[:, 4], codebook, DAID_K)
+    if "hidden" in methods:
+        searches["hidden"] = hidden_search(config.language.width, config.vision.codebook_size, rng)
+    policies = {"plain": Plain(), "daid": Daid(0.1, 0.05), "faid": Faid(), "hidden": Daid(0.9, 0.02, "sum")}
 
     def draw(method: str, batch: int) -> None:
-        retriever = None if method == "plain" else search
+        retriever = searches[method]
         jax.block_until_ready(sample(model, prompts(batch), policies[method], retriever, cfg_scale=GUIDANCE).codes)
 
-    return draw, {"plain": read / 1e9, "daid": read / 1e9, "faid": (read + blenders) / 1e9}
+    return draw, dict.fromkeys(policies, read / 1e9) | {"faid": (read + blenders) / 1e9}
 
 
-def theirs(dtype: str, cells: int) -> tuple[Draw, dict[str, float]]:
+def theirs(dtype: str, cells: int, methods: Sequence[str]) -> tuple[Draw, dict[str, float]]:
     """Returns the same as ``ours`` for ``JanusForConditionalGeneration.generate``."""
     import torch
     from transformers import GenerationConfig, JanusConfig, JanusForConditionalGeneration
@@ -120,9 +149,9 @@ def theirs(dtype: str, cells: int) -> tuple[Draw, dict[str, float]]:
     return draw, {"plain": read}
 
 
-def serve(side: str, dtype: str, cells: int) -> None:
+def serve(side: str, dtype: str, cells: int, methods: Sequence[str]) -> None:
     """Runs the child process: for each line "method batch" on stdin, generates once and prints a line of JSON."""
-    draw, read = {"arrag_jax": ours, "transformers": theirs}[side](dtype, cells)
+    draw, read = {"arrag_jax": ours, "transformers": theirs}[side](dtype, cells, methods)
     for line in sys.stdin:
         method, batch = line.split()
         start = time.perf_counter()
@@ -143,16 +172,23 @@ def bandwidth() -> float:
     return best
 
 
-def measure(dtype: str, batches: list[int], rounds: int, cells: int, sides: list[str]) -> list[dict]:
+def measure(
+    dtype: str, batches: list[int], rounds: int, cells: int, sides: list[str], methods: list[str]
+) -> list[dict]:
     """Returns the rows of the table for one dtype."""
     children = {
         side: subprocess.Popen(
-            [sys.executable, __file__, f"--serve={side}", f"--dtypes={dtype}", f"--cells={cells}"],
+            [
+                sys.executable, __file__, f"--serve={side}", f"--dtypes={dtype}", f"--cells={cells}",
+                f"--methods={','.join(methods)}",
+            ],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
         for side in sides
     }  # fmt: skip
-    jobs = [(batch, side, method) for batch in batches for side in sides for method in METHODS[side]]
+    jobs = [
+        (batch, side, method) for batch in batches for side in sides for method in METHODS[side] if method in methods
+    ]
     answers: dict[tuple, list[dict]] = {job: [] for job in jobs}
     for batch in batches:
         for _ in range(rounds + 1):  # the first round compiles
@@ -185,10 +221,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timings of each; the median is printed")
     parser.add_argument("--cells", type=int, default=72, help="cells drawn, in whole rows of 24, at least two")
     parser.add_argument("--sides", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--methods", default="plain,daid,faid", help=f"of {', '.join(METHODS['arrag_jax'])}")
     parser.add_argument("--serve", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args.serve, args.dtypes, args.cells)
+        serve(args.serve, args.dtypes, args.cells, args.methods.split(","))
         return
     top = bandwidth()
     print(f"{args.cells} cells, median of {args.rounds}; a sum reads {top:.1f} GB/s\n")
@@ -205,7 +242,8 @@ def main() -> None:
     ]
     print("| " + " | ".join(columns) + " |\n| --- | ---: | --- |" + " ---: |" * (len(columns) - 3))
     for dtype in args.dtypes.split(","):
-        rows = measure(dtype, list(map(int, args.batches.split(","))), args.rounds, args.cells, args.sides.split(","))
+        batches, sides, methods = (text.split(",") for text in (args.batches, args.sides, args.methods))
+        rows = measure(dtype, list(map(int, batches)), args.rounds, args.cells, sides, methods)
         found = {(row["batch"], row["side"], row["method"]): row["ms"] for row in rows}
         for row in rows:
             plain = found[row["batch"], row["side"], "plain"]

@@ -16,7 +16,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.interfaces import Retriever
 from arrag_jax.ops import grid as grid_ops
 from arrag_jax.retrieval import captions as captions_module
-from arrag_jax.retrieval.captions import CaptionIndex, LimitedRetriever
+from arrag_jax.retrieval.captions import LimitedRetriever, TermIndex
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.store.datastore import Datastore
 from helpers import tiny
@@ -70,19 +70,19 @@ def naive_nearness(prompt: str, captions: list[str]) -> np.ndarray:
 @pytest.mark.parametrize("prompt", ["a red car", "two cats", "a BLUE fish and a zebra", "dogs"])
 def test_captions_are_ranked_by_the_cosine_of_their_terms(prompt):
     expected = naive_nearness(prompt, CAPTIONS)
-    index = CaptionIndex(CAPTIONS)
-    found = index.nearness(prompt)
+    index = TermIndex(CAPTIONS)
+    found = index.cosine(prompt)
     np.testing.assert_allclose(found / np.linalg.norm(found), expected / np.linalg.norm(expected), atol=1e-9)
     np.testing.assert_array_equal(index.nearest([prompt], 6)[0], np.argsort(-found, kind="stable"))
 
 
 def test_the_prompts_own_caption_is_nearest_and_equal_ones_stand_by_number():
-    index = CaptionIndex(CAPTIONS)
+    index = TermIndex(CAPTIONS)
     assert index.nearest(["a cat", "a blue car and a red fish"], 2).tolist() == [[0, 4], [2, 1]]
 
 
 def test_what_cannot_be_chosen_is_said():
-    index = CaptionIndex(CAPTIONS)
+    index = TermIndex(CAPTIONS)
     with pytest.raises(UserError, match="7 images are to be chosen by their captions, 6 are stored"):
         index.nearest(["a cat"], 7)
     with pytest.raises(UserError, match="no stored caption has a word of the prompt 'zebras'"):

@@ -25,7 +25,7 @@ from arrag_jax.evaluation.pipeline import open_pipeline
 from arrag_jax.figures.canvas import upscale
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.ops.grid import image_and_position
-from arrag_jax.retrieval.captions import CaptionIndex
+from arrag_jax.retrieval.captions import TermIndex
 from helpers import drawings
 from helpers.drawings import MODEL, changed
 from helpers.pixels import find
@@ -89,7 +89,7 @@ def test_pictures_of_limited_methods_come_from_images_of_the_caption(config, tmp
     run_generate(config, tmp_path, method="caption")
     pipe = open_pipeline(config)
     assert pipe.methods == ("static", "caption")
-    index = CaptionIndex(pipe.store.captions)
+    index = TermIndex(pipe.store.captions)
     records = json.loads((tmp_path / "provenance.json").read_text())
     assert [record["prompt"] for record in records] == ["a cat", "two dogs"]
     for record in records:

@@ -1,6 +1,7 @@
 """Laws of hidden keys: building, searching and drawing by the states of the embedded backbone."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -89,6 +90,20 @@ def search_teacher_forced(retriever, states, codes):
     cells = jnp.arange(codes.shape[1])
     rows = states.reshape(-1, states.shape[2]), jnp.repeat(codes, len(cells), 0), jnp.tile(cells, len(codes))
     return retriever.search_states(*rows)
+
+
+def test_a_report_measures_the_index_and_counts_images_by_their_excess(store, capsys):
+    """The index of few keys is exact. Its queries are not stored keys."""
+    build.report(store.directory)
+    told = capsys.readouterr().out
+    figures = json.loads((store.directory / "report-hidden.json").read_text())
+    assert figures["recall_at_10"] == figures["recall_at_2048"] == 1 and figures["num_patches"] == IMAGES * 144
+    bits = np.concatenate([folder.told().mean_excess * 144 for folder in store.hidden])
+    up_to = [int((bits <= limit).sum()) for limit in (0, 5, 20, 100)]
+    counts = zip(("up to 0", "up to 5", "up to 20", "up to 100", "more"), np.diff([0, *up_to, IMAGES]), strict=True)
+    shown = ", ".join(f"{name}: {count}" for name, count in counts)
+    assert f"images of emoji_scenes/tiny/store by their excess in bits: {shown}\n" in told
+    assert "index over hidden keys" in told and "index over codebook keys" in told
 
 
 def test_every_search_finds_the_nearest_keys(store, model, text):

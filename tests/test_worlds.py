@@ -218,7 +218,13 @@ def test_the_benchmark_scores_groups(name, world):
     assert row["groups"] == dict.fromkeys(world.group_names[:-1], 1.0) | {world.group_names[-1]: 0.5}
     others = (0.5, 1) if world is STANDARD else (None, 1 - wrong.mean() / 2)
     assert (row["held_out_pairs"], row["other_prompts"]) == others
-    head, _, cells = benchmark.table({"plain": row}).splitlines()
+    rare = [LONG_TAIL.train_scenes[scenes.rarest(s, world)] for s in scenes.test_prompts(count, world) if world.groups]
+    for name, figure in row["training_scenes"].items():
+        low, high = map(int, name.split(" to "))
+        assert any(low <= number <= high for number in rare)
+        assert figure["mean"] == (0.5 if high == 0 else 1.0)
+    assert len(row["training_scenes"]) == len({np.searchsorted([0, 14, 19, 30], number) for number in rare})
+    head, _, cells = benchmark.table({"plain": row}).split("\n\n")[0].splitlines()
     assert [cell.strip() for cell in head.split("|")[1:-1]][-len(world.group_names) :] == list(world.group_names)
     assert [cell.strip() for cell in cells.split("|")[1:-1]][-1] == "0.500"
 

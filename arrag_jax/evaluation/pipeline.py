@@ -298,7 +298,7 @@ def _open_search(
         store, retriever = load_retriever(asked, model.fingerprint, mesh, "fsdp", "data", backbone)
     if any(method.limited for method in methods):
         _ = store.captions  # raises now, not after the first batches
-    trust, copies = Trust(store), None
+    trust, copies = Trust(store, config.caption), None
     if asked.keys == HIDDEN.name and config.hidden.copy_share < 1:
         tables = store.codes.reshape(store.num_images, -1), trust.told.surprise, np.float32(config.hidden.copy_share)
         codes, surprise, most = jax.tree.map(jnp.asarray, tables) if mesh is None else put_everywhere(tables, mesh)

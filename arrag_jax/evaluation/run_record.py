@@ -37,6 +37,8 @@ def method_facts(pipeline: Pipeline, method: str) -> dict[str, Any]:
         facts["caption"] = {"images": chosen.images(config)}
     if chosen.gate:
         facts["gate"] = dataclasses.asdict(chosen.gate(config))
+    if (chosen.images or chosen.gate) and config.caption.nearness == "sentences":
+        facts["sentence_model"] = config.caption.sentence_model
     if opened.config.keys == HIDDEN.name:
         facts["copy_share"] = config.hidden.copy_share
     retrieval = dataclasses.asdict(opened.config)

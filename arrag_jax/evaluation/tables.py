@@ -30,10 +30,11 @@ def group_tables(methods: Mapping[str, Mapping[str, Mapping[str, Mapping[str, fl
         rows = {name: row.get(figure, {}) for name, row in methods.items()}
         groups = list(dict.fromkeys(group for row in rows.values() for group in row))
         if groups:
-            cells = [[name, *(_cell(row.get(group)) for group in groups)] for name, row in rows.items()]
+            cells = [[name, *(interval_text(row.get(group)) for group in groups)] for name, row in rows.items()]
             tables.append(grids.table([figure, *groups], cells))
     return tables
 
 
-def _cell(interval: Mapping[str, float] | None) -> str:
+def interval_text(interval: Mapping[str, float] | None) -> str:
+    """Returns a mean with its interval, as a cell of a table; empty without a figure."""
     return "" if interval is None else f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"

@@ -6,31 +6,35 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from arrag_jax.config import GateConfig
+from arrag_jax.config import CaptionConfig, GateConfig
 from arrag_jax.decode.gates import FEATURES, OF_PROMPT, OF_STORE, Gate, Knowledge
 from arrag_jax.errors import UserError
+from arrag_jax.evaluation.sentences import SentenceIndex
 from arrag_jax.ops.keys.hidden import Told
-from arrag_jax.retrieval.captions import CaptionIndex
+from arrag_jax.retrieval.captions import CaptionIndex, TermIndex
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.hidden import joined
 
+BY_WORDS = CaptionConfig()
 POWER = 4  # images of a prompt are weighted by the cosine of their captions to this power
 
 
 class Trust:
     """A store's captions, and how well the model knows its images; both are read on first use."""
 
-    def __init__(self, store: Datastore):
-        self._store = store
+    def __init__(self, store: Datastore, config: CaptionConfig = BY_WORDS):
+        self._store, self._config = store, config
 
     @functools.cached_property
     def captions(self) -> CaptionIndex:
         """The captions of the store.
 
         Raises:
-          UserError: if the store holds none.
+          UserError: if the store holds none, or the sentence model that compares them is missing.
         """
-        return CaptionIndex(self._store.captions)
+        if self._config.nearness == "sentences":
+            return SentenceIndex(self._store.captions, self._config.sentence_model)
+        return TermIndex(self._store.captions)
 
     @functools.cached_property
     def told(self) -> Told:

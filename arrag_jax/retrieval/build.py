@@ -27,7 +27,7 @@ from arrag_jax.retrieval.scann_rules import BY_RULE
 from arrag_jax.store import from_images, segments
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.hidden import backbones_in, joined
-from arrag_jax.store.hidden_building import add_hidden
+from arrag_jax.store.hidden_building import Reader, add_hidden, prompts_of
 from arrag_jax.store.images import told_of
 from arrag_jax.store.shards import MANIFEST
 from arrag_jax.work import HERE, Engine
@@ -139,31 +139,58 @@ def verify(directory: Path) -> None:
     print(f"datastore {directory} is as it was written: {store.num_images:,} images")
 
 
-def report(directory: Path, options: ScannOptions = BY_RULE, ray: str = "") -> None:
+def report(directory: Path, config: DatastoreConfig | None = None, ray: str = "") -> None:
     """Measures each index of a store and prints the figures.
+
+    For hidden keys of the backbone of ``config.model`` (None = of the model that built the store), it also prints how
+    many images of each source have how much excess.
 
     Args:
       ray: measures the search that is spread over the machines of this cluster, as in ``on_ray.join``; "" = in here.
     """
+    options = BY_RULE if config is None else config.scann
 
-    def measured() -> dict[str, tuple[dict[str, float | int], list[dict]]]:
+    def measured() -> tuple[dict[str, tuple[dict[str, float | int], list[dict]]], dict[str, list[int]]]:
         store = Datastore.open(directory)
         if not ray:
-            return {kind: (measure.report(store, options, kind), []) for kind in measure.indexed(store)}
+            return _measured_here(store, options, config)
         found = {}
         for kind in measure.indexed(store):
             k = min(measure.NEIGHBORS[0], store.num_patches)
-            config = RetrievalConfig(str(directory), k, kind, "ray", scann=options, ray=RayConfig(ray))
-            search = spread(config, store, True, store.settings.fingerprint, "")
+            asked = RetrievalConfig(str(directory), k, kind, "ray", scann=options, ray=RayConfig(ray))
+            search = spread(asked, store, True, store.settings.fingerprint, "")
             found[kind] = measure.report_shares(store, search, kind)
-        return found
+        return found, {}
 
-    for kind, (figures, nodes) in settled(directory, measured).items():
+    indexes, excess = settled(directory, measured)
+    for kind, (figures, nodes) in indexes.items():
         print(f"index over {kind} keys")
         for name, figure in figures.items():
             print(f"{name:20}{figure:>16,.4f}" if isinstance(figure, float) else f"{name:20}{figure:>16,}")
         for node in nodes:
             print(f"on {node['node']}: {node['rows']:,} patches, {node['bytes']:,} bytes, {node['ms']:.2f} ms per call")
+    for source, counts in excess.items():
+        limits = [*(f"up to {limit:g}" for limit in measure.EXCESS), "more"]
+        shown = ", ".join(f"{limit}: {count:,}" for limit, count in zip(limits, counts, strict=True))
+        print(f"images of {source} by their excess in bits: {shown}")
+
+
+def _measured_here(
+    store: Datastore, options: ScannOptions, config: DatastoreConfig | None
+) -> tuple[dict[str, tuple[dict[str, float | int], list[dict]]], dict[str, list[int]]]:
+    """Returns the figures of each index of a store, and how many images of each source have how much excess."""
+    figures: dict[str, tuple[dict[str, float | int], list[dict]]]
+    figures = {kind: (measure.report(store, options, kind), []) for kind in measure.indexed(store)}
+    folder = store.settings.model if config is None else config.model
+    if not folder or not backbones_in(store.directory):
+        return figures, {}
+    model: Any = load_model(folder)
+    store, text = dataclasses.replace(store, backbone=model.backbone_fingerprint), load_prompts(folder)
+    if index.fits(store, HIDDEN.name):
+        reader = Reader(model, text, prompts_of(text, store.captions), measure.STATE_IMAGES)
+        states = measure.held_out_states(store, reader)
+        figures[HIDDEN.name] = measure.report(store, options, HIDDEN.name, states), []
+    return figures, measure.excess_by_source(store)
 
 
 def _without_hidden(config: DatastoreConfig) -> DatastoreConfig:

@@ -1,10 +1,12 @@
 """Caption-aware retrieval: searches only the stored images whose captions are nearest to the prompt.
 
-These images are chosen once, before sampling starts. The nearness of two texts is the cosine similarity of their sets
-of terms (words, and pairs of neighbouring words). Each term is weighted by its inverse document frequency among the
-stored captions. This needs no model. Pairs of words distinguish a blue car from a car next to something blue.
+These images are chosen once, before sampling starts. By terms, the nearness of two texts is the cosine similarity of
+their sets of terms (words, and pairs of neighbouring words). Each term is weighted by its inverse document frequency
+among the stored captions. This needs no model. Pairs of words distinguish a blue car from a car next to something blue.
+``evaluation.sentences`` is another rule.
 """
 
+import abc
 import dataclasses
 import itertools
 import re
@@ -31,10 +33,40 @@ def terms(text: str) -> set[str]:
     return {*words, *(" ".join(pair) for pair in itertools.pairwise(words))}
 
 
-class CaptionIndex:
+class CaptionIndex(abc.ABC):
+    """How near the stored captions are to a prompt, by one of several rules."""
+
+    def __init__(self, count: int):
+        self._count = count
+
+    @abc.abstractmethod
+    def cosine(self, prompt: str) -> Float[np.ndarray, " n"]:
+        """Returns the nearness of every stored caption to a prompt, from 0 to 1."""
+
+    def nearest(self, prompts: Sequence[str], number: int) -> Int[np.ndarray, "B M"]:
+        """Returns the ``number`` stored images with the nearest captions for each prompt, nearest first.
+
+        Equally near images are ordered by their numbers.
+
+        Raises:
+          UserError: if ``number`` exceeds the stored images, or no stored caption is near a prompt at all.
+        """
+        if number > self._count:
+            raise UserError(f"{number} images are to be chosen by their captions, {self._count} are stored")
+        chosen = {}
+        for prompt in set(prompts):
+            score = self.cosine(prompt)
+            if not score.any():
+                raise UserError(f"no stored caption has a word of the prompt {prompt!r}; draw it with another --method")
+            chosen[prompt] = np.argsort(-score, kind="stable")[:number].astype(np.int32)
+        return np.stack([chosen[prompt] for prompt in prompts])
+
+
+class TermIndex(CaptionIndex):
     """An index from terms to stored captions, in memory; it takes about four bytes per term of each caption."""
 
     def __init__(self, captions: Sequence[str]):
+        super().__init__(len(captions))
         images: dict[str, list[int]] = {}
         for image, caption in enumerate(captions):
             for term in terms(caption):
@@ -46,35 +78,13 @@ class CaptionIndex:
             squares[found] += self._weights[term] ** 2
         self._norms = np.sqrt(np.maximum(squares, 1e-12))
 
-    def nearness(self, prompt: str) -> Float[np.ndarray, " n"]:
-        """Returns the nearness of every stored caption to a prompt, up to a common factor; 0 without a common term."""
-        score = np.zeros(len(self._norms))
-        for term in sorted(terms(prompt) & self._images.keys()):
-            score[self._images[term]] += self._weights[term] ** 2
-        return score / self._norms
-
     def cosine(self, prompt: str) -> Float[np.ndarray, " n"]:
-        """Returns the cosine of every stored caption with the known terms of a prompt."""
-        square = sum(self._weights[term] ** 2 for term in terms(prompt) & self._weights.keys())
-        return self.nearness(prompt) / max(square, 1e-12) ** 0.5
-
-    def nearest(self, prompts: Sequence[str], number: int) -> Int[np.ndarray, "B M"]:
-        """Returns the ``number`` stored images with the nearest captions for each prompt, nearest first.
-
-        Equally near images are ordered by their numbers.
-
-        Raises:
-          UserError: if ``number`` exceeds the stored images, or a prompt shares no word with any caption.
-        """
-        if number > len(self._norms):
-            raise UserError(f"{number} images are to be chosen by their captions, {len(self._norms)} are stored")
-        chosen = {}
-        for prompt in set(prompts):
-            score = self.nearness(prompt)
-            if not score.any():
-                raise UserError(f"no stored caption has a word of the prompt {prompt!r}; draw it with another --method")
-            chosen[prompt] = np.argsort(-score, kind="stable")[:number].astype(np.int32)
-        return np.stack([chosen[prompt] for prompt in prompts])
+        """Returns the cosine of every stored caption with the known terms of a prompt; 0 without a common term."""
+        score, asked = np.zeros(self._count), sorted(terms(prompt) & self._images.keys())
+        for term in asked:
+            score[self._images[term]] += self._weights[term] ** 2
+        square = sum(self._weights[term] ** 2 for term in asked)
+        return score / self._norms / max(square, 1e-12) ** 0.5
 
 
 @jax.tree_util.register_dataclass

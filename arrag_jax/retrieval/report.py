@@ -1,9 +1,9 @@
 """Measures a store's index: recall against exact search, speed, and bytes.
 
 The queries are contexts of stored grids mirrored from right to left. The store usually does not hold these contexts,
-but they have the statistics of stored ones. Recall compares distances: a found patch is correct if it is not farther
-than the K-th patch of the exact search. It therefore does not matter which of several patches at that distance is
-found.
+but they have the statistics of stored ones. Over hidden keys they are the states of the
+backbone in such grids. Recall compares distances: a found patch is correct if it is not farther than the K-th patch of
+the exact search. It therefore does not matter which of several patches at that distance is found.
 """
 
 import time
@@ -16,13 +16,19 @@ from jaxtyping import Float, Int
 from arrag_jax.config import ScannOptions
 from arrag_jax.files import write_json
 from arrag_jax.ops import grid as grid_ops
+from arrag_jax.ops.keys import HIDDEN
+from arrag_jax.ops.keys.hidden import project
 from arrag_jax.retrieval.index import index_directory, load_index, saved_shards
 from arrag_jax.retrieval.patches import Patches, packed
 from arrag_jax.retrieval.remote import RemoteSearch, measured
 from arrag_jax.retrieval.scann import HostSearch
 from arrag_jax.retrieval.scann_rules import BY_RULE
 from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.hidden import joined
+from arrag_jax.store.hidden_building import Reader
 
+STATE_IMAGES = 32  # images in which a backbone's states are queries
+EXCESS = (0.0, 5.0, 20.0, 100.0)  # limits of the ranges of an image's excess, in bits
 QUERIES = 256  # number of queries in the measurement of recall
 TOGETHER = 64  # queries per call in the measurement of speed
 SECONDS = 2.0  # shortest duration of the measurement of speed
@@ -37,7 +43,12 @@ def indexed(store: Datastore) -> list[str]:
     return [kind for kind in store.settings.keys if index_directory(store, kind).exists()] or [store.settings.keys[0]]
 
 
-def report(store: Datastore, options: ScannOptions = BY_RULE, kind: str = "") -> dict[str, float | int]:
+def report(
+    store: Datastore,
+    options: ScannOptions = BY_RULE,
+    kind: str = "",
+    query: Int[np.ndarray, "n 4"] | Float[np.ndarray, "n E"] | None = None,
+) -> dict[str, float | int]:
     """Measures a saved index, writes the figures into the store's folder, and returns them.
 
     The file is ``report.json`` for the first kind of ``indexed``, and ``report-KIND.json`` for the others.
@@ -46,6 +57,7 @@ def report(store: Datastore, options: ScannOptions = BY_RULE, kind: str = "") ->
       store: the store of the index.
       options: the options of the index.
       kind: the kind of key; "" = the first kind of ``indexed``.
+      query: what is searched for; None = ``held_out_contexts``.
 
     Returns:
       recall_at_10, recall_at_2048: share of the K nearest patches that the index finds; K is at most N.
@@ -59,18 +71,19 @@ def report(store: Datastore, options: ScannOptions = BY_RULE, kind: str = "") ->
     first = indexed(store)[0]
     kind = kind or first
     shards = saved_shards(store, kind)
-    ks = [min(k, store.num_patches) for k in NEIGHBORS]
+    rows = store.num_rows(kind)
+    ks = [min(k, rows) for k in NEIGHBORS]
     host = load_index(store, kind, ks[0], options, shards)
-    context = held_out_contexts(store)
+    query = held_out_contexts(store) if query is None else query
     patches = [host.shards[shard].patches for shard in range(shards)]
-    farthest = kth_distances(patches, patches[0].kind.query(host.table, context), ks)
-    recall = [recall_of(host.with_k(k), context, kth) for k, kth in zip(ks, farthest, strict=True)]
+    farthest = kth_distances(patches, patches[0].kind.query(host.table, query), ks)
+    recall = [recall_of(host.with_k(k), query, kth) for k, kth in zip(ks, farthest, strict=True)]
     figures = {
         "recall_at_10": recall[0],
         "recall_at_2048": recall[1],
-        "queries_per_second": queries_per_second(host, context),
-        "bytes_per_patch": sum(part.nbytes for part in host.shards.values()) / store.num_patches,
-        "num_patches": store.num_patches,
+        "queries_per_second": queries_per_second(host, query),
+        "bytes_per_patch": sum(part.nbytes for part in host.shards.values()) / rows,
+        "num_patches": rows,
         "num_images": store.num_images,
         "num_bad": store.num_bad,
     }
@@ -122,6 +135,38 @@ def held_out_contexts(store: Datastore) -> Int[np.ndarray, "n 4"]:
     return (contexts if known.all() else contexts[~known])[:QUERIES]
 
 
+def held_out_states(store: Datastore, reader: Reader) -> Float[np.ndarray, "n E"]:
+    """Returns up to ``QUERIES`` projected states of the backbone in mirrored grids, sampled with a fixed seed.
+
+    Args:
+      store: a store with hidden keys of the backbone.
+      reader: runs the backbone.
+    """
+    rng = np.random.default_rng(0)
+    images = rng.permutation(store.num_images)[:STATE_IMAGES]
+    codes = store.codes[images][:, :, ::-1].reshape(len(images), -1)
+    known = list(reader.read(codes, [store.captions[i] for i in images.tolist()]))
+    states = np.concatenate([each.states for each in known])
+    queries = project(store.table(HIDDEN.name), states.reshape(-1, states.shape[-1]))
+    return queries[rng.permutation(len(queries))[:QUERIES]]
+
+
+def excess_by_source(store: Datastore) -> dict[str, list[int]]:
+    """Returns for each source of a store's images how many of them have an excess in each range of ``EXCESS``.
+
+    The numbers of a source are those of images with at most ``EXCESS[0]`` bits, of those above with at most
+    ``EXCESS[1]``, and so on; the last one counts the images above all limits. The source is the part of an image's id
+    before the last "/".
+    """
+    told = joined(folder.told() for folder in store.hidden)
+    ranges = np.searchsorted(EXCESS, told.mean_excess * told.excess.shape[1])
+    names = [source.rpartition("/")[0] for source in store.sources]
+    counts = {name: [0] * (len(EXCESS) + 1) for name in names}
+    for name, place in zip(names, ranges.tolist(), strict=True):
+        counts[name][place] += 1
+    return counts
+
+
 def kth_distances(
     parts: Iterable[Patches], query: Float[np.ndarray, "n E"], ks: list[int]
 ) -> list[Float[np.ndarray, " n"]]:
@@ -144,15 +189,17 @@ def kth_distances(
     return [np.take_along_axis(near, np.argmax(upto >= k, 1)[:, None], 1)[:, 0] for k in ks]
 
 
-def recall_of(host: HostSearch, context: Int[np.ndarray, "n 4"], kth: Float[np.ndarray, " n"]) -> float:
+def recall_of(
+    host: HostSearch, query: Int[np.ndarray, "n 4"] | Float[np.ndarray, "n E"], kth: Float[np.ndarray, " n"]
+) -> float:
     """Returns the share of K neighbours that are not farther than the exact search's K-th neighbour."""
-    found = np.concatenate([host.search(context, np.int32(shard))[1] for shard in host.shards], 1)
+    found = np.concatenate([host.search(query, np.int32(shard))[1] for shard in host.shards], 1)
     return float((np.sort(found, 1)[:, : host.k] <= kth[:, None] + TOLERANCE).mean())
 
 
-def queries_per_second(host: HostSearch, context: Int[np.ndarray, "n 4"]) -> float:
+def queries_per_second(host: HostSearch, query: Int[np.ndarray, "n 4"] | Float[np.ndarray, "n E"]) -> float:
     """Returns how many queries per second all shards answer, in calls of ``TOGETHER`` queries."""
-    calls = [context[first : first + TOGETHER] for first in range(0, len(context), TOGETHER)]
+    calls = [query[first : first + TOGETHER] for first in range(0, len(query), TOGETHER)]
     done, start = 0, time.perf_counter()
     while time.perf_counter() < start + SECONDS:
         for call in calls:

@@ -8,17 +8,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 
 from arrag_jax.config import DataSetConfig
 from arrag_jax.data.emoji.dataset import WORLDS, load_source
-from arrag_jax.data.emoji.scenes import Scene, group, render, scene
+from arrag_jax.data.emoji.scenes import Scene, group, rarest, render, scene
 from arrag_jax.data.emoji.worlds import FAMILIES, STANDARD
 from arrag_jax.evaluation.emoji.object_score import family_scores, verdicts
-from arrag_jax.evaluation.tables import mean_and_std
+from arrag_jax.evaluation.intervals import bootstrap
+from arrag_jax.evaluation.tables import interval_text, mean_and_std
 from arrag_jax.figures import grids
 from arrag_jax.interfaces import ImageBatch
 
+RANGES = ((0, 0), (1, 14), (15, 19), (20, 30), (31, 16_928))  # of training scenes, for the score of rare classes
 TUNING = 1_000_000  # the first scene of "tuning" among those of the test split
 
 
@@ -66,7 +68,9 @@ class EmojiScenes:
 
         "families": the mean of each family. "held_out_pairs" and "other_prompts": the means of prompts with and without
         pairs that training leaves out; null if there are no such prompts. "groups": the mean of each group that occurs
-        (see ``groups``). "verdicts": 1 for each image that shows what its prompt says, else 0.
+        (see ``groups``). "training_scenes": in a long-tailed world, mean and interval by ``RANGES`` of the number of
+        training scenes that show the prompt's rarest class. "verdicts": 1 for each image that shows what its prompt
+        says, else 0.
         """
         right: list[np.ndarray] = []
         scenes: list[Scene] = []
@@ -92,11 +96,26 @@ class EmojiScenes:
             "groups": {
                 name: float(verdict[:, groups == name].mean()) for name in self._world.group_names if name in groups
             },
+            "training_scenes": self._by_training_scenes(verdict, scenes),
             "verdicts": verdict.astype(int).tolist(),
         }
 
+    def _by_training_scenes(
+        self, verdict: Int[np.ndarray, "R P"] | Bool[np.ndarray, "R P"], scenes: Sequence[Scene]
+    ) -> dict[str, dict[str, float]]:
+        """Returns the mean of each range of ``RANGES`` that occurs, with its 95 % interval over prompts."""
+        if not self._world.train_scenes:
+            return {}
+        counts = np.array([self._world.train_scenes[rarest(scene, self._world)] for scene in scenes])
+        inside = {f"{low} to {high}": (counts >= low) & (counts <= high) for low, high in RANGES}
+        found = {name: bootstrap(verdict[:, here].astype(np.float64)) for name, here in inside.items() if here.any()}
+        return {name: {"mean": mean, "low": low, "high": high} for name, (mean, low, high) in found.items()}
+
     def table(self, scores: Mapping[str, Mapping[str, Any]]) -> str:
-        """Returns a table with one row per method: mean, spread and the groups of prompts."""
+        """Returns a table with one row per method: mean, spread and the groups of prompts.
+
+        In a long-tailed world a second table holds the scores by training scenes.
+        """
         groups = self._world.group_names
         columns = ["object score", "mean", "spread", *FAMILIES, "other prompts", "held-out pairs", *groups]
         rows = [
@@ -106,7 +125,13 @@ class EmojiScenes:
             ]
             for name, row in scores.items()
         ]  # fmt: skip
-        return grids.table(columns, rows, digits=3)
+        tables = [grids.table(columns, rows, digits=3)]
+        ranges = list(next(iter(scores.values()))["training_scenes"])
+        if ranges:
+            shown = {name: row["training_scenes"] for name, row in scores.items()}
+            cells = [[name, *(interval_text(row[each]) for each in ranges)] for name, row in shown.items()]
+            tables.append(grids.table(["by training scenes", *ranges], cells))
+        return "\n\n".join(tables)
 
     def _scenes(self, numbers: Iterable[int]) -> list[Scene]:
         return [self._scene(number) for number in numbers]
