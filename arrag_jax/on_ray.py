@@ -80,7 +80,7 @@ def join(address: str) -> Any:
         with warnings.catch_warnings():
             # JAX warns of forks. No backend has started yet, and Ray's children begin other programs at once.
             warnings.filterwarnings("ignore", category=RuntimeWarning, message=r"os\.fork\(\)")
-            ray.init(None if address == "local" else address, log_to_driver=False, logging_level="ERROR", **place)
+            ray.init(address, log_to_driver=False, logging_level="ERROR", **place)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise UserError(_unreachable(address, error)) from error
     finally:
@@ -263,7 +263,7 @@ class _Pool:
                 yield item, _Failure(actor.host, "the machine died" if died else _death(error), not died)
             except self._ray.exceptions.RayError as error:
                 self.idle.append(actor)
-                yield item, _Failure(actor.host, _reason(error), True)
+                yield item, _Failure(actor.host, reason(error), True)
             else:
                 self.idle.append(actor)
                 yield item, answer
@@ -281,9 +281,9 @@ class _Pool:
         except self._ray.exceptions.RayActorError as error:
             if actor.node or self._machine_died(actor, error):  # a spare one may have died meanwhile
                 return
-            problem = _reason(error) if error.actor_init_failed else _death(error)
+            problem = reason(error) if error.actor_init_failed else _death(error)
         except self._ray.exceptions.RayError as error:
-            problem = _reason(error)
+            problem = reason(error)
         if not problem:
             self.idle.append(actor)
             return
@@ -315,7 +315,7 @@ def _death(error: Any) -> str:
     return "its process died" + (": the machine ran out of memory" if out else " (it crashed, or it was killed)")
 
 
-def _reason(error: Any) -> str:
+def reason(error: Any) -> str:
     """Returns one line about an exception in a worker."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, UserError):

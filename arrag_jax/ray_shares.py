@@ -37,6 +37,7 @@ class Shares:
         self._sent = {name: [self._ray.put(maker)] for name, maker in makers.items()}
         self._actors: dict[str, Any] = {}
         self.hosts: dict[str, str] = {}
+        self._reason = ""  # why a share could not be opened
         self._open(list(makers))
 
     def ask(self, item: Any) -> list[Any]:
@@ -80,7 +81,8 @@ class Shares:
         try:
             actor = self._actors[name] = self._ray.remote(Hand).options(**options).remote()
             return actor.open.remote(versions(), "cpu", os.getcwd(), self._sent[name], name)
-        except (self._ray.exceptions.RayError, ValueError):  # the old one of this name is just dying
+        except (self._ray.exceptions.RayError, ValueError) as error:  # the old one of this name is just dying
+            self._reason = on_ray.reason(error)
             return None
 
     def _is_open(self, name: str, reference: Any) -> bool:
@@ -91,7 +93,8 @@ class Shares:
             progress.tell(f"waiting until a machine of the cluster has opened share {name}")
         try:
             self.hosts[name], _, problem = self._ray.get(reference)
-        except self._ray.exceptions.RayActorError:
+        except self._ray.exceptions.RayActorError as error:
+            self._reason = on_ray.reason(error)
             time.sleep(on_ray.TICK)
             return False
         if problem:

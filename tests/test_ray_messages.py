@@ -67,6 +67,16 @@ def test_a_cluster_that_cannot_be_joined_is_told_in_one_line(ray, address, error
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("address", ["local", "auto"])
+def test_local_starts_a_cluster_though_another_one_runs(ray, address):
+    """Without an address Ray joins a cluster that it finds on the machine."""
+    given, ended = [], []
+    ray.init, ray.shutdown = lambda *words, **_: given.append(words), lambda: ended.append(1)
+    with open_engine(address):
+        assert given == [(address,)] and not ended
+    assert ended
+
+
 def test_a_missing_package_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=re.escape("--ray=auto needs the package ray; install it: pip install 'arrag")):
@@ -113,4 +123,4 @@ def test_a_worker_of_the_same_key_stays_open(ray):
     ],
 )
 def test_the_reason_of_a_failure_is_one_line(error, message):
-    assert on_ray._reason(error) == message
+    assert on_ray.reason(error) == message

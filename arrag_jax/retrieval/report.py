@@ -31,6 +31,7 @@ STATE_IMAGES = 32  # images in which a backbone's states are queries
 EXCESS = (0.0, 5.0, 20.0, 100.0)  # limits of the ranges of an image's excess, in bits
 QUERIES = 256  # number of queries in the measurement of recall
 TOGETHER = 64  # queries per call in the measurement of speed
+REPEATS = 8  # calls of each kind in the measurement of a share
 SECONDS = 2.0  # shortest duration of the measurement of speed
 NEIGHBORS = (10, 2048)  # K of the two recalls; capped at the number of stored patches
 TOLERANCE = 1e-5  # distances that differ by at most this count as equal
@@ -100,7 +101,7 @@ def report_shares(store: Datastore, search: RemoteSearch, kind: str) -> tuple[di
     """
     context = held_out_contexts(store)
     calls = [context[first : first + TOGETHER] for first in range(0, len(context), TOGETHER)]
-    nodes = measured(search, calls)
+    nodes = measured(search, REPEATS * calls)
     times: list[float] = []
     while sum(times) < SECONDS:
         start = time.perf_counter()
