@@ -12,6 +12,9 @@ Benchmarks over a prompt set draw it into a folder first, and can be continued a
 python -m arrag_jax.eval --config configs/emoji_daid.py --benchmark geneval --prompts evaluation_metadata.jsonl \\
   --detector onnx:yolox.onnx --method plain --workdir runs/geneval
 
+With --sweep, every combination of --sweep_weights, --sweep_temperatures and --sweep_neighbors is drawn and scored with
+several seeds.
+
 --draw_only leaves out the scoring. --score_only scores what is in --workdir, without a config; another program may have
 drawn it. With --ray a Ray cluster draws the images and computes their features, see docs/clusters.md.
 ``--compare OUT1 OUT2`` prints two finished runs side by side and needs nothing else.
@@ -26,7 +29,7 @@ from arrag_jax.command import OPTIONAL_CONFIG, RAY, RAY_CORES, Flag, main_with_c
 from arrag_jax.config import DrawConfig
 from arrag_jax.decode.methods import METHODS
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation import folder_runs, gate_fit, measurements
+from arrag_jax.evaluation import folder_runs, folder_sweeps, gate_fit, measurements
 from arrag_jax.evaluation.benchmarks import (
     BENCHMARKS,
     benchmark_flags,
@@ -35,6 +38,8 @@ from arrag_jax.evaluation.benchmarks import (
 )
 from arrag_jax.evaluation.measure import evaluate
 from arrag_jax.work import open_engine
+
+SEEDS = 3
 
 
 def run(
@@ -55,6 +60,10 @@ def run(
     allow_missing: bool = False,
     known_words: bool = False,
     copies_of: str = "",
+    sweep_weights: str = "",
+    sweep_temperatures: str = "",
+    sweep_neighbors: str = "",
+    sweep_seeds: int = SEEDS,
     fit_gate: bool = False,
     compare: Sequence[str] = (),
     ray: str = "",
@@ -63,19 +72,20 @@ def run(
 ) -> None:
     """Runs --benchmark; prints tables and writes results.json. ``flags``: those of ``benchmark_flags``."""
     if compare:
-        if len(compare) != 2:
-            raise UserError(f"--compare needs two folders, and {len(compare)} are given: --compare OUT1 OUT2")
-        print(measurements.compare(*compare))
+        _compare(compare)
         return
-    if draw_only and score_only:
-        raise UserError("--draw_only and --score_only exclude one another; give one of them, or neither to do both")
     if is_folder_benchmark(benchmark):
-        if sweep or scaling or fit_gate:
-            raise UserError(f"{benchmark} has no examples for --sweep, --scaling and --fit_gate; leave them out")
+        if scaling or fit_gate:
+            raise UserError(f"{benchmark} has no examples for --scaling and --fit_gate; leave them out")
         opened = open_folder_benchmark(benchmark, prompts, copies, limit, flags)
         steps = folder_runs.Steps(not score_only, not draw_only, allow_missing, known_words, copies_of)
         with open_engine(ray, ray_cores) as engine:
-            folder_runs.run(config, workdir, benchmark, opened, method, steps, engine)
+            if sweep:
+                given = {"weight": sweep_weights, "temperature": sweep_temperatures, "k": sweep_neighbors}
+                what = config, workdir, benchmark, opened, method or "daid", given, sweep_seeds
+                folder_sweeps.sweep(*what, steps, engine)
+            else:
+                folder_runs.run(config, workdir, benchmark, opened, method, steps, engine)
         return
     if ray:
         raise UserError(f"{benchmark} is measured in one process; --ray is for benchmarks over a prompt set")
@@ -93,6 +103,12 @@ def run(
     evaluate(config, workdir, benchmark, split, num_prompts, num_scenes, sweep, scaling)
 
 
+def _compare(folders: Sequence[str]) -> None:
+    if len(folders) != 2:
+        raise UserError(f"--compare needs two folders, and {len(folders)} are given: --compare OUT1 OUT2")
+    print(measurements.compare(*folders))
+
+
 if __name__ == "__main__":
     own: Any = benchmark_flags()
     main_with_config(
@@ -105,7 +121,11 @@ if __name__ == "__main__":
         split=Flag("test, or valid to choose settings on", "test"),
         num_prompts=Flag("prompts to draw, each with the benchmark's number of seeds; 0 = likelihood alone", 600),
         num_scenes=Flag("held-out images whose likelihood is measured", 1500),
-        sweep=Flag("look for λ, τ, K on the validation split", False),
+        sweep=Flag("look for λ, τ, K: on the validation split, or of a prompt set for the values below", False),
+        sweep_weights=Flag("values of λ for --sweep over a prompt set, separated by commas; empty: the config's", ""),
+        sweep_temperatures=Flag("values of τ", ""),
+        sweep_neighbors=Flag("values of K", ""),
+        sweep_seeds=Flag("seeds that --sweep draws with each of them", SEEDS),
         scaling=Flag("measure how the gain grows with the store, on the validation split", False),
         fit_gate=Flag("fit the gate of config.hidden.gated_caption on drawn images, at a bound on copying", False),
         prompts=Flag("prompt set: .jsonl, .json, .csv, .txt, or a folder of .txt files", "", path=True),

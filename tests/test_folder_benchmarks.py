@@ -10,7 +10,7 @@ from PIL import Image
 
 from arrag_jax import eval
 from arrag_jax.command import Flag
-from arrag_jax.config import DrawConfig, MeshConfig, RetrievalConfig, SamplingConfig
+from arrag_jax.config import DaidConfig, DrawConfig, MeshConfig, RetrievalConfig, SamplingConfig
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import benchmarks, drawn_folder, measurements
 from arrag_jax.evaluation.image_codes import codes_in
@@ -21,7 +21,7 @@ from arrag_jax.models.checkpoint import load_model, save_model
 from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.nn.vq import to_uint8
 from arrag_jax.signals import Stop
-from helpers import tiny
+from helpers import stored, tiny
 from helpers.drawings import bytes_of
 
 # Of one length, so that runs over some of them share compiled programs.
@@ -68,9 +68,9 @@ def prompts(tmp_path, monkeypatch):
     return path
 
 
-def run(prompts, out, config, **flags):
+def run(prompts, out, config, sweep=False, **flags):
     flags = {"method": "plain", "prompts": str(prompts), **flags}
-    eval.run(config, str(out), "redness", "test", 600, 1500, False, False, **flags)
+    eval.run(config, str(out), "redness", "test", 600, 1500, sweep, False, **flags)
 
 
 def test_the_stand_in_is_one(prompts):
@@ -247,3 +247,54 @@ def test_unknown_words_are_left_out_on_request_alone(prompts, config, tmp_path):
 def test_seeds_are_spread():
     seeds = {drawn_folder.seed_of(0, f"{i:05d}", copy) for i in range(553) for copy in range(4)}
     assert len(seeds) == 2212 and max(seeds) > 2**30
+
+
+def test_a_sweep_measures_what_each_setting_gives_alone(prompts, config, tmp_path, capsys):
+    """λ = 0 draws what plain draws; a sweep that is run again draws and scores nothing."""
+    store = stored.build(tmp_path / "store", fingerprint=load_model(config.model).fingerprint)
+    swept = dataclasses.replace(config, retrieval=RetrievalConfig(str(store.directory), k=8, search="dense"))
+    flags = {"form": "flat", "copies": 1, "limit": 3, "method": ""}
+    values = {"sweep_weights": "0,0.9", "sweep_temperatures": "0.5", "sweep_seeds": 2}
+    out = tmp_path / "sweep"
+    for _ in range(2):
+        run(prompts, out, swept, sweep=True, **values, **flags)
+        said, whole = capsys.readouterr().out, bytes_of(out)
+    assert whole == bytes_of(out)
+    rows = json.loads((out / "sweep.json").read_text())["rows"]
+    assert list(rows) == ["plain", "weight0_temperature0.5", "weight0.9_temperature0.5"]
+    for label, row in rows.items():
+        folders = [out / label / f"seed{seed}" for seed in (3, 4)]
+        records = [measurements.read_results(str(folder)) for folder in folders]
+        assert row["by_seed"]["red"] == [record["figures"]["red"]["value"] for record in records]
+        assert row["figures"]["red"]["value"] == pytest.approx(np.mean(row["by_seed"]["red"]))
+        assert row["figures"]["red"]["low"] <= row["figures"]["red"]["value"] <= row["figures"]["red"]["high"]
+    for seed in (3, 4):
+        for name in ("00000", "00001", "00002"):
+            pixels = [read_rgb(out / label / f"seed{seed}" / f"{name}.png") for label in rows]
+            np.testing.assert_array_equal(pixels[0], pixels[1])
+    assert rows["plain"]["by_seed"]["red"] != rows["weight0.9_temperature0.5"]["by_seed"]["red"]
+    lines = [line for line in said.splitlines() if line.startswith("| 0")]
+    assert "+0 [+0, +0]" in lines[0] and "copied" in said and "± over 2 seeds" in said
+    alone = dataclasses.replace(swept, seed=4, daid=DaidConfig(0.9, 0.5))
+    run(prompts, tmp_path / "alone", alone, **{**flags, "method": "daid"})
+    drawn = out / "weight0.9_temperature0.5" / "seed4"
+    np.testing.assert_array_equal(read_rgb(drawn / "00001.png"), read_rgb(tmp_path / "alone" / "00001.png"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, "--sweep needs values; give at least one of --sweep_weights, --sweep_temp"),
+        ({"sweep_weights": "0.1;0.2"}, "--sweep_weights='0.1;0.2' are no numbers"),
+        ({"sweep_weights": "0.1", "method": "plain"}, "--method=plain does not retrieve"),
+        ({"sweep_weights": "0.1", "method": "faid"}, "--method=faid has no weight; leave out --sweep_weights"),
+        ({"sweep_weights": "1.5"}, "DAiD's weight λ = 1.5 is outside"),
+        ({"sweep_neighbors": "8", "score_only": True}, "--sweep draws and scores"),
+        ({"sweep_neighbors": "8", "config": None}, "missing --config"),
+    ],
+)
+def test_sweeps_that_are_none(prompts, config, tmp_path, flags, message):
+    given = {"config": config, "prompts": prompts, "out": tmp_path / "out", "method": "", "sweep": True, **flags}
+    with pytest.raises(UserError, match=message):
+        run(**given)
+    assert not (tmp_path / "out").exists()

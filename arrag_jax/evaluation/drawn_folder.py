@@ -236,7 +236,7 @@ class _Drawer:
         self._pipeline, self._method, self._images, self._batches = pipeline(), method, images, batches
         self._texts = [text for text in texts for _ in range(images.copies)]
         self._length, self._seeds = self._pipeline.text.length(texts), images.seeds(settings["seed"])
-        self._settings = settings
+        self._settings, self._tokenizer = settings, self._pipeline.model.fingerprint
 
     def __call__(self, number: int, report: Report) -> None:
         numbers = np.array(self._batches[number])
@@ -254,5 +254,5 @@ class _Drawer:
         what = (self._images.prompt(number).text, int(self._seeds[number]), self._method, self._settings)
         for key, text in texts_of(*what).items():
             info.add_text(key, text)
-        add_codes(info, codes, self._pipeline.model.fingerprint)
+        add_codes(info, codes, self._tokenizer)
         save(path, image, info)

@@ -37,6 +37,10 @@ class Steps:
     known_words: bool = False
     copies_of: str = ""
 
+    def __post_init__(self):
+        if not (self.draw or self.score):
+            raise UserError("--draw_only and --score_only exclude one another; give one of them, or neither to do both")
+
 
 def run(
     config: DrawConfig | None,
@@ -145,6 +149,22 @@ class Scorer:
         record = measurements.record_of(self.name, self.protocol, images_of, measured)
         write_json(folder / measurements.RESULTS, record)
         return record
+
+    def kept(self, folder: Path) -> dict[str, Any] | None:
+        """Returns the results in a folder if all its images were scored in this way; None if it has to be scored."""
+        drawn, path = self.drawn(folder), folder / measurements.RESULTS
+        if drawn is None or not path.exists():
+            return None
+        record = measurements.read_results(str(folder))
+        store = store_for(self.steps.copies_of, drawn, self.config)
+        looked_in = store.store_fingerprint if isinstance(store, Datastore) else None
+        is_same = (
+            record["protocol_hash"] == measurements.protocol_hash(self.name, self.protocol)
+            and record["images"].get("drawn") == drawn
+            and not record["images"].get("missing")
+            and (record["images"].get("audit") or {}).get("fingerprint") == looked_in
+        )
+        return record if is_same else None
 
     def drawn(self, folder: Path) -> dict[str, Any] | None:
         """Returns the settings that the images of a folder were drawn with; None if another program drew them.

@@ -147,18 +147,21 @@ def compare(first: str, second: str) -> str:
     if None not in stores and stores[0] != stores[1]:
         notes.append("copies were looked for in different stores")
     for name in a["figures"].keys() & b["figures"].keys():
-        figure = Figure(**a["figures"][name])
         before, after = (shown(record["figures"][name]) for record in (a, b))
-        rows.append([name, before, after, *_difference(figure, a, b, name)])
+        rows.append([name, before, after, *difference(a, b, name)])
     order = list(a["figures"])
     rows.sort(key=lambda row: order.index(row[0]))
     head = [a["benchmark"], first, second, "difference", "beyond its interval"]
     return "\n".join([grids.table(head, rows, digits=4), *(f"note: {note}" for note in notes)])
 
 
-def _difference(figure: Figure, a: Mapping[str, Any], b: Mapping[str, Any], name: str) -> tuple[str, str]:
-    """Returns a difference with its interval, and whether the interval leaves out 0."""
-    other = Figure(**b["figures"][name])
+def difference(a: Mapping[str, Any], b: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """Returns by how much a figure of ``b`` exceeds that of ``a``, with its interval, and whether this leaves out 0.
+
+    Raises:
+      UserError: if the two have no prompt in common.
+    """
+    figure, other = (Figure(**record["figures"][name]) for record in (a, b))
     if figure.value is None or other.value is None:
         return "", ""
     if not figure.parts:  # not a mean over prompts: nothing can be paired

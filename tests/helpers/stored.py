@@ -49,13 +49,15 @@ def one_cell_off(encode: Encode) -> Encode:
     return changed
 
 
-def build(folder, captions: list[str] | None = None, kept: bool = False, shard_size: int = 4) -> Datastore:
+def build(
+    folder, captions: list[str] | None = None, kept: bool = False, shard_size: int = 4, fingerprint: str = "f"
+) -> Datastore:
     """A store of ``IMAGES`` pictures, or one a caption, with keys of both kinds; ``kept``: and with its captions."""
     rng = np.random.default_rng(0)
     number = IMAGES if captions is None else len(captions)
     codes, codebook = rng.integers(0, CODES, (number, *GRID)), unit_norm(np.asarray(tiny.janus().codebook))
     settings = StoreSettings(
-        fingerprint="f", grid=GRID, codebook_size=CODES, code_dim=8, keys=("codebook", "latent"), captions=kept,
+        fingerprint=fingerprint, grid=GRID, codebook_size=CODES, code_dim=8, keys=("codebook", "latent"), captions=kept,
         num_images=number, shard_size=shard_size, source="pictures", split="all",
     )  # fmt: skip
     return writer.build_datastore(folder, encoded(StoredImages(codes, captions), "pictures"), codebook, settings)
