@@ -7,6 +7,8 @@ python -m arrag_jax.build_datastore --merge runs/one --merge runs/two --workdir 
 python -m arrag_jax.build_datastore --merge runs/knowledge --excess_above=20 --workdir runs/cut
 python -m arrag_jax.build_datastore --workdir runs/photos --verify
 python -m arrag_jax.build_datastore --workdir runs/photos --report
+python -m arrag_jax.build_datastore --workdir runs/photos --forget holiday/beach.jpg city.jpg
+python -m arrag_jax.build_datastore --workdir runs/photos --purge
 python -m arrag_jax.build_datastore --config.keys=codebook,latent --config.indexes=latent --workdir runs/photos
 
 The last command adds keys and an index to an existing datastore. Without --config, the settings that the datastore was
@@ -47,21 +49,30 @@ def run(
     report: bool = False,
     keep_duplicates: bool = False,
     excess_above: float = ALL,
+    forget: Collection[str] = (),
+    forget_list: str = "",
+    purge: bool = False,
     ray: str = "",
     ray_cores: int = RAY_CORES.default,
 ) -> None:
     """Builds the datastore of the config in --workdir, or does what a flag requests; run it again to continue."""
-    if jax.process_index() > 0 and (merge or verify or report):
+    forgets = bool(forget or forget_list)
+    alone = (merge, verify, report, forgets, purge)
+    if jax.process_index() > 0 and any(alone):
         return  # process 0 alone does these
-    if sum(map(bool, (append, merge, verify, report))) > 1:
-        raise UserError("--append, --merge, --verify and --report exclude one another; give one of them")
-    if ray and (merge or verify):
-        raise UserError("--merge and --verify run in one process; leave --ray out")
+    if sum(map(bool, (append, *alone))) > 1:
+        raise UserError("--append, --merge, --verify, --report, --forget and --purge exclude one another; give one")
+    if ray and (merge or verify or forgets or purge):
+        raise UserError("--merge, --verify, --forget and --purge run in one process; leave --ray out")
     if excess_above != ALL and not merge:
         raise UserError("--excess_above takes images from a finished datastore; name it: --merge=STORE")
     directory = Path(workdir)
     if verify:
         build.verify(directory)
+    elif forgets:
+        build.forget(directory, tuple(forget), forget_list)
+    elif purge:
+        build.purge(directory)
     elif report:
         build.report(directory, config, ray)
     elif merge:
@@ -88,6 +99,9 @@ if __name__ == "__main__":
             "keep all files of equal content, and images that --append or --merge finds a second time", False
         ),
         excess_above=Flag("with --merge: take only images with more excess, in bits per image (docs/keys.md)", ALL),
+        forget=Flag("names of images that no search may find any more", (), several=True),
+        forget_list=Flag("file with such names, one a line", "", path=True),
+        purge=Flag("rewrite the datastore without the images that were forgotten", False),
         ray=RAY,
         ray_cores=RAY_CORES,
         verify=Flag("read every file in --workdir: exit 0, or the name of the damaged one", False),

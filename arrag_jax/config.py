@@ -378,6 +378,8 @@ class SamplingConfig(Settings):
       top_k, top_p: truncation of the model's distribution before retrieval is mixed in; None = off.
       greedy: take the most probable code instead of drawing one.
       window: positions that one pass of the model draws (``decode.parallel``); the images do not depend on it.
+      max_copied_cells: the most different codes that connected positions may share with one stored image at one
+        displacement (``retrieval.guard``); None = any number.
     """
 
     cfg_scale: float | None = 2.0
@@ -387,10 +389,13 @@ class SamplingConfig(Settings):
     top_p: float | None = None
     greedy: bool = False
     window: int = 1
+    max_copied_cells: int | None = None
 
     def __post_init__(self):
         if self.window < 1:
             raise UserError(f"window = {self.window} must be at least 1")
+        if self.max_copied_cells is not None and self.max_copied_cells < 1:
+            raise UserError(f"max_copied_cells = {self.max_copied_cells} must be at least 1; None guards nothing")
         require_guidance(self.cfg_scale)
         if self.cfg_interval < -1:
             raise UserError(f"cfg_interval = {self.cfg_interval} must be at least -1, which guides all codes")

@@ -75,6 +75,31 @@ class StateRetriever(Protocol):
 
 
 @runtime_checkable
+class StoredImages(Protocol):
+    """The code grids of stored images, as drawing uses them beside a search. A pytree, too."""
+
+    def guesses(
+        self, codes: Int[Array, "B T"], final: Int[Array, " B"], known: Int[Array, " B"], end: Int[Array, " B"]
+    ) -> Int[Array, "B T"]:
+        """Returns the codes with a guess for every position from ``final`` to ``end``.
+
+        A guess changes the number of passes over windows (``decode.parallel``), never the picture.
+
+        Args:
+          codes: final codes before ``final``, then the draws of the last pass before ``known``; the rest is not read.
+        """
+        ...
+
+    def forbidden(self, drawn: Int[Array, "n T"], position: Int[Array, " n"], most: int) -> Bool[Array, "n V"]:
+        """Returns which codes would make a copied run of more than ``most`` different codes at the positions.
+
+        Args:
+          drawn: the pictures so far; only codes before ``position`` are read.
+        """
+        ...
+
+
+@runtime_checkable
 class ImageTokenizer(Protocol):
     """A model that turns images into grids of codes and back.
 

@@ -13,6 +13,7 @@ from arrag_jax.models.checkpoint import load_model
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.scann import ScannRetriever
+from arrag_jax.retrieval.stored_codes import StoredCodes
 from helpers import tiny
 
 WITH_BLENDERS = dataclasses.replace(tiny.CONFIG, faid=FaidConfig(stride=1, hops=(1, 2), neighbors=3))
@@ -68,6 +69,20 @@ def test_windows_draw_what_single_positions_draw(model, searches, case):
     assert ((order == 0) | (order == 1)).all()  # positions are finished in order, and no pass is idle
     assert (np.bincount(np.asarray(parallel.drawn_in)[0]) <= window).all()
     assert (parallel.drawn_in[:, -1] < cells - 1).all()
+
+
+def test_guesses_from_stored_images_change_the_passes_alone(model):
+    """Guesses of the very pictures to be drawn are nearly all right; those of other images draw the same."""
+    ids, mask = tiny.prompts((6, 3, 4))
+    plain = sample(model, ids, prompt_mask=mask, seed=3)
+    own = np.asarray(plain.codes).reshape(-1, *model.grid)
+    other = np.random.default_rng(0).integers(0, 9, (40, *model.grid))
+    passes = []
+    for images in (own, other):
+        drawn = sample(model, ids, prompt_mask=mask, seed=3, window=8, stored=StoredCodes.of(images, 9))
+        assert_equal(drawn, plain)
+        passes.append(int(drawn.drawn_in.max()) + 1)
+    assert passes[0] < passes[1] <= 20
 
 
 def test_a_batch_equals_its_pictures_drawn_alone(model, searches):

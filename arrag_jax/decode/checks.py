@@ -15,7 +15,7 @@ from arrag_jax.interfaces import Backbone, DecodePolicy, Retriever, StatefulBack
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("cfg_scale", "cfg_interval", "temperature", "top_p"),
-    meta_fields=("top_k", "greedy", "window"),
+    meta_fields=("top_k", "greedy", "window", "max_copied_cells"),
 )
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -28,6 +28,10 @@ class Sampling:
     top_p: Any
     greedy: bool
     window: int
+    max_copied_cells: int | None
+
+
+WHOLE = ("top_k", "window", "cfg_interval", "max_copied_cells")  # settings that are whole numbers
 
 
 def require_blenders(model: Backbone, retriever: Retriever, neighbors: int | None = None) -> None:
@@ -58,13 +62,7 @@ def require_states(model: Backbone, policy: DecodePolicy) -> None:
 def _number(name: str, value: Any) -> Any:
     """Returns a number of any library as a Python number, which can be hashed; None stays None."""
     try:
-        return (
-            value
-            if value is None
-            else operator.index(value)
-            if name in ("top_k", "window", "cfg_interval")
-            else float(value)
-        )
+        return value if value is None else operator.index(value) if name in WHOLE else float(value)
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} = {value!r} must be one number") from error
 

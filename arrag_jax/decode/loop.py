@@ -6,6 +6,7 @@ instead of one. The loop depends on no particular model or index.
 The loop can end at any position and go on from there, so one compiled program draws a whole grid and streams its rows.
 """
 
+import functools
 from typing import Any, NamedTuple, SupportsFloat, SupportsIndex, cast
 
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from arrag_jax.config import SamplingConfig
 from arrag_jax.decode.checks import Sampling, require_fit, sampling_of
-from arrag_jax.decode.guesses import Beside
+from arrag_jax.decode.guesses import from_above
 from arrag_jax.decode.parallel import Ahead, Windows
 from arrag_jax.decode.passes import Passes, SampleOutput
 from arrag_jax.decode.policies import Plain
@@ -33,6 +34,7 @@ from arrag_jax.interfaces import (
     Retriever,
     StatefulBackbone,
     StateRetriever,
+    StoredImages,
 )
 from arrag_jax.mesh import put_everywhere, put_rows
 from arrag_jax.ops.host import awaited
@@ -86,13 +88,14 @@ def advance(
     retriever: Retriever | StateRetriever | None,
     keys: Key[Array, " B"],
     sampling: SamplingConfig | Sampling,
+    stored: StoredImages | None,
     drawing: Drawing,
     until: Int[Array, ""] | int,
 ) -> Drawing:
     """Draws the positions before ``until`` that are not drawn yet; for arguments see ``decode``."""
     assert retriever is not None or not policy.uses_retrieval  # ``sample`` has checked it
     batch, guided = len(keys), len(drawing.hidden) > len(keys)
-    passes = Passes(model, policy, retriever, sampling, guided, drawing.out.log_probs is not None)
+    passes = Passes(model, policy, retriever, sampling, stored, guided, drawing.out.log_probs is not None)
 
     def one_position(drawing: Drawing) -> Drawing:
         position, hidden, cache, out, _ = drawing
@@ -110,7 +113,8 @@ def advance(
         put = lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new[:, None], position, axis=1)  # noqa: E731
         return Drawing(position + 1, hidden, cache, jax.tree.map(put, out, record))
 
-    windows = Windows(passes, drawing.hidden, keys, Beside(model.grid[1]))
+    guess = functools.partial(from_above, width=model.grid[1]) if stored is None else stored.guesses
+    windows = Windows(passes, drawing.hidden, keys, guess)
     one_pass = one_position if drawing.ahead is None else lambda drawing: Drawing(*windows.one_pass(*drawing))
     return jax.lax.while_loop(lambda drawing: (drawing.position < until).any(), one_pass, drawing)
 
@@ -124,6 +128,7 @@ def decode(
     keys: Key[Array, " B"],
     sampling: SamplingConfig,
     return_log_probs: bool = False,
+    stored: StoredImages | None = None,
 ) -> SampleOutput:
     """Samples B grids. The function can be traced; the caller jits it.
 
@@ -133,9 +138,10 @@ def decode(
       retriever: may be None only for a policy that uses no retrieval.
       keys: one random key per image.
       return_log_probs: also return the whole distribution at each position.
+      stored: the images that guesses of windows come from, and that no run may be copied from.
     """
     drawing = begin(model, cond, uncond, policy, len(keys), return_log_probs, sampling.window > 1)
-    return advance(model, policy, retriever, keys, sampling, drawing, int(np.prod(model.grid))).out
+    return advance(model, policy, retriever, keys, sampling, stored, drawing, int(np.prod(model.grid))).out
 
 
 @jax.jit(static_argnames=("graph", "batch", "return_log_probs", "windows"))
@@ -145,9 +151,9 @@ def _begin(graph, state, cond, uncond, policy, batch, return_log_probs, windows)
 
 
 @jax.jit(static_argnames="graph", donate_argnames=("drawing",))
-def _advance(graph, state, policy, retriever, keys, sampling, drawing, until):
+def _advance(graph, state, policy, retriever, keys, sampling, stored, drawing, until):
     """Runs ``advance``, compiled: one program draws a whole grid, or any part of it."""
-    return advance(nnx.merge(graph, state), policy, retriever, keys, sampling, drawing, until)
+    return advance(nnx.merge(graph, state), policy, retriever, keys, sampling, stored, drawing, until)
 
 
 def image_keys(seed: ArrayLike, batch: int) -> Key[Array, " batch"]:
@@ -211,6 +217,8 @@ def sample(
     return_log_probs: bool = False,
     window: SupportsIndex = 1,
     cfg_interval: SupportsIndex = -1,
+    max_copied_cells: SupportsIndex | None = None,
+    stored: StoredImages | None = None,
 ) -> SampleOutput:
     """Generates one code grid per prompt.
 
@@ -219,12 +227,14 @@ def sample(
       condition: the model's condition, e.g. (ids, mask) or class labels int [B]. It may also be the condition's first
         array alone, e.g. prompt ids int [B, L] from BOS to image-start; ``prompt_mask`` is then the second one.
       policy: ``Plain()`` if None. retriever: required by a policy that uses retrieval.
-      cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, window: see ``config.SamplingConfig``.
+      cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, window, max_copied_cells: see ``config.SamplingConfig``.
       seed: one integer per image, or one integer for all. With one per image, an image depends only on its prompt and
         seed. With one for all, it also depends on the image's place in the batch.
       prompt_mask: 1 where ``condition`` holds a real token; None = everywhere.
       mesh: the batch is split over its axis "data", and every device gets a copy of the model. Every process calls this
         function with the same arguments and gets all grids. The retriever must be on the mesh, too. None = one device.
+      stored: images of the same grid, e.g. ``retrieval.stored_codes.StoredCodes``: no run is copied from them, and
+        windows take guesses from them.
       grid: height and width in codes; None = the model's. return_log_probs: also return the distributions [B, T, V].
 
     Raises:
@@ -234,6 +244,7 @@ def sample(
         model, condition, policy, retriever, cfg_scale=cfg_scale, temperature=temperature, greedy=greedy, seed=seed,
         prompt_mask=prompt_mask, top_k=top_k, top_p=top_p, mesh=mesh, grid=grid, return_log_probs=return_log_probs,
         window=window, cfg_interval=cfg_interval,
+        max_copied_cells=max_copied_cells, stored=stored,
     )  # fmt: skip
     return prepared.until(int(np.prod(prepared.grid))).out()
 
@@ -251,6 +262,7 @@ def prepare(
     grid: ArrayLike = None,
     return_log_probs: bool = False,
     cfg_scale: SupportsFloat | None = 5.0,
+    stored: StoredImages | None = None,
     **numbers: Any,
 ) -> Prepared:
     """Returns the draw that these arguments of ``sample`` ask for, checked and prefilled."""
@@ -260,6 +272,10 @@ def prepare(
     require_fit(model, policy, retriever)
     sampling = sampling_of(model, {"cfg_scale": cfg_scale, **numbers}, bool(greedy))
     cond = model.check_condition(condition, prompt_mask)
+    if sampling.max_copied_cells is not None and stored is None:
+        raise UserError("max_copied_cells needs the stored images that must not be copied: give stored=")
+    if sampling.window == 1 and sampling.max_copied_cells is None:
+        stored = None  # nothing reads it
     uncond = None if cfg_scale is None else model.unconditional(cond)
     keys = image_keys(seed, len(jax.tree.leaves(cond)[0]))
     if gate := getattr(policy, "gate", None):
@@ -273,4 +289,4 @@ def prepare(
         state = put_everywhere(state, mesh)
         policy = put_everywhere(policy, mesh) if gate else policy
     drawing = _begin(graph, state, cond, uncond, policy, len(keys), return_log_probs, sampling.window > 1)
-    return Prepared(model.grid, (graph, state), (policy, retriever, keys, sampling), drawing, mesh)
+    return Prepared(model.grid, (graph, state), (policy, retriever, keys, sampling, stored), drawing, mesh)

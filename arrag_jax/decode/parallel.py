@@ -10,13 +10,13 @@ follows the sequence of draws; here it belongs to the position, so the seed's pi
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from arrag_jax.decode.guesses import Guess
 from arrag_jax.decode.passes import Passes, SampleOutput
 from arrag_jax.interfaces import Cache, WindowBackbone
 
@@ -42,13 +42,13 @@ class Windows:
     Attributes:
       hidden: input of position 0, from ``Backbone.prefill``.
       keys: one random key per image.
-      guess: gives the first guess of a position; later guesses are draws.
+      guess: as ``interfaces.StoredImages.guesses``.
     """
 
     passes: Passes
     hidden: Float[Array, "R D"]
     keys: Key[Array, " B"]
-    guess: Guess
+    guess: Callable[..., Int[Array, "B T"]]
 
     def one_pass(
         self, final: Int[Array, " B"], hidden: Float[Array, "R D"], cache: Cache, out: SampleOutput, ahead: Ahead
@@ -57,7 +57,7 @@ class Windows:
         width, total = self.passes.sampling.window, out.codes.shape[1]
         first = jnp.minimum(final, total - width)  # the window ends at the grid's end at the latest
         places, cells = first[:, None] + jnp.arange(width)[None], jnp.arange(total)[None]
-        codes = self._guessed(ahead, first + width)
+        codes = self.guess(ahead.codes, final, ahead.known, first + width)
         window, cache = self._drawn(codes, places, final, cache)
         right = jnp.cumprod(window.codes == jnp.take_along_axis(codes, places, 1), axis=1).sum(1)
         end = jnp.minimum(first + right + 1, first + width)
@@ -76,14 +76,6 @@ class Windows:
         inside = (cells >= first[:, None]) & (cells < first[:, None] + width)
         codes = jnp.where(inside, jnp.take_along_axis(window.codes, drawn, 1), codes)
         return end, hidden, cache, jax.tree.map(put, out, window), Ahead(codes, first + width, ahead.passes + 1)
-
-    def _guessed(self, ahead: Ahead, end: Int[Array, " B"]) -> Int[Array, "B T"]:
-        """Returns the codes with a guess for every position before ``end``."""
-        codes, known, width = ahead.codes, ahead.known, self.passes.sampling.window
-        new = self.guess(codes, known, width)
-        cells = jnp.arange(codes.shape[1])[None]
-        offset = jnp.clip(cells - known[:, None], 0, width - 1)
-        return jnp.where((cells >= known[:, None]) & (cells < end[:, None]), jnp.take_along_axis(new, offset, 1), codes)
 
     def _drawn(
         self, codes: Int[Array, "B T"], places: Int[Array, "B w"], final: Int[Array, " B"], cache: Cache

@@ -19,10 +19,10 @@ from jaxtyping import Array, Float, Int, Key
 from arrag_jax.config import SamplingConfig
 from arrag_jax.decode.checks import Sampling
 from arrag_jax.decode.policies import weights_of
-from arrag_jax.interfaces import Backbone, Cache, DecodePolicy, Retriever, StateRetriever
+from arrag_jax.interfaces import Backbone, Cache, DecodePolicy, Retriever, StateRetriever, StoredImages
 from arrag_jax.ops.grid import context_codes, context_positions, has_context
 from arrag_jax.ops.neighbors import Neighbors, empty_neighbors
-from arrag_jax.ops.sampling import draw, guide, truncate
+from arrag_jax.ops.sampling import draw, guide, truncate, without
 
 
 class SampleOutput(NamedTuple):
@@ -60,7 +60,7 @@ class Passes:
     """What all passes over a batch share: the arguments of ``loop.advance``.
 
     Attributes:
-      model, policy, retriever, sampling, return_log_probs: as in ``loop.decode``.
+      model, policy, retriever, sampling, stored, return_log_probs: as in ``loop.decode``.
       guided: whether the model's rows are the conditional ones, then the unconditional ones.
     """
 
@@ -68,6 +68,7 @@ class Passes:
     policy: DecodePolicy
     retriever: Retriever | StateRetriever | None
     sampling: SamplingConfig | Sampling
+    stored: StoredImages | None
     guided: bool
     return_log_probs: bool = False
 
@@ -101,6 +102,9 @@ class Passes:
         guided = guide(logits, sampling.cfg_scale if self.guided else None, sampling.cfg_interval, position)
         log_p_model = truncate(guided, sampling.temperature, sampling.top_k, sampling.top_p)
         log_p = self.policy.log_probs(log_p_model, neighbors, complete)
+        if self.stored is not None and sampling.max_copied_cells is not None:
+            at = jnp.broadcast_to(position, (rows,))
+            log_p = without(log_p, guided, self.stored.forbidden(drawn, at, sampling.max_copied_cells))
         code = draw(log_p, keys, position, sampling.greedy)
         if given is not None:
             code = jnp.where(given >= 0, given, code)

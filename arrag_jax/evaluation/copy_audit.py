@@ -29,6 +29,7 @@ from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.retrieval.copies import COPIED
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.images import encoder
+from arrag_jax.store.shown import NO_CODE
 from arrag_jax.work import HERE, Engine, Opened
 
 COPIES, TRUE_COPIES = "copies.jsonl", "true_copies.jsonl"
@@ -135,7 +136,9 @@ def store_for(given: str, drawn: Mapping[str, Any] | None, config: DrawConfig | 
 
 def _chunks(store: Datastore) -> Iterator[np.ndarray]:
     for first in range(0, store.num_images, CHUNK):
-        yield store.codes_of(first, min(first + CHUNK, store.num_images))
+        end = min(first + CHUNK, store.num_images)
+        grids = store.codes_of(first, end)
+        yield grids if store.shown is None else np.where(store.shown[first:end, None, None], grids, NO_CODE)
 
 
 def _drawn_parts(

@@ -295,7 +295,7 @@ def _score(
     if pipeline.store is None:
         return values, None
     grids = np.concatenate(codes).reshape(-1, *pipeline.model.grid)
-    return values, are_copies(grids, pipeline.store.codes).reshape(-1, len(chosen)).tolist()
+    return values, are_copies(grids, pipeline.store.shown_codes).reshape(-1, len(chosen)).tolist()
 
 
 def _shown(values: dict[str, Any], copied: Any = None) -> Shown:

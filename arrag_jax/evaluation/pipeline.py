@@ -1,6 +1,7 @@
 """Loads models and store from a ``DrawConfig`` and generates images; shared by ``generate`` and ``eval``."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -27,6 +28,7 @@ from arrag_jax.processes import require_same
 from arrag_jax.retrieval.captions import LimitedRetriever
 from arrag_jax.retrieval.copies import UncopiedRetriever
 from arrag_jax.retrieval.load import as_asked, backbone_of, index_hash_of, load_retriever, open_store
+from arrag_jax.retrieval.stored_codes import StoredCodes
 from arrag_jax.store.datastore import Datastore
 
 AnyRetriever = Retriever | StateRetriever
@@ -63,6 +65,12 @@ class OpenSearch:
     trust: Trust
     copies: UncopiedRetriever | None = None
 
+    @functools.cached_property
+    def stored(self) -> StoredCodes:
+        """The code grids, for the guard against copies and for guesses of windows."""
+        codes = self.store.codes if self.store.shown is None else self.store.codes[self.store.shown]
+        return StoredCodes.of(codes, self.store.settings.codebook_size)
+
     def uncopied(self, retriever: Any) -> AnyRetriever:
         """Returns a search over this store without the neighbours that ``config.hidden.copy_share`` leaves out."""
         return retriever if self.copies is None else dataclasses.replace(self.copies, local=retriever)
@@ -79,6 +87,7 @@ class Pipeline:
       searches: what the methods search; empty if no requested method retrieves.
       mesh: None = one device.
       folders: folders of the methods' models, by method.
+      beside: the store whose images guard methods that search none, and help their windows; None = there is none.
     """
 
     config: DrawConfig
@@ -89,6 +98,7 @@ class Pipeline:
     searches: Mapping[Search, OpenSearch]
     mesh: Mesh | None = None
     folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    beside: OpenSearch | None = None
 
     @property
     def store(self) -> Datastore | None:
@@ -121,6 +131,21 @@ class Pipeline:
             return policy
         return dataclasses.replace(cast(Any, policy), gate=self.search_of(method).trust.gate(gate, prompts))
 
+    def stored_of(self, method: str) -> StoredCodes | None:
+        """Returns the stored images that guard a method's draws and help its windows; None if they are not needed."""
+        guarded = self.config.sampling.max_copied_cells is not None
+        opened = self.searches.get(METHODS[method].search) or self.beside
+        if opened is None or not (guarded or self.config.sampling.window > 1):
+            return None
+        if (grid := opened.store.settings.grid) == self.model.grid:
+            return opened.stored
+        if guarded:
+            raise UserError(
+                f"max_copied_cells needs stored images of the model's grid {self.model.grid}; those in "
+                f"{opened.config.store} have {grid}"
+            )
+        return None
+
     def model_of(self, method: str) -> ImageModel:
         """Returns the model that a method uses."""
         return self.tuned.get(method, self.model)
@@ -148,7 +173,7 @@ class Pipeline:
         """Returns the stored images that a limited method searches for each prompt."""
         count, opened = METHODS[method].images, self.search_of(method)
         assert count is not None
-        return opened.trust.captions.nearest(prompts, min(count(self.config), opened.store.num_images))
+        return opened.trust.captions.nearest(prompts, min(count(self.config), opened.store.num_shown))
 
     def _patches(self, method: str, source: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """Returns stored rows as numbers of patches with a context, which provenance works with; -1 for other rows."""
@@ -230,7 +255,8 @@ class Pipeline:
         """
         stream = sample_stream(
             self.model_of(method), self.text(prompts, length), self.policy(method, prompts),
-            self.retriever_for(method, prompts), seed=seeds, mesh=self.mesh, **dataclasses.asdict(self.config.sampling),
+            self.retriever_for(method, prompts), seed=seeds, mesh=self.mesh, stored=self.stored_of(method),
+            **dataclasses.asdict(self.config.sampling),
         )  # fmt: skip
         for row in stream:
             yield row._replace(source=self._patches(method, np.asarray(row.source)))
@@ -283,7 +309,11 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = (), alone: bool =
             require_states(model, policy)
         elif opened is not None and policy.blends:
             require_blenders(tuned[name], cast(Retriever, opened.retriever))
-    return Pipeline(config, chosen, model, tuned, text, searches, mesh, where)
+    beside = searches.get(Search.STORE) or next(iter(searches.values()), None)
+    if beside is None and config.sampling.max_copied_cells is not None:
+        store = open_store(config.retrieval, model.fingerprint)[0]
+        beside = OpenSearch(config.retrieval, store, None, Trust(store))
+    return Pipeline(config, chosen, model, tuned, text, searches, mesh, where, beside)
 
 
 def _open_search(

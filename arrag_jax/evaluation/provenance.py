@@ -82,8 +82,8 @@ class Studied(NamedTuple):
 def _study(pipeline: Pipeline, method: str, prompt: str, drawn: SampleOutput) -> Studied:
     store = pipeline.search_of(method).store
     searched = pipeline.images_for(method, [prompt]) if METHODS[method].limited else None
-    found = origins(np.asarray(drawn.source), store.codes, None if searched is None else searched[0])
-    return Studied(store.codes, store.sources, found, share_of_draws(drawn, pipeline.policy(method)))
+    found = origins(np.asarray(drawn.source), store.shown_codes, None if searched is None else searched[0])
+    return Studied(store.shown_codes, store.sources, found, share_of_draws(drawn, pipeline.policy(method)))
 
 
 def share_of_draws(drawn: SampleOutput, policy: DecodePolicy) -> Float[np.ndarray, "*n"] | None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from arrag_jax import progress
 from arrag_jax.errors import UserError
@@ -32,8 +32,8 @@ class SentenceIndex(CaptionIndex):
       UserError: if the model, PyTorch or ``transformers`` is missing.
     """
 
-    def __init__(self, captions: Sequence[str], folder: str = ""):
-        super().__init__(len(captions))
+    def __init__(self, captions: Sequence[str], folder: str = "", shown: Bool[np.ndarray, " n"] | None = None):
+        super().__init__(len(captions), shown)
         self._model = pretrained(Path(folder) if folder else installed(), "AutoTokenizer", "AutoModel", KEY, "model")
         different = sorted(set(captions), key=lambda caption: (len(caption), caption))  # little padding per batch
         parts = []
@@ -48,7 +48,7 @@ class SentenceIndex(CaptionIndex):
 
     def cosine(self, prompt: str) -> Float[np.ndarray, " n"]:
         """Returns the cosine of every stored caption with a prompt; 0 where it is negative."""
-        return self._cosine(prompt)[self._which]
+        return self._cosine(prompt)[self._which] * self.shown
 
     def _of_different(self, prompt: str) -> Float[np.ndarray, " n"]:
         (vector,) = vectors(self._model, [prompt])

@@ -33,8 +33,8 @@ class Trust:
           UserError: if the store holds none, or the sentence model that compares them is missing.
         """
         if self._config.nearness == "sentences":
-            return SentenceIndex(self._store.captions, self._config.sentence_model)
-        return TermIndex(self._store.captions)
+            return SentenceIndex(self._store.captions, self._config.sentence_model, self._store.shown)
+        return TermIndex(self._store.captions, self._store.shown)
 
     @functools.cached_property
     def told(self) -> Told:

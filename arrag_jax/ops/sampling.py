@@ -118,6 +118,19 @@ def mix(
     return jnp.where(where[:, None], mixed, log_p)
 
 
+def without(
+    log_p: Float[Array, "B V"], logits: Float[Array, "B V"], forbidden: Bool[Array, "B V"]
+) -> Float[Array, "B V"]:
+    """Returns log-probabilities without the forbidden codes, renormalised; rows that allow all codes do not change.
+
+    Args:
+      logits: what is left of these is drawn from in rows where ``log_p`` has forbidden codes alone.
+    """
+    rest = jnp.where(forbidden, -jnp.inf, log_p)
+    rest = jnp.where(jnp.isneginf(rest).all(1, keepdims=True), jnp.where(forbidden, -jnp.inf, logits), rest)
+    return jnp.where(forbidden.any(1, keepdims=True), jax.nn.log_softmax(rest), log_p)
+
+
 def draw(
     log_p: Float[Array, "B V"], keys: Key[Array, " B"], position: Int[Array, "*B"], greedy: bool
 ) -> Int[Array, " B"]:

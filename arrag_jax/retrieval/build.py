@@ -17,6 +17,7 @@ from jaxtyping import Bool
 from arrag_jax.config import DatastoreConfig, RayConfig, RetrievalConfig, ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import StatefulBackbone
+from arrag_jax.json_files import MAX_BYTES, read_bounded
 from arrag_jax.models.checkpoint import load_model, load_prompts, load_tokenizer
 from arrag_jax.ops.keys import HIDDEN
 from arrag_jax.processes import require_same
@@ -24,7 +25,7 @@ from arrag_jax.retrieval import index
 from arrag_jax.retrieval import report as measure
 from arrag_jax.retrieval.load import settled, spread
 from arrag_jax.retrieval.scann_rules import BY_RULE
-from arrag_jax.store import from_images, segments
+from arrag_jax.store import forgetting, from_images, segments
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.hidden import backbones_in, joined
 from arrag_jax.store.hidden_building import Reader, add_hidden, prompts_of
@@ -120,6 +121,41 @@ def _known_least(stores: Sequence[Datastore], backbone: str, bits: float) -> seg
         return told.mean_excess * told.excess.shape[1] > bits
 
     return segments.Wanted(f"more than {bits:g} bits of excess under backbone {backbone}", chosen)
+
+
+def forget(directory: Path, names: Sequence[str], listed: str = "") -> None:
+    """Hides images from every search, and prints how many; see ``store.forgetting``.
+
+    Args:
+      listed: a file with one more name per line; "" = none.
+
+    Raises:
+      UserError: as in ``forgetting.forget``, or if the file cannot be read.
+    """
+    if listed:
+        text = read_bounded(Path(listed), MAX_BYTES, "no list of names").decode("utf-8", "surrogateescape")
+        names = [*names, *filter(None, text.splitlines())]
+    store = forgetting.forget(directory, names)
+    hidden = store.num_images - store.num_shown
+    print(
+        f"datastore {directory}: {hidden:,} of {store.num_images:,} images are forgotten; --purge removes their bytes"
+    )
+
+
+def purge(directory: Path) -> None:
+    """Rewrites a store without its forgotten images, with the kinds of index that it had; see ``store.forgetting``."""
+    start, old = time.perf_counter(), Datastore.open(directory)
+    held = [dataclasses.replace(old, backbone=name) for name in backbones_in(directory)]
+    pairs = [(old, kind) for kind in old.settings.keys] + [(store, HIDDEN.name) for store in held]
+    indexes = [
+        (kind, store.backbone, index.saved_shards(store, kind))
+        for store, kind in pairs
+        if index.index_directory(store, kind).exists()
+    ]
+    store = forgetting.purge(directory)
+    for kind, backbone, shards in indexes:
+        index.build_index(dataclasses.replace(store, backbone=backbone), kind, BY_RULE, shards)
+    print(f"datastore {directory} holds {store.num_images:,} images, {time.perf_counter() - start:.1f} s")
 
 
 def verify(directory: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
@@ -36,12 +36,18 @@ def terms(text: str) -> set[str]:
 class CaptionIndex(abc.ABC):
     """How near the stored captions are to a prompt, by one of several rules."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, shown: Bool[np.ndarray, " n"] | None = None):
+        """
+        Args:
+          count: number of stored images.
+          shown: which of them may be chosen; None = all.
+        """
+        self.shown = np.ones(count, bool) if shown is None else shown
         self._count = count
 
     @abc.abstractmethod
     def cosine(self, prompt: str) -> Float[np.ndarray, " n"]:
-        """Returns the nearness of every stored caption to a prompt, from 0 to 1."""
+        """Returns the nearness of every stored caption to a prompt, from 0 to 1; 0 for images that are not shown."""
 
     def nearest(self, prompts: Sequence[str], number: int) -> Int[np.ndarray, "B M"]:
         """Returns the ``number`` stored images with the nearest captions for each prompt, nearest first.
@@ -51,28 +57,28 @@ class CaptionIndex(abc.ABC):
         Raises:
           UserError: if ``number`` exceeds the stored images, or no stored caption is near a prompt at all.
         """
-        if number > self._count:
-            raise UserError(f"{number} images are to be chosen by their captions, {self._count} are stored")
+        if number > (stored := int(self.shown.sum())):
+            raise UserError(f"{number} images are to be chosen by their captions, {stored} are stored")
         chosen = {}
         for prompt in set(prompts):
             score = self.cosine(prompt)
             if not score.any():
                 raise UserError(f"no stored caption has a word of the prompt {prompt!r}; draw it with another --method")
-            chosen[prompt] = np.argsort(-score, kind="stable")[:number].astype(np.int32)
+            chosen[prompt] = np.argsort(np.where(self.shown, -score, np.inf), kind="stable")[:number].astype(np.int32)
         return np.stack([chosen[prompt] for prompt in prompts])
 
 
 class TermIndex(CaptionIndex):
     """An index from terms to stored captions, in memory; it takes about four bytes per term of each caption."""
 
-    def __init__(self, captions: Sequence[str]):
-        super().__init__(len(captions))
+    def __init__(self, captions: Sequence[str], shown: Bool[np.ndarray, " n"] | None = None):
+        super().__init__(len(captions), shown)
         images: dict[str, list[int]] = {}
         for image, caption in enumerate(captions):
-            for term in terms(caption):
+            for term in terms(caption) if self.shown[image] else ():
                 images.setdefault(term, []).append(image)
         self._images = {term: np.asarray(found, np.int32) for term, found in images.items()}
-        self._weights = {term: float(np.log(1 + len(captions) / len(found))) for term, found in images.items()}
+        self._weights = {term: float(np.log(1 + self.shown.sum() / len(found))) for term, found in images.items()}
         squares = np.zeros(len(captions))
         for term, found in self._images.items():
             squares[found] += self._weights[term] ** 2

@@ -160,6 +160,17 @@ class Patches:
         arrays = (self.keys, self.codes, self.starts, self.rows, self.by_context)
         return sum(held.nbytes for held in arrays if held is not None)
 
+    def only(self, kept: Bool[np.ndarray, " N"]) -> "Patches":
+        """Returns the patches of the stored rows ``kept``. Contexts and keys stay, so indexes over them stay valid.
+
+        Without posting lists, the codes of other rows become -1, which no search finds.
+        """
+        if self.starts is None or self.rows is None:
+            return dataclasses.replace(self, codes=np.where(kept, self.codes.astype(np.int32), -1))
+        keep = kept[self.rows]
+        starts = np.concatenate([[0], np.cumsum(keep)]).astype(np.int32)[self.starts]
+        return dataclasses.replace(self, starts=starts, codes=self.codes[keep], rows=self.rows[keep])
+
     def own(self, context: Int[np.ndarray, "n 4"] | Float[np.ndarray, "n E"]) -> tuple[np.ndarray, np.ndarray]:
         """Returns, for each query context, the equal unique context and the number of its patches.
 
@@ -192,7 +203,7 @@ class Patches:
         unique, distance = unique[:, :k], distance[:, :k]
         found_code, found_distance, found_id = no_neighbors(len(unique), k)
         if self.starts is None:
-            first, count = unique, (unique >= 0).astype(np.int64)
+            first, count = unique, ((unique >= 0) & (self.codes[unique] >= 0)).astype(np.int64)
         else:
             first = self.starts[unique]
             count = np.where(unique >= 0, self.starts[unique + 1] - first, 0).astype(np.int64)
@@ -238,7 +249,9 @@ def packed(contexts: Integer[np.ndarray, "n 4"]) -> UInt64[np.ndarray, " n"]:
 
 
 def stored_patches(store: Datastore, name: str, rows: tuple[int, int]) -> Patches:
-    """Returns the patches of a range of stored rows; their own rows count from the first of the range.
+    """Returns the patches of a range of stored rows, without those of images that are not shown.
+
+    Their own rows count from the first of the range.
 
     Args:
       store: the store to read.
@@ -261,8 +274,12 @@ def stored_patches(store: Datastore, name: str, rows: tuple[int, int]) -> Patche
     first, end = first - images[0] * step, end - images[0] * step
     grids = store.codes_of(*images)
     codes = grids.reshape(len(grids), -1)[:, kind.positions(grid)].reshape(-1)[first:end]
+
+    def shown(patches: Patches) -> Patches:
+        return patches if store.shown is None else patches.only(np.repeat(store.shown[slice(*images)], step)[first:end])
+
     if kind.unique:
         contexts = grid_ops.contexts_of_grids(grids).reshape(-1, 4)[first:end]
-        return Patches.deduplicate(contexts, codes, store.codebook, kind)
+        return shown(Patches.deduplicate(contexts, codes, store.codebook, kind))
     records = store.records_of(kind.file, *images)
-    return Patches(KeysOfRows(kind, records, store.table(name), first, end - first), codes, kind)
+    return shown(Patches(KeysOfRows(kind, records, store.table(name), first, end - first), codes, kind))

@@ -85,7 +85,7 @@ def report(
         "queries_per_second": queries_per_second(host, query),
         "bytes_per_patch": sum(part.nbytes for part in host.shards.values()) / rows,
         "num_patches": rows,
-        "num_images": store.num_images,
+        "num_images": store.num_shown,
         "num_bad": store.num_bad,
     }
     write_json(Path(store.directory) / ("report.json" if kind == first else f"report-{kind}.json"), figures)
@@ -125,7 +125,8 @@ def held_out_contexts(store: Datastore) -> Int[np.ndarray, "n 4"]:
     background equals its mirror image.
     """
     rng = np.random.default_rng(0)
-    images = rng.permutation(store.num_images)[:QUERIES]
+    images = rng.permutation(store.num_images)
+    images = images[:QUERIES] if store.shown is None else images[store.shown[images]][:QUERIES]
     contexts = grid_ops.contexts_of_grids(store.codes[images][:, :, ::-1].astype(np.int32)).reshape(-1, 4)
     contexts = contexts[rng.permutation(len(contexts))]
     known, wanted = np.zeros(len(contexts), bool), packed(contexts)
@@ -176,13 +177,13 @@ def kth_distances(
     near: np.ndarray = np.full((len(query), 0), np.inf, np.float32)
     count: np.ndarray = np.zeros((len(query), 0), np.int64)
     for part in parts:
-        members = np.ones(len(part.keys), np.int64) if part.starts is None else np.diff(part.starts)
+        members = (part.codes >= 0).astype(np.int64) if part.starts is None else np.diff(part.starts)
         for first in range(0, len(part.keys), BLOCK):
             block = slice(first, first + BLOCK)
             distance = np.maximum(part.kind.distance(part.kind.scores(query, part.keys[block])), 0)
-            near = np.concatenate([near, distance], 1)
+            near = np.concatenate([near, np.where(members[block] > 0, distance, np.inf)], 1)
             count = np.concatenate([count, np.broadcast_to(members[block], distance.shape)], 1)
-            if near.shape[1] > most:  # enough, because every context has at least one patch
+            if near.shape[1] > most:  # enough, because every context at a finite distance has a patch
                 kept = np.argpartition(near, most - 1, 1)[:, :most]
                 near, count = (np.take_along_axis(x, kept, 1) for x in (near, count))
     order = np.argsort(near, 1)

@@ -81,7 +81,7 @@ def begun(
                     f"shards of {directory} are not to be seen here, the first is {lost[0]}; --workdir must be on a "
                     "disk that all machines share"
                 )
-            write_manifest(directory, _manifest(kind, directory, settings))
+            write_manifest(directory, manifest_of(kind, directory, settings))
             remove_temporary(directory)
         (directory / BUILDING).unlink(missing_ok=True)
     engine.meet(f"manifest of {directory}")
@@ -250,7 +250,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _manifest(kind: type[ShardFolder], directory: Path, settings: ShardSettings) -> dict[str, Any]:
+def manifest_of(kind: type[ShardFolder], directory: Path, settings: ShardSettings) -> dict[str, Any]:
     """Returns the content of the manifest; reads and hashes every file."""
     counts = {name: {"images": 0} for name in settings.other_files}
     for shard in range(settings.num_shards):

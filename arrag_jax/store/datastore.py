@@ -10,6 +10,7 @@ One directory::
                                           "holiday/beach.jpg", "shard-17.tar!000123.jpg")
   captions-00000-of-00004.txt             only in stores with captions: one line per image, its caption
   bad-00000-of-00004.txt                  only if images were left out: one line per image, its id, a tab and the reason
+  forgotten.json                          only if images were forgotten: their names; see ``store.forgetting``
   part-00001/ …                           segments added later; each is a store of its own with all of the above
   hidden-0123456789abcdef/ …              keys of kind "hidden" of one backbone; see ``store.hidden``
 
@@ -38,12 +39,12 @@ from arrag_jax.parsing import in_range
 from arrag_jax.store.hidden import HiddenFolder, backbones_in, folder_of, open_hidden, records_of_all
 from arrag_jax.store.record_files import read_array, read_records
 from arrag_jax.store.shards import MANIFEST, ShardFolder, ShardSettings, content_hash, reading
+from arrag_jax.store.shown import ShownImages, forgotten_in
 
 CODEBOOK = "codebook.npz"
 SAME_IN_ALL_SEGMENTS = ("fingerprint", "grid", "codebook_size", "code_dim", "keys", "captions")
 GROW = ("keys", "captions")  # settings that can be extended in a complete store
-# Prefixes of the files that can be added to a complete store later; see ``store.extension``
-FURTHER = ("captions-", *(f"{file}-" for file in KINDS_BY_FILE if file != "codes"))
+FURTHER = ("captions-", *(f"{file}-" for file in KINDS_BY_FILE if file != "codes"))  # files that ``extension`` adds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ class StoreSettings(ShardSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class Datastore(ShardFolder):
+class Datastore(ShownImages, ShardFolder):
     """A complete, opened store. Arrays are read on first use and cached; treat them as read-only.
 
     Only the first ``num_images`` images are visible; in a ``subset`` these are fewer than the stored ones.
@@ -108,6 +109,7 @@ class Datastore(ShardFolder):
     settings: StoreSettings
     segments: tuple["Datastore", ...] = ()  # the segments added later
     backbone: str = ""  # fingerprint of the backbone whose hidden states serve as keys; "" = none
+    forgotten: frozenset[str] = frozenset()  # names of the images that are hidden from everything
 
     noun: ClassVar[str] = "datastore"
     format_version: ClassVar[int] = 1
@@ -121,7 +123,8 @@ class Datastore(ShardFolder):
         segments = tuple(
             cls._open_segment(store, name, digest) for name, digest in store.manifest.get("parts", {}).items()
         )
-        return dataclasses.replace(store, segments=segments, num_images=sum(x.num_images for x in (store, *segments)))
+        images, names = sum(x.num_images for x in (store, *segments)), forgotten_in(store.directory)
+        return dataclasses.replace(store, segments=segments, num_images=images, forgotten=names)
 
     @classmethod
     def _open_segment(cls, store: "Datastore", name: str, fingerprint: str) -> "Datastore":
@@ -137,7 +140,6 @@ class Datastore(ShardFolder):
         differ += ["captions"] if ours.captions > theirs.captions else []
         if differ:
             raise UserError(f"{segment.directory} has another {differ[0]} than {store.directory}; {cls.rebuild}")
-        # Older stores identify a segment by the hash of its manifest.
         if fingerprint != segment.store_fingerprint and fingerprint != sha256_of(segment.directory / MANIFEST):
             raise UserError(f"{segment.directory} is not the segment that {store.directory} was given; {cls.rebuild}")
         return segment
@@ -299,8 +301,7 @@ class Datastore(ShardFolder):
 
     def further(self, *flags: str) -> str:
         """Returns the shell command that extends this store as the flags say."""
-        words = ["python", "-m", "arrag_jax.build_datastore", *flags, f"--workdir={self.directory}"]
-        return shlex.join(words)
+        return shlex.join(["python", "-m", "arrag_jax.build_datastore", *flags, f"--workdir={self.directory}"])
 
     def _files(self, kind: str, first: int, end: int) -> Iterator[tuple["Datastore", str, slice]]:
         """Yields the store, file name and slice within that file for each file with images ``first`` to ``end``."""

@@ -205,16 +205,24 @@ def _taken(stores: list[Datastore], keep_duplicates: bool) -> Iterator[_Taken]:
     reported: frozenset[tuple[str, str]] = frozenset()
     contents = [np.zeros(0, np.uint64)]
     for store in stores:
-        known, before = KnownContents(np.concatenate(contents), list(names)), reported
+        known, before, first = KnownContents(np.concatenate(contents), list(names)), reported, 0
         for segment in store.wholes:
+            first, shown = first + segment.num_images, None if store.shown is None else store.shown[first:]
             if keep_duplicates:
-                yield _Taken(segment, [None] * segment.num_images, frozenset())
+                yield _not_forgotten(_Taken(segment, [None] * segment.num_images, frozenset()), shown)
                 continue
             own = digests_of(segment)
             contents.append(own)
             names += segment.sources
             reported |= frozenset(segment.bad)
-            yield _Taken(segment, known.find(own), before)
+            yield _not_forgotten(_Taken(segment, known.find(own), before), shown)
+
+
+def _not_forgotten(taken: _Taken, shown: Bool[np.ndarray, " n"] | None) -> _Taken:
+    """Returns what is taken of the images that are shown; ``shown`` begins with those of the segment."""
+    if shown is None:
+        return taken
+    return taken._replace(same=[name if kept else CUT for name, kept in zip(taken.same, shown, strict=False)])
 
 
 def _cut(taken: _Taken, wanted: Wanted | None) -> _Taken:
