@@ -227,7 +227,8 @@ def sample(
       condition: the model's condition, e.g. (ids, mask) or class labels int [B]. It may also be the condition's first
         array alone, e.g. prompt ids int [B, L] from BOS to image-start; ``prompt_mask`` is then the second one.
       policy: ``Plain()`` if None. retriever: required by a policy that uses retrieval.
-      cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, window, max_copied_cells: see ``config.SamplingConfig``.
+      cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, window, max_copied_cells: see
+        ``config.SamplingConfig``.
       seed: one integer per image, or one integer for all. With one per image, an image depends only on its prompt and
         seed. With one for all, it also depends on the image's place in the batch.
       prompt_mask: 1 where ``condition`` holds a real token; None = everywhere.

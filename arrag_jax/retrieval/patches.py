@@ -114,6 +114,7 @@ class Patches:
       starts: where the posting list of each context begins in ``codes`` and ``rows``; the last item is N.
       rows: the concatenated posting lists: stored row of each patch, in the order of ``codes``.
       by_context: numbers of the unique contexts in ascending order of ``packed``.
+      thinned: whether contexts may have no patch, see ``only``.
     """
 
     keys: Keys
@@ -123,6 +124,7 @@ class Patches:
     starts: Int[np.ndarray, " U+1"] | None = None
     rows: Int[np.ndarray, " N"] | None = None
     by_context: Int[np.ndarray, " U"] | None = None
+    thinned: bool = False
 
     @classmethod
     def deduplicate(
@@ -166,10 +168,18 @@ class Patches:
         Without posting lists, the codes of other rows become -1, which no search finds.
         """
         if self.starts is None or self.rows is None:
-            return dataclasses.replace(self, codes=np.where(kept, self.codes.astype(np.int32), -1))
+            return dataclasses.replace(self, codes=np.where(kept, self.codes.astype(np.int32), -1), thinned=True)
         keep = kept[self.rows]
         starts = np.concatenate([[0], np.cumsum(keep)]).astype(np.int32)[self.starts]
-        return dataclasses.replace(self, starts=starts, codes=self.codes[keep], rows=self.rows[keep])
+        return dataclasses.replace(self, starts=starts, codes=self.codes[keep], rows=self.rows[keep], thinned=True)
+
+    def _with_patches(self, unique: np.ndarray, distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the contexts that have a patch and their distances, in the same order; then empty slots."""
+        empty = self.codes[unique] < 0 if self.starts is None else self.starts[unique + 1] == self.starts[unique]
+        empty |= unique < 0
+        order = np.argsort(empty, axis=1, kind="stable")
+        unique, distance = np.where(empty, -1, unique), np.where(empty, np.inf, distance)
+        return np.take_along_axis(unique, order, 1), np.take_along_axis(distance, order, 1)
 
     def own(self, context: Int[np.ndarray, "n 4"] | Float[np.ndarray, "n E"]) -> tuple[np.ndarray, np.ndarray]:
         """Returns, for each query context, the equal unique context and the number of its patches.
@@ -200,10 +210,12 @@ class Patches:
         Returns:
           codes, distances and stored rows, [n, k].
         """
+        if self.thinned:
+            unique, distance = self._with_patches(unique, distance)
         unique, distance = unique[:, :k], distance[:, :k]
         found_code, found_distance, found_id = no_neighbors(len(unique), k)
         if self.starts is None:
-            first, count = unique, ((unique >= 0) & (self.codes[unique] >= 0)).astype(np.int64)
+            first, count = unique, (unique >= 0).astype(np.int64)
         else:
             first = self.starts[unique]
             count = np.where(unique >= 0, self.starts[unique + 1] - first, 0).astype(np.int64)
