@@ -4,6 +4,8 @@
 import collections
 import json
 import re
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -298,6 +300,34 @@ def test_the_known_images_tell_a_detector_from_a_broken_one(lines, tmp_path):
     assert known.check(detector) == 5
     with pytest.raises(UserError, match=r"the detector fails on known images: it finds .* for zebra"):
         known.check(open_detector(f"onnx:{DETECTOR}", str(shifted)))
+
+
+def test_real_photos_are_scored_from_the_file_to_the_table(photos, lines, tmp_path, capsys):
+    """Three right ones, and the same three with other prompts; detections stand in the folder afterwards."""
+    pytest.importorskip("onnxruntime")
+    del lines
+    files = ("1178705300_c224d9a4f1.jpg", "1319634306_816f21677f.jpg", "1378557186_4bd1da6834.jpg")
+    right = [("dog", ["dog"]), ("horse", ["horse"]), ("a person and a dog", ["person", "dog"])]
+    wrong = [("cat", ["cat"]), ("dog", ["dog"]), ("a person and a horse", ["person", "horse"])]
+    with tarfile.open(photos / "flickr8k_dev_224.tar") as tar:
+        found = {Path(member.name).name: member for member in tar if member.name.endswith(files)}
+        images = [Image.open(tar.extractfile(found[name])).convert("RGB") for name in files]
+    prompts = tmp_path / "lines.jsonl"
+    with open(prompts, "w") as file:
+        for text, names in right + wrong:
+            include = [{"class": name, "count": 1} for name in names]
+            tag = "single_object" if len(names) == 1 else "two_object"
+            file.write(json.dumps({"tag": tag, "include": include, "prompt": f"a photo of {text}"}) + "\n")
+    for number in range(6):
+        folder = tmp_path / "out" / f"{number:05d}" / "samples"
+        folder.mkdir(parents=True)
+        images[number % 3].save(folder / "0000.png")
+    score(tmp_path / "out", f"onnx:{DETECTOR}", prompts, object_names=str(NAMES))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [row["correct"] for row in rows] == [True] * 3 + [False] * 3
+    figures = measurements.read_results(str(tmp_path / "out"))["figures"]
+    assert figures["single_object"]["value"] == figures["two_object"]["value"] == 0.5
+    assert "not comparable with published GenEval: the detector is yolox_nano.onnx" in capsys.readouterr().out
 
 
 def test_instances_are_those_of_the_plain_rule():
