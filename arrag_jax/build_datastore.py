@@ -24,6 +24,7 @@ all processes can access. With --ray the command is started once, and the images
 docs/clusters.md.
 """
 
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -34,7 +35,9 @@ from arrag_jax.command import OPTIONAL_CONFIG, RAY, RAY_CORES, Flag, main_with_c
 from arrag_jax.config import DatastoreConfig
 from arrag_jax.errors import UserError
 from arrag_jax.retrieval import build
+from arrag_jax.store.dry_run import encoding_program
 from arrag_jax.store.from_images import recorded_config
+from arrag_jax.topology import TOPOLOGY, dry_run, open_topology
 from arrag_jax.work import open_engine
 
 ALL = -1e9  # value of --excess_above that every image exceeds, in bits
@@ -54,8 +57,14 @@ def run(
     purge: bool = False,
     ray: str = "",
     ray_cores: int = RAY_CORES.default,
+    topology: str = "",
 ) -> None:
     """Builds the datastore of the config in --workdir, or does what a flag requests; run it again to continue."""
+    if topology:
+        if config is None:
+            raise UserError("missing --config (see --help)")
+        opened = open_topology(topology)
+        sys.exit(dry_run(opened, [encoding_program(config, opened)], Path(workdir)))
     forgets = bool(forget or forget_list)
     alone = (merge, verify, report, forgets, purge)
     if jax.process_index() > 0 and any(alone):
@@ -104,5 +113,6 @@ if __name__ == "__main__":
         purge=Flag("rewrite the datastore without the images that were forgotten", False),
         ray=RAY,
         ray_cores=RAY_CORES,
+        topology=TOPOLOGY,
         verify=Flag("read every file in --workdir: exit 0, or the name of the damaged one", False),
     )

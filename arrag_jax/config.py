@@ -155,6 +155,9 @@ class TrainConfig(Settings):
     ema_decay: float = 0.0  # decay of the moving average of the weights, which is then exported; 0 = no average
     accumulate: int = 1  # microbatches per step; more of them need less memory, and the update stays the same
     compute_dtype: str = "float32"  # dtype of the trained parameters in the loss: "float32" | "bfloat16"
+    # What the forward pass of a decoder's layer keeps for the backward pass: "none" keeps everything, "dots" keeps the
+    # matrix products, "full" keeps the layer's input; the rest is computed again. Less memory, the same update.
+    remat: str = "none"
     # Where the initial parameters come from: a model folder, or the workdir of another run, whose best checkpoint is
     # used. A model folder may know fewer words and image codes. Empty = random initial parameters.
     init_from: ModelPath = ""
@@ -162,6 +165,7 @@ class TrainConfig(Settings):
     def __post_init__(self):
         _one_of("task", self.task, ("tokenizer", "prior", "faid"))
         _one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+        _one_of("remat", self.remat, ("none", "dots", "full"))
         for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "accumulate"):
             _in_range(name, getattr(self, name), 1)
         _seed(self.seed)
@@ -249,8 +253,9 @@ class RetrievalConfig(Settings):
     k: int = 16  # neighbours per position
     keys: str = "codebook"  # kind of key to search by: "codebook" | "latent" | "hidden"
     # Where the search runs: "scann" (on the host) | "dense" (on the device, exact) | "ray", "ray_dense" (the same,
-    # each on its share of the store, on the machines of a Ray cluster).
-    search: str = "scann"
+    # each on its share of the store, on the machines of a Ray cluster) | "auto": "scann" on CPUs, else "dense", because
+    # a program on a TPU must not call its host. It then holds codebook keys as "codes".
+    search: str = "auto"
     storage: str = "float32"  # how "dense" stores keys: "float32" | "bfloat16"; for codebook keys also "codes" | "int8"
     num_images: int = 0  # search only the first images; 0 = all. A ScaNN index over fewer images is built in memory
     scann: ScannOptions = ScannOptions()
@@ -258,7 +263,7 @@ class RetrievalConfig(Settings):
 
     def __post_init__(self):
         _one_of("keys", self.keys, tuple(KEY_KINDS))
-        _one_of("search", self.search, ("scann", "dense", "ray", "ray_dense"))
+        _one_of("search", self.search, ("auto", "scann", "dense", "ray", "ray_dense"))
         KEY_KINDS[self.keys].require_storage(self.storage)
         for name, low in (("k", 1), ("num_images", 0)):
             _in_range(name, getattr(self, name), low)
@@ -351,7 +356,7 @@ class HiddenConfig(Settings):
     store: DataPath = ""  # folder of a datastore with hidden keys; empty = retrieval.store
     cut_store: DataPath = ""  # folder of the part of it that "gated+cut" searches (build_datastore --excess_above)
     k: int = 64  # neighbours per position
-    search: str = "scann"  # where the search runs, as retrieval.search
+    search: str = "auto"  # where the search runs, as retrieval.search
     storage: str = "int8"  # how "dense" stores keys: "int8" (as in the store) | "float32"
     copy_share: float = 1.0  # leave out neighbours whose image has this share of its bits in the picture; 1 = none
     images: int = 64  # stored images with near captions that "hidden+caption", "gated+caption" and "gated+cut" search

@@ -36,7 +36,9 @@ from arrag_jax.evaluation.benchmarks import (
     is_folder_benchmark,
     open_folder_benchmark,
 )
+from arrag_jax.evaluation.dry_run import PATCHES, dry_run_of_drawing
 from arrag_jax.evaluation.measure import evaluate
+from arrag_jax.topology import TOPOLOGY
 from arrag_jax.work import open_engine
 
 SEEDS = 3
@@ -103,6 +105,16 @@ def run(
     evaluate(config, workdir, benchmark, split, num_prompts, num_scenes, sweep, scaling)
 
 
+def run_or_compile(
+    config: DrawConfig | None, workdir: str, topology: str, patches: int, method: str, **flags: Any
+) -> int | None:
+    """Compiles what the config draws for --topology if that is given, else does the same as ``run``."""
+    if topology:
+        return dry_run_of_drawing(config, method, topology, patches, workdir)
+    run(config, workdir, method=method, **flags)
+    return None
+
+
 def _compare(folders: Sequence[str]) -> None:
     if len(folders) != 2:
         raise UserError(f"--compare needs two folders, and {len(folders)} are given: --compare OUT1 OUT2")
@@ -112,7 +124,7 @@ def _compare(folders: Sequence[str]) -> None:
 if __name__ == "__main__":
     own: Any = benchmark_flags()
     main_with_config(
-        run,
+        run_or_compile,
         DrawConfig,
         "apart",
         config=OPTIONAL_CONFIG,
@@ -141,6 +153,8 @@ if __name__ == "__main__":
             "",
             path=True,
         ),
+        topology=TOPOLOGY,
+        patches=PATCHES,
         compare=Flag(
             "folder of a finished run; give two, and their figures are compared prompt by prompt",
             (),

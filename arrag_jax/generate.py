@@ -19,7 +19,9 @@ both off.
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import DrawConfig
 from arrag_jax.decode.methods import METHODS
+from arrag_jax.evaluation.dry_run import PATCHES, dry_run_of_drawing
 from arrag_jax.evaluation.generation import AUTO, SIDE, generate
+from arrag_jax.topology import TOPOLOGY
 
 
 def run(
@@ -31,9 +33,14 @@ def run(
     scale: int | str,
     provenance: bool = True,
     test_group: str = "",
-) -> None:
+    topology: str = "",
+    patches: int = PATCHES.default,
+) -> int:
     """Draws every prompt with every method, or only with --method, into --workdir; run it again to continue."""
+    if topology:
+        return dry_run_of_drawing(config, method, topology, patches, workdir)
     generate(config, workdir, prompt, test_prompts, method, scale, provenance, test_group)
+    return 0
 
 
 if __name__ == "__main__":
@@ -51,4 +58,6 @@ if __name__ == "__main__":
         ),
         scale=Flag(f"how many times an image is enlarged; {AUTO}: small ones to about {SIDE} pixels", AUTO),
         provenance=Flag("for methods that retrieve, write where the codes came from and how much is copied", True),
+        topology=TOPOLOGY,
+        patches=PATCHES,
     )

@@ -282,7 +282,7 @@ class TunableModel(BlendingBackbone, ImageTokenizer, Protocol):
         """Returns a copy for decoding; see ``BlendingBackbone.fused``."""
         ...
 
-    def add_adapters(self, lora: Any, faid: Any, rngs: Any, start_silent: bool = False, devices: int = 1) -> None:
+    def add_adapters(self, lora: Any, faid: Any, rngs: Any, start_silent: bool = False) -> None:
         """Adds LoRA matrices and blenders to this model, in place.
 
         Args:

@@ -4,8 +4,9 @@ The mesh has two axes. A batch is split over "data" and "fsdp" together. Large p
 split over "fsdp", and XLA gathers them when they are used. A single device is the mesh 1 x 1.
 """
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ SHARDING_RULES: tuple[tuple[str, P], ...] = (
 SMALLEST_SHARDED = 2**16  # elements; replicating a smaller leaf costs less than gathering it
 
 
-def make_mesh(config: MeshConfig, alone: bool = False) -> Mesh:
+def make_mesh(config: MeshConfig, alone: bool = False, devices: Sequence[Any] = ()) -> Mesh:
     """Returns a mesh with the axes ("data", "fsdp").
 
     A single process can use fewer devices than it has. Several processes use all their devices.
@@ -39,12 +40,13 @@ def make_mesh(config: MeshConfig, alone: bool = False) -> Mesh:
     Args:
       config: the shape.
       alone: this process's devices are meshed as if there were no other process.
+      devices: devices of another machine to compile for (``topology``); () = those of this run.
 
     Raises:
       UserError: if the shape is not valid, or the devices do not fit it.
     """
-    devices = jax.local_devices() if alone else jax.devices()
     whole_run = jax.process_count() > 1 and not alone
+    devices = devices or (jax.local_devices() if alone else jax.devices())
     shape = {"data": config.data, "fsdp": config.fsdp}
     free = [name for name, size in shape.items() if size == -1]
     taken = int(np.prod([size for size in shape.values() if size != -1]))
@@ -55,7 +57,7 @@ def make_mesh(config: MeshConfig, alone: bool = False) -> Mesh:
     size = shape["data"] * shape["fsdp"]
     if size == 0 or size > len(devices) or len(devices) % taken or (whole_run and size != len(devices)):
         raise UserError(f"mesh {shape} does not fit {len(devices)} devices; change config.mesh")
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), (AxisType.Auto,) * 2, devices=devices[:size])
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), (AxisType.Auto,) * 2, devices=list(devices)[:size])
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
@@ -88,16 +90,46 @@ def state_shardings(state: PyTree, mesh: Mesh) -> PyTree:
     """Returns a NamedSharding from ``partition_spec`` for every leaf of a state of arrays or of their shapes."""
 
     def sharding(path, leaf):
-        return NamedSharding(
-            mesh, partition_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh)
-        )
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")  # of an nnx.Variable
+        return NamedSharding(mesh, partition_spec(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def abstract_state(state: PyTree, mesh: Mesh, spec: P | None = None) -> PyTree:
+    """Returns the shapes of a state with their shardings: those of ``state_shardings``, or one for all leaves."""
+    shardings = (
+        state_shardings(state, mesh) if spec is None else jax.tree.map(lambda _: NamedSharding(mesh, spec), state)
+    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
 def put_state(state: PyTree, mesh: Mesh) -> PyTree:
     """Places a state on the mesh by ``state_shardings``; every process must hold the complete state."""
     return jax.tree.map(_put, state, state_shardings(state, mesh))
+
+
+def put_parameter(path: str, value: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    """Returns a parameter on the mesh, laid out by ``partition_spec``; each device receives its own share alone.
+
+    Args:
+      path: dotted path in the model.
+      value: the complete parameter, which every process must hold.
+      mesh: None = the default device.
+    """
+    if mesh is None:
+        return jnp.asarray(value)
+    sharding = NamedSharding(mesh, partition_spec(path.replace(".", "/"), value.shape, mesh))
+    return jax.make_array_from_callback(value.shape, sharding, lambda place: value[place])
+
+
+def fetched(array: Any) -> np.ndarray:
+    """Returns an array on the host of every process; every process must call this together with the others."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        sharding = array.sharding
+        assert isinstance(sharding, NamedSharding)  # as everything that ``partition_spec`` lays out
+        array = jax.device_put(array, NamedSharding(sharding.mesh, P())).addressable_data(0)
+    return np.asarray(array)
 
 
 def put_rows(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -136,6 +168,45 @@ def put_whole_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, ja
     rows = {len(values) for values in batch.values()}
     spec = BATCH if all(count % mesh.size == 0 for count in rows) else P()
     return jax.device_put(dict(batch), NamedSharding(mesh, spec))
+
+
+def context(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Returns the context in which programs for a mesh are traced: ``split_rows`` and ``on_own_rows`` ask for it."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def devices_in_context() -> int:
+    """Returns how many devices share the rows of a batch in the program that is being traced."""
+    return max(1, jax.sharding.get_abstract_mesh().size)
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Returns an array of a program, its rows split over all devices of the mesh in context (``jax.set_mesh``).
+
+    Without this, XLA may split other axes of hidden states instead, like the weights that they meet. An array whose
+    rows do not divide evenly stays as it is, and so does every array where there is no mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or len(x) % mesh.size:
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def on_own_rows(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """Returns ``function(*arrays)`` computed by every device on its own rows.
+
+    XLA cannot split a hand-written kernel. Rows that do not divide evenly are computed on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    spec = P() if len(arrays[0]) % mesh.size else BATCH
+    return jax.shard_map(function, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)(*arrays)
+
+
+def on_own_device(tree: Any, mesh: Mesh) -> Any:
+    """Returns arrays that lie on the mesh as arrays on one device of each process, whole."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), put_everywhere(tree, mesh))
 
 
 def put_everywhere(tree: Any, mesh: Mesh) -> Any:

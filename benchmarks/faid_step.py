@@ -29,8 +29,8 @@ from flax import nnx
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.presets import PRESETS
 from arrag_jax.nn.faid import Blender, FaidConfig
+from arrag_jax.nn.layer import LlamaConfig
 from arrag_jax.nn.lora import LoraConfig
-from arrag_jax.nn.transformer import LlamaConfig
 from arrag_jax.nn.variables import Adapter
 from arrag_jax.training.faid import mark_adapters
 from arrag_jax.training.metrics import peak_memory_gib

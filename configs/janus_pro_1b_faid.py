@@ -20,13 +20,14 @@ def get_config() -> ConfigDict:
             "task": "faid",
             "steps": 195,
             "batch_size": 256,
-            "accumulate": 4,
+            "accumulate": 2,
             "compute_dtype": "bfloat16",
+            "remat": "dots",
             "optimizer": {
                 "learning_rate": 2e-4, "warmup_steps": 20, "decay_fraction": 0.0, "weight_decay": 0.01,
                 "b2": 0.999, "clip_norm": 1.0,
             },
-            "mesh": {"data": -1, "fsdp": 1},
+            "mesh": {"data": 1, "fsdp": -1},
             "options": {
                 "base": "checkpoints/janus-pro-1b",
                 "neighbors": "neighbors/janus-pro-1b",

@@ -15,7 +15,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import save_model
 from arrag_jax.models.janus import VISION, Janus
 from arrag_jax.models.presets import JanusConfig
-from arrag_jax.nn.transformer import LlamaConfig
+from arrag_jax.nn.layer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
 from arrag_jax.retrieval import index
 from arrag_jax.retrieval.load import load_retriever

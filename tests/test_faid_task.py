@@ -21,8 +21,9 @@ from arrag_jax.models.weights import parameters
 from arrag_jax.nn.variables import Adapter, Frozen
 from arrag_jax.ops import blend as blend_ops
 from arrag_jax.training.faid import FaidTask
-from arrag_jax.training.loop import init_state, make_train_step, train
+from arrag_jax.training.loop import make_train_step, train
 from arrag_jax.training.optimizer import make_optimizer
+from arrag_jax.training.state import init_state
 from arrag_jax.training.tasks import make_task
 from helpers import workshop
 from helpers.toy import by_path, lines, losses, split_leaves
@@ -38,7 +39,7 @@ def folder(tmp_path_factory):
 
 def without_pictures(monkeypatch):
     """Drawing them takes longer than a short training."""
-    monkeypatch.setattr(FaidTask, "sample_callback", lambda self: lambda model: {})
+    monkeypatch.setattr(FaidTask, "sample_callback", lambda self, mesh: lambda model: {})
 
 
 def first_batch(task) -> dict[str, jax.Array]:
@@ -157,7 +158,9 @@ def test_the_blenders_form_goes_by_a_devices_own_cells(folder, monkeypatch):
     monkeypatch.setattr(blend_ops, "cheaper_composed", lambda hops, positions, width: bool(seen.append(positions)))
     for shape in (MeshConfig(1, 1), MeshConfig(2, 4)):
         task = make_task(workshop.config(folder, mesh=shape))
-        jax.eval_shape(task.eval_metrics, task.init_model(nnx.Rngs(0)), first_batch(task))
+        model = task.init_model(nnx.Rngs(0))
+        with jax.set_mesh(mesh.make_mesh(shape)):
+            jax.eval_shape(task.eval_metrics, model, first_batch(task))
     assert seen == [8 * 144] * 2 + [144] * 2
 
 

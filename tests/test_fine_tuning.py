@@ -17,8 +17,9 @@ from arrag_jax.errors import UserError
 from arrag_jax.mesh import make_mesh, put_batch
 from arrag_jax.training.checkpoint import Checkpoints, read_params
 from arrag_jax.training.export import export_checkpoint
-from arrag_jax.training.loop import init_state, make_train_step, train
+from arrag_jax.training.loop import make_train_step, train
 from arrag_jax.training.optimizer import make_optimizer
+from arrag_jax.training.state import init_state
 from helpers.toy import ONE_DEVICE, WIDTH, ToyTask, assert_same_bits, by_path, final_state, lines, losses, toy_config
 
 OTHER = toy_config(seed=5, ema_decay=0.5, eval_every=2, steps=8)

@@ -21,8 +21,8 @@ from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.models.weights import parameters
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.training.checkpoint import Checkpoints, read_params
-from arrag_jax.training.loop import init_state
 from arrag_jax.training.optimizer import make_optimizer
+from arrag_jax.training.state import init_state
 from arrag_jax.training.sums import _on_devices, sums_of_arrays
 from helpers import stored, tiny, toy
 

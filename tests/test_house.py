@@ -32,8 +32,8 @@ FILE_LINES, FUNCTION_LINES = 350, 60
 FLOORS = {
     **dict.fromkeys(("signals", "forks", "progress", "errors", "config", "parsing", "files", "json_files"), 0),
     **dict.fromkeys(("command", "mesh", "ops", "hub", "meeting", "native_output", "processes", "checksums"), 0),
-    **dict.fromkeys(("fields", "failures", "console", "usage", "huggingface"), 0),
-    **dict.fromkeys(("interfaces", "nn", "figures"), 1),
+    **dict.fromkeys(("fields", "failures", "console", "usage", "huggingface", "costs"), 0),
+    **dict.fromkeys(("interfaces", "nn", "figures", "topology"), 1),
     **dict.fromkeys(("models", "data", "work", "on_ray", "ray_actor", "ray_shares"), 2),
     **dict.fromkeys(("store",), 3),
     **dict.fromkeys(("retrieval", "decode"), 4),

@@ -16,9 +16,9 @@ from arrag_jax.interfaces import ImageModel, TunableModel
 from arrag_jax.models.checkpoint import load_model
 from arrag_jax.models.llamagen_files import LAYOUT
 from arrag_jax.models.weights import parameters
+from arrag_jax.nn.layer import Layer
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.rotary import turn_by_grid
-from arrag_jax.nn.transformer import Layer
 from arrag_jax.ops import grid
 from arrag_jax.ops.sampling import guide
 from helpers import llamagens, tiny

@@ -22,8 +22,8 @@ from arrag_jax.models.text import PromptTokenizer
 from arrag_jax.models.weights import parameters
 from arrag_jax.nn.abstract import abstract
 from arrag_jax.nn.faid import FaidConfig
+from arrag_jax.nn.layer import LlamaConfig
 from arrag_jax.nn.lora import LoraConfig
-from arrag_jax.nn.transformer import LlamaConfig
 from helpers import tiny
 
 

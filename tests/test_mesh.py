@@ -121,8 +121,8 @@ class StoppedTask(ToyTask):
         super().__init__(pause=0.02)
         self._signalled = False
 
-    def sample_callback(self):
-        draw_samples = super().sample_callback()
+    def sample_callback(self, mesh):
+        draw_samples = super().sample_callback(mesh)
 
         def paint_and_signal(model):
             if jax.process_index() == 1 and not self._signalled:

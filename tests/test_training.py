@@ -19,9 +19,10 @@ from arrag_jax.data.loader import make_loader
 from arrag_jax.errors import UserError, run_command
 from arrag_jax.files import exclusive_lock
 from arrag_jax.mesh import make_mesh, put_batch
-from arrag_jax.training.loop import init_state, make_evaluation, make_train_step, train
+from arrag_jax.training.loop import make_evaluation, make_train_step, train
 from arrag_jax.training.metrics import MetricWriter
 from arrag_jax.training.optimizer import make_optimizer
+from arrag_jax.training.state import init_state
 from arrag_jax.training.tensorboard import Event, SessionLog
 from helpers import children
 from helpers.toy import (
@@ -112,7 +113,7 @@ class SignalledTask(ToyTask):
         super().__init__()
         self._number = number
 
-    def sample_callback(self):
+    def sample_callback(self, mesh):
         return lambda model: os.kill(os.getpid(), self._number) or {}
 
 

@@ -9,16 +9,17 @@ from arrag_jax import mesh
 from arrag_jax.config import MeshConfig, OptimizerConfig, RetrievalConfig, TrainConfig
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
-from arrag_jax.training.faid import FaidOptions, FaidTask, mark_adapters
-from arrag_jax.training.loop import init_state, make_train_step
+from arrag_jax.training.faid import FaidOptions, FaidStep, mark_adapters
+from arrag_jax.training.loop import make_train_step
 from arrag_jax.training.optimizer import make_optimizer
-from arrag_jax.training.prior import PriorOptions, PriorTask
+from arrag_jax.training.prior import PriorOptions, PriorStep
+from arrag_jax.training.state import init_state
 from helpers import golden, tiny
 
 BATCH = 4
 
 
-class GivenPrior(PriorTask):
+class GivenPrior(PriorStep):
     """The prior's loss for a model that no run made."""
 
     tokens = 20
@@ -26,11 +27,14 @@ class GivenPrior(PriorTask):
     def __init__(self):
         self.options = PriorOptions("janus-emoji", "", caption_dropout=0.25)
 
-    def init_model(self, rngs):
+    def load(self, mesh):
+        return ()
+
+    def init_model(self, rngs, loaded=None):
         return tiny.janus()
 
 
-class GivenFaid(FaidTask):
+class GivenFaid(FaidStep):
     """FAiD's loss for a model that no run made."""
 
     tokens = 20
@@ -38,7 +42,10 @@ class GivenFaid(FaidTask):
     def __init__(self):
         self.options = FaidOptions("", "", RetrievalConfig(""), caption_dropout=0.25)
 
-    def init_model(self, rngs):
+    def load(self, mesh):
+        return ()
+
+    def init_model(self, rngs, loaded=None):
         model = tiny.janus()
         model.add_adapters(LoraConfig(rank=2, alpha=4.0, dropout=0.0), FaidConfig(1, (1, 2), 3), rngs)
         tiny.fill(model, 1)
@@ -62,7 +69,7 @@ def batch() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("task", [GivenPrior(), GivenFaid()], ids=["prior", "faid"])
 def test_the_first_losses_are_those_once_computed(task):
     """Each before its update: the second shows gradients, clipping and optimizer."""
-    name = "prior" if isinstance(task, PriorTask) else "faid"
+    name = "prior" if isinstance(task, PriorStep) else "faid"
     recorded = json.loads((golden.HERE / "training.json").read_text())[name]
     given = OptimizerConfig(warmup_steps=0, learning_rate=1e-2)
     config = TrainConfig(name, steps=4, batch_size=BATCH, options={}, mesh=MeshConfig(1, 1), optimizer=given)

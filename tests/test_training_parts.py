@@ -1,14 +1,21 @@
 """Laws of the parts of training: loader, schedule, optimizers."""
 
+import re
+
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from arrag_jax.config import OptimizerConfig
 from arrag_jax.data.loader import make_loader
+from arrag_jax.errors import UserError
+from arrag_jax.training.loop import train
 from arrag_jax.training.optimizer import make_optimizer, make_schedule
+from arrag_jax.training.program import Profile
+from helpers.toy import ToyTask, toy_config
 
 
 def test_loader_resumes_to_the_example_and_each_epoch_is_one_pass():
@@ -59,3 +66,20 @@ def test_clipping_bounds_what_the_optimizer_sees():
     _, state = optimizer.update({"w": jnp.full((3, 3), 100.0)}, optimizer.init(params), params)
     moment = optax.tree_utils.tree_get(state, "mu")["w"]
     np.testing.assert_allclose(jnp.linalg.norm(moment), 0.5 * (1 - OptimizerConfig().b1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["3", "0:2", "4:3", "a:b", "1:2:3"])
+def test_a_profile_is_two_steps(text):
+    with pytest.raises(UserError, match="must be START:STOP"):
+        Profile.parse(text)
+
+
+def test_a_profile_of_two_steps_is_written_and_the_memory_of_a_step_is_told(tmp_path, capsys):
+    config = toy_config(steps=4, eval_every=4)
+    train(config, ToyTask(), tmp_path, Profile.parse("2:3"))
+    written = [path.name for path in (tmp_path / "profile").rglob("*") if path.is_file()]
+    assert any(name.endswith(".xplane.pb") for name in written)  # TensorBoard's
+    assert any(name.startswith("perfetto_trace") for name in written)
+    said = capsys.readouterr().err
+    (needed,) = re.findall(r"a step needs ([\d.]+) GiB per device", said)
+    assert 0 <= float(needed) < 1

@@ -36,7 +36,7 @@ from arrag_jax.interfaces import (
     StateRetriever,
     StoredImages,
 )
-from arrag_jax.mesh import put_everywhere, put_rows
+from arrag_jax.mesh import context, put_everywhere, put_rows, put_state
 from arrag_jax.ops.host import awaited
 
 
@@ -156,6 +156,16 @@ def _advance(graph, state, policy, retriever, keys, sampling, stored, drawing, u
     return advance(nnx.merge(graph, state), policy, retriever, keys, sampling, stored, drawing, until)
 
 
+def lowered(*arguments: Any, mesh: Mesh | None) -> jax.stages.Lowered:
+    """Returns the program that draws positions, lowered for arguments or their shapes; see ``advance`` for their order.
+
+    Args:
+      arguments: graph and state of the model, then policy, retriever, keys, sampling, stored, drawing and until.
+    """
+    with context(mesh):
+        return _advance.lower(*arguments)
+
+
 def image_keys(seed: ArrayLike, batch: int) -> Key[Array, " batch"]:
     """Returns one random key per image.
 
@@ -191,7 +201,8 @@ class Prepared(NamedTuple):
 
     def until(self, position: int) -> "Prepared":
         """Returns the draw advanced to this position; ``self`` cannot be used any more."""
-        drawing = _advance(*self.model, *self.rest, self.drawing, np.int32(position))
+        with context(self.mesh):
+            drawing = _advance(*self.model, *self.rest, self.drawing, np.int32(position))
         awaited(drawing.out.codes)
         return self._replace(drawing=drawing)
 
@@ -232,8 +243,9 @@ def sample(
       seed: one integer per image, or one integer for all. With one per image, an image depends only on its prompt and
         seed. With one for all, it also depends on the image's place in the batch.
       prompt_mask: 1 where ``condition`` holds a real token; None = everywhere.
-      mesh: the batch is split over its axis "data", and every device gets a copy of the model. Every process calls this
-        function with the same arguments and gets all grids. The retriever must be on the mesh, too. None = one device.
+      mesh: the batch is split over its axis "data", and large parameters over "fsdp" unless they lie on the mesh
+        already. Every process calls this function with the same arguments and gets all grids. The retriever must be on
+        the mesh, too. None = one device.
       stored: images of the same grid, e.g. ``retrieval.stored_codes.StoredCodes``: no run is copied from them, and
         windows take guesses from them.
       grid: height and width in codes; None = the model's. return_log_probs: also return the distributions [B, T, V].
@@ -287,7 +299,8 @@ def prepare(
         if len(keys) % mesh.shape["data"]:
             raise UserError(f"{len(keys)} prompts do not split evenly over a mesh of data={mesh.shape['data']}")
         cond, uncond, keys = put_rows((cond, uncond, keys), mesh)
-        state = put_everywhere(state, mesh)
+        state = put_state(state, mesh)
         policy = put_everywhere(policy, mesh) if gate else policy
-    drawing = _begin(graph, state, cond, uncond, policy, len(keys), return_log_probs, sampling.window > 1)
+    with context(mesh):
+        drawing = _begin(graph, state, cond, uncond, policy, len(keys), return_log_probs, sampling.window > 1)
     return Prepared(model.grid, (graph, state), (policy, retriever, keys, sampling, stored), drawing, mesh)

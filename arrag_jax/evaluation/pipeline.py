@@ -22,12 +22,13 @@ from arrag_jax.evaluation.trust import Trust
 from arrag_jax.interfaces import DecodePolicy, ImageModel, PromptEncoder, Retriever, StateRetriever
 from arrag_jax.mesh import make_mesh, put_everywhere
 from arrag_jax.models.checkpoint import config_of, load_model, load_prompts, sample_hashes
+from arrag_jax.models.vq_images import with_whole_tokenizer
 from arrag_jax.nn.vq import to_uint8
 from arrag_jax.ops.keys import HIDDEN
 from arrag_jax.processes import require_same
 from arrag_jax.retrieval.captions import LimitedRetriever
 from arrag_jax.retrieval.copies import UncopiedRetriever
-from arrag_jax.retrieval.load import as_asked, backbone_of, index_hash_of, load_retriever, open_store
+from arrag_jax.retrieval.load import as_asked, backbone_of, index_hash_of, load_retriever, open_store, resolved
 from arrag_jax.retrieval.stored_codes import StoredCodes
 from arrag_jax.store.datastore import Datastore
 
@@ -283,11 +284,11 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = (), alone: bool =
     used = {config.model, *where.values()}
     if jax.process_count() > 1:
         require_same({name: value for folder in used for name, value in sample_hashes(folder).items()}, "model")
-    model = load_model(config.model, config.dtype)
+    model = _loaded(config.model, config.dtype, mesh)
     _ = model.codebook  # raises now, not after drawing, if the folder holds no image tokenizer
     text, loaded = load_prompts(config.model), {config.model: model}
     for folder in used - {config.model}:
-        loaded[folder] = load_model(folder, config.dtype)
+        loaded[folder] = _loaded(folder, config.dtype, mesh)
         if loaded[folder].fingerprint != model.fingerprint:
             raise UserError(f"{folder} has another image tokenizer than {config.model}; tune it from that model")
     tuned = {name: loaded[folder] for name, folder in where.items() if METHODS[name].model is not Kind.BASE}
@@ -316,11 +317,18 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = (), alone: bool =
     return Pipeline(config, chosen, model, tuned, text, searches, mesh, where, beside)
 
 
+def _loaded(folder: str, dtype: str, mesh: Mesh | None) -> ImageModel:
+    """Returns the model of a folder, its large parameters split over the mesh; its image tokenizer is not split."""
+    if mesh is None or mesh.shape["fsdp"] == 1:  # then every device needs the whole model, and only while it draws
+        return load_model(folder, dtype)
+    return with_whole_tokenizer(load_model(folder, dtype, mesh=mesh), mesh)
+
+
 def _open_search(
     config: DrawConfig, search: Search, methods: Sequence[Method], model: ImageModel, mesh: Mesh | None
 ) -> OpenSearch:
     """Returns a search that these methods use; the whole store is searched only if one of them is not limited."""
-    asked = search_config(config, search)
+    asked = resolved(search_config(config, search), mesh)
     backbone = backbone_of(model, asked.keys)
     if all(method.limited for method in methods):
         store, retriever = open_store(asked, model.fingerprint, backbone)[0], None

@@ -1,19 +1,25 @@
 """Reads and writes checkpoint folders of every model family: ``config.json``, weights, and the files for prompts."""
 
 from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
 
 from arrag_jax.errors import UserError
 from arrag_jax.files import sample_hash
 from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import ArrayLike, Backbone, ImageModel, ImageTokenizer, PromptEncoder
-from arrag_jax.models.family import ModelConfig
+from arrag_jax.models.family import Family, ModelConfig
 from arrag_jax.models.place import checkpoint_folder, config_folder
-from arrag_jax.models.registry import family_in, family_of
+from arrag_jax.models.registry import PRESETS_OF_ALL, family_in, family_of
 from arrag_jax.models.tensor_files import stored_tensors
-from arrag_jax.models.weights import DTYPES
+from arrag_jax.models.weights import DTYPES, set_dtypes
+from arrag_jax.nn.abstract import abstract
 
 
-def load_model(directory: str | Path, dtype: str = "float32", grid: ArrayLike = None) -> ImageModel:
+def load_model(
+    directory: str | Path, dtype: str = "float32", grid: ArrayLike = None, mesh: Mesh | None = None
+) -> ImageModel:
     """Returns the model in a checkpoint folder.
 
     Args:
@@ -24,6 +30,8 @@ def load_model(directory: str | Path, dtype: str = "float32", grid: ArrayLike = 
       dtype: of the parameters: float32, bfloat16 or float16; the image tokenizer stays in float32.
       grid: height and width in codes of the images to generate. None = the grid of the config; published configs give
         none, so it follows from their image size, else it is 24 x 24. The model's ``with_grid`` changes it later.
+      mesh: large parameters are split over its axis "fsdp"; no device ever holds more than its share of them. None =
+        one device holds the model.
 
     Raises:
       UserError: if the folder, its config or its weights are not those of a known model; the message says what is
@@ -33,7 +41,7 @@ def load_model(directory: str | Path, dtype: str = "float32", grid: ArrayLike = 
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     family = family_in(Path(directory))  # of an id of the hub, before its weights are downloaded
-    return family.load(checkpoint_folder(Path(directory)), dtype, grid)
+    return family.load(checkpoint_folder(Path(directory)), dtype, grid, mesh)
 
 
 def load_tokenizer(directory: str | Path) -> ImageTokenizer:
@@ -53,6 +61,33 @@ def config_of(directory: str | Path) -> ModelConfig:
     """Returns the shape of the model in a checkpoint folder; reads its config only. Errors as in ``load_model``."""
     directory = config_folder(Path(directory))
     return family_in(directory).read_config(directory)
+
+
+def shape_of(place: str) -> tuple[Family, Any]:
+    """Returns family and shape of the model that a config names.
+
+    If there is no such folder, but its last part is the name of a preset, as in "checkpoints/janus-pro-1b", this is the
+    preset's shape.
+
+    Raises:
+      UserError: as in ``load_model``, if it is neither.
+    """
+    try:
+        directory = config_folder(Path(place))
+        family = family_in(directory)
+        return family, family.read_config(directory)
+    except UserError:
+        if Path(place).exists() or Path(place).name not in PRESETS_OF_ALL:
+            raise
+        return PRESETS_OF_ALL[Path(place).name]
+
+
+def shapes_of(place: str, dtype: str) -> Any:
+    """Returns the model of ``shape_of`` with shapes in place of its arrays; ``dtype`` as in ``load_model``."""
+    family, shape = shape_of(place)
+    model = abstract(family.kind, config=shape)
+    set_dtypes(model, dtype, next(iter(family.layouts.values())).exact)
+    return model
 
 
 def save_model(model: Backbone | ImageTokenizer, directory: str | Path, dtype: str = "float32") -> None:

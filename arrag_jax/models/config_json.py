@@ -27,8 +27,8 @@ from arrag_jax.models.schema import (
 )
 from arrag_jax.models.tensor_files import ADAPTER
 from arrag_jax.nn.faid import FaidConfig
+from arrag_jax.nn.layer import LlamaConfig
 from arrag_jax.nn.lora import LoraConfig
-from arrag_jax.nn.transformer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
 from arrag_jax.parsing import parse, shown
 

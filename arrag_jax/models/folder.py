@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jax.sharding import Mesh
+
 from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_write, write_json
 from arrag_jax.interfaces import ArrayLike
@@ -50,15 +52,21 @@ def require_room(
 
 
 def filled(
-    model: Model, layout: Layout, stored: dict[str, Stored], directory: Path, dtype: str, grid: ArrayLike
+    model: Model,
+    layout: Layout,
+    stored: dict[str, Stored],
+    directory: Path,
+    dtype: str,
+    grid: ArrayLike,
+    mesh: Mesh | None = None,
 ) -> Model:
-    """Returns an abstract model over a grid (None = its own) with the weights of its folder.
+    """Returns an abstract model over a grid (None = its own) with the weights of its folder, laid out over a mesh.
 
     Raises:
       UserError: as ``weights.match`` and ``weights.read_weights``.
     """
     model = model if grid is None else model.with_grid(grid)
-    read_weights(model, match(model, stored, layout, directory), dtype, layout.exact)
+    read_weights(model, match(model, stored, layout, directory), dtype, layout.exact, mesh)
     return model
 
 

@@ -125,6 +125,10 @@ class Janus(LlamaBackbone):
         ends = (count == 1) | (count == count[:, -1:])
         return jnp.where(mask & ~ends, self.config.pad_id, ids), mask
 
+    def condition_shapes(self, batch: int, length: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Returns the shapes of the condition of ``batch`` prompts of ``length`` tokens."""
+        return jax.ShapeDtypeStruct((batch, length), jnp.int32), jax.ShapeDtypeStruct((batch, length), bool)
+
     def check_condition(self, condition: ArrayLike, mask: ArrayLike = None) -> Prompts:
         """Returns prompt ids and mask as device arrays.
 

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 from flax import nnx
+from jax.sharding import Mesh
 
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import ArrayLike
@@ -35,12 +36,14 @@ from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.variables import freeze
 
 
-def _load(directory: Path, dtype: str, grid: ArrayLike, parts: tuple[str, ...] = PARTS) -> Janus:
+def _load(
+    directory: Path, dtype: str, grid: ArrayLike, mesh: Mesh | None = None, parts: tuple[str, ...] = PARTS
+) -> Janus:
     """Returns the model in a folder with the named parts; the other parts are None."""
     model, layout, stored = abstract_model(directory, parts)
     if not has_checksums(directory / WEIGHTS) and set(parts) == set(PARTS):
         require_weights_written(directory)  # older exports have no checksums per tensor
-    return filled(model, layout, stored, directory, dtype, grid)
+    return filled(model, layout, stored, directory, dtype, grid, mesh)
 
 
 def abstract_model(
@@ -114,7 +117,7 @@ JANUS = Family(
     recognises=lambda config: "gen_vision_config" in config,
     read_config=read_config,
     load=_load,
-    load_tokenizer=lambda directory: _load(directory, "float32", None, VISION),
+    load_tokenizer=lambda directory: _load(directory, "float32", None, None, VISION),
     save=_save,
     prompts=PromptTokenizer.load,
     open=lambda directory, also: abstract_model(directory, None, also),

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import ArrayLike, Cache, Condition
+from arrag_jax.mesh import fetched
 from arrag_jax.models.vq_images import VQImages, check_ids
 from arrag_jax.models.weights import parameters
 from arrag_jax.nn.faid import FaidConfig
@@ -46,6 +47,8 @@ class LlamaBackbone(VQImages):
     if TYPE_CHECKING:
 
         def __init__(self, config: Any, rngs: nnx.Rngs, parts: tuple[str, ...] = ...): ...
+
+        def condition_shapes(self, batch: int, length: int) -> Any: ...
 
         def check_condition(self, condition: ArrayLike, mask: ArrayLike = None) -> Condition: ...
 
@@ -87,7 +90,7 @@ class LlamaBackbone(VQImages):
                 flat = value[...].reshape(-1)
                 probed = flat[np.linspace(0, flat.size - 1, min(PROBED, flat.size)).astype(np.int64)]
                 digest.update(f"{name} {value.shape}".encode())
-                digest.update(np.asarray(probed.astype(jnp.bfloat16)).tobytes())
+                digest.update(fetched(probed.astype(jnp.bfloat16)).tobytes())
         return digest.hexdigest()[:16]
 
     @property
@@ -121,7 +124,7 @@ class LlamaBackbone(VQImages):
         return copy
 
     def add_adapters(
-        self, lora: LoraConfig, faid: FaidConfig | None, rngs: nnx.Rngs, start_silent: bool = False, devices: int = 1
+        self, lora: LoraConfig, faid: FaidConfig | None, rngs: nnx.Rngs, start_silent: bool = False
     ) -> None:
         """Adds an untrained LoRA to the language model, and untrained blenders unless it has blenders, in place.
 
@@ -130,7 +133,6 @@ class LlamaBackbone(VQImages):
           faid: shape of the blenders; None = add no blenders.
           rngs: for the initial values.
           start_silent: new blenders are initialised so that they do not change the model's output.
-          devices: number of devices that share a training batch.
 
         Raises:
           UserError: if the model already has blenders of another shape.
@@ -142,8 +144,6 @@ class LlamaBackbone(VQImages):
             raise UserError(f"the model has blenders already, {self.config.faid}, which are not the config's {faid}")
         for layer in self.language_model.layers:
             layer.attention.add_lora(lora, rngs)
-            if layer.blender is not None:
-                layer.blender.devices = devices
 
     def adapters(self, blenders: bool = True) -> list[nnx.Module]:
         """Returns the modules that fine-tuning trains: the head, every LoRA and, if ``blenders``, every blender."""

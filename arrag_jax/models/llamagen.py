@@ -167,6 +167,13 @@ class LlamaGen(LlamaBackbone):
         rows = self.cls_embedding.uncond_embedding[-features.shape[1] :]
         return jnp.broadcast_to(rows[None].astype(features.dtype), features.shape), mask
 
+    def condition_shapes(self, batch: int, length: int) -> Any:
+        """Returns the shapes of the condition of ``batch`` images; the length of captions is the model's own."""
+        if self.config.family == "c2i":
+            return jax.ShapeDtypeStruct((batch,), jnp.int32)
+        tokens, width = self.config.caption_tokens, self.config.caption_width
+        return jax.ShapeDtypeStruct((batch, tokens, width), jnp.float32), jax.ShapeDtypeStruct((batch, tokens), bool)
+
     def check_condition(self, condition: ArrayLike, mask: ArrayLike = None) -> Classes | Features:
         """Returns classes, or features and mask, as device arrays.
 

@@ -14,7 +14,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.models.config_json import read_faid, read_json
 from arrag_jax.models.schema import MOST_LAYERS, MOST_WIDTH
 from arrag_jax.models.shape import ModelShape
-from arrag_jax.nn.transformer import LlamaConfig
+from arrag_jax.nn.layer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
 from arrag_jax.ops.grid import MOST_SIDE
 from arrag_jax.parsing import in_range, parse, shown

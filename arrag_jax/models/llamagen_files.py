@@ -8,6 +8,8 @@ their own, ``vq*.safetensors`` or ``vq*.pt``.
 import re
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import ArrayLike, PromptEncoder
 from arrag_jax.models.family import Family
@@ -86,10 +88,12 @@ def _open(
     return abstract(LlamaGen, config=shape, parts=parts), LAYOUT, stored
 
 
-def _load(directory: Path, dtype: str, grid: ArrayLike, parts: tuple[str, ...] | None = None) -> LlamaGen:
+def _load(
+    directory: Path, dtype: str, grid: ArrayLike, mesh: Mesh | None = None, parts: tuple[str, ...] | None = None
+) -> LlamaGen:
     """Returns the model in a folder with the named parts; the other parts are None."""
     model, layout, stored = _open(directory, (), parts)
-    return filled(model, layout, stored, directory, dtype, grid)
+    return filled(model, layout, stored, directory, dtype, grid, mesh)
 
 
 def _save(model: LlamaGen, directory: Path, dtype: str) -> None:
@@ -108,7 +112,7 @@ LLAMAGEN = Family(
     kind=LlamaGen,
     read_config=read_config,
     load=_load,
-    load_tokenizer=lambda directory: _load(directory, "float32", None, VISION),
+    load_tokenizer=lambda directory: _load(directory, "float32", None, None, VISION),
     save=_save,
     prompts=_prompts,
     open=_open,

@@ -3,7 +3,7 @@
 import dataclasses
 
 from arrag_jax.models.shape import ModelShape
-from arrag_jax.nn.transformer import LlamaConfig
+from arrag_jax.nn.layer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
 
 PAD = "<｜▁pad▁｜>"  # the pad token of Janus' tokenizers

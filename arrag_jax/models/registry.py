@@ -19,6 +19,9 @@ FAMILIES: tuple[Family, ...] = (
 # The targets of ``convert``, for all families.
 TARGETS = tuple(dict.fromkeys(target for family in FAMILIES for target in family.layouts))
 
+# Name of a preset → its family and its shape, for all families.
+PRESETS_OF_ALL = {name: (family, shape) for family in FAMILIES for name, shape in family.presets.items()}
+
 
 def family_in(directory: Path) -> Family:
     """Returns the family of the model in a checkpoint folder.

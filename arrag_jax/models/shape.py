@@ -7,7 +7,7 @@ from typing import TypeVar
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import ArrayLike
 from arrag_jax.nn.faid import FaidConfig
-from arrag_jax.nn.transformer import LlamaConfig
+from arrag_jax.nn.layer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
 from arrag_jax.ops.grid import MOST_SIDE
 from arrag_jax.parsing import shown

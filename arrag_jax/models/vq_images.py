@@ -3,21 +3,24 @@
 import hashlib
 import math
 import operator
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import ArrayLike
+from arrag_jax.mesh import on_own_device
 from arrag_jax.models.weights import parameters
 from arrag_jax.nn.vq import VQTokenizer
 
 ROUNDING = 1e-3  # how far pixels may lie outside [-1, 1], because bfloat16 and resizing round
+Model = TypeVar("Model", bound=Any)
 NAMED = "gen_vision_model"  # prefix of parameter names in a fingerprint, the same for every model
 
 
@@ -100,6 +103,17 @@ class VQImages(nnx.Module):
         check_ids("codes", codes, self.codebook_size)
         grid = jnp.asarray(codes, jnp.int32).reshape(-1, height, width)
         return jnp.clip(_decode(*nnx.split(self.vq), grid), -1.0, 1.0)
+
+
+def with_whole_tokenizer(model: Model, mesh: Mesh) -> Model:
+    """Returns a model whose image tokenizer is whole on one device of each process; the other parts are shared.
+
+    A tokenizer has few parameters (72M in Janus-Pro), and pixels that one device decodes do not depend on the mesh.
+    """
+    copy = nnx.merge(*nnx.split(model))
+    graph, state = nnx.split(copy.vq)
+    copy.gen_vision_model = nnx.data(nnx.merge(graph, on_own_device(state, mesh)))
+    return copy
 
 
 def check_ids(name: str, ids: ArrayLike, size: int, lowest: int = 0) -> None:

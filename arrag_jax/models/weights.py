@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from arrag_jax.checksums import all_finite
 from arrag_jax.errors import UserError
+from arrag_jax.mesh import put_parameter
 from arrag_jax.models.layouts import Layout, published_shape, to_ours, to_published
 from arrag_jax.models.tensor_files import Stored, read_tensors, write_tensors
 from arrag_jax.nn.variables import Statistic
@@ -53,13 +56,16 @@ def match(model: nnx.Module, stored: dict[str, Stored], layout: Layout, director
     return {path: stored[key] for key, path in wanted.items()}
 
 
-def read_weights(model: nnx.Module, matched: dict[str, Stored], dtype: str, exact: tuple[str, ...]) -> None:
+def read_weights(
+    model: nnx.Module, matched: dict[str, Stored], dtype: str, exact: tuple[str, ...], mesh: Mesh | None = None
+) -> None:
     """Fills a model, tensor by tensor; only the model and one tensor are in memory at a time.
 
     Args:
       model: an abstract model (``nn.abstract``), whose parameters are set in ``dtype``.
       matched: the result of ``match``.
       exact: parts that are read in float32 (``Layout.exact``).
+      mesh: each device gets its share of a tensor alone (``mesh.partition_spec``); None = one device gets them all.
 
     Raises:
       UserError: if a tensor is damaged, or has values that are not finite in the file or in ``dtype``.
@@ -74,7 +80,7 @@ def read_weights(model: nnx.Module, matched: dict[str, Stored], dtype: str, exac
             require_finite(value, matched[path])
             what = f"{matched[path].name} in {matched[path].file}"
             raise UserError(f"{what} has numbers too large for {dtype}; choose dtype float32 or bfloat16")
-        ours = jnp.asarray(ours)
+        ours = put_parameter(path, ours, mesh)
         variables[path].set_value(ours.block_until_ready())  # an unfinished copy keeps its source in memory
 
 
@@ -93,6 +99,12 @@ def write_weights(model: nnx.Module, path: Path, dtype: str, layout: Layout) -> 
         kept = np.asarray(value[...].astype(_kept(name, dtype, layout.exact)))
         tensors[layout.key(name)] = to_published(kept, name)
     write_tensors(tensors, path)
+
+
+def set_dtypes(model: nnx.Module, dtype: str, exact: tuple[str, ...]) -> None:
+    """Gives an abstract model's parameters the dtypes that ``read_weights`` would give them, in place."""
+    for path, value in parameters(model).items():
+        value.set_value(jax.ShapeDtypeStruct(value.shape, _kept(path, dtype, exact)))
 
 
 def _kept(path: str, dtype: str, exact: tuple[str, ...]):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.errors import UserError
 from arrag_jax.fields import Settings
+from arrag_jax.mesh import devices_in_context
 from arrag_jax.nn.linear import Linear
 from arrag_jax.ops import blend, products
 from arrag_jax.ops.grid import has_context
@@ -75,7 +76,6 @@ class Blender(nnx.Module):
 
     def __init__(self, config: FaidConfig, width: int, eps: float, rngs: nnx.Rngs, start_silent: bool = False):
         self.config = config
-        self.devices = 1  # that split the batch of ``blend_map``; the cheaper form depends on the positions per device
         self.norm = nnx.RMSNorm(width, epsilon=eps, use_scale=False, rngs=rngs)
         self.norm_scale = nnx.Param(jnp.ones(width))
         for hop in config.hops:
@@ -105,7 +105,7 @@ class Blender(nnx.Module):
         """
         batch, height, width, dim = hidden.shape
         kernels, weights = self.kernels()
-        if blend.cheaper_composed(self.config.hops, batch * height * width // self.devices, dim):
+        if blend.cheaper_composed(self.config.hops, batch * height * width // devices_in_context(), dim):
             offsets = blend.live_offsets(max(self.config.hops))
             around = blend.around_composed(blend.compose(kernels, weights), offsets, hidden)
         else:

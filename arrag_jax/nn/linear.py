@@ -6,11 +6,13 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from arrag_jax.ops import products
 
 Held = TypeVar("Held", bound=tuple[Any, ...])
+PRODUCT = "product"  # name of the arrays that ``remat="dots"`` keeps for the backward pass (``nn.depth``)
 
 
 class Linear(nnx.Module):
@@ -34,7 +36,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
-        y = products.linear(x, self.weight[...]).astype(x.dtype)
+        y = checkpoint_name(products.linear(x, self.weight[...]).astype(x.dtype), PRODUCT)
         return y if self.bias is None else y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
 
 

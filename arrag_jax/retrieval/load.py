@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -81,6 +82,17 @@ def as_asked(search: Any, store: Datastore, keys: str) -> Any:
     return HiddenRetriever(search, jnp.asarray(store.table(keys))) if KEY_KINDS[keys].query_from == "state" else search
 
 
+def resolved(config: RetrievalConfig, mesh: Mesh | None = None) -> RetrievalConfig:
+    """Returns the settings with the search that "auto" stands for on the mesh's devices (None = the default ones)."""
+    if config.search != "auto":
+        return config
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if platform == "cpu":
+        return dataclasses.replace(config, search="scann")
+    storage = "codes" if config.keys == "codebook" and config.storage == "float32" else config.storage
+    return dataclasses.replace(config, search="dense", storage=storage)
+
+
 def open_store(config: RetrievalConfig, fingerprint: str, backbone: str = "") -> tuple[Datastore, bool]:
     """Opens the images of a datastore that a config requests; also returns whether these are all its images.
 
@@ -134,6 +146,7 @@ def load_retriever(
       UserError: if there is no such store or index, another tokenizer made it, or k exceeds the stored patches.
     """
     require_own_process()
+    config = resolved(config, mesh)
     return settled(config.store, lambda: _load(config, fingerprint, mesh, axis, batch_axis, backbone))
 
 

@@ -18,7 +18,7 @@ from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.leave_one_out import LeaveOneOut
-from arrag_jax.retrieval.load import load_retriever
+from arrag_jax.retrieval.load import load_retriever, resolved
 from arrag_jax.retrieval.scann import ScannRetriever
 from arrag_jax.store import writer
 from arrag_jax.store.building import require_same_settings, state_of
@@ -41,6 +41,7 @@ def build(config: NeighborsConfig, directory: Path, engine: Engine = HERE) -> No
       UserError: as in ``load_retriever``, ``ImageSource`` and ``writer.build_neighbor_set``.
     """
     start, tokenizer = time.perf_counter(), load_tokenizer(config.model)
+    config = dataclasses.replace(config, retrieval=resolved(config.retrieval))
     store, retriever = load_retriever(config.retrieval, tokenizer.fingerprint)
     assert isinstance(retriever, DenseRetriever | ScannRetriever)  # as it is without a mesh
     named = {"train": config.train_split, "valid": config.valid_split}

@@ -186,13 +186,14 @@ def encoder(tokenizer: ImageTokenizer) -> Encode:
 
     def encode(images: np.ndarray) -> tuple[Any, Any]:
         device, copy = next(turns)
-        return _encode(graph, copy, from_uint8(jax.device_put(images, device)))
+        return encode_compiled(graph, copy, from_uint8(jax.device_put(images, device)))
 
     return encode
 
 
 @jax.jit(static_argnums=0)
-def _encode(graph, state, images):
+def encode_compiled(graph, state, images):
+    """Returns codes [B, H, W] and latents of float images."""
     codes, latents = nnx.merge(graph, state).encode_images(images)
     return codes.reshape(latents.shape[:3]), latents
 

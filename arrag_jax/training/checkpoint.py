@@ -37,8 +37,8 @@ KEEP = 2  # the newest, and the one before it in case the newest is damaged; the
 # its sample images, but not what it trains. init_from is not read once the run has its own checkpoint. Folders may
 # move, because base.json identifies their content. prompt_length only changes the padding of prompts.
 FREE_KEYS = (
-    "steps", "log_every", "eval_every", "checkpoint_every", "mesh", "init_from", "data.data_dir", "data.eval_examples",
-    "data.max_bad_fraction", "data.min_bad",
+    "steps", "log_every", "eval_every", "checkpoint_every", "mesh", "remat", "init_from", "data.data_dir",
+    "data.eval_examples", "data.max_bad_fraction", "data.min_bad",
     "options.base", "options.neighbors", "options.tokenizer", "options.retrieval", "options.daid", "options.sampling",
     "options.cfg_scale", "options.prompt_length",
 )  # fmt: skip

@@ -6,12 +6,16 @@ This serves for a run that was killed before its own export, or for the best che
 import dataclasses
 from pathlib import Path
 
+from flax import nnx
+
 from arrag_jax.config import MeshConfig, TrainConfig
 from arrag_jax.json_files import read_json
 from arrag_jax.mesh import make_mesh
 from arrag_jax.training.checkpoint import read_config, read_params, require_base
-from arrag_jax.training.loop import Task, export, init_state, origin, whole_model
+from arrag_jax.training.loop import export, origin
 from arrag_jax.training.optimizer import make_optimizer
+from arrag_jax.training.state import init_state
+from arrag_jax.training.task import Task
 from arrag_jax.training.tasks import make_task
 
 
@@ -45,6 +49,5 @@ def export_checkpoint(task: Task, config: TrainConfig, workdir: Path, target: Pa
     mesh = make_mesh(config.mesh)
     graph, frozen, state = init_state(task, make_optimizer(config.optimizer, config.steps), config, mesh)
     step, params = read_params(workdir, state.params, task.best_metric, "--source", last)
-    model = whole_model(graph, params, frozen, state.rest, mesh)
-    export(task, model, target, origin(workdir, config, step))
+    export(task, nnx.merge(graph, params, frozen, state.rest), target, origin(workdir, config, step))
     return step

@@ -15,30 +15,47 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from arrag_jax import progress
 from arrag_jax.config import DaidConfig, DataConfig, RetrievalConfig, SamplingConfig, TrainConfig
-from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid, Faid, Plain
 from arrag_jax.errors import UserError
 from arrag_jax.fields import DataPath, ModelPath, Settings
 from arrag_jax.figures import grids
 from arrag_jax.files import sha256_of
 from arrag_jax.interfaces import DecodePolicy, TunableModel
-from arrag_jax.mesh import make_mesh
-from arrag_jax.models.checkpoint import config_of, load_model, load_prompts, save_model
+from arrag_jax.models.checkpoint import (
+    config_of,
+    load_model,
+    load_prompts,
+    load_tokenizer,
+    save_model,
+    shape_of,
+    shapes_of,
+)
 from arrag_jax.models.family import SavedEncoder
 from arrag_jax.models.place import checkpoint_folder
 from arrag_jax.models.tensor_files import stored_tensors
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.variables import Adapter, freeze, retype
-from arrag_jax.nn.vq import to_uint8
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store.neighbor_set import NeighborSet, set_in
-from arrag_jax.training.loop import Batch, SampleImages, Scalars
-from arrag_jax.training.shared import BITS, in_batches, mean_bits, rows_of_a_device, write_manifest
+from arrag_jax.training.shared import (
+    BITS,
+    draw,
+    in_batches,
+    mean_bits,
+    mesh_of_export,
+    rows_of_a_device,
+    search_over,
+    split_over,
+    write_manifest,
+)
+from arrag_jax.training.state import initial_model
+from arrag_jax.training.task import Batch, SampleImages, Scalars
 
 PICTURES = 8  # number of prompts for the sample images
 
@@ -90,8 +107,11 @@ def mark_adapters(model: TunableModel, blenders: bool = True) -> None:
     freeze(model)
 
 
-class FaidTask:
-    """Next-code prediction; trains LoRA (q, v), blenders with their norms, and the head. Everything else is frozen."""
+class FaidStep:
+    """The step of next-code prediction that trains LoRA (q, v), blenders with their norms, and the head.
+
+    Everything else is frozen.
+    """
 
     trainable = Adapter
     best_metric = ("bits_per_code", "min")
@@ -102,6 +122,67 @@ class FaidTask:
                 "task faid reads only eval_examples of config.data; its images come from config.options.neighbors"
             )
         self.config, self.options = config, options
+
+    def load(self, mesh: Mesh | None) -> Any:
+        """Returns the base as its graph and its arrays."""
+        raise NotImplementedError
+
+    def shapes(self) -> Any:
+        """Returns the same as ``load``, shapes instead of arrays; reads no weights."""
+        return nnx.split(shapes_of(self.options.base, self.config.compute_dtype))
+
+    def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes of one training example."""
+        positions, options = math.prod(shape_of(self.options.base)[1].grid), self.options
+        return {
+            "prompt_ids": jax.ShapeDtypeStruct((options.prompt_length,), jnp.int32),
+            "prompt_mask": jax.ShapeDtypeStruct((options.prompt_length,), bool),
+            "codes": jax.ShapeDtypeStruct((positions,), jnp.int32),
+            "neighbors": jax.ShapeDtypeStruct((positions, options.faid.neighbors), jnp.int32),
+        }
+
+    def init_model(self, rngs: nnx.Rngs, loaded: Any = None) -> TunableModel:
+        """Returns the base with fresh blenders and LoRA; all base weights but the head are frozen."""
+        options, model = self.options, nnx.merge(*(self.load(None) if loaded is None else loaded), copy=True)
+        try:
+            model.add_adapters(options.lora, options.faid if options.blend else None, rngs, options.start_silent)
+        except UserError as error:
+            raise UserError(f"config.options.base={options.base}: {error}") from error
+        mark_adapters(model, options.blend)
+        model.language_model.remat = self.config.remat
+        return model
+
+    def loss(self, model: TunableModel, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
+        """Returns the mean cross-entropy of the codes, in nats; some prompts are dropped for guidance."""
+        caption_key, dropout_key = jax.random.split(key)
+        ids, mask = batch["prompt_ids"], batch["prompt_mask"]
+        kept = ~jax.random.bernoulli(caption_key, self.options.caption_dropout, (len(ids),))
+        ids = jnp.where(kept[:, None], ids, model.unconditional((ids, mask))[0])
+        loss, gates = self._cross_entropy(model, {**batch, "prompt_ids": ids}, kept, nnx.Rngs(dropout_key))
+        metrics = {"bits_per_code": loss * BITS}
+        return loss, metrics | {f"gate_{i}": gate for i, gate in enumerate(gates)}
+
+    def _cross_entropy(
+        self, model: TunableModel, batch: Batch, kept: Bool[Array, " B"] | None = None, rngs: nnx.Rngs | None = None
+    ) -> tuple[Float[Array, ""], Float[Array, " blenders"]]:
+        neighbors = batch["neighbors"] if self.options.blend else None
+        condition = batch["prompt_ids"], batch["prompt_mask"]
+        logits, gates = model.forward(condition, batch["codes"], neighbors, kept, rngs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["codes"]).mean(), gates
+
+    def after_update(self, model: TunableModel, key: Array) -> None:
+        """Does nothing."""
+
+    def eval_metrics(self, model: TunableModel, batch: Batch) -> Scalars:
+        """Returns the held-out bits per code, given the prompts."""
+        return {"bits_per_code": self._cross_entropy(model, batch)[0] * BITS}
+
+
+class FaidTask(FaidStep):
+    """The step with its base, its neighbour sets and the search of its sample images."""
+
+    def __init__(self, config: TrainConfig, options: FaidOptions):
+        super().__init__(config, options)
         self.tokens = math.prod(config_of(options.base).grid)
         text = load_prompts(options.base)
         if not isinstance(text, SavedEncoder):
@@ -126,22 +207,16 @@ class FaidTask:
                     f"--config.options.retrieval.k={options.faid.neighbors}"
                 )
 
-    def init_model(self, rngs: nnx.Rngs) -> TunableModel:
-        """Returns the base with fresh blenders and LoRA; all base weights but the head are frozen."""
+    def load(self, mesh: Mesh | None) -> Any:
+        """Returns the base as its graph and its arrays."""
         options = self.options
-        model = load_model(options.base, self.config.compute_dtype)
-        if not isinstance(model, TunableModel):
-            raise UserError(f"config.options.base={options.base} holds a kind of model that cannot be tuned here")
-        tokenizer = model.fingerprint
+        tokenizer = load_tokenizer(options.base).fingerprint
         for neighbors in self.sets.values():
             neighbors.require_tokenizer(tokenizer)
-        faid, devices = options.faid if options.blend else None, make_mesh(self.config.mesh).size
-        try:
-            model.add_adapters(options.lora, faid, rngs, options.start_silent, devices)
-        except UserError as error:
-            raise UserError(f"config.options.base={options.base}: {error}") from error
-        mark_adapters(model, options.blend)
-        return model
+        model = load_model(options.base, self.config.compute_dtype, mesh=mesh)
+        if not isinstance(model, TunableModel):
+            raise UserError(f"config.options.base={options.base} holds a kind of model that cannot be tuned here")
+        return nnx.split(model)
 
     def base(self) -> dict[str, str]:
         """Returns the hashes of the base's weights, its text tokenizer and both neighbour sets."""
@@ -186,32 +261,7 @@ class FaidTask:
         count = min(len(stored), self.config.data.eval_examples)
         return in_batches(stored, count, batch_size, self._example)
 
-    def loss(self, model: TunableModel, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
-        """Returns the mean cross-entropy of the codes, in nats; some prompts are dropped for guidance."""
-        caption_key, dropout_key = jax.random.split(key)
-        ids, mask = batch["prompt_ids"], batch["prompt_mask"]
-        kept = ~jax.random.bernoulli(caption_key, self.options.caption_dropout, (len(ids),))
-        ids = jnp.where(kept[:, None], ids, model.unconditional((ids, mask))[0])
-        loss, gates = self._cross_entropy(model, {**batch, "prompt_ids": ids}, kept, nnx.Rngs(dropout_key))
-        metrics = {"bits_per_code": loss * BITS}
-        return loss, metrics | {f"gate_{i}": gate for i, gate in enumerate(gates)}
-
-    def _cross_entropy(
-        self, model: TunableModel, batch: Batch, kept: Bool[Array, " B"] | None = None, rngs: nnx.Rngs | None = None
-    ) -> tuple[Float[Array, ""], Float[Array, " blenders"]]:
-        neighbors = batch["neighbors"] if self.options.blend else None
-        condition = batch["prompt_ids"], batch["prompt_mask"]
-        logits, gates = model.forward(condition, batch["codes"], neighbors, kept, rngs)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["codes"]).mean(), gates
-
-    def after_update(self, model: TunableModel, key: Array) -> None:
-        """Does nothing."""
-
-    def eval_metrics(self, model: TunableModel, batch: Batch) -> Scalars:
-        """Returns the held-out bits per code, given the prompts."""
-        return {"bits_per_code": self._cross_entropy(model, batch)[0] * BITS}
-
-    def sample_callback(self) -> Callable[[TunableModel], SampleImages]:
+    def sample_callback(self, mesh: Mesh) -> Callable[[TunableModel], SampleImages]:
         """Returns a function that generates images from the same prompts and seeds at each call.
 
         Its columns are the base alone, the base with DAiD, and the tuned model before and now. "Before" has fresh
@@ -221,7 +271,13 @@ class FaidTask:
           UserError: if the store or index is missing, or belongs to another tokenizer.
         """
         policy, name = (Faid(), "FAiD") if self.options.blend else (Plain(), "LoRA")
-        retriever = load_retriever(self.options.retrieval, self.sets["train"].settings.fingerprint)[1]
+        retriever = load_retriever(
+            search_over(self.options.retrieval, mesh),
+            self.sets["train"].settings.fingerprint,
+            split_over(mesh),
+            "fsdp",
+            "data",
+        )[1]
         unchanging: list[UInt8[np.ndarray, "N h w 3"]] = []
         stored = self.sets["valid"]
         captions = [stored[i]["caption"] for i in range(min(PICTURES, len(stored)))]
@@ -229,13 +285,12 @@ class FaidTask:
 
         def drawn(model: TunableModel, policy: DecodePolicy) -> UInt8[np.ndarray, "N h w 3"]:
             settings = dataclasses.asdict(self.options.sampling)
-            codes = sample(model, ids, policy, retriever, seed=self.config.seed, prompt_mask=mask, **settings).codes
-            return np.asarray(to_uint8(model.decode_codes(codes, *model.grid)))
+            return draw(model, mesh, ids, mask, self.config.seed, policy, retriever, **settings)
 
         def draw_samples(model: TunableModel) -> SampleImages:
             if not unchanging:
                 # Fresh LoRA adds nothing, so without blending this model equals the base.
-                start = self.init_model(nnx.Rngs(self.config.seed))
+                start = initial_model(self, self.config, mesh)
                 unchanging.extend(drawn(start, way) for way in (Plain(), self.daid, policy))
             columns = [*unchanging, drawn(model, policy)]
             titles = ["plain", "DAiD", f"{name} before", f"{name} now"]
@@ -249,6 +304,6 @@ class FaidTask:
         model.merge_lora()
         save_model(model, directory, "bfloat16")
         self.text.save(directory)
-        tuned = load_model(directory)
+        tuned = load_model(directory, mesh=mesh_of_export(self.config))
         mean = mean_bits(self, tuned, self.eval_batches(rows_of_a_device(self.config)))
         write_manifest(directory, tuned, run, valid_bits_per_code=mean)

@@ -10,11 +10,10 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, runtime_checkable
+from typing import Any, NoReturn
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,109 +21,24 @@ import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jaxtyping import Array, PyTree
 
 from arrag_jax import signals
 from arrag_jax.config import TrainConfig
 from arrag_jax.data.loader import make_loader
 from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_folder
-from arrag_jax.mesh import check_batch_size, make_mesh, put_batch, put_everywhere, put_state, put_whole_batch
-from arrag_jax.nn.variables import Frozen
+from arrag_jax.mesh import check_batch_size, fetched, make_mesh, put_batch, put_whole_batch
 from arrag_jax.processes import require_same
 from arrag_jax.training.checkpoint import Checkpoints, claimed, newest_step
 from arrag_jax.training.metrics import Journal, training_minutes
 from arrag_jax.training.optimizer import make_optimizer, make_schedule
-from arrag_jax.training.start import params_of
-
-Batch = Mapping[str, Any]  # arrays whose first axis is the batch axis
-Scalars = dict[str, Float[Array, ""]]
-SampleImages = dict[str, UInt8[np.ndarray, "h w 3"]]  # by name; may be empty
-Model = TypeVar("Model")
+from arrag_jax.training.program import NO_PROFILE, Profile, Step
+from arrag_jax.training.state import TrainState, averaged_params, cast, init_state, resume_or_start, split
+from arrag_jax.training.task import Batch, SampleImages, Scalars, Task, TaskStep
 
 
-@runtime_checkable
-class Task(Protocol[Model]):
-    """A training task: the model, its data, its loss and its metrics."""
-
-    @property
-    def trainable(self) -> type: ...  # the nnx.Variable subclass that has gradients and optimizer state
-
-    @property
-    def best_metric(self) -> tuple[str, str]: ...  # held-out metric that selects the best checkpoint; "min" or "max"
-
-    @property
-    def tokens(self) -> int: ...  # tokens per training example, for the tokens per second
-
-    @property
-    def vocabulary(self) -> Mapping[str, int]: ...  # ids of the tokens of prompts; {} if there are no prompts
-
-    def init_model(self, rngs: nnx.Rngs) -> Model:
-        """Returns the model at step 0, from scratch or from a checkpoint; it is the same on every process.
-
-        The run's checkpoints do not contain its ``Frozen`` variables; a resumed run takes them from this method again.
-        """
-        ...
-
-    def base(self) -> dict[str, str]:
-        """Returns the identity (a hash) of the origin of each set of frozen weights, by name; {} if nothing is frozen.
-
-        A run is not continued if its base has changed.
-        """
-        ...
-
-    def train_source(self) -> Any:
-        """Returns a grain.MapDataset or random-access source (len, []) of dicts of numpy arrays, one per example."""
-        ...
-
-    def eval_batches(self, batch_size: int) -> Iterable[Batch]:
-        """Returns the held-out batches; they are the same at every call and on every process."""
-        ...
-
-    def loss(self, model: Model, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
-        """Returns the loss and metrics of a batch.
-
-        It may write non-trainable variables of the model; the step keeps their new values.
-        """
-        ...
-
-    def after_update(self, model: Model, key: Array) -> None:
-        """Edits the model after the optimizer's update, inside the jitted step, e.g. revives dead codes."""
-        ...
-
-    def eval_metrics(self, model: Model, batch: Batch) -> Scalars:
-        """Returns the metrics of one held-out batch; the loop jits it.
-
-        Each metric must be a mean over the batch's examples, because the loop averages the batches by their sizes.
-        """
-        ...
-
-    def sample_callback(self) -> Callable[[Model], SampleImages]:
-        """Returns the function that generates the sample images of an evaluation.
-
-        The loop calls this method before the first step; it opens everything that the function needs.
-        """
-        ...
-
-    def export(self, model: Model, directory: Path, run: dict[str, Any]) -> None:
-        """Writes the weights in the project's own layout into an empty directory.
-
-        ``run`` describes the origin of the weights, for a manifest: see ``origin``.
-        """
-        ...
-
-
-class TrainState(NamedTuple):
-    """Everything that a step may change: pure dicts of arrays, keyed by the path in the model."""
-
-    step: Int[Array, ""]  # number of finished steps
-    params: PyTree  # the trainable variables, float32
-    rest: PyTree  # every other variable that is not Frozen
-    optimizer: PyTree
-    ema: PyTree  # moving average of params; None if ema_decay is 0
-
-
-def train(config: TrainConfig, task: Task, workdir: Path) -> None:
+def train(config: TrainConfig, task: Task, workdir: Path, profile: Profile = NO_PROFILE) -> None:
     """Trains the task up to ``config.steps``, from the newest checkpoint in ``workdir`` if there is one.
 
     Writes to ``workdir``: config.json, base.json, checkpoints/, metrics.jsonl, tensorboard/, pictures/ and, at the end,
@@ -141,12 +55,12 @@ def train(config: TrainConfig, task: Task, workdir: Path) -> None:
     base = task.base()
     require_same(base | {"newest step in --workdir": str(newest_step(workdir))}, "state")
     with claimed(workdir, config, base):
-        model = take_steps(config, task, workdir, mesh)
+        model = take_steps(config, task, workdir, mesh, profile)
         hardware = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores a host"
         export(task, model, workdir / "export", {"hardware": hardware} | origin(workdir, config, config.steps), True)
 
 
-def take_steps(config: TrainConfig, task: Task, workdir: Path, mesh: Mesh) -> nnx.Module:
+def take_steps(config: TrainConfig, task: Task, workdir: Path, mesh: Mesh, profile: Profile = NO_PROFILE) -> nnx.Module:
     """Trains from the newest checkpoint to ``config.steps``, evaluates and saves; returns the model to export."""
     with Checkpoints(workdir, task.best_metric) as checkpoints, signals.held("step") as point:
         optimizer = make_optimizer(config.optimizer, config.steps)
@@ -156,13 +70,16 @@ def take_steps(config: TrainConfig, task: Task, workdir: Path, mesh: Mesh) -> nn
         done = int(state.step)
         if done > config.steps:
             raise UserError(f"{workdir} is at step {done} already, past steps={config.steps}: choose another --workdir")
-        train_step = make_train_step(task, graph, optimizer, config)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        train_step = Step(make_train_step(task, graph, optimizer, config, shardings), mesh)
         evaluate = make_evaluation(task, graph, frozen, config, mesh)
 
         with Journal(config, task.tokens, workdir, done) as journal:
             for step in range(done + 1, config.steps + 1):
                 batch = next(data)
+                profile.before(step, workdir / "profile")
                 state, metrics = train_step(state, frozen, put_batch(batch, mesh, config.accumulate))
+                profile.after(step, metrics)
                 journal.step_done(step, metrics, batch["example"])
                 stopping, last, held_out = point.requested(step), step == config.steps, None
                 if step % config.eval_every == 0 or last:
@@ -175,64 +92,36 @@ def take_steps(config: TrainConfig, task: Task, workdir: Path, mesh: Mesh) -> nn
                 if stopping and not last:
                     checkpoints.wait()
                     leave(step)
-    return whole_model(graph, averaged_params(state), frozen, state.rest, mesh)
-
-
-def init_state(
-    task: Task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
-) -> tuple[nnx.GraphDef, PyTree, TrainState]:
-    """Returns the model's static graph, its frozen variables and the state at step 0, laid out over the mesh."""
-    graph, params, frozen, rest = _split(task.init_model(nnx.Rngs(config.seed)), task.trainable)
-    params = _cast(params, "float32")
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        rest=rest,
-        optimizer=optimizer.init(params),
-        ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None,
-    )
-    return graph, put_state(frozen, mesh), put_state(state, mesh)
-
-
-def resume_or_start(
-    state: TrainState, data: grain.DatasetIterator, checkpoints: Checkpoints, task: Task, config: TrainConfig
-) -> TrainState:
-    """Returns the state of the run's newest checkpoint, else a state from ``init_from``, else ``state`` itself.
-
-    Prints on stderr which of the three it is.
-    """
-    resumed = checkpoints.restore(state, data)
-    if resumed is not None:
-        state, words = resumed, f"continuing at step {int(resumed.step)}"
-    elif config.init_from:
-        params, words = params_of(config.init_from, state.params, task.best_metric, task.vocabulary)
-        state = state._replace(params=params, ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None)
-    else:
-        words = "starting from scratch"
-    if jax.process_index() == 0:
-        print(words, file=sys.stderr)
-    return state
+    return nnx.merge(graph, averaged_params(state), frozen, state.rest)
 
 
 def make_train_step(
-    task: Task, graph: nnx.GraphDef, optimizer: optax.GradientTransformation, config: TrainConfig
-) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, Scalars]]:
-    """Returns the jitted step: (state, frozen variables, microbatches) → (state, metrics). The state is donated."""
+    task: TaskStep,
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    shardings: TrainState | None = None,
+) -> Any:
+    """Returns the jitted step: (state, frozen variables, microbatches) → (state, metrics). The state is donated.
+
+    Args:
+      shardings: of the state's leaves, before and after a step; None = those that XLA chooses.
+    """
     schedule = make_schedule(config.optimizer, config.steps)
 
     def loss_of(params: PyTree, frozen: PyTree, rest: PyTree, batch: Batch, key: Array):
-        model = nnx.merge(graph, _cast(params, config.compute_dtype), frozen, rest)
+        model = nnx.merge(graph, cast(params, config.compute_dtype), frozen, rest)
         loss, metrics = task.loss(model, batch, key)
-        return loss, ({"loss": loss, **metrics}, _split(model, task.trainable)[3])
+        return loss, ({"loss": loss, **metrics}, split(model, task.trainable)[3])
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Scalars]:
         loss_key, update_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
         grads, metrics, rest = mean_gradient(loss_of, state.params, frozen, state.rest, batch, loss_key)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         model = nnx.merge(graph, optax.apply_updates(state.params, updates), frozen, rest)
         task.after_update(model, update_key)
-        _, params, _, rest = _split(model, task.trainable)
+        _, params, _, rest = split(model, task.trainable)
         ema = optax.incremental_update(params, state.ema, 1 - config.ema_decay) if config.ema_decay else None
         metrics |= {"learning_rate": schedule(state.step), "grad_norm": optax.global_norm(grads)}
         return TrainState(state.step + 1, params, rest, optimizer_state, ema), metrics
@@ -269,19 +158,20 @@ def make_evaluation(
     task: Task, graph: nnx.GraphDef, frozen: PyTree, config: TrainConfig, mesh: Mesh
 ) -> Callable[[TrainState], tuple[dict[str, float], SampleImages]]:
     """Returns a function from a state to its held-out metrics ("eval/name") and its sample images."""
-    batches, draw_samples = list(task.eval_batches(config.batch_size // config.accumulate)), task.sample_callback()
+    batches, draw_samples = list(task.eval_batches(config.batch_size // config.accumulate)), task.sample_callback(mesh)
 
     @jax.jit
     def metrics_of(params: PyTree, frozen: PyTree, rest: PyTree, batch: Batch) -> Scalars:
         return task.eval_metrics(nnx.merge(graph, params, frozen, rest), batch)
 
     def evaluate(state: TrainState) -> tuple[dict[str, float], SampleImages]:
-        params = _cast(averaged_params(state), config.compute_dtype)
-        means = mean_over_examples(
-            lambda batch: metrics_of(params, frozen, state.rest, put_whole_batch(batch, mesh)), batches
-        )
+        params = cast(averaged_params(state), config.compute_dtype)
+        with jax.set_mesh(mesh):
+            means = mean_over_examples(
+                lambda batch: metrics_of(params, frozen, state.rest, put_whole_batch(batch, mesh)), batches
+            )
         means = {f"eval/{name}": value for name, value in means.items()}
-        return means, draw_samples(whole_model(graph, params, frozen, state.rest, mesh))
+        return means, draw_samples(nnx.merge(graph, params, frozen, state.rest))
 
     return evaluate
 
@@ -303,10 +193,27 @@ def export(task: Task, model: nnx.Module, directory: Path, run: dict[str, Any], 
     Args:
       replace: replace an existing directory, as a whole.
     """
+    model = _on_host(model)
     if jax.process_index() == 0:
         with atomic_folder(directory, "an export", replace) as temporary:
             task.export(model, temporary, run)
     multihost_utils.sync_global_devices("export")
+
+
+def _on_host(model: nnx.Module) -> nnx.Module:
+    """Returns the model with its arrays on the host of the first process; they leave the devices one by one.
+
+    All processes take part. The others keep nothing.
+    """
+
+    def taken(leaf: jax.Array) -> np.ndarray | jax.Array | None:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
+        array = fetched(leaf)
+        return None if jax.process_index() else array
+
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.tree.map(taken, state))
 
 
 def origin(workdir: Path, config: TrainConfig, step: int) -> dict[str, Any]:
@@ -317,29 +224,6 @@ def origin(workdir: Path, config: TrainConfig, step: int) -> dict[str, Any]:
         "training_minutes": round(training_minutes(workdir, step), 1),
         "config": dataclasses.asdict(config),
     }
-
-
-def averaged_params(state: TrainState) -> PyTree:
-    """Returns the parameters to evaluate and export: the moving average if there is one."""
-    return state.params if state.ema is None else state.ema
-
-
-def whole_model(graph: nnx.GraphDef, params: PyTree, frozen: PyTree, rest: PyTree, mesh: Mesh) -> nnx.Module:
-    """Returns the complete model on one device of each process, so that any code may use it there."""
-    everywhere = put_everywhere((params, frozen, rest), mesh)
-    return nnx.merge(graph, *jax.tree.map(lambda leaf: leaf.addressable_data(0), everywhere))
-
-
-def _split(model: nnx.Module, trainable: type) -> tuple[nnx.GraphDef, PyTree, PyTree, PyTree]:
-    """Returns the graph, and the trainable, frozen and all other variables as pure dicts."""
-    graph, *states = nnx.split(model, trainable, Frozen, ...)
-    params, frozen, rest = map(nnx.to_pure_dict, states)
-    return graph, params, frozen, rest
-
-
-def _cast(params: PyTree, dtype: str) -> PyTree:
-    """Returns the parameters with floating arrays cast to ``dtype``."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
 
 
 def leave(step: int) -> NoReturn:

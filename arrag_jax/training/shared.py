@@ -1,5 +1,6 @@
 """Code that several tasks share: held-out batches, metrics of a tokenizer, and the manifest of an export."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -11,21 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
 
-from arrag_jax.config import DataConfig, TrainConfig
+from arrag_jax.config import DataConfig, MeshConfig, RetrievalConfig, TrainConfig
 from arrag_jax.data.examples import BadImage, Images, Subset
 from arrag_jax.data.readable import ReadableImages
 from arrag_jax.data.registry import open_source
+from arrag_jax.decode.loop import sample
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import Backbone, ImageTokenizer
 from arrag_jax.json_files import read_object
-from arrag_jax.mesh import make_mesh
+from arrag_jax.mesh import make_mesh, on_own_device
 from arrag_jax.models import card, manifest
 from arrag_jax.models.place import checkpoint_folder
-from arrag_jax.nn.vq import from_uint8
+from arrag_jax.models.vq_images import with_whole_tokenizer
+from arrag_jax.nn.vq import from_uint8, to_uint8
 from arrag_jax.progress import tell
-from arrag_jax.training.loop import Batch, Task, mean_over_examples
+from arrag_jax.training.loop import mean_over_examples
+from arrag_jax.training.task import Batch, Task
 
 BITS = 1 / math.log(2)  # bits per nat
 
@@ -100,6 +105,43 @@ class RunImages:
             return self._is_prompt is None or self._is_prompt(images.caption(number))
         except BadImage:
             return True
+
+
+def split_over(mesh: Mesh) -> Mesh | None:
+    """Returns the mesh if it splits parameters; None if every device holds the whole model."""
+    return mesh if mesh.shape["fsdp"] > 1 else None
+
+
+def search_over(config: RetrievalConfig, mesh: Mesh) -> RetrievalConfig:
+    """Returns the settings of the search of sample images over a mesh.
+
+    If parameters are split, so is the store, and a ScaNN index would need as many shards; the search is then dense.
+    """
+    return config if split_over(mesh) is None else dataclasses.replace(config, search="dense")
+
+
+def draw(
+    model: Any, mesh: Mesh, ids: Any, mask: Any, seed: int, policy: Any = None, retriever: Any = None, **settings: Any
+) -> UInt8[np.ndarray, "N h w 3"]:
+    """Returns one image per prompt, drawn with a model that lies on the mesh; arguments as in ``sample``.
+
+    One device of each process draws if it holds the whole model, else all devices draw together.
+    """
+    split, rows = split_over(mesh), np.arange(len(ids))
+    if split is None:
+        graph, state = nnx.split(model)
+        model = nnx.merge(graph, on_own_device(state, mesh))
+    else:
+        rows = np.resize(rows, -(-len(ids) // mesh.shape["data"]) * mesh.shape["data"])
+        model = with_whole_tokenizer(model, mesh)
+    drawn = sample(model, ids[rows], policy, retriever, seed=seed, prompt_mask=mask[rows], mesh=split, **settings)
+    return np.asarray(to_uint8(model.decode_codes(np.asarray(drawn.codes)[: len(ids)], *model.grid)))
+
+
+def mesh_of_export(config: TrainConfig) -> Mesh | None:
+    """Returns this process's devices as a mesh for the model that it has exported; None if one device is enough."""
+    ways = math.gcd(make_mesh(config.mesh).shape["fsdp"], jax.local_device_count())
+    return make_mesh(MeshConfig(1, ways), alone=True) if ways > 1 else None
 
 
 def rows_of_a_device(config: TrainConfig) -> int:

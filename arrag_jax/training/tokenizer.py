@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from arrag_jax.config import TrainConfig
@@ -20,12 +21,18 @@ from arrag_jax.fields import Settings
 from arrag_jax.figures import grids
 from arrag_jax.models.checkpoint import save_model
 from arrag_jax.models.registry import preset_of
-from arrag_jax.models.vq_images import VQImages
+from arrag_jax.models.vq_images import VQImages, with_whole_tokenizer
 from arrag_jax.nn.variables import Statistic
 from arrag_jax.nn.vq import VQTokenizer, from_uint8
 from arrag_jax.store.images import reconstruct
-from arrag_jax.training.loop import Batch, SampleImages, Scalars
-from arrag_jax.training.shared import RunImages, psnr, rows_of_a_device, tokenizer_figures, write_manifest
+from arrag_jax.training.shared import (
+    RunImages,
+    psnr,
+    rows_of_a_device,
+    tokenizer_figures,
+    write_manifest,
+)
+from arrag_jax.training.task import Batch, SampleImages, Scalars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +54,8 @@ class TokenizerOptions(Settings):
             raise UserError(f"usage_decay={self.usage_decay} is outside [0, 1)")
 
 
-class TokenizerTask:
-    """Trains a VQ autoencoder with squared pixel error and commitment loss, and revives dead codes.
+class TokenizerStep:
+    """The step that trains a VQ autoencoder with squared pixel error and commitment loss, and revives dead codes.
 
     There is no perceptual loss, because the published LPIPS weights are a pickle file, and this project reads none.
     """
@@ -59,29 +66,26 @@ class TokenizerTask:
 
     def __init__(self, config: TrainConfig, options: TokenizerOptions):
         self.config, self.options = config, options
-        shape = preset_of(options.preset)[1]
-        self.tokens = math.prod(shape.grid)
-        self.images = RunImages(config.data, shape.image_size)
-        self.images.require_splits()  # fails before anything is written
+        self.fresh, self.shape = preset_of(options.preset)
+        self.tokens = math.prod(self.shape.grid)
 
-    def init_model(self, rngs: nnx.Rngs) -> VQImages:
+    def load(self, mesh: Mesh | None) -> tuple[()]:
+        """Returns nothing, because the tokenizer is trained from scratch."""
+        return ()
+
+    def shapes(self) -> tuple[()]:
+        """Returns the same as ``load``."""
+        return ()
+
+    def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes of one training example."""
+        return {"image": jax.ShapeDtypeStruct((*self.shape.image_size, 3), jnp.uint8)}
+
+    def init_model(self, rngs: nnx.Rngs, loaded: Any = None) -> VQImages:
         """Returns a model that contains only the tokenizer."""
-        training, shape = preset_of(self.options.preset)
-        model = training.tokenizer(shape, rngs)
+        model = self.fresh.tokenizer(self.shape, rngs)
         count_codes(model.vq, trained=bool(self.config.init_from))
         return model
-
-    def base(self) -> dict[str, str]:
-        """Returns the identity of the training images; nothing is frozen."""
-        return self.images.identity()
-
-    def train_source(self) -> grain.MapDataset:
-        """Returns the images of the training split."""
-        return grain.MapDataset.source(self.images.train).map(_image_alone)
-
-    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yields batches of the first ``eval_examples`` images of the held-out split."""
-        return self.images.held_out_batches(batch_size, _image_alone)
 
     def loss(self, model: VQImages, batch: Batch, key: Array) -> tuple[Float[Array, ""], Scalars]:
         """Returns reconstruction + codebook + commitment loss; also updates the usage of the codes."""
@@ -119,12 +123,33 @@ class TokenizerTask:
         codes, latents = model.encode_images(images)
         return {"psnr": psnr(model.decode_codes(codes, *latents.shape[1:3]), images)}
 
-    def sample_callback(self) -> Callable[[VQImages], SampleImages]:
+
+class TokenizerTask(TokenizerStep):
+    """The step with its images."""
+
+    def __init__(self, config: TrainConfig, options: TokenizerOptions):
+        super().__init__(config, options)
+        self.images = RunImages(config.data, self.shape.image_size)
+        self.images.require_splits()  # fails before anything is written
+
+    def base(self) -> dict[str, str]:
+        """Returns the identity of the training images; nothing is frozen."""
+        return self.images.identity()
+
+    def train_source(self) -> grain.MapDataset:
+        """Returns the images of the training split."""
+        return grain.MapDataset.source(self.images.train).map(_image_alone)
+
+    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Yields batches of the first ``eval_examples`` images of the held-out split."""
+        return self.images.held_out_batches(batch_size, _image_alone)
+
+    def sample_callback(self, mesh: Mesh) -> Callable[[VQImages], SampleImages]:
         """Returns a function that shows held-out images above their reconstructions."""
         images = next(self.eval_batches(12))["image"]
 
         def draw_samples(model: VQImages) -> SampleImages:
-            decoded = reconstruct(model, images)
+            decoded = reconstruct(with_whole_tokenizer(model, mesh), images)
             return {"reconstructions": grids.grid(np.concatenate([images, decoded]), columns=len(images), scale=2)}
 
         return draw_samples

@@ -12,7 +12,7 @@ from arrag_jax.models.llamagen import PARTS, LlamaGen
 from arrag_jax.models.llamagen_config import LlamaGenConfig
 from arrag_jax.nn.abstract import abstract
 from arrag_jax.nn.faid import FaidConfig
-from arrag_jax.nn.transformer import LlamaConfig
+from arrag_jax.nn.layer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
 from helpers import tiny
 from helpers.golden import find

@@ -8,7 +8,7 @@ from arrag_jax.decode.loop import SampleOutput
 from arrag_jax.models.janus import PARTS, Janus
 from arrag_jax.models.presets import JanusConfig
 from arrag_jax.nn.abstract import abstract
-from arrag_jax.nn.transformer import LlamaConfig
+from arrag_jax.nn.layer import LlamaConfig
 from arrag_jax.nn.vq import VQConfig
 from arrag_jax.ops import grid
 from arrag_jax.retrieval.dense import DenseRetriever

@@ -18,8 +18,10 @@ from arrag_jax.data.loader import make_loader
 from arrag_jax.mesh import make_mesh
 from arrag_jax.nn.variables import Adapter, freeze
 from arrag_jax.training.checkpoint import Checkpoints
-from arrag_jax.training.loop import Task, init_state, train
+from arrag_jax.training.loop import train
 from arrag_jax.training.optimizer import make_optimizer
+from arrag_jax.training.state import init_state
+from arrag_jax.training.task import Task
 
 WIDTH = 256  # so that the middle matrix is large enough to be sharded
 ONE_DEVICE = MeshConfig(data=1, fsdp=1)
@@ -74,7 +76,10 @@ class ToyTask:
     def __init__(self, pause: float = 0.0, noise: bool = True, base: str = "toy"):
         self._pause, self._noise, self._base = pause, noise, base
 
-    def init_model(self, rngs):
+    def load(self, mesh):
+        return ()
+
+    def init_model(self, rngs, loaded=None):
         return ToyModel(rngs)
 
     def base(self):
@@ -101,7 +106,7 @@ class ToyTask:
     def eval_metrics(self, model, batch):
         return {"error": jnp.mean(jnp.abs(model(batch["x"], dropout=False) - batch["y"]))}
 
-    def sample_callback(self):
+    def sample_callback(self, mesh):
         shades_of = jax.jit(lambda weights: 255 * jax.nn.sigmoid(jnp.dot(weights, weights))[:8, :8, None])
         return lambda model: {"middle": np.asarray(shades_of(model.middle[...]).repeat(3, -1), np.uint8)}
 
