@@ -13,6 +13,7 @@ from arrag_jax.models.family import Family, ModelConfig
 from arrag_jax.models.place import checkpoint_folder, config_folder
 from arrag_jax.models.registry import PRESETS_OF_ALL, family_in, family_of
 from arrag_jax.models.tensor_files import stored_tensors
+from arrag_jax.models.vq_images import NAMED
 from arrag_jax.models.weights import DTYPES, set_dtypes
 from arrag_jax.nn.abstract import abstract
 
@@ -88,6 +89,12 @@ def shapes_of(place: str, dtype: str) -> Any:
     model = abstract(family.kind, config=shape)
     set_dtypes(model, dtype, next(iter(family.layouts.values())).exact)
     return model
+
+
+def tokenizer_shapes_of(place: str) -> Any:
+    """Returns the image tokenizer alone of the model of ``shape_of``, with shapes in place of its arrays."""
+    family, shape = shape_of(place)
+    return abstract(family.kind, config=shape, parts=(NAMED,))
 
 
 def save_model(model: Backbone | ImageTokenizer, directory: str | Path, dtype: str = "float32") -> None:
