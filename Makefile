@@ -9,7 +9,7 @@ STAMP := .venv/installed-
 CORE := $(STAMP)requirements.txt
 DEV := $(STAMP)requirements-dev.txt
 
-.PHONY: help install demo test suite test-fast test-long lint
+.PHONY: help install demo test suite test-fast test-long chromium lint
 
 help:  ## Print the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -39,7 +39,10 @@ suite: $(DEV)
 test-fast: $(DEV)  ## Run the tests that are not marked slow or long, and name the slowest.
 	$(BIN)/python -m pytest -m "not slow and not long" --numprocesses=auto --maxprocesses=4 --dist=loadfile --durations=15
 
-test-long: $(DEV)  ## Run the tests that take minutes each.
+chromium:  ## Install the browser of the studio's tests, as root on Debian; otherwise those tests skip.
+	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || echo "no chromium: the studio's tests in a browser skip"
+
+test-long: $(DEV) chromium  ## Run the tests that take minutes each.
 	$(BIN)/python -m pytest -m long
 
 lint: $(DEV)  ## Check style, format and types, change nothing.

@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": Command("demo", "builds a small datastore and draws with it, plain and with retrieval"),
     "train": Command("train", "trains a tokenizer, a prior or an adapter"),
     "generate": Command("generate", "draws prompts, with retrieval and without"),
+    "studio": Command("studio", "shows a page that draws, and where each patch of a picture comes from"),
     "serve": Command("serve", "answers requests for images over HTTP, in the form of OpenAI's images API"),
     "eval": Command("eval", "measures checkpoints with and without retrieval"),
     "store": Command("build_datastore", "builds a datastore from images; adds to one, merges, verifies, measures"),

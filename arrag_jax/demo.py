@@ -11,6 +11,7 @@ where it stopped.
 
 import runpy
 import sys
+from collections.abc import Sequence
 
 from arrag_jax import console, progress, signals
 from arrag_jax.command import Flag, main_with_config
@@ -23,10 +24,14 @@ STORE = (
     "--config.keys=codebook,hidden",
     "--config.indexes=",
 )
+WORKDIR = "demo"
 # Module and arguments of each command to run; "{}" stands for --workdir.
-COMMANDS = (
+STORE_COMMANDS = (
     ("build_datastore", *STORE, "--config.num_images=2000"),
     ("build_datastore", *STORE, "--append", "--config.split=knowledge", "--config.num_images=2000"),
+)
+COMMANDS = (
+    *STORE_COMMANDS,
     (
         "generate",
         "--config=configs/emoji_knowledge.py",
@@ -44,8 +49,17 @@ def run(workdir: str) -> None:
 
     Half of the datastore's 4,000 scenes show pairs that training never showed, and so do the prompts.
     """
+    _run_all(COMMANDS, workdir)
+
+
+def build_store(workdir: str) -> None:
+    """Builds the demo's datastore in ``workdir``/store."""
+    _run_all(STORE_COMMANDS, workdir)
+
+
+def _run_all(commands: Sequence[tuple[str, ...]], workdir: str) -> None:
     own = ["--noprogress"] * (not progress.wanted()) + ["--verbose"] * (not console.is_quiet())
-    for module, *words in COMMANDS:
+    for module, *words in commands:
         _run(module, [*(word.replace("{}", workdir) for word in words), *own])
 
 
@@ -61,4 +75,4 @@ def _run(module: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main_with_config(run, None, workdir=Flag("folder of the demo; made when absent", "demo", path=True))
+    main_with_config(run, None, workdir=Flag("folder of the demo; made when absent", WORKDIR, path=True))

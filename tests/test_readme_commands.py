@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 # docs/ in the order in which the commands run; LOG.md tells of commands of its day.
 PAGES = (
     *("architecture", "drawing", "stores", "search", "checkpoints", "training", "results", "speed", "clusters"),
-    *("repeatability", "reference", "keys", "benchmarks"),
+    *("repeatability", "reference", "keys", "benchmarks", "studio"),
 )
 TEXT = "\n".join([README, *((ROOT / "docs" / f"{page}.md").read_text() for page in PAGES)])
 
@@ -43,6 +43,8 @@ ELSEWHERE = {
     "make ": "installs packages; CI runs it",
     "pip install ": "installs packages",
     "RAY_AUTH_MODE=token ray ": "needs the machines of a cluster",
+    "python -m arrag_jax.studio ": "runs until it is stopped; tests/test_studio_browser.py starts it",
+    "python -m arrag_jax.serve ": "runs until it is stopped; tests/test_curl.py starts it",
     "mkdir -p runs/prior_hour && git archive": "needs the whole history",
     "export XLA_FLAGS": "for the training after it",
     "sbatch ": "needs SLURM",

@@ -59,7 +59,7 @@ def page_and_record(
     moved = np.asarray(drawn.log_p - drawn.log_p_model).reshape(pipeline.model.grid)
     names = {number: studied.sources[number] for number in shown}
     mixed = studied.retrieved is not None
-    page = provenance_page(image, origin, moved if mixed else None, _stored_images(pipeline, method, shown), names)
+    page = provenance_page(image, origin, moved if mixed else None, stored_images(pipeline, method, shown), names)
     return page, record
 
 
@@ -226,12 +226,12 @@ def stored_columns(
     white = np.full((*pipeline.model.image_size, 3), 255, np.uint8)
     rows = []
     for numbers in credited:
-        images = list(_stored_images(pipeline, method, numbers[:count]).values()) if numbers else []
+        images = list(stored_images(pipeline, method, numbers[:count]).values()) if numbers else []
         rows.append([*images, *[white] * (count - len(images))])
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-def _stored_images(pipeline: Pipeline, method: str, images: Sequence[int]) -> dict[int, UInt8[np.ndarray, "h w 3"]]:
+def stored_images(pipeline: Pipeline, method: str, images: Sequence[int]) -> dict[int, UInt8[np.ndarray, "h w 3"]]:
     """Returns at most ``THUMBNAILS`` stored images by number.
 
     The batch is padded to this size, so that only one shape is compiled.

@@ -1,0 +1,182 @@
+"""The page of ``arrag studio`` in Gradio: widgets, and which function of ``studio`` and ``shelf`` each one calls."""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from arrag_jax.config import SamplingConfig
+from arrag_jax.decode.methods import BASELINE
+from arrag_jax.decode.policies import mixture_of
+from arrag_jax.errors import UserError, printable
+from arrag_jax.web import studio
+from arrag_jax.web.shelf import Shelf
+from arrag_jax.web.studio import Ask, Drawn, Forming, enlarged
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import: nothing is sent anywhere
+gr: Any = importlib.import_module("gradio")  # by name, because mypy would read all of it
+
+WAITING = 16  # drawings that may wait; further ones are refused
+KEPT = 600  # seconds for which files of pictures stay on disk
+FONTS = ["system-ui", "sans-serif"]  # of the visitor's machine: the page loads nothing from other hosts
+
+
+class Page:
+    """The studio's page.
+
+    Attributes:
+      blocks: Gradio's own object, ready to be launched.
+    """
+
+    def __init__(self, shelf: Shelf, config: str):
+        """Makes the page of a shelf; ``config`` is the config file that the command line of a picture names."""
+        self.shelf, self.config = shelf, config
+        with gr.Blocks(title="arrag studio", analytics_enabled=False, delete_cache=(60, KEPT)) as self.blocks:
+            drawn = gr.State(None)
+            with gr.Tab("Draw"):
+                changed = self._draw_tab(drawn)
+            with gr.Tab("Where from"):
+                outputs = self._where_tab(drawn)
+            with gr.Tab("Store"):
+                self._store_tab()
+            with gr.Tab("Take away"):
+                outputs |= self._take_tab()
+            changed(self._told, outputs)
+        self.blocks.queue(max_size=WAITING, default_concurrency_limit=1)
+
+    def _draw_tab(self, drawn: Any) -> Callable[[Callable, dict[str, Any]], None]:
+        base = self.shelf.pipeline.config
+        methods = [name for name in self.shelf.pipeline.methods if name != BASELINE]
+        mixed: Any = mixture_of(self.shelf.pipeline.policy(methods[-1]))
+        with gr.Row():
+            prompt = gr.Textbox(label="Prompt", value="a red octopus and a purple car", scale=4, elem_id="prompt")
+            method = gr.Dropdown(methods, value=methods[-1], label="Method", elem_id="method")
+            seed = gr.Number(base.seed, label="Seed", precision=0, elem_id="seed")
+        with gr.Accordion("Settings", open=False), gr.Row():
+            weight = gr.Slider(0, 1, mixed.weight if mixed else 0, label="λ, the share of retrieval")
+            tau = gr.Number(mixed.temperature if mixed else 1, label="τ, in squared distance")
+            guidance = gr.Number(base.sampling.cfg_scale or 1.0, label="Guidance")
+            temperature = gr.Number(base.sampling.temperature, label="Temperature")
+            top_p = gr.Slider(0.01, 1, base.sampling.top_p or 1.0, label="Top-p")
+        with gr.Row():
+            go = gr.Button("Draw", variant="primary", elem_id="draw")
+            stop = gr.Button("Stop", elem_id="stop")
+            again = gr.Button("Same again", elem_id="again")
+            following = gr.Button("Next seed", elem_id="next")
+        status = gr.Markdown("Ready.", elem_id="status")
+        with gr.Row():
+            plain = picture_of("plain", "plain")
+            picture = picture_of("with retrieval", "picture")
+        method.change(self._numbers, method, [weight, tau], queue=False)
+        inputs = [prompt, method, seed, weight, tau, guidance, temperature, top_p]
+        outputs, events = [plain, picture, status, drawn], []
+        for button in (go, again):
+            events.append(button.click(self._draw, inputs, outputs, concurrency_id="drawing"))
+        events.append(prompt.submit(self._draw, inputs, outputs, concurrency_id="drawing"))
+        moved = following.click(lambda seed: int(seed or 0) + 1, seed, seed, queue=False)
+        events.append(moved.then(self._draw, inputs, outputs, concurrency_id="drawing"))
+        stop.click(lambda: "Stopped.", None, status, cancels=events, queue=False)
+
+        def when_drawn(function: Callable, shown: dict[str, Any]) -> None:
+            for event in events:
+                event.success(function, drawn, list(shown.values()), show_progress="hidden")
+
+        return when_drawn
+
+    def _numbers(self, method: str) -> tuple[float, float]:
+        """Returns a method's own λ and τ."""
+        mixed: Any = mixture_of(self.shelf.pipeline.policy(method))
+        return (mixed.weight, mixed.temperature) if mixed else (0.0, 1.0)
+
+    def _draw(self, prompt, method, seed, weight, tau, guidance, temperature, top_p) -> Iterator[tuple[Any, ...]]:
+        same = gr.skip()
+        try:
+            sampling = SamplingConfig(guidance, temperature, None, top_p if top_p < 1 else None)
+            ask = Ask(prompt, method, int(seed), float(weight), float(tau), sampling)
+            yield same, same, "Begins …", same
+            for shown in studio.draw(self.shelf.pipeline, ask):
+                if isinstance(shown, Forming):
+                    left = "" if shown.seconds_left is None else f", {shown.seconds_left:.1f} s left"
+                    words = f"Row {shown.rows} of {shown.height}{left}"
+                    yield enlarged(shown.plain), enlarged(shown.picture), words, same
+                else:
+                    yield enlarged(shown.plain), enlarged(shown.picture), f"Done: seed {ask.seed}.", shown
+        except (UserError, TypeError, OverflowError) as error:
+            yield same, same, f"**{told(error)}**", same
+
+    def _where_tab(self, drawn: Any) -> dict[str, Any]:
+        with gr.Row():
+            picture = picture_of("Click a cell", "cells")
+            stored = picture_of("Stored image", "stored")
+        words = gr.Markdown("Draw a picture first.", elem_id="words")
+        audited = gr.Markdown("", elem_id="audit")
+        page = picture_of("Origins and effect of retrieval", "page", None)
+        gallery = gr.Gallery(label="Top sources", columns=5, elem_id="sources", height=240)
+
+        def clicked(last: Drawn | None, event: Any) -> tuple[Any, str]:
+            if last is None:
+                return None, "Draw a picture first."
+            shape, grid = enlarged(last.picture).shape, last.pipeline.model.grid
+            return studio.origin(last, studio.position_at(event.index[0], event.index[1], shape, grid))
+
+        clicked.__annotations__["event"] = gr.SelectData  # by which Gradio knows what to pass
+        picture.select(clicked, drawn, [stored, words], show_progress="hidden")
+        return {"cells": picture, "stored": stored, "words": words, "audit": audited, "page": page, "sources": gallery}
+
+    def _take_tab(self) -> dict[str, Any]:
+        return {
+            "files": gr.File(label="Pictures with what drew them, page, JSON", file_count="multiple", elem_id="files"),
+            "command": gr.Code(label="Draws the same picture", language="shell", elem_id="command"),
+        }
+
+    def _told(self, last: Drawn | None) -> tuple[Any, ...]:
+        """Returns what the tabs show of a finished drawing."""
+        if last is None:
+            return (gr.skip(),) * 8
+        words = "Click a cell of the picture to see where it comes from."
+        pictures = enlarged(last.picture), None, words, studio.audit(last.record), last.page, studio.sources(last)
+        return (*pictures, studio.files(last), studio.command(last, self.config))
+
+    def _store_tab(self) -> None:
+        report = gr.Markdown(self.shelf.report(), elem_id="report")
+        with gr.Row():
+            chosen = gr.Dropdown(self.shelf.stores(), label="Store", allow_custom_value=True, elem_id="store")
+            take = gr.Button("Open", elem_id="open")
+        with gr.Row():
+            name = gr.Textbox(label="Name of a new store", elem_id="name")
+            folder = gr.Textbox(label="Folder of pictures on this machine", elem_id="folder")
+            uploads = gr.File(label="or pictures of yours", file_count="multiple", elem_id="uploads")
+            begin = gr.Button("Build", elem_id="build")
+
+        def opened(path: str) -> str:
+            try:
+                return self.shelf.open(path or "")
+            except UserError as error:
+                return f"**{told(error)}**"
+
+        def built(name: str, folder: str, uploads: list[str] | None) -> Iterator[tuple[str, Any]]:
+            try:
+                for line in self.shelf.build(name or "", folder or "", uploads or ()):
+                    yield line, gr.skip()
+                yield self.shelf.report(), gr.Dropdown(self.shelf.stores())
+            except UserError as error:
+                yield f"**{told(error)}**", gr.skip()
+
+        take.click(opened, chosen, report, concurrency_id="store")
+        begin.click(built, [name, folder, uploads], [report, chosen], concurrency_id="store")
+
+
+def picture_of(label: str, name: str, height: int | None = 400) -> Any:
+    """Returns a widget that shows a picture; it has no button that sends it elsewhere."""
+    buttons: list[Any] = ["download", "fullscreen"]
+    return gr.Image(label=label, interactive=False, format="png", buttons=buttons, elem_id=name, height=height)
+
+
+def told(error: Exception) -> str:
+    """Returns an error as one line."""
+    return " ".join(printable(error).split())
+
+
+def theme() -> Any:
+    """Returns Gradio's default theme with fonts that every machine has."""
+    return gr.themes.Default(font=FONTS, font_mono=["monospace"])

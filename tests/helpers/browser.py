@@ -1,0 +1,37 @@
+"""A headless Chromium of the distribution, driven by Playwright; tests that need it skip where it is absent."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+CHROMIUM = "/usr/bin/chromium"
+OPTIONS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+)
+
+
+@contextlib.contextmanager
+def opened() -> Iterator:
+    """A browser context with an empty folder of its own."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if shutil.which(CHROMIUM) is None:
+        pytest.skip("chromium is not installed (apt-get install chromium)")
+    folder = tempfile.mkdtemp(prefix="arrag_chromium_")
+    try:
+        with playwright.sync_playwright() as driver:
+            context = driver.chromium.launch_persistent_context(
+                folder,
+                executable_path=CHROMIUM,
+                args=list(OPTIONS),
+                headless=True,
+                viewport={"width": 1280, "height": 900},
+            )
+            context.set_default_timeout(240_000)
+            yield context
+            context.close()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,140 @@
+"""The studio in a real browser: pictures that form, cells that tell where they come from, visitors who interrupt."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from helpers import browser, children, drawings
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.slow,
+]
+pytest.importorskip("gradio", reason="gradio is not installed (the extra web)")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """A studio over a small store, in a process of its own."""
+    folder = tmp_path_factory.mktemp("studio")
+    store = drawings.make_store(tmp_path_factory)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    words = [sys.executable, "-m", "arrag_jax.studio", f"--store={store}", f"--port={port}", "--method=plain,caption"]
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(words, cwd=folder, env=children.alone(), stdout=log, stderr=log)
+        end = time.monotonic() + 240
+        while "the studio is at" not in (folder / "log").read_text():
+            assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+        assert process.poll() is None, (folder / "log").read_text()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert "Traceback" not in (folder / "log").read_text()
+
+
+@pytest.fixture(scope="module")
+def context():
+    with browser.opened() as context:
+        yield context
+
+
+@pytest.fixture
+def page(context, address):
+    page = context.new_page()
+    page.goto(address)
+    page.wait_for_selector("#draw")
+    yield page
+    page.close()
+
+
+def status(page) -> str:
+    return page.locator("#status").inner_text()
+
+
+def wait_for(page, words: str) -> None:
+    page.wait_for_function("words => document.querySelector('#status').innerText.match(words)", arg=words)
+
+
+def ask(page, prompt: str, button: str = "#draw") -> None:
+    page.locator("#prompt textarea").fill(prompt)
+    page.locator(button).click()
+
+
+def shown(page, where: str) -> str:
+    return page.locator(f"{where} img").first.get_attribute("src")
+
+
+def test_rows_appear_a_cell_tells_its_origin_and_the_picture_can_be_taken_away(page):
+    ask(page, "a cat")
+    seen = set()
+    while not status(page).startswith("Done"):
+        if re.match(r"Row \d+ of 12", status(page)):
+            seen.add(shown(page, "#picture"))
+        time.sleep(0.02)
+    assert len(seen) >= 3
+    page.get_by_role("tab", name="Where from").click()
+    page.wait_for_selector("#cells img")
+    page.locator("#cells img").first.click(position={"x": 150, "y": 150})
+    page.wait_for_function("document.querySelector('#words').innerText.startsWith('Row ')")
+    assert "log p" in page.locator("#words").inner_text()
+    assert "positions" in page.locator("#audit").inner_text()
+    page.wait_for_selector("#page img")
+    page.get_by_role("tab", name="Take away").click()
+    page.wait_for_selector("#files a")
+    assert "arrag_jax.generate" in page.locator("#command").inner_text()
+
+
+def test_a_drawing_stops_and_another_one_follows(page):
+    ask(page, "two dogs")
+    wait_for(page, "Row [2-9] of")
+    page.locator("#stop").click()
+    wait_for(page, "Stopped")
+    time.sleep(1)
+    assert status(page) == "Stopped."
+    ask(page, "two dogs")
+    wait_for(page, "Done: seed 0")
+    page.locator("#next").click()
+    wait_for(page, "Done: seed 1")
+
+
+def test_two_visitors_draw_in_turn(context, address, page):
+    other = context.new_page()
+    other.goto(address)
+    other.wait_for_selector("#draw")
+    ask(page, "a cat")
+    ask(other, "a dog")
+    for each in (page, other):
+        wait_for(each, "Done")
+    assert shown(page, "#picture") != shown(other, "#picture")
+    other.close()
+
+
+@pytest.mark.parametrize(("prompt", "line"), [("", "a prompt is empty"), ("cat " * 2500, "10,000 characters")])
+def test_a_prompt_that_cannot_be_drawn_gets_one_line(page, prompt, line):
+    ask(page, prompt)
+    wait_for(page, line)
+    ask(page, "a cat")
+    wait_for(page, "Done")
+
+
+def test_a_reload_in_the_middle_leaves_a_page_that_draws(page):
+    ask(page, "three cats")
+    wait_for(page, "Row [2-9] of")
+    page.reload()
+    page.wait_for_selector("#draw")
+    ask(page, "a cat")
+    wait_for(page, "Done")
+
+
+def test_a_taken_port_is_one_line(address):
+    port = address.rpartition(":")[2]
+    words = [sys.executable, "-m", "arrag_jax.studio", f"--port={port}"]
+    done = subprocess.run(words, env=children.alone(), capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "choose another --port" in done.stderr
