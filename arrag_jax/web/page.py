@@ -91,7 +91,7 @@ class Page:
     def _draw(self, prompt, method, seed, weight, tau, guidance, temperature, top_p) -> Iterator[tuple[Any, ...]]:
         same = gr.skip()
         try:
-            sampling = SamplingConfig(guidance, temperature, None, top_p if top_p < 1 else None)
+            sampling = SamplingConfig(cfg_scale=guidance, temperature=temperature, top_p=top_p if top_p < 1 else None)
             ask = Ask(prompt, method, int(seed), float(weight), float(tau), sampling)
             yield same, same, "Begins …", same
             for shown in studio.draw(self.shelf.pipeline, ask):
