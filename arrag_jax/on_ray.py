@@ -81,7 +81,7 @@ def join(address: str) -> Any:
             # JAX warns of forks. No backend has started yet, and Ray's children begin other programs at once.
             warnings.filterwarnings("ignore", category=RuntimeWarning, message=r"os\.fork\(\)")
             ray.init(address, log_to_driver=False, logging_level="ERROR", **place)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # Ray raises many types, and Exception itself if a cluster does not start in time
         raise UserError(_unreachable(address, error)) from error
     finally:
         for number, handler in before.items():  # Ray replaces them

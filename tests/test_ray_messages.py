@@ -52,6 +52,11 @@ def ray(monkeypatch):
         ),
         (
             "local",
+            Exception("The current node timed out during startup. This could happen because …"),
+            r"cannot join the Ray cluster --ray=local: The current node timed out during startup",
+        ),
+        (
+            "local",
             OSError(28, "No space left on device"),
             r"cannot join the Ray cluster --ray=local: .*No space left on device; run the command on one of its mach",
         ),
