@@ -4,13 +4,13 @@ python benchmarks/parallel.py --store=FOLDER [--windows=4,8,16,32] [--batches=1,
 
 The embedded checkpoint draws test prompts, guidance 1.5 and top-p 0.9; FOLDER is a datastore of its tokenizer
 (``configs/emoji_datastore.py``). All variants of a batch take turns in every round, so that slow changes of the machine
-affect all of them. The table has, per window and guess: passes per picture, positions per pass, and the medians of the
-milliseconds per picture and of their ratio to plain drawing in the same round. Guess "above" is the code above, guess
+affect all of them. The table has, per window and guess: passes per picture, positions per pass, and medians of the
+milliseconds per picture and of their ratio to plain drawing in the same round, by the clock and of CPU time (of all
+threads), which other programs on the machine change less. Guess "above" is the code above, guess
 "stored" reads the window again by what the stored images hold (``retrieval.guesses``). The rows "guard" draw plain with
 ``max_copied_cells``. The first round compiles and is not counted. All windows' pictures are compared with plain's.
 """
 
-import statistics
 import time
 from pathlib import Path
 
@@ -50,22 +50,24 @@ def main(_: list[str]) -> None:
             condition = text([scene("test", turn * batch + i).caption for i in range(batch)], 24)
             drawn = {}
             for name, settings in variants.items():
-                start = time.perf_counter()
+                start = time.perf_counter(), time.process_time()
                 drawn[name] = sample(
                     model, condition, cfg_scale=1.5, top_p=0.9, seed=np.arange(batch) + 100 * turn, **settings
                 )
                 jax.block_until_ready(drawn[name].codes)
                 if turn:  # the first round compiles
-                    times[name].append((time.perf_counter() - start) / batch * 1e3)
+                    ends = time.perf_counter(), time.process_time()
+                    times[name].append([(end - begin) / batch * 1e3 for begin, end in zip(start, ends, strict=True)])
                 passes[name] += (np.asarray(drawn[name].drawn_in)[:, -1] + 1).tolist()
                 other += int((drawn[name].codes != drawn["plain", ""].codes).any()) if name[0] != "guard" else 0
         for name, values in times.items():
-            ratio = statistics.median(a / b for a, b in zip(values, times["plain", ""], strict=True))
-            mean = float(np.mean(passes[name]))
-            rows.append([batch, *name, mean, cells / mean, statistics.median(values), ratio])
+            ratios = np.median(np.array(values) / np.array(times["plain", ""]), axis=0).tolist()
+            mean, (wall, cpu) = float(np.mean(passes[name])), np.median(values, axis=0).tolist()
+            rows.append([batch, *name, mean, cells / mean, wall, ratios[0], cpu, ratios[1]])
         print(f"batch {batch}: {other} windows with a picture other than plain's", flush=True)
+    columns = ["batch", "", "guess", "passes", "positions per pass", "ms", "of plain", "CPU ms", "of plain"]
     print(f"{jax.devices()[0].device_kind}, {store.num_patches:,} patches, median of {ROUNDS.value}")
-    print(table(["batch", "", "guess", "passes", "positions per pass", "ms per picture", "of plain"], rows))
+    print(table(columns, rows))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ equals that of any image and is one code. A code is forbidden if its position wo
 run gets its size with the last of its positions, so no run of the finished picture is larger.
 
 The search is exact over all images and displacements. A run that is to grow holds at least ``most`` different codes, so
-at least half of these are not among the ``most // 2`` most common ones. The places of all other codes are indexed; a
-displaced image that matches the picture at fewer of them than this half cannot hold such a run. Only the few others are
-compared in full. The search runs on the host and uses numpy alone (``ops.host``).
+at least half of these are not among the ``most // 2`` most common ones. The places of all other codes are indexed. A
+``_Trail`` counts, for every displaced image, how many of them the picture has at the same positions, and goes on from
+position to position. Only displaced images with half of ``most`` are compared in full. The search runs on the host and
+uses numpy alone (``ops.host``).
 """
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -35,28 +37,62 @@ class CopyIndex:
         image, cell = np.divmod(order, height * width)
         # A displaced image has one number; a position of the picture adds ``_offset`` to what a stored place gives.
         self._places = image * self._each + (self._each - 1) // 2 - self._offset(cell)
+        self._marks = np.zeros(self.displaced, bool)
+        self._trails: list[_Trail] = []
+        self._lock = threading.Lock()
 
     def _offset(self, cell: Any) -> Any:
         row, column = np.divmod(cell, self.grid[1])
         return row * self._across + column
 
     def forbidden(self, drawn: Int[np.ndarray, "n T"], position: Int[np.ndarray, " n"]) -> Bool[np.ndarray, "n V"]:
-        """Returns which codes must not be drawn at a position; only codes before it are read."""
-        banned = np.zeros((len(drawn), self.size), bool)
-        for row, (codes, at) in enumerate(zip(drawn, position, strict=True)):
-            banned[row, self._forbidden(codes, int(at))] = True
+        """Returns which codes must not be drawn at a position; only codes before it are read.
+
+        Successive rows may be one picture at several positions, as windows ask.
+        """
+        banned, trail = np.zeros((len(drawn), self.size), bool), _Trail(self)
+        with self._lock:
+            free = list(self._trails)
+            for row, (codes, at) in enumerate(zip(drawn, position, strict=True)):
+                if row == 0 or (codes != drawn[row - 1]).any():
+                    trail = self._trail(free, codes[:at])
+                banned[row, self._forbidden(codes, int(at), trail)] = True
         return banned
 
-    def _forbidden(self, drawn: Int[np.ndarray, " T"], position: int) -> Int[np.ndarray, " m"]:
+    def _trail(self, free: "list[_Trail]", before: Int[np.ndarray, " t"]) -> "_Trail":
+        """Takes the trail that has most in common with a picture; makes one if none is free."""
+        if not free:
+            self._trails.append(_Trail(self))
+            return self._trails[-1]
+        return free.pop(int(np.argmax([trail.common(before) for trail in free])))
+
+    def places_of(self, code: int, cell: int) -> Int[np.ndarray, " m"]:
+        """Returns the numbers of the displaced images that have the code at a cell of the picture."""
+        return self._places[self._starts[code] : self._starts[code + 1]] + self._offset(cell)
+
+    def without(self, numbers: Int[np.ndarray, " m"], code: int, cells: list[int]) -> Int[np.ndarray, " k"]:
+        """Returns the displaced images among ``numbers`` that have the code at none of the cells."""
+        if not cells:
+            return numbers
+        others = [self.places_of(code, cell) for cell in cells]
+        for each in others:
+            self._marks[each] = True
+        rest = numbers[~self._marks[numbers]]
+        for each in others:
+            self._marks[each] = False
+        return rest
+
+    @property
+    def displaced(self) -> int:
+        """Number of displaced images."""
+        return len(self.codes) * self._each
+
+    def _forbidden(self, drawn: Int[np.ndarray, " T"], position: int, trail: "_Trail") -> Int[np.ndarray, " m"]:
         """Returns the forbidden codes of one picture."""
         nothing, before = np.zeros(0, np.int64), drawn[:position]
-        if len(np.unique(before)) < self.most:
+        numbers = trail.many(before)
+        if not len(numbers):
             return nothing
-        cells = np.flatnonzero(~self.common[before])
-        places = [self._places[self._starts[code] : self._starts[code + 1]] for code in before[cells]]
-        votes = [each + self._offset(cell) for each, cell in zip(places, cells, strict=True)]
-        numbers, count = np.unique(np.concatenate([np.zeros(0, np.int64), *votes]), return_counts=True)
-        numbers = numbers[count >= self.most - self.most // 2]
         image, displacement = np.divmod(numbers, self._each)
         down, right = np.divmod(displacement, self._across)
         down, right = down - self.grid[0] + 1, right - self.grid[1] + 1
@@ -66,12 +102,11 @@ class CopyIndex:
         wanted = touching & (code >= 0)
         image, down, right, code = (x[wanted] for x in (image, down, right, code))
         equal = self._stored(image, down, right, np.arange(position)) == before
-        several = np.flatnonzero(equal.sum(1) >= self.most)
+        several = np.flatnonzero(_different(equal, before) >= self.most)
         if not len(several):
             return nothing
         run, code = self._joined(equal[several], position), code[several]
-        found = np.sort(np.where(run, before, -1), axis=1)
-        size = (found[:, 0] >= 0) + ((found[:, 1:] != found[:, :-1]) & (found[:, 1:] >= 0)).sum(1)
+        size = _different(run, before)
         size += ~(run & (before == code[:, None])).any(1)
         return np.unique(code[size > self.most])
 
@@ -108,3 +143,54 @@ class CopyIndex:
             if (grown == run).all():
                 return run.reshape(len(equal), -1)[:, :position]
             run = grown
+
+
+class _Trail:
+    """How many different indexed codes a picture shares with each displaced image, position by position.
+
+    A picture that grows costs the places of its new codes; other codes are taken back first.
+    """
+
+    def __init__(self, index: CopyIndex):
+        self._index, self._codes = index, np.zeros(0, np.int64)
+        self._count: np.ndarray | None = None  # by displaced image
+        self._shared: list[np.ndarray] = []  # what each position added to ``_count``
+        self._reached: list[np.ndarray] = []  # which displaced images have had enough from this position on
+
+    def common(self, codes: Int[np.ndarray, " t"]) -> int:
+        """Returns the number of leading codes that are equal."""
+        number = min(len(codes), len(self._codes))
+        differ = np.flatnonzero(codes[:number] != self._codes[:number])
+        return int(differ[0]) if len(differ) else number
+
+    def many(self, codes: Int[np.ndarray, " t"]) -> Int[np.ndarray, " m"]:
+        """Returns the displaced images that may hold a run of these codes which is as large as it may be."""
+        if self._count is None:
+            self._count = np.zeros(self._index.displaced, np.uint16)
+        start = self.common(codes)
+        while len(self._shared) > start:
+            self._count[self._shared.pop()] -= 1
+            self._reached.pop()
+        for cell in range(start, len(codes)):
+            self._add(int(codes[cell]), cell, codes[:cell])
+        self._codes = np.array(codes)
+        return np.concatenate([np.zeros(0, np.int64), *self._reached])
+
+    def _add(self, code: int, cell: int, before: np.ndarray) -> None:
+        assert self._count is not None
+        if self._index.common[code]:
+            shared = np.zeros(0, np.int64)
+        else:
+            shared = self._index.places_of(code, cell)
+            shared = self._index.without(shared, code, np.flatnonzero(before == code).tolist())  # a code counts once
+        self._count[shared] += 1
+        self._shared.append(shared)
+        most = self._index.most
+        self._reached.append(shared[self._count[shared] == most - most // 2])
+
+
+def _different(chosen: Bool[np.ndarray, "m t"], codes: Int[np.ndarray, " t"]) -> Int[np.ndarray, " m"]:
+    """Returns the number of different codes at the chosen positions of each row."""
+    order = np.argsort(codes, kind="stable")
+    starts = np.flatnonzero(np.diff(codes[order], prepend=-2))
+    return np.logical_or.reduceat(chosen[:, order], starts, axis=1).sum(1)
