@@ -54,6 +54,7 @@ def run(
     excess_above: float = ALL,
     forget: Collection[str] = (),
     forget_list: str = "",
+    rights: str = "",
     purge: bool = False,
     ray: str = "",
     ray_cores: int = RAY_CORES.default,
@@ -66,13 +67,13 @@ def run(
         opened = open_topology(topology)
         sys.exit(dry_run(opened, [encoding_program(config, opened)], Path(workdir)))
     forgets = bool(forget or forget_list)
-    alone = (merge, verify, report, forgets, purge)
+    alone = (merge, verify, report, forgets, purge, rights)
     if jax.process_index() > 0 and any(alone):
         return  # process 0 alone does these
     if sum(map(bool, (append, *alone))) > 1:
-        raise UserError("--append, --merge, --verify, --report, --forget and --purge exclude one another; give one")
-    if ray and (merge or verify or forgets or purge):
-        raise UserError("--merge, --verify, --forget and --purge run in one process; leave --ray out")
+        raise UserError("--append, --merge, --verify, --report, --forget, --rights and --purge exclude one another")
+    if ray and (merge or verify or forgets or purge or rights):
+        raise UserError("--merge, --verify, --forget, --rights and --purge run in one process; leave --ray out")
     if excess_above != ALL and not merge:
         raise UserError("--excess_above takes images from a finished datastore; name it: --merge=STORE")
     directory = Path(workdir)
@@ -80,6 +81,8 @@ def run(
         build.verify(directory)
     elif forgets:
         build.forget(directory, tuple(forget), forget_list)
+    elif rights:
+        build.record_rights(directory, Path(rights))
     elif purge:
         build.purge(directory)
     elif report:
@@ -110,6 +113,11 @@ if __name__ == "__main__":
         excess_above=Flag("with --merge: take only images with more excess, in bits per image (docs/keys.md)", ALL),
         forget=Flag("names of images that no search may find any more", (), several=True),
         forget_list=Flag("file with such names, one a line", "", path=True),
+        rights=Flag(
+            "record licences and sources of images: a file of lines {image, licence, source}, or the images' folder",
+            "",
+            path=True,
+        ),
         purge=Flag("rewrite the datastore without the images that were forgotten", False),
         ray=RAY,
         ray_cores=RAY_CORES,

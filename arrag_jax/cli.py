@@ -27,6 +27,7 @@ COMMANDS = {
     "eval": Command("eval", "measures checkpoints with and without retrieval"),
     "store": Command("build_datastore", "builds a datastore from images; adds to one, merges, verifies, measures"),
     "neighbors": Command("build_neighbors", "looks up the neighbours of images ahead, for FAiD's training"),
+    "provenance": Command("provenance", "prints where a drawn image comes from, as its PNG file tells"),
     "convert": Command("convert", "converts a checkpoint folder into another layout"),
 }
 USAGE = """\

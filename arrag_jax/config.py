@@ -260,6 +260,7 @@ class RetrievalConfig(Settings):
     num_images: int = 0  # search only the first images; 0 = all. A ScaNN index over fewer images is built in memory
     scann: ScannOptions = ScannOptions()
     ray: RayConfig = RayConfig()
+    licences: tuple[str, ...] = ()  # search only images with one of these licences (build_datastore --rights); () = all
 
     def __post_init__(self):
         _one_of("keys", self.keys, tuple(KEY_KINDS))

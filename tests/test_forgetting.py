@@ -1,5 +1,7 @@
 """Laws of forgetting: no search, page or merge has a forgotten image, and a purge gives a store built without it."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -132,3 +134,32 @@ def test_what_cannot_be_forgotten_is_said_and_nothing_is(tmp_path):
     (directory / "forgotten.json").write_text('{"names": 3}')
     with pytest.raises(UserError, match=r"forgotten.json is damaged"):
         Datastore.open(directory)
+
+
+def test_licences_limit_every_search_and_survive_a_purge(tmp_path):
+    directory, beside = tmp_path / "store", tmp_path / "photos"
+    built(directory)
+    config = RetrievalConfig(str(directory), 5, search="dense", licences=("CC0",))
+    with pytest.raises(UserError, match="no image with licence cc0: none are recorded; give build_datastore --rights"):
+        load_retriever(config, "f")
+    beside.mkdir()
+    for name, licence in ((NAMES[1], "cc0"), (NAMES[7], "CC0 ")):
+        path = (tmp_path / name).with_suffix(".json")
+        path.write_text(json.dumps({"caption": "a cat", "license": licence, "url": f"https://example.org/{name}"}))
+    build_datastore.run(None, str(directory), rights=str(tmp_path))
+    lines = tmp_path / "more.jsonl"
+    lines.write_text(json.dumps({"image": NAMES[2], "licence": "cc-by"}) + "\n")
+    build_datastore.run(None, str(directory), rights=str(lines))
+    found, retriever = load_retriever(config, "f")
+    assert np.flatnonzero(found.shown).tolist() == [1, 7]
+    ids = np.asarray(retriever.search(jnp.zeros((1, 4), jnp.int32)).id)
+    assert set((ids // found.settings.patches_per_image).ravel().tolist()) <= {1, 7}
+    assert found.rights[NAMES[7]].source.endswith(NAMES[7])
+    with pytest.raises(UserError, match="licence pd: those recorded are cc-by, cc0"):
+        load_retriever(RetrievalConfig(str(directory), 5, search="dense", licences=("pd",)), "f")
+    lines.write_text('{"image": "beach.jpg", "licence": "cc0"}')
+    with pytest.raises(UserError, match=r"holds no image .beach\.jpg."):
+        build_datastore.run(None, str(directory), rights=str(lines))
+    forgetting.forget(directory, GONE)
+    forgetting.purge(directory)
+    assert sorted(Datastore.open(directory).rights) == [NAMES[1], NAMES[2]]

@@ -40,7 +40,9 @@ FLOORS = {
     **dict.fromkeys(("training",), 5),
     **dict.fromkeys(("evaluation",), 6),
     **dict.fromkeys(("web",), 7),
-    **dict.fromkeys(("train", "generate", "build_datastore", "build_neighbors", "eval", "convert", "demo"), 8),
+    **dict.fromkeys(
+        ("train", "generate", "build_datastore", "build_neighbors", "eval", "convert", "demo", "provenance"), 8
+    ),
     **dict.fromkeys(("serve", "studio"), 8),
     "cli": 9,
 }

@@ -111,7 +111,8 @@ def search_config(config: DrawConfig, search: Search) -> RetrievalConfig:
     store = own.cut_store if search is Search.CUT else own.store or config.retrieval.store
     if not store:
         raise UserError("config.hidden.cut_store names no datastore; make one with build_datastore --excess_above")
-    return RetrievalConfig(store, own.k, HIDDEN.name, own.search, own.storage, 0, own.scann, config.retrieval.ray)
+    rest = config.retrieval.ray, config.retrieval.licences
+    return RetrievalConfig(store, own.k, HIDDEN.name, own.search, own.storage, 0, own.scann, *rest)
 
 
 def chosen_methods(names: tuple[str, ...], kinds: set[Kind]) -> tuple[str, ...]:

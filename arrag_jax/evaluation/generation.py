@@ -14,6 +14,7 @@ from arrag_jax.config import DrawConfig
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.benchmarks import prompts_of
 from arrag_jax.evaluation.pipeline import Batch, Pipeline, open_pipeline
+from arrag_jax.evaluation.png_provenance import provenance_text
 from arrag_jax.evaluation.provenance import page_and_record, stored_columns, summary
 from arrag_jax.evaluation.run_folder import GRID, RunFolder, settings_of
 from arrag_jax.evaluation.run_record import texts_of
@@ -126,6 +127,8 @@ def write(
             image, drawn = batch.images[place], jax.tree.map(lambda x, place=place: x[place], batch.drawn)
             page, record = page_and_record(pipeline, method, prompts[number], image, drawn) if told else (None, None)
             texts = texts_of(prompts[number], settings["seed"] + number, method, settings["methods"][method])
+            rights = pipeline.search_of(method).store.rights if told else {}
+            texts |= provenance_text(texts, record, rights)
             folder.add(name_of(number, method), upscale(image, settings["scale"]), texts, page, record)
 
 

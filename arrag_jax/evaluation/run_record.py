@@ -29,7 +29,7 @@ def method_facts(pipeline: Pipeline, method: str) -> dict[str, Any]:
     if not policy.uses_retrieval:
         return facts
     opened, chosen = pipeline.search_of(method), METHODS[method]
-    facts |= {"store": opened.config.store, "store_fingerprint": opened.store.store_fingerprint}
+    facts |= {"store": opened.config.store, "store_fingerprint": opened.store.shown_fingerprint}
     index = index_directory(opened.store, opened.config.keys) / INDEX_RECORD
     if opened.config.search in ("scann", "ray") and not chosen.limited and index.exists():
         facts["index"] = sha256_of(index)

@@ -6,6 +6,7 @@ It is part of ``retrieval`` because the package ``store`` does not depend on ind
 import contextlib
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from arrag_jax.retrieval import index
 from arrag_jax.retrieval import report as measure
 from arrag_jax.retrieval.load import settled, spread
 from arrag_jax.retrieval.scann_rules import BY_RULE
-from arrag_jax.store import forgetting, from_images, segments
+from arrag_jax.store import forgetting, from_images, rights, segments
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.hidden import backbones_in, joined
 from arrag_jax.store.hidden_building import Reader, add_hidden, prompts_of
@@ -140,6 +141,15 @@ def forget(directory: Path, names: Sequence[str], listed: str = "") -> None:
     print(
         f"datastore {directory}: {hidden:,} of {store.num_images:,} images are forgotten; --purge removes their bytes"
     )
+
+
+def record_rights(directory: Path, given: Path) -> None:
+    """Records licences and sources of a store's images, and prints how many are known; see ``store.rights``."""
+    store = Datastore.open(directory)
+    known = rights.record(directory, store.sources, given)
+    count = Counter(each.licence or rights.UNKNOWN for each in known.values())
+    told = ", ".join(f"{licence} {number:,}" for licence, number in sorted(count.items()))
+    print(f"datastore {directory}: rights of {len(known):,} of {store.num_images:,} images are known ({told})")
 
 
 def purge(directory: Path) -> None:

@@ -29,6 +29,7 @@ from arrag_jax.retrieval.scann import HostSearch, ScannRetriever, build_host, sh
 from arrag_jax.retrieval.sharded import local_shards, shard_dense, shard_scann
 from arrag_jax.retrieval.states import HiddenRetriever
 from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.rights import require_licences
 from arrag_jax.store.shards import MANIFEST, content_hash
 
 T = TypeVar("T")
@@ -108,7 +109,9 @@ def open_store(config: RetrievalConfig, fingerprint: str, backbone: str = "") ->
     require_same({f"{config.store}/manifest.json": store.store_fingerprint}, "store")
     store.require_tokenizer(fingerprint)
     store.require_manifest()
-    store = dataclasses.replace(store, backbone=backbone)
+    store = dataclasses.replace(store, backbone=backbone, licences=tuple(x.lower() for x in config.licences))
+    if store.licences:
+        require_licences(store.directory, store.licences, store.rights)
     whole = config.num_images in (0, store.num_images)
     return store if whole else store.subset(config.num_images), whole
 

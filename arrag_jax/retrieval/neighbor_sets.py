@@ -113,7 +113,7 @@ def settings_of(
         search=search.search,
         scann=search.scann,
         storage=search.storage if search.search.endswith("dense") else "",
-        datastore=store.store_fingerprint,
+        datastore=store.shown_fingerprint,
         store_images=store.num_images,
         source=config.source,
         split=split,

@@ -11,6 +11,7 @@ One directory::
   captions-00000-of-00004.txt             only in stores with captions: one line per image, its caption
   bad-00000-of-00004.txt                  only if images were left out: one line per image, its id, a tab and the reason
   forgotten.json                          only if images were forgotten: their names; see ``store.forgetting``
+  rights.jsonl                            only if rights of images are known; see ``store.rights``
   part-00001/ …                           segments added later; each is a store of its own with all of the above
   hidden-0123456789abcdef/ …              keys of kind "hidden" of one backbone; see ``store.hidden``
 
@@ -109,7 +110,6 @@ class Datastore(ShownImages, ShardFolder):
     settings: StoreSettings
     segments: tuple["Datastore", ...] = ()  # the segments added later
     backbone: str = ""  # fingerprint of the backbone whose hidden states serve as keys; "" = none
-    forgotten: frozenset[str] = frozenset()  # names of the images that are hidden from everything
 
     noun: ClassVar[str] = "datastore"
     format_version: ClassVar[int] = 1

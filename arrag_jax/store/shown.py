@@ -1,14 +1,17 @@
-"""Which images of a store searches, reports and pages may show: all that are not forgotten (``store.forgetting``)."""
+"""Which images of a store may be shown: those that are not forgotten and have one of the wanted licences."""
 
+import dataclasses
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from jaxtyping import Bool, UInt16
 
 from arrag_jax.errors import UserError
 from arrag_jax.json_files import read_object
+from arrag_jax.store.rights import Rights, rights_in
+from arrag_jax.store.shards import content_hash
 
 FORGOTTEN = "forgotten.json"  # in the folder of a store: the names of its forgotten images
 NO_CODE = 2**16 - 1  # in the grids of images that are not shown
@@ -27,11 +30,17 @@ def forgotten_in(directory: Path) -> frozenset[str]:
     return frozenset(names)
 
 
+@dataclasses.dataclass(frozen=True)
 class ShownImages:
-    """The part of a ``Datastore`` that knows which of its images may be shown."""
+    """The part of a ``Datastore`` that knows which of its images may be shown.
 
-    forgotten: frozenset[str]
-    num_images: int
+    Attributes:
+      forgotten: names of the images that are hidden from everything.
+      licences: licences to which everything is limited; () = images of any licence, and of an unknown one.
+    """
+
+    forgotten: frozenset[str] = frozenset()
+    licences: tuple[str, ...] = ()
 
     if TYPE_CHECKING:
 
@@ -41,17 +50,37 @@ class ShownImages:
         @property
         def sources(self) -> list[str]: ...
 
+        @property
+        def store_fingerprint(self) -> str: ...
+
+    @functools.cached_property
+    def rights(self) -> dict[str, Rights]:
+        """The recorded rights of images, by name."""
+        return rights_in(cast(Any, self).directory)
+
     @functools.cached_property
     def shown(self) -> Bool[np.ndarray, " n"] | None:
         """Which images searches, reports and pages may show; None = all."""
-        if not self.forgotten:
+        if not self.forgotten and not self.licences:
             return None
-        return np.array([name not in self.forgotten for name in self.sources], bool)
+        held = [
+            name not in self.forgotten
+            and (not self.licences or self.rights.get(name, Rights()).licence in self.licences)
+            for name in self.sources
+        ]
+        return np.array(held, bool)
 
     @property
     def num_shown(self) -> int:
-        """Number of images that are not forgotten."""
-        return self.num_images if self.shown is None else int(self.shown.sum())
+        """Number of images that may be shown."""
+        return cast(Any, self).num_images if self.shown is None else int(self.shown.sum())
+
+    @property
+    def shown_fingerprint(self) -> str:
+        """Identity of the patches that a search can find; that of the store if all may be shown."""
+        if self.shown is None:
+            return self.store_fingerprint
+        return content_hash({"datastore": self.store_fingerprint, "shown": np.packbits(self.shown).tobytes().hex()})
 
     @functools.cached_property
     def shown_codes(self) -> UInt16[np.ndarray, "n H W"]:
