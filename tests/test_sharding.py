@@ -26,7 +26,7 @@ from arrag_jax.training.shared import draw
 from helpers import tiny
 
 WAYS = 8
-LENGTH, NEIGHBORS = 6, 2
+LENGTH, NEIGHBORS = 6, 1  # so that features are smaller than the largest weight
 SHAPE = dataclasses.replace(
     tiny.CONFIG,
     language=LlamaConfig(vocab_size=64, width=64, layers=4, heads=4, kv_heads=4, mlp=128),
