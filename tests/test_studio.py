@@ -91,6 +91,14 @@ def test_a_visitors_pictures_become_the_open_store(tmp_path, tmp_path_factory):
     *_, report = shelf.build("mine", "", [*uploads, str(tmp_path / "broken.png")])
     assert "3 images" in report and "skipped `broken.png`" in report
     assert shelf.pipeline.datastore.num_images == 3 and len(shelf.stores()) == 1
+    gone = shelf.pipeline.datastore.sources[1]
+    for names, message in ((gone + "\nnobody.png", "nothing was"), (" \n", "no image is named")):
+        with pytest.raises(UserError, match=message):
+            shelf.forget(names)
+    assert f"forgotten: `{gone}`" in shelf.forget(f"{gone}\n")
+    drawn = next(shelf.pipeline.draw(["a cat"], "daid", np.array([0]))).drawn
+    per_image = shelf.pipeline.datastore.num_patches // 3
+    assert not np.any((drawn.source >= 0) & (drawn.source // per_image == 1))
     for name, source in (("../x", "a"), ("", "a"), ("other", "")):
         with pytest.raises(UserError):
             list(shelf.build(name, source))

@@ -133,6 +133,30 @@ def test_a_reload_in_the_middle_leaves_a_page_that_draws(page):
     wait_for(page, "Done")
 
 
+def test_a_forgotten_picture_is_gone(page):
+    ask(page, "a cat")
+    wait_for(page, "Done")
+    page.get_by_role("tab", name="Where from").click()
+    page.wait_for_selector("#sources img")
+    name = page.locator("#audit code").first.inner_text()
+    page.get_by_role("tab", name="Store").click()
+    page.locator("#names textarea").fill("no such picture")
+    page.locator("#forget").click()
+    page.wait_for_function("document.querySelector('#report').innerText.includes('nothing was forgotten')")
+    page.locator("#names textarea").fill(name)
+    page.locator("#forget").click()
+    page.wait_for_function(
+        "name => document.querySelector('#report').innerText.includes('forgotten: ' + name)", arg=name
+    )
+    page.get_by_role("tab", name="Draw").click()
+    page.locator("#again").click()
+    wait_for(page, "Row [1-9]")
+    wait_for(page, "Done")
+    page.get_by_role("tab", name="Where from").click()
+    page.wait_for_function("name => document.querySelector('#audit code').innerText != name", arg=name)
+    assert name not in page.locator("#sources").inner_text()
+
+
 def test_a_taken_port_is_one_line(address):
     port = address.rpartition(":")[2]
     words = [sys.executable, "-m", "arrag_jax.studio", f"--port={port}"]

@@ -1,11 +1,11 @@
 """The page of ``arrag studio`` in Gradio: widgets, and which function of ``studio`` and ``shelf`` each one calls."""
 
+import dataclasses
 import importlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from arrag_jax.config import SamplingConfig
 from arrag_jax.decode.methods import BASELINE
 from arrag_jax.decode.policies import mixture_of
 from arrag_jax.errors import UserError, printable
@@ -91,7 +91,8 @@ class Page:
     def _draw(self, prompt, method, seed, weight, tau, guidance, temperature, top_p) -> Iterator[tuple[Any, ...]]:
         same = gr.skip()
         try:
-            sampling = SamplingConfig(cfg_scale=guidance, temperature=temperature, top_p=top_p if top_p < 1 else None)
+            numbers = {"cfg_scale": guidance, "temperature": temperature, "top_p": top_p if top_p < 1 else None}
+            sampling = dataclasses.replace(self.shelf.pipeline.config.sampling, **numbers)
             ask = Ask(prompt, method, int(seed), float(weight), float(tau), sampling)
             yield same, same, "Begins …", same
             for shown in studio.draw(self.shelf.pipeline, ask):
@@ -148,11 +149,18 @@ class Page:
             uploads = gr.File(label="or pictures of yours", file_count="multiple", elem_id="uploads")
             begin = gr.Button("Build", elem_id="build")
 
-        def opened(path: str) -> str:
-            try:
-                return self.shelf.open(path or "")
-            except UserError as error:
-                return f"**{told(error)}**"
+        with gr.Row():
+            names = gr.Textbox(label="Names of stored images, one a line", lines=2, elem_id="names")
+            lose = gr.Button("Forget", elem_id="forget")
+
+        def in_words(does: Callable[[str], str]) -> Callable[[str | None], str]:
+            def done(given: str | None) -> str:
+                try:
+                    return does(given or "")
+                except UserError as error:
+                    return f"**{told(error)}**"
+
+            return done
 
         def built(name: str, folder: str, uploads: list[str] | None) -> Iterator[tuple[str, Any]]:
             try:
@@ -162,7 +170,8 @@ class Page:
             except UserError as error:
                 yield f"**{told(error)}**", gr.skip()
 
-        take.click(opened, chosen, report, concurrency_id="store")
+        take.click(in_words(self.shelf.open), chosen, report, concurrency_id="store")
+        lose.click(in_words(self.shelf.forget), names, report, concurrency_id="store")
         begin.click(built, [name, folder, uploads], [report, chosen], concurrency_id="store")
 
 

@@ -12,6 +12,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.evaluation.pipeline import Pipeline, open_pipeline
 from arrag_jax.ops.keys import HIDDEN
 from arrag_jax.retrieval import build
+from arrag_jax.store.forgetting import forget
 from arrag_jax.store.hidden import backbones_in
 from arrag_jax.store.images import names_left_out
 from arrag_jax.store.shards import MANIFEST
@@ -54,10 +55,27 @@ class Shelf:
             f"**{store.directory}**: {store.num_images:,} images, {store.num_patches:,} patches, "
             f"keys: {', '.join(keys)}, from `{store.settings.source}`"
         ]
+        lines += [f"- forgotten: `{name}`" for name in sorted(store.forgotten)[:REASONS]]
         left_out = names_left_out(store)
         lines += [f"- skipped `{name}`: {reason}" for name, reason in left_out[:REASONS]]
         lines += [f"- and {len(left_out) - REASONS:,} more"] if len(left_out) > REASONS else []
         return "\n".join(lines)
+
+    def forget(self, names: str) -> str:
+        """Forgets images of the open store, so that no search finds them; returns what it holds now.
+
+        Args:
+          names: names of images, one a line.
+
+        Raises:
+          UserError: as ``store.forgetting.forget``; then nothing is forgotten.
+        """
+        wanted = [name.strip() for name in names.splitlines() if name.strip()]
+        if not wanted:
+            raise UserError("no image is named; give the names as the tab Where from shows them, one a line")
+        directory = self.pipeline.datastore.directory
+        forget(directory, wanted)
+        return self.open(str(directory))
 
     def build(self, name: str, source: str, uploads: Sequence[str] = ()) -> Iterator[str]:
         """Builds a store of a folder, or of uploaded files, and opens it; yields lines that say how far it is.
