@@ -116,6 +116,8 @@ def test_every_search_finds_the_nearest_keys(store, model, text):
     distance = host_distances(query, np.broadcast_to(keys, (len(query), *keys.shape)))
     np.testing.assert_allclose(dense.distance, np.sort(distance, 1)[:, :K], atol=1e-5)
     np.testing.assert_array_equal(dense.code, store.codes.reshape(-1)[dense.id])
+    held = opened(store, model).local
+    assert held.keys.nbytes + held.codes.nbytes == store.num_rows("hidden") * (32 + 4)  # docs/keys.md
     mesh = make_mesh(MeshConfig(4, 1))
     for other in (
         opened(store, model, storage="float32"),
