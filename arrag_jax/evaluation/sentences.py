@@ -26,7 +26,7 @@ KEY = "config.caption.sentence_model"
 class SentenceIndex(CaptionIndex):
     """An index of stored captions by their vectors, in memory: 768 bytes per different caption of MiniLM.
 
-    The captions are read once, which takes a CPU about 3 ms each.
+    The captions are read once.
 
     Raises:
       UserError: if the model, PyTorch or ``transformers`` is missing.
