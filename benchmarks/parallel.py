@@ -35,17 +35,19 @@ MOST = flags.DEFINE_integer("most", 16, "max_copied_cells of the guard")
 
 
 def main(_: list[str]) -> None:
-    """Prints the table."""
+    """Prints a table per batch size."""
     model, text, store = load_model(MODEL), PromptTokenizer.load(MODEL), Datastore.open(STORE.value)
-    stored, cells, rows = StoredCodes.of(store.codes, model.codebook_size), int(np.prod(model.grid)), []
+    stored, cells = StoredCodes.of(store.codes, model.codebook_size), int(np.prod(model.grid))
+    print(f"{jax.devices()[0].device_kind}, {store.num_patches:,} patches")
     variants = {("plain", ""): {}, ("guard", f"{MOST.value}"): {"max_copied_cells": MOST.value, "stored": stored}}
+    columns = ["", "guess", "passes", "positions per pass", "ms", "of plain", "CPU ms", "of plain"]
     for window in map(int, WINDOWS.value):
         variants |= {(f"window {window}", name): {"window": window, "stored": images} for name, images in
                      (("above", None), ("stored", stored))}  # fmt: skip
     for batch in map(int, BATCHES.value):
         times: dict = {name: [] for name in variants}
         passes: dict = {name: [] for name in variants}
-        other = 0
+        other, rows = 0, []
         for turn in range(ROUNDS.value + 1):
             condition = text([scene("test", turn * batch + i).caption for i in range(batch)], 24)
             drawn = {}
@@ -63,11 +65,9 @@ def main(_: list[str]) -> None:
         for name, values in times.items():
             ratios = np.median(np.array(values) / np.array(times["plain", ""]), axis=0).tolist()
             mean, (wall, cpu) = float(np.mean(passes[name])), np.median(values, axis=0).tolist()
-            rows.append([batch, *name, mean, cells / mean, wall, ratios[0], cpu, ratios[1]])
-        print(f"batch {batch}: {other} windows with a picture other than plain's", flush=True)
-    columns = ["batch", "", "guess", "passes", "positions per pass", "ms", "of plain", "CPU ms", "of plain"]
-    print(f"{jax.devices()[0].device_kind}, {store.num_patches:,} patches, median of {ROUNDS.value}")
-    print(table(columns, rows))
+            rows.append([*name, mean, cells / mean, wall, ratios[0], cpu, ratios[1]])
+        print(f"batch {batch}, {other} windows with a picture other than plain's, median of {ROUNDS.value}")
+        print(table(columns, rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -36,14 +36,10 @@ def searches(model):
 
 
 CASES = {
-    "plain": (Plain(), "", {}, 7),
-    "one whole window": (Plain(), "", {"top_p": 0.8}, 20),
-    "without guidance": (Plain(), "", {"cfg_scale": None, "top_k": 4}, 3),
-    "greedy": (Plain(), "", {"greedy": True}, 4),
-    "daid, dense": (Daid(0.5, 0.3), "dense", {"top_p": 0.9}, 6),
-    "daid, ScaNN": (Daid(0.5, 0.3, "sum"), "scann", {}, 6),
-    "faid": (Faid(), "dense", {}, 7),
-    "faid+daid": (Faid(Daid(0.4, 0.3), neighbors=5), "scann", {"top_k": 5}, 4),
+    "plain": (Plain(), "", {"top_p": 0.8}, 7),
+    "without guidance, one whole window": (Plain(), "", {"cfg_scale": None, "top_k": 4}, 20),
+    "daid, dense": (Daid(0.5, 0.3), "dense", {}, 6),
+    "faid+daid, ScaNN": (Faid(Daid(0.4, 0.3, "sum"), neighbors=5), "scann", {"top_k": 5}, 4),
 }
 
 

@@ -136,7 +136,8 @@ class Pipeline:
         """Returns the stored images that guard a method's draws and help its windows; None if they are not needed."""
         guarded = self.config.sampling.max_copied_cells is not None
         opened = self.searches.get(METHODS[method].search) or self.beside
-        if opened is None or not (guarded or self.config.sampling.window > 1):
+        helped = self.config.sampling.window > 1 and self.mesh is None  # on a mesh, guesses cost a call to one device
+        if opened is None or not (guarded or helped):
             return None
         if (grid := opened.store.settings.grid) == self.model.grid:
             return opened.stored
