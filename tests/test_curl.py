@@ -30,7 +30,8 @@ def test_the_examples_work_as_they_stand(tmp_path):
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", PORT)) == 0:
             pytest.skip(f"another program listens on port {PORT}")
-    examples = "\n".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)).replace("\\\n", " ").strip().split("\n")
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL))
+    examples = blocks.replace("\\\n", " ").splitlines()
     (command,) = re.findall(r"^python -m arrag_jax\.serve .*", PAGE, re.MULTILINE)
     (tmp_path / "arrag_jax" / "assets").mkdir(parents=True)
     (tmp_path / "arrag_jax" / "assets" / "emoji_janus").symlink_to(drawings.MODEL)

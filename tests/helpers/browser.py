@@ -1,4 +1,4 @@
-"""A headless Chromium of the distribution, driven by Playwright; tests that need it skip where it is absent."""
+"""A headless Chromium, driven by Playwright; tests that need it skip where it is absent."""
 
 import contextlib
 import shutil
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-CHROMIUM = "/usr/bin/chromium"
+NAMES = ("chromium", "google-chrome")  # Debian's; that of CI's machines
 OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
@@ -18,14 +18,15 @@ OPTIONS = (
 def opened() -> Iterator:
     """A browser context with an empty folder of its own."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if shutil.which(CHROMIUM) is None:
+    chromium = next(filter(None, map(shutil.which, NAMES)), None)
+    if chromium is None:
         pytest.skip("chromium is not installed (apt-get install chromium)")
     folder = tempfile.mkdtemp(prefix="arrag_chromium_")
     try:
         with playwright.sync_playwright() as driver:
             context = driver.chromium.launch_persistent_context(
                 folder,
-                executable_path=CHROMIUM,
+                executable_path=chromium,
                 args=list(OPTIONS),
                 headless=True,
                 viewport={"width": 1280, "height": 900},
