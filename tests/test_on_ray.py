@@ -117,9 +117,10 @@ def test_an_address_without_a_cluster_is_told_before_work(config, tmp_path, addr
     assert not (tmp_path / "store").exists()
 
 
-def test_nobody_imports_ray_who_does_not_ask_for_it(config, tmp_path):
-    script = "import sys; from arrag_jax import build_datastore, build_neighbors, cli, eval, generate, train; "
-    script += "sys.exit('ray' in sys.modules)"
+def test_nobody_imports_ray_or_a_web_framework_who_does_not_ask_for_it(config, tmp_path):
+    commands = "build_datastore, build_neighbors, cli, eval, generate, serve, studio, train"
+    script = f"import sys; from arrag_jax import {commands}; "
+    script += "sys.exit(bool({'ray', 'fastapi', 'gradio', 'starlette', 'uvicorn'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", script], env=children.alone(), cwd=tmp_path).returncode == 0
 
 
