@@ -26,7 +26,7 @@ from arrag_jax.training.optimizer import make_optimizer
 from arrag_jax.training.state import init_state
 from arrag_jax.training.tasks import make_task
 from helpers import workshop
-from helpers.toy import by_path, lines, losses, split_leaves
+from helpers.toy import by_path, final_state, lines, losses, split_leaves
 
 
 @pytest.fixture(scope="session")
@@ -67,12 +67,16 @@ def test_training_changes_every_adapter_and_nothing_else(folder, tmp_path):
     train(config, make_task(config), tmp_path)
     before = parameters(make_task(config).init_model(nnx.Rngs(config.seed)))
     after = parameters(load_model(tmp_path / "export"))
+    state = final_state(tmp_path, config, make_task(config))
     for path, value in after.items():
+        if type(before[path]) is Adapter:  # in float32, because a small change may round to none in the export
+            assert not np.array_equal(state[f"params/{path.replace('.', '/')}"], before[path][...]), path
+            continue
         rounded = before[path][...]
         if not path.startswith("gen_vision_model"):
             rounded = rounded.astype(jnp.bfloat16).astype(jnp.float32)
         same = np.array_equal(value[...], rounded)
-        trained = type(before[path]) is Adapter or path.endswith(("attention.q.weight", "attention.v.weight"))
+        trained = path.endswith(("attention.q.weight", "attention.v.weight"))
         assert same != trained, path
     written = lines(tmp_path)
     measured = [line["eval/bits_per_code"] for line in written if "eval/bits_per_code" in line]
