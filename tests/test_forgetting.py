@@ -72,8 +72,10 @@ def search(store: Datastore, kind: str, how: str, mesh=None):
     return load_retriever(config, "f", mesh, "data")[1]
 
 
-@pytest.mark.parametrize("kind", ["codebook", "latent"])
-@pytest.mark.parametrize("how", ["dense", "scann", "sharded"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("codebook", "dense"), ("latent", "dense"), ("codebook", "scann"), ("latent", "scann"), ("codebook", "sharded")],
+)
 def test_every_search_finds_what_a_store_without_the_images_gives(forgotten, without, kind, how):
     """Saved indexes included; rows keep their numbers."""
     mesh = make_mesh(MeshConfig(2, 4)) if how == "sharded" else None

@@ -62,7 +62,9 @@ def own(model):
 
 
 @pytest.mark.parametrize(
-    ("policy", "window"), [(Plain(), 1), (Plain(), 6), (Daid(1.0, 0.5), 1)], ids=["plain", "window", "daid alone"]
+    ("policy", "window"),
+    [(Plain(), 1), (Plain(), 6), (Daid(1.0, 0.5), 1)],
+    ids=["plain", "window", "daid alone"],
 )
 def test_no_run_is_larger_than_it_may_be(model, own, policy, window):
     """With a weight of 1, DAiD draws retrieved codes alone; where all of them are forbidden, the model's remain."""

@@ -37,8 +37,7 @@ def searches(model):
 
 CASES = {
     "plain": (Plain(), "", {"top_p": 0.8}, 7),
-    "without guidance, one whole window": (Plain(), "", {"cfg_scale": None, "top_k": 4}, 20),
-    "daid, dense": (Daid(0.5, 0.3), "dense", {}, 6),
+    "daid, dense, without guidance, one whole window": (Daid(0.5, 0.3), "dense", {"cfg_scale": None}, 20),
     "faid+daid, ScaNN": (Faid(Daid(0.4, 0.3, "sum"), neighbors=5), "scann", {"top_k": 5}, 4),
 }
 
@@ -70,12 +69,13 @@ def test_windows_draw_what_single_positions_draw(model, searches, case):
 def test_guesses_from_stored_images_change_the_passes_alone(model):
     """Guesses of the very pictures to be drawn are nearly all right; those of other images draw the same."""
     ids, mask = tiny.prompts((6, 3, 4))
-    plain = sample(model, ids, prompt_mask=mask, seed=3)
+    settings = {"cfg_scale": 2.0, "prompt_mask": mask, "seed": 3, "top_p": 0.8}
+    plain = sample(model, ids, **settings)
     own = np.asarray(plain.codes).reshape(-1, *model.grid)
     other = np.random.default_rng(0).integers(0, 9, (40, *model.grid))
     passes = []
     for images in (own, other):
-        drawn = sample(model, ids, prompt_mask=mask, seed=3, window=8, stored=StoredCodes.of(images, 9))
+        drawn = sample(model, ids, window=7, stored=StoredCodes.of(images, 9), **settings)
         assert_equal(drawn, plain)
         passes.append(int(drawn.drawn_in.max()) + 1)
     assert passes[0] < passes[1] <= 20
@@ -107,10 +107,11 @@ def test_the_reference_draws_the_same(reference):
 
 
 def test_rows_are_streamed_when_the_last_picture_has_them(model):
-    ids, mask = tiny.prompts((6, 3))
-    rows = list(sample_stream(model, ids, prompt_mask=mask, window=6, seed=3))
+    ids, mask = tiny.prompts((6, 3, 4))
+    settings = {"cfg_scale": 2.0, "prompt_mask": mask, "seed": 3, "top_p": 0.8}
+    rows = list(sample_stream(model, ids, window=7, **settings))
     assert all((row.codes >= 0).all() for row in rows)
-    assert_equal(joined(rows), sample(model, ids, prompt_mask=mask, seed=3))
+    assert_equal(joined(rows), sample(model, ids, **settings))
 
 
 @pytest.mark.parametrize(("window", "message"), [(0, "window = 0 must be at least 1"), (21, "the 20 positions")])
