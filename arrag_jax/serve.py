@@ -1,6 +1,7 @@
 """Serves a model over HTTP, in the form of OpenAI's images API.
 
-arrag serve --config configs/emoji_knowledge.py --config.retrieval.store=demo/store --method plain,gated+caption
+python -m arrag_jax.serve --config configs/emoji_knowledge.py --config.retrieval.store=demo/store \\
+  --method plain,gated+caption
 
 POST /v1/images/generations takes {"prompt": …, "n": 1, "size": "auto", "seed": 0, "stream": false, "partial_images": 0,
 "arrag": {"method": …, "weight": λ, "temperature": τ, "provenance": false}} and returns PNG images as base64. With

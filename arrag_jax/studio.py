@@ -1,7 +1,7 @@
 """Opens a page in the browser that draws, and shows where each patch of a picture comes from.
 
-arrag studio
-arrag studio --store runs/photos --method plain,daid --port 7860
+python -m arrag_jax.studio
+python -m arrag_jax.studio --store runs/photos --method plain,daid --port 7860
 
 Without --store and --config the page opens on the embedded checkpoint and the datastore of `arrag demo`, in demo/store,
 which is built first if it is absent (two to three minutes on two CPU cores). The page listens on 127.0.0.1 unless

@@ -212,8 +212,8 @@ def test_test_prompts_are_those_of_the_configs_data_set(config, tmp_path):
     generate.run(config, str(tmp_path / "out"), ["a cat"], test_prompts=2, method="plain", scale=1)
     prompts = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["prompts"]
     assert prompts == ["a cat", *(scene("test", i).caption for i in range(2))]
-    other = changed(config, "data", name="photos/large")
-    with pytest.raises(UserError, match=r"config\.data\.name='photos/large' has no test prompts.* emoji_scenes"):
+    other = changed(config, "data", source="photos/large")
+    with pytest.raises(UserError, match=r"config\.data\.source='photos/large' has no test prompts.* emoji_scenes"):
         generate.run(other, str(tmp_path / "other"), ["a cat"], test_prompts=2, method="plain", scale=1)
     assert not (tmp_path / "other").exists()
 
