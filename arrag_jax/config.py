@@ -69,7 +69,7 @@ def require_guidance(value: float | None) -> None:
 class DataSetConfig(Settings):
     """The data set to use."""
 
-    source: str = "emoji_scenes/full"  # TFDS name of the data set, with its TFDS config
+    source: DataPath = "emoji_scenes/full"  # TFDS name of the data set, with its TFDS config
     data_dir: LocalPath = "data"  # folder where TFDS keeps data sets; a missing data set is built there
 
 

@@ -83,7 +83,9 @@ def test_other_colour_spaces_become_rgb():
     image = Image.fromarray(red)
     np.testing.assert_allclose(decode(image.convert("CMYK"), "TIFF"), red, atol=1)
     np.testing.assert_allclose(decode(image.convert("CMYK"), "JPEG", quality=100), red, atol=4)
-    np.testing.assert_allclose(decode(image.convert("YCbCr"), "TIFF"), red, atol=3)
+    # Pillow 12.3 writes uncompressed TIFF files of YCbCr that it cannot read.
+    np.testing.assert_allclose(decode(image.convert("YCbCr"), "TIFF", compression="tiff_lzw"), red, atol=3)
+    np.testing.assert_allclose(pixels.to_rgb(image.convert("YCbCr")), red, atol=3)
     np.testing.assert_allclose(decode(Image.new("LAB", SIZE, (255, 128, 128)), "TIFF"), 255, atol=2)
     bits = Image.fromarray((RAMP > 0.5).astype(np.uint8) * 255).convert("1")
     np.testing.assert_array_equal(decode(bits, "PNG"), rgb((RAMP > 0.5) * 255))

@@ -180,6 +180,7 @@ def test_the_store_has_no_more_of_the_tail_and_no_absent_class():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_true_scenes_of_the_long_tail_are_right():
     some, pictures = true_images("test", 300, LONG_TAIL)
     assert object_score(pictures, some, LONG_TAIL)["overall"] == 1
