@@ -139,7 +139,12 @@ def put_rows(tree: PyTree, mesh: Mesh) -> PyTree:
 
 def _put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
     if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.device_put(leaf, sharding)
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # it lies on the mesh already
+            return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
+        value = np.asarray(leaf)  # device_put sends nothing from one process's devices to another's
+        return jax.make_array_from_callback(value.shape, sharding, lambda place: value[place])
     data = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)  # key arrays fail in several processes
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
 
