@@ -119,8 +119,7 @@ def put_parameter(path: str, value: np.ndarray, mesh: Mesh | None) -> jax.Array:
     """
     if mesh is None:
         return jnp.asarray(value)
-    sharding = NamedSharding(mesh, partition_spec(path.replace(".", "/"), value.shape, mesh))
-    return jax.make_array_from_callback(value.shape, sharding, lambda place: value[place])
+    return _shares(value, NamedSharding(mesh, partition_spec(path.replace(".", "/"), value.shape, mesh)))
 
 
 def fetched(array: Any) -> np.ndarray:
@@ -137,16 +136,20 @@ def put_rows(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, P("data"))), tree)
 
 
-def _put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        if sharding.is_fully_addressable:
-            return jax.device_put(leaf, sharding)
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # it lies on the mesh already
-            return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
-        value = np.asarray(leaf)  # device_put sends nothing from one process's devices to another's
-        return jax.make_array_from_callback(value.shape, sharding, lambda place: value[place])
-    data = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)  # key arrays fail in several processes
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+def _put(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Places an array that every process holds, or that lies on the mesh already; the latter is not copied in vain."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # key arrays fail in several processes
+        data = _put(np.asarray(jax.random.key_data(leaf)), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    on_mesh = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    if on_mesh or sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    return _shares(np.asarray(leaf), sharding)  # device_put sends nothing from one process's devices to another's
+
+
+def _shares(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Gives each device of this process its own share of an array that every process holds."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda place: value[place])
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, accumulate: int = 1) -> dict[str, jax.Array]:
