@@ -40,11 +40,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def retriever(model):
-    """A search over random keys: no ties, which a batch and its pictures alone could break differently."""
-    rng, codebook = np.random.default_rng(0), np.asarray(model.codebook)
-    parts = rng.normal(size=(400, 4, codebook.shape[1]))
-    keys = (parts / np.linalg.norm(parts, axis=-1, keepdims=True)).reshape(400, -1).astype(np.float32)
-    return DenseRetriever.create(keys, rng.integers(0, 9, 400).astype(np.int32), codebook, 6)
+    return tiny.untied(model)
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,8 @@ def model():
 @pytest.fixture(scope="module")
 def searches(model):
     """The same random keys, searched on the device and on the host."""
-    rng, codebook = np.random.default_rng(0), np.asarray(model.codebook)
-    parts = rng.normal(size=(400, 4, codebook.shape[1]))
-    keys = (parts / np.linalg.norm(parts, axis=-1, keepdims=True)).reshape(400, -1).astype(np.float32)
-    codes = rng.integers(0, 9, 400).astype(np.int32)
     kinds = {"dense": DenseRetriever, "scann": ScannRetriever}
-    return {name: kind.create(keys, codes, codebook, 6) for name, kind in kinds.items()} | {"": None}
+    return {name: tiny.untied(model, kind=kind) for name, kind in kinds.items()} | {"": None}
 
 
 CASES = {

@@ -62,6 +62,14 @@ def store(model: Janus, k: int = 6, images: int = 30, seed: int = 0) -> DenseRet
     return DenseRetriever.create(keys, grid.next_codes_of_grids(codes).reshape(-1), codebook, k)
 
 
+def untied(model: Janus, k: int = 6, kind: type = DenseRetriever):
+    """A search of a kind over keys of random latents: no ties, so that every search and batch must agree."""
+    rng, codebook = np.random.default_rng(0), np.asarray(model.codebook)
+    parts = rng.normal(size=(400, 4, codebook.shape[1]))
+    keys = (parts / np.linalg.norm(parts, axis=-1, keepdims=True)).reshape(400, -1).astype(np.float32)
+    return kind.create(keys, rng.integers(0, 9, 400).astype(np.int32), codebook, k)
+
+
 def assert_retrieved(drawn: SampleOutput, model: Janus, retriever: DenseRetriever) -> None:
     """Every code drawn in a cell that has a context is one of those retrieved for it."""
     inside, source = grid.has_context(*model.grid), np.asarray(drawn.source)
