@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from arrag_jax import hub, signals
-from arrag_jax.errors import UserError, run_command
+from arrag_jax.errors import UserError, run_command, start_command
 from arrag_jax.processes import require_same, start_distributed
 from helpers import children
 
@@ -280,4 +280,5 @@ def work_in_step() -> None:
 
 
 if __name__ == "__main__":
+    start_command()  # as a command does: a signal that comes just before a system call is sent again
     run_command(main, sys.argv)
