@@ -156,6 +156,7 @@ def test_splits_share_no_picture(drawn):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_splits_share_no_content_among_thousands():
     contents = [{scene(split, index).content() for index in range(1500)} for split in SPLITS]
     assert all(not a & b for a, b in itertools.combinations(contents, 2))
