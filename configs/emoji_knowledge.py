@@ -1,10 +1,12 @@
 """Draws emoji scenes whose pairs training never showed, from a store that holds such pairs.
 
 python -m arrag_jax.build_datastore --config configs/emoji_datastore.py --workdir runs/ordinary \
-    --config.num_images=8000 --config.keys=codebook,hidden --config.indexes=codebook,hidden
+    --config.source=emoji_scenes/small --config.num_images=8000 \
+    --config.keys=codebook,hidden --config.indexes=codebook,hidden
 cp -r runs/ordinary runs/knowledge
 python -m arrag_jax.build_datastore --config configs/emoji_datastore.py --workdir runs/knowledge --append \
-    --config.split=knowledge --config.num_images=2000 --config.keys=codebook,hidden --config.indexes=codebook,hidden
+    --config.source=emoji_scenes/small --config.split=knowledge --config.num_images=2000 \
+    --config.keys=codebook,hidden --config.indexes=codebook,hidden
 python -m arrag_jax.build_datastore --merge runs/knowledge --excess_above=20 --workdir runs/cut
 python -m arrag_jax.eval --config configs/emoji_knowledge.py --num_prompts=240 --num_scenes=400 \
     --workdir runs/knowledge_eval
@@ -34,6 +36,7 @@ def get_config() -> ConfigDict:
         "gated+caption",
         "gated+cut",
     )
+    config.data.source = "emoji_scenes/small"  # the scenes of "full", fewer of them
     config.best = "gated+caption"
     config.retrieval.store = "runs/knowledge"
     config.untaught_store = "runs/ordinary"

@@ -36,8 +36,8 @@ TAKES_LONG = (
     "python -m arrag_jax.build_datastore --config configs/emoji_datastore.py ",
     "python -m arrag_jax.generate --config configs/emoji_compare.py ",  # of the tuned models
 )
-# In commands that need a cluster that runs already: they are parsed.
-ON_A_CLUSTER = ("--ray=auto", "retrieval.search=ray")
+# In commands that need a cluster that runs already, or a compiler for another machine: they are parsed.
+OF_OTHER_MACHINES = ("--ray=auto", "retrieval.search=ray", "--topology=")
 # What is no command of this package, and why it is not run.
 ELSEWHERE = {
     "make ": "installs packages; CI runs it",
@@ -75,7 +75,7 @@ def starts(command: str, beginnings) -> bool:
 
 def runnable() -> list[str]:
     left_out = (*TAKES_LONG, *ELSEWHERE, "launch/")
-    return [x for x in commands() if not starts(x, left_out) and not any(part in x for part in ON_A_CLUSTER)]
+    return [x for x in commands() if not starts(x, left_out) and not any(part in x for part in OF_OTHER_MACHINES)]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_every_page_is_read():
 
 def test_the_long_ones_parse():
     """Their configs, keys and flags are known, those of a task's options too."""
-    own = [x for x in commands() if starts(x, TAKES_LONG) or any(part in x for part in ON_A_CLUSTER)]
+    own = [x for x in commands() if starts(x, TAKES_LONG) or any(part in x for part in OF_OTHER_MACHINES)]
     launched = [x.partition(" -- ")[2] for x in commands() if " -- python -m" in x]
     assert len(own) >= 12 and len(launched) == 2 and len(spans()) >= 8
     parse_in_turn(ROOT, *own, *launched, *spans())
