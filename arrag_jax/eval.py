@@ -79,8 +79,11 @@ def run(
     if is_folder_benchmark(benchmark):
         if scaling or fit_gate:
             raise UserError(f"{benchmark} has no examples for --scaling and --fit_gate; leave them out")
+        if score_only:
+            prompts, copies, limit = folder_runs.drawn_from(workdir, prompts, copies, limit)
         opened = open_folder_benchmark(benchmark, prompts, copies, limit, flags)
-        steps = folder_runs.Steps(not score_only, not draw_only, allow_missing, known_words, copies_of)
+        place = folder_runs.place_of(prompts, limit)
+        steps = folder_runs.Steps(not score_only, not draw_only, allow_missing, known_words, copies_of, place)
         with open_engine(ray, ray_cores) as engine:
             if sweep:
                 given = {"weight": sweep_weights, "temperature": sweep_temperatures, "k": sweep_neighbors}
@@ -89,16 +92,11 @@ def run(
             else:
                 folder_runs.run(config, workdir, benchmark, opened, method, steps, engine)
         return
-    if ray:
-        raise UserError(f"{benchmark} is measured in one process; --ray is for benchmarks over a prompt set")
     if draw_only or score_only or prompts or method:
         raise UserError(f"{benchmark} draws its own prompts and keeps no images; leave out the flags of prompt sets")
     if config is None:
         raise UserError("missing --config (see --help)")
-    if jax.process_count() > 1:
-        raise UserError(
-            f"{benchmark} is measured in one process; start it once, without JAX_COORDINATOR_ADDRESS and the like"
-        )
+    _require_one_process(benchmark, ray)
     if fit_gate:
         gate_fit.fit_gate(config, workdir, benchmark, num_prompts)
         return
@@ -113,6 +111,15 @@ def run_or_compile(
         return dry_run_of_drawing(config, method, topology, patches, workdir)
     run(config, workdir, method=method, **flags)
     return None
+
+
+def _require_one_process(benchmark: str, ray: str) -> None:
+    if ray:
+        raise UserError(f"{benchmark} is measured in one process; --ray is for benchmarks over a prompt set")
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{benchmark} is measured in one process; start it once, without JAX_COORDINATOR_ADDRESS and the like"
+        )
 
 
 def _compare(folders: Sequence[str]) -> None:
@@ -140,7 +147,11 @@ if __name__ == "__main__":
         sweep_seeds=Flag("seeds that --sweep draws with each of them", SEEDS),
         scaling=Flag("measure how the gain grows with the store, on the validation split", False),
         fit_gate=Flag("fit the gate of config.hidden.gated_caption on drawn images, at a bound on copying", False),
-        prompts=Flag("prompt set: .jsonl, .json, .csv, .txt, or a folder of .txt files", "", path=True),
+        prompts=Flag(
+            "prompt set: .jsonl, .json, .csv, .txt, or a folder of .txt files; --score_only knows that of its folder",
+            "",
+            path=True,
+        ),
         copies=Flag("images per prompt of a prompt set; 0 = the benchmark's own number", 0),
         limit=Flag("use the first N prompts of the set alone; 0 = all", 0),
         method=Flag(f"draw one method into --workdir itself, one of {', '.join(METHODS)}; default: all, below it", ""),

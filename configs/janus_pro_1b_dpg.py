@@ -7,7 +7,7 @@ python -m arrag_jax.eval --config configs/janus_pro_1b_dpg.py --benchmark dpg --
 python -m arrag_jax.eval --config configs/janus_pro_1b_dpg.py --benchmark dpg --draw_only --method faid \\
   --config.faid_model=checkpoints/faid-1b \\
   --prompts dpg_bench/prompts --workdir runs/dpg_faid
-python -m arrag_jax.eval --benchmark dpg --score_only --prompts dpg_bench/prompts \\
+python -m arrag_jax.eval --benchmark dpg --score_only \\
   --questions dpg_bench/dpg_bench.csv --answers file:answers.json --official_bugs --workdir runs/dpg_plain
 python -m arrag_jax.eval --compare runs/dpg_plain runs/dpg_daid
 

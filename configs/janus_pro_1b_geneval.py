@@ -7,8 +7,8 @@ python -m arrag_jax.eval --config configs/janus_pro_1b_geneval.py --benchmark ge
 python -m arrag_jax.eval --config configs/janus_pro_1b_geneval.py --benchmark geneval --draw_only --method faid \\
   --config.faid_model=checkpoints/faid-1b \\
   --prompts geneval/prompts/evaluation_metadata.jsonl --workdir runs/geneval_faid
-python -m arrag_jax.eval --benchmark geneval --score_only --prompts geneval/prompts/evaluation_metadata.jsonl \\
-  --detector file:found.jsonl --workdir runs/geneval_plain
+python -m arrag_jax.eval --benchmark geneval --score_only --detector file:found.jsonl \\
+  --workdir runs/geneval_plain
 python -m arrag_jax.eval --compare runs/geneval_plain runs/geneval_daid
 
 Sampling is that of configs/janus_pro_1b.py: guidance 5, temperature 1, no truncation, 384 x 384, as in Janus' own

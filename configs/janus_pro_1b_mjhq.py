@@ -7,7 +7,7 @@ python -m arrag_jax.eval --config configs/janus_pro_1b_mjhq.py --benchmark dista
 python -m arrag_jax.eval --config configs/janus_pro_1b_mjhq.py --benchmark distances --draw_only --method faid \\
   --config.faid_model=checkpoints/faid-1b \\
   --prompts MJHQ-30K/meta_data.json --workdir runs/mjhq_faid
-python -m arrag_jax.eval --benchmark distances --score_only --prompts MJHQ-30K/meta_data.json \\
+python -m arrag_jax.eval --benchmark distances --score_only \\
   --reference MJHQ-30K/images --workdir runs/mjhq_plain
 python -m arrag_jax.eval --compare runs/mjhq_plain runs/mjhq_daid
 

@@ -173,12 +173,37 @@ def test_runs_do_not_mix(prompts, config, tmp_path):
             run(prompts, out, changed, **{"form": "flat", "copies": 1, "limit": 2, **flags})
     with pytest.raises(UserError, match=r"another run \(prompts differ\); give its own flags"):
         run(prompts, out, None, form="flat", copies=1, limit=1, score_only=True)
+    with pytest.raises(UserError, match=r"another run \(layout differ\); give its own flags"):
+        run(prompts, out, None, form="geneval", score_only=True)
     Image.new("RGB", (11, 8)).save(out / "00000.png")
     with pytest.raises(UserError, match=r"00000\.png has 8 x 11 pixels, where this run draws 8 x 10"):
         run(prompts, out, config, form="flat", copies=1, limit=2)
     (out / "00000.png").unlink()
     run(prompts, out, config, form="flat", copies=1, limit=2)
     assert bytes_of(out) == whole
+
+
+def test_a_folder_knows_its_prompts(prompts, config, tmp_path):
+    """Scoring needs no flag that drawing had; prompts that are gone or changed are told."""
+    out = tmp_path / "out"
+    run(prompts, out, config, form="flat", copies=1, limit=2)
+    whole, text = bytes_of(out), prompts.read_text()
+    (out / "results.json").unlink()
+    run("", out, None, form="flat", method="", score_only=True)
+    assert bytes_of(out) == whole
+    prompts.write_text(text.replace("two dogs", "two cats"))
+    for given in ("", prompts):
+        with pytest.raises(UserError, match=r"prompts\.jsonl has changed since .*out was drawn from it"):
+            run(given, out, None, form="flat", method="", score_only=True)
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text(text)
+    prompts.unlink()
+    with pytest.raises(UserError, match=r"out was drawn from .*prompts\.jsonl, which is gone; give its copy"):
+        run("", out, None, form="flat", method="", score_only=True)
+    run(moved, out, None, form="flat", method="", score_only=True)
+    assert bytes_of(out) == whole
+    run(moved, out, config, form="flat", copies=1, limit=2)
+    run("", out, None, form="flat", method="", score_only=True)
 
 
 def test_images_of_another_program_are_scored_and_missing_ones_named(prompts, tmp_path, capsys):

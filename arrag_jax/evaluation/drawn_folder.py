@@ -9,7 +9,7 @@ were made with; a folder of another run is refused.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from arrag_jax.parsing import differences
 from arrag_jax.work import HERE, Engine, Opened, Report, run_work
 
 MADE_BY = "arrag_jax.eval"
+FOUND_IN = "prompts_in"  # the key of run.json that holds where the prompts are
 
 
 def seed_of(seed: int, name: str, copy: int) -> int:
@@ -101,6 +102,7 @@ def draw_folder(
     directory: Path,
     engine: Engine = HERE,
     known_words: bool = False,
+    found_in: Mapping[str, Any] | None = None,
 ) -> None:
     """Draws what is missing of a prompt set into a folder.
 
@@ -108,6 +110,7 @@ def draw_folder(
       engine: where the batches are drawn. Of several processes the first one waits for the others and completes the
         folder.
       known_words: draw only the words of each prompt that the model's tokenizer knows.
+      found_in: where the prompts are, as JSON values; run.json keeps it, so that the folder can be scored without it.
 
     Raises:
       UserError: if a prompt cannot be drawn, the folder holds images of another run or another size, or
@@ -130,8 +133,9 @@ def draw_folder(
         return
     directory.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(directory):
-        if not _require_same(record, directory):
-            record.write()
+        held = _require_same(record, directory)
+        if held is None or (found_in is not None and held.get(FOUND_IN) != found_in):
+            record.write(**({} if found_in is None else {FOUND_IN: found_in}))
         for prompt in benchmark.prompts:
             for name, content in benchmark.layout.beside(prompt).items():
                 path = directory / name
@@ -150,13 +154,13 @@ def draw_folder(
         engine.meet(complete)
 
 
-def _require_same(record: RunRecord, directory: Path) -> bool:
-    """Returns whether the folder has a record; raises UserError if it is that of another run."""
+def _require_same(record: RunRecord, directory: Path) -> dict[str, Any] | None:
+    """Returns the record in the folder, None if there is none; raises UserError if it is that of another run."""
     found = record.read()
     if found is not None and found["settings"] != record.settings:
         other = differences(found["settings"], record.settings)
         raise UserError(f"{directory} holds images of another run: {other}; give its settings, or another --workdir")
-    return found is not None
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Runs a benchmark over a folder of images: draws the folder, scores it, and records what was measured."""
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from arrag_jax.config import DrawConfig
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import measurements
 from arrag_jax.evaluation.copy_audit import audited, store_for
-from arrag_jax.evaluation.drawn_folder import MADE_BY, draw_folder, hash_of, image_files, is_whole
+from arrag_jax.evaluation.drawn_folder import FOUND_IN, MADE_BY, draw_folder, hash_of, image_files, is_whole
 from arrag_jax.evaluation.pipeline import open_pipeline
 from arrag_jax.evaluation.run_record import RunRecord
 from arrag_jax.files import require_writable, write_json
@@ -29,6 +30,7 @@ class Steps:
       allow_missing: score a folder that lacks images; they are counted and named in results.json.
       known_words: draw only the words of each prompt that the model's tokenizer knows.
       copies_of: the datastore in which copies are looked for, as in ``copy_audit.store_for``.
+      found_in: where the prompts are, from ``place_of``; None = not known.
     """
 
     draw: bool = True
@@ -36,10 +38,33 @@ class Steps:
     allow_missing: bool = False
     known_words: bool = False
     copies_of: str = ""
+    found_in: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         if not (self.draw or self.score):
             raise UserError("--draw_only and --score_only exclude one another; give one of them, or neither to do both")
+
+
+def place_of(prompts: str, limit: int) -> dict[str, Any]:
+    """Returns where a prompt set is, and how many of its prompts are used, as run.json keeps it."""
+    return {"path": os.path.abspath(prompts), "limit": limit}
+
+
+def drawn_from(workdir: str, prompts: str, copies: int, limit: int) -> tuple[str, int, int]:
+    """Returns prompts, copies and limit for scoring a folder; what is not given is that of the run that drew it.
+
+    Raises:
+      UserError: if the folder's run.json is damaged, or the prompts that it names are gone.
+    """
+    found = RunRecord(Path(workdir), MADE_BY, {}).read()
+    if found is None:
+        return prompts, copies, limit
+    held = found.get(FOUND_IN)
+    if not (isinstance(held, dict) and isinstance(held.get("path"), str) and isinstance(held.get("limit"), int)):
+        return prompts, copies, limit  # drawn through Python, or by an older version
+    if not prompts and not os.path.exists(held["path"]):
+        raise UserError(f"{workdir} was drawn from {held['path']}, which is gone; give its copy as --prompts")
+    return prompts or held["path"], copies or found["settings"].get("copies", 0), limit or held["limit"]
 
 
 def run(
@@ -73,7 +98,7 @@ def run(
         folders = {each: out if method else out / each for each in pipeline.methods}
         require_writable(out)
         for each, folder in folders.items():
-            draw_folder(pipeline, each, benchmark, folder, engine, steps.known_words)
+            draw_folder(pipeline, each, benchmark, folder, engine, steps.known_words, steps.found_in)
     else:
         folders = {method or out.name: out}
     if not engine.leads:
@@ -175,8 +200,11 @@ class Scorer:
         found = RunRecord(folder, MADE_BY, {}).read()
         if found is None:
             return None
-        settings = {"prompts": hash_of(self.benchmark.prompts), "copies": self.benchmark.copies}
+        benchmark, place = self.benchmark, found.get(FOUND_IN)
+        settings = {"layout": benchmark.layout.name, "prompts": hash_of(benchmark.prompts), "copies": benchmark.copies}
         wrong = [key for key, value in settings.items() if found["settings"].get(key) != value]
+        if wrong == ["prompts"] and place is not None and place == self.steps.found_in:
+            raise UserError(f"{place['path']} has changed since {folder} was drawn from it; give --prompts as it was")
         if wrong:
             raise UserError(f"{folder} holds images of another run ({', '.join(wrong)} differ); give its own flags")
         return found["settings"]

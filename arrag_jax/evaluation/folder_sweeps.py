@@ -115,7 +115,7 @@ def sweep(
             folder = Path(workdir) / label / f"seed{seed}"
             changed = dataclasses.replace(with_setting(config, setting), seed=seed)
             seeded = dataclasses.replace(pipeline, config=changed)
-            draw_folder(seeded, drawn_by, benchmark, folder, engine, steps.known_words)
+            draw_folder(seeded, drawn_by, benchmark, folder, engine, steps.known_words, steps.found_in)
             if engine.leads:
                 records.append(scorer.kept(folder) or scorer.score(folder))
         if engine.leads:
