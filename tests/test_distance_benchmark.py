@@ -15,7 +15,7 @@ from arrag_jax import eval
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation import benchmarks, feature_store, measurements
 from arrag_jax.evaluation.distances import benchmark, packets
-from arrag_jax.evaluation.metrics import frechet_distance, fwd, kernel_distance
+from arrag_jax.evaluation.metrics import frechet, frechet_distance, fwd, kernel_distance, wavelets
 from arrag_jax.evaluation.metrics.features import Extractor
 from arrag_jax.evaluation.metrics.resizing import require_rule, resized
 from arrag_jax.interfaces import FolderBenchmark
@@ -97,10 +97,23 @@ def test_figures_are_those_of_the_python_functions(run, capsys):
 
 def test_the_value_is_the_mean_over_prompts_and_lies_in_its_interval(run):
     record = run()
-    for name in ("FID, clean", "KID, clean"):
+    for name in ("FID, clean", "KID, clean", "FWD", "FID, clean, a", "FID, clean, b"):
         figure = record["figures"][name]
         assert figure["low"] < figure["value"] < figure["high"]
         assert np.mean([value for value, _ in record["values"][name].values()]) == pytest.approx(figure["value"])
+
+
+def test_fwd_has_the_influences_of_its_packets(run):
+    """The value of a prompt is the distance plus the mean over packets of its influence on each."""
+    found, level = run()["values"]["FWD"], 2
+    expected = []
+    for row in range(2**level):
+        both = (wavelets.packets(images(*of), level, row) * wavelets.step(level) for of in ((0, 20), (1, 30)))
+        for x, y in zip(*(each.astype(np.float64) for each in both), strict=True):
+            a, b = (frechet.Gaussian.of_features(each) for each in (x, y))
+            found_alone = frechet.estimate(x, a.orthogonal(), b)
+            expected.append(found_alone.value + found_alone.influence)
+    assert [value for value, _ in found.values()] == pytest.approx(np.mean(expected, 0), rel=1e-6)
 
 
 def test_two_runs_are_compared_prompt_by_prompt(run, tmp_path, capsys):
@@ -170,7 +183,7 @@ def test_few_packets_at_a_time_give_the_same(run, tmp_path, monkeypatch):
     whole = values(run())["FWD"]
     monkeypatch.setattr(packets, "MEMORY", 1)
     monkeypatch.setattr(packets, "BLOCK", 7)
-    real, calls = packets._distances, []
+    real, calls = packets.estimates, []
 
     def cut(*words):
         calls.append(words[-1])
@@ -178,10 +191,10 @@ def test_few_packets_at_a_time_give_the_same(run, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*words)
 
-    monkeypatch.setattr(packets, "_distances", cut)
+    monkeypatch.setattr(packets, "estimates", cut)
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert values(run())["FWD"] == whole
+    assert values(run())["FWD"] == pytest.approx(whole, rel=1e-12)  # influences are summed in another order
     assert [row[0] for row in calls] == [0, 1, 2, 2, 3]
 
 

@@ -182,6 +182,19 @@ def test_an_influence_is_a_derivative(count):
         assert found.influence[i] == pytest.approx(slope, rel=1e-3)
 
 
+@pytest.mark.parametrize("count", [80, 10])
+def test_orthogonal_columns_change_no_distribution(count):
+    """And give the influences of the exact moments."""
+    x, y = normals(0, count, 12), normals(1, 60, 12) + 0.4
+    whole, b = Gaussian.of_features(x), Gaussian.of_features(y)
+    turned = whole.orthogonal()
+    assert np.allclose(turned.factor @ turned.factor.T, whole.factor @ whole.factor.T, rtol=0, atol=1e-12)
+    inner = turned.factor.T @ turned.factor
+    assert np.allclose(inner, np.diag(np.diag(inner)), rtol=0, atol=1e-12) and len(inner) == min(count - 1, 12)
+    exact = estimate(x, summed(x).gaussian(), b)
+    assert np.allclose(estimate(x, turned, b).influence, exact.influence, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("measure", ["fid", "kid", "cmmd"])
 def test_an_interval_is_as_wide_as_samples_differ(measure):
     """The mean standard error is the spread over independent samples, within a quarter."""

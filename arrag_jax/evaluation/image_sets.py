@@ -50,6 +50,10 @@ class ImageSet:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{self.ids[number]}: not an image that PIL reads; mend it, or take it out") from error
 
+    def first(self, count: int) -> "ImageSet":
+        """Returns the set of the first images."""
+        return ImageSet(self.ids[:count], self.categories[:count], self.read)
+
     def of_category(self, category: str) -> list[int]:
         """Returns the numbers of a category's images."""
         return [number for number, each in enumerate(self.categories) if each == category]

@@ -121,14 +121,12 @@ class Distances:
         b = self._features(self._true, inception, "true images", engine)
         self._add_inception(scores, a, b)
         self._add_categories(scores, drawn, self._true, a, b)
+        identity = f"{a.identity} {b.identity}"
+        del a, b  # 8 kilobytes per image
         if "clip" in self._extractors:
-            both = (drawn, "drawn images"), (self._true, "true images")
-            clip = self._extractors["clip"]
-            x, y = (self._store.features(images, clip, what, engine)[0] for images, what in both)
-            scores.add("CMMD", kernels.cmmd_estimate(x, y))
+            scores.add("CMMD", self._cmmd(drawn, self._true, engine))
         if self._level:
-            value = streamed_fwd(drawn, self._true, self._level, self._store, f"{a.identity} {b.identity}")
-            scores.figures["FWD"] = Figure(value)
+            scores.add("FWD", streamed_fwd(drawn, self._true, self._level, self._store, identity))
         return scores.measurement()
 
     def true_images(self) -> tuple[ImageSet, FeatureStore] | None:
@@ -139,13 +137,18 @@ class Distances:
         rows, identity = self._store.features(images, extractor, what, engine)
         return Features(rows, self._store.moments(rows, identity, extractor()).gaussian(), identity)
 
+    def _cmmd(self, drawn: ImageSet, true: ImageSet, engine: Engine) -> Estimate:
+        both, clip = ((drawn, "drawn images"), (true, "true images")), self._extractors["clip"]
+        return kernels.cmmd_estimate(*(self._store.features(images, clip, what, engine)[0] for images, what in both))
+
     def _add_inception(self, scores: "_Scores", a: Features, b: Features) -> None:
         x, y = a.rows, b.rows
         scores.add(f"FID, {self._resize}", frechet.estimate(x, a.gaussian, b.gaussian))
         scores.add(f"KID, {self._resize}", kernels.kid(x, y))
-        mean, deviation, size = kernels.kid_of_subsets(x, y)
-        scores.figures[f"KID, {self._resize}, {kernels.SUBSETS} subsets of {size}"] = Figure(mean)
-        scores.figures["their standard deviation"] = Figure(deviation)
+        if max(len(x), len(y)) > min(kernels.SUBSET, len(x), len(y)):  # else every subset is the whole
+            mean, deviation, size = kernels.kid_of_subsets(x, y)
+            scores.figures[f"KID, {self._resize}, {kernels.SUBSETS} subsets of {size}"] = Figure(mean)
+            scores.figures["their standard deviation"] = Figure(deviation)
         if min(len(x), len(y)) > manifold.NEAREST:
             found = manifold.manifold(x, y)
             scores.add("precision", found.precision)
@@ -158,8 +161,9 @@ class Distances:
         for category in sorted(set(drawn.categories) - {""}):
             mine, theirs = drawn.of_category(category), true.of_category(category)
             if min(len(mine), len(theirs)) > 1:
-                value = frechet.frechet_distance(a.rows[mine], b.rows[theirs])
-                scores.figures[f"FID, {self._resize}, {category}"] = Figure(value)
+                x, y = (rows.astype(np.float64) for rows in (a.rows[mine], b.rows[theirs]))
+                both = frechet.Gaussian.of_features(x).orthogonal(), frechet.Gaussian.of_features(y)
+                scores.add(f"FID, {self._resize}, {category}", frechet.estimate(x, *both), mine)
 
     def _notes(self, count: int) -> list[str]:
         notes = [f"FID and KID are of the resize {self._resize!r}; they compare with no other resize"]
@@ -186,10 +190,11 @@ class _Scores:
         self._values: dict[str, dict[str, tuple[float, float]]] = {}
         self._notes = notes
 
-    def add(self, name: str, estimate: Estimate) -> None:
-        """Adds a figure with its interval over prompts."""
+    def add(self, name: str, estimate: Estimate, numbers: Sequence[int] | None = None) -> None:
+        """Adds a figure with its interval over prompts: of all images, or of those with some numbers."""
         by_prompt: dict[str, list[float]] = defaultdict(list)
-        for prompt, influence in zip(self._names, estimate.influence, strict=True):
+        names = self._names if numbers is None else [self._names[number] for number in numbers]
+        for prompt, influence in zip(names, estimate.influence, strict=True):
             by_prompt[prompt].append(estimate.value + influence)
         self._values[name] = {prompt: (float(np.mean(x)), float(len(x))) for prompt, x in by_prompt.items()}
         self.figures[name] = figure_of(self._values, (name,))

@@ -17,6 +17,7 @@ from arrag_jax.interfaces import ArrayLike
 # Above this size the nuclear norm comes from eigenvalues of the squared matrix, which take a fraction of the time of
 # singular values. Squaring costs half of the digits of singular values near zero; few of those matter in large sets.
 LARGE = 1024
+NOISE = 1e-13  # squared length of a column, relative to the longest, below which it is rounding
 BLOCK = 4096  # images whose features are in memory in float64
 
 
@@ -63,6 +64,11 @@ class Gaussian(NamedTuple):
         values, vectors = values[len(values) - rank :], vectors[:, len(values) - rank :]
         return cls(mean, vectors * np.sqrt(values.clip(0)), images)
 
+    def orthogonal(self) -> "Gaussian":
+        """Returns the same distribution with orthogonal columns in ``factor``; those that are only rounding go."""
+        values, vectors = np.linalg.eigh(self.factor.T @ self.factor)
+        return self._replace(factor=self.factor @ vectors[:, values > NOISE * values[-1]])
+
     @property
     def trace(self) -> float:
         """Sum of the variances."""
@@ -93,26 +99,49 @@ def distance(a: Gaussian, b: Gaussian) -> float:
     return float(np.square(a.mean - b.mean).sum() + a.trace + b.trace - 2 * norm)
 
 
+class Derivative(NamedTuple):
+    """How an image changes the distance of its set from another one, up to a constant.
+
+    In the direction of an image x the derivative is 2 (μ₁ − μ₂)·(x − μ₁) + (x − μ₁)ᵀ (1 − T) (x − μ₁) n / (n − 1), less
+    its mean, where T = √(S₁⁻¹ S₂) is the map that transports the first distribution to the second.
+
+    Attributes:
+      mean: μ₁.
+      shift: μ₁ − μ₂.
+      half: of T = half halfᵀ.
+      images: n, in the first set.
+    """
+
+    mean: Float64[np.ndarray, " D"]
+    shift: Float64[np.ndarray, " D"]
+    half: Float64[np.ndarray, "D r"]
+    images: int
+
+    @classmethod
+    def of(cls, a: Gaussian, b: Gaussian) -> "Derivative":
+        """Returns the derivative for images of ``a``, whose factor has orthogonal columns."""
+        squared = (product := a.factor.T @ b.factor) @ product.T
+        values, vectors = np.linalg.eigh(squared)
+        roots = np.sqrt(np.sqrt(values.clip(0)))
+        lengths = np.square(a.factor).sum(0)  # of orthogonal columns, which are inverted one by one
+        inverse = np.divide(a.factor, lengths, out=np.zeros_like(a.factor), where=lengths > 0)
+        return cls(a.mean, a.mean - b.mean, inverse @ (vectors * roots), a.images)
+
+    def __call__(self, x: Float[np.ndarray, "n D"]) -> Float64[np.ndarray, " n"]:
+        """Returns the derivative for each image, by its features."""
+        centred = x - self.mean
+        squares = np.square(centred).sum(1) - np.square(centred @ self.half).sum(1)
+        return 2 * centred @ self.shift + squares * self.images / (self.images - 1)
+
+
 def estimate(x: Float[np.ndarray, "n D"], a: Gaussian, b: Gaussian) -> Estimate:
     """Returns the distance, and how each image of the first set changes it.
 
-    The derivative in the direction of an image x is 2 (μ₁ − μ₂)·(x − μ₁) + (x − μ₁)ᵀ (1 − T) (x − μ₁) n / (n − 1), less
-    its mean, where T = √(S₁⁻¹ S₂) is the map that transports the first distribution to the second.
-
     Args:
       x: the features of the first set.
-      a: the distribution of the first set, from ``Gaussian.of_covariance``.
+      a: the distribution of the first set, with orthogonal columns in its factor.
       b: the distribution of the second set.
     """
-    squared = (product := a.factor.T @ b.factor) @ product.T
-    values, vectors = np.linalg.eigh(squared)
-    roots = np.sqrt(np.sqrt(values.clip(0)))
-    lengths = np.square(a.factor).sum(0)  # of orthogonal columns, which are inverted one by one
-    inverse = np.divide(a.factor, lengths, out=np.zeros_like(a.factor), where=lengths > 0)
-    half = inverse @ (vectors * roots)  # half halfᵀ = T
-    influence = np.empty(len(x))
-    for first in range(0, len(x), BLOCK):
-        centred = x[first : first + BLOCK] - a.mean
-        squares = np.square(centred).sum(1) - np.square(centred @ half).sum(1)
-        influence[first : first + BLOCK] = 2 * centred @ (a.mean - b.mean) + squares * len(x) / (len(x) - 1)
+    derivative = Derivative.of(a, b)
+    influence = np.concatenate([derivative(x[first : first + BLOCK]) for first in range(0, len(x), BLOCK)])
     return Estimate(distance(a, b), influence - influence.mean())

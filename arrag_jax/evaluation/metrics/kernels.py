@@ -100,10 +100,12 @@ def _mmd(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "m D"], kernel: Kerne
 def _row_sums(x: np.ndarray, y: np.ndarray, kernel: Kernel, but_itself: bool) -> Float64[np.ndarray, " n"]:
     """Returns the kernel's sum over y for each row of x; ``but_itself`` leaves the diagonal out."""
     totals = np.zeros(len(x))
-    x_squared, y_squared = np.square(x).sum(1)[:, None], np.square(y).sum(1)[None]
     for i in range(0, len(x), BLOCK):
+        rows = x[i : i + BLOCK].astype(np.float64)
+        rows_squared = np.square(rows).sum(1)[:, None]
         for j in range(0, len(y), BLOCK):
-            block = kernel(x[i : i + BLOCK] @ y[j : j + BLOCK].T, x_squared[i : i + BLOCK], y_squared[:, j : j + BLOCK])
+            columns = y[j : j + BLOCK].astype(np.float64)
+            block = kernel(rows @ columns.T, rows_squared, np.square(columns).sum(1)[None])
             if but_itself and i == j:
                 np.fill_diagonal(block, 0)
             totals[i : i + BLOCK] += block.sum(1)
