@@ -261,10 +261,18 @@ class RetrievalConfig(Settings):
     scann: ScannOptions = ScannOptions()
     ray: RayConfig = RayConfig()
     licences: tuple[str, ...] = ()  # search only images with one of these licences (build_datastore --rights); () = all
+    # In pictures of which parts are known, search by all known codes around a position, not by those before it alone
+    # (``ops.keys.around``). It is exact, and runs on one device, with codebook keys.
+    two_sided: bool = False
 
     def __post_init__(self):
         _one_of("keys", self.keys, tuple(KEY_KINDS))
         _one_of("search", self.search, ("auto", "scann", "dense", "ray", "ray_dense"))
+        if self.two_sided and (self.keys != "codebook" or self.search not in ("auto", "dense")):
+            raise UserError(
+                f"two_sided=True searches codebook keys on the device; give keys=codebook and search=dense, not "
+                f"keys={self.keys} and search={self.search}"
+            )
         KEY_KINDS[self.keys].require_storage(self.storage)
         for name, low in (("k", 1), ("num_images", 0)):
             _in_range(name, getattr(self, name), low)
@@ -294,6 +302,10 @@ class NeighborsConfig(Settings):
         _in_range("max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
         _in_range("min_bad", self.min_bad, 0)
         _given_source(self.source)
+        if self.retrieval.two_sided:
+            raise UserError(
+                "retrieval.two_sided is for pictures of which parts are known; neighbours are looked up without"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

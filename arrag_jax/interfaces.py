@@ -75,6 +75,25 @@ class StateRetriever(Protocol):
 
 
 @runtime_checkable
+class AroundRetriever(Protocol):
+    """A search by all known codes around a position, also those after it; for pictures of which parts are known."""
+
+    @property
+    def k(self) -> int: ...  # number of neighbours returned per query
+
+    def search_around(self, codes: Int[Array, "B 8"]) -> Neighbors:
+        """Returns the ``k`` nearest neighbours by the known codes alone, nearest first.
+
+        Args:
+          codes: the context, then right, down-left, down and down-right; -1 where a code is not known.
+        """
+        ...
+
+
+AnyRetriever = Retriever | StateRetriever | AroundRetriever
+
+
+@runtime_checkable
 class StoredImages(Protocol):
     """The code grids of stored images, as drawing uses them beside a search. A pytree, too."""
 

@@ -6,10 +6,23 @@ import operator
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
 
 from arrag_jax.config import SamplingConfig
 from arrag_jax.errors import UserError
-from arrag_jax.interfaces import Backbone, DecodePolicy, Retriever, StatefulBackbone, StateRetriever, WindowBackbone
+from arrag_jax.interfaces import (
+    AnyRetriever,
+    AroundRetriever,
+    ArrayLike,
+    Backbone,
+    DecodePolicy,
+    Retriever,
+    StatefulBackbone,
+    StateRetriever,
+    WindowBackbone,
+)
 
 
 @functools.partial(
@@ -34,7 +47,7 @@ class Sampling:
 WHOLE = ("top_k", "window", "cfg_interval", "max_copied_cells")  # settings that are whole numbers
 
 
-def require_blenders(model: Backbone, retriever: Retriever, neighbors: int | None = None) -> None:
+def require_blenders(model: Backbone, retriever: Retriever | AroundRetriever, neighbors: int | None = None) -> None:
     """Raises UserError unless the model has blenders and the search returns enough neighbours for them.
 
     Args:
@@ -84,11 +97,28 @@ def sampling_of(model: Backbone, numbers: dict[str, Any], greedy: bool) -> Sampl
     return Sampling(**dataclasses.asdict(sampling))
 
 
-def require_fit(model: Backbone, policy: DecodePolicy, retriever: Retriever | StateRetriever | None) -> None:
+def known_codes(model: Backbone, known: ArrayLike, batch: int, sampling: Sampling) -> Int[Array, "B T"]:
+    """Returns the known codes of a batch, -1 where a code is to be drawn, as a device array.
+
+    Raises:
+      UserError: if they are not codes of B grids, or a guard against copies is asked for, because a run could grow
+        through codes that are known and cannot be forbidden.
+    """
+    codes, shape = np.asarray(known), (batch, model.grid[0] * model.grid[1])
+    if codes.shape != shape or not np.issubdtype(codes.dtype, np.integer):
+        raise UserError(f"known must be whole numbers {list(shape)}, got {codes.dtype} {list(codes.shape)}")
+    if codes.min(initial=-1) < -1 or codes.max(initial=-1) >= model.codebook_size:
+        raise UserError(f"known must hold codes below {model.codebook_size}, and -1 where a code is drawn")
+    if sampling.max_copied_cells is not None:
+        raise UserError("max_copied_cells cannot guard a picture of which codes are known; leave it out")
+    return jnp.asarray(codes, jnp.int32)
+
+
+def require_fit(model: Backbone, policy: DecodePolicy, retriever: AnyRetriever | None) -> None:
     """Raises UserError unless the model and the search give what the policy needs."""
     if policy.uses_retrieval and retriever is None:
         raise UserError(f"{type(policy).__name__} needs a retriever: build a datastore, or draw with --method plain")
     if policy.uses_retrieval and isinstance(retriever, StateRetriever):
         require_states(model, policy)
     elif policy.blends and retriever is not None:
-        require_blenders(model, cast(Retriever, retriever), getattr(policy, "neighbors", None))
+        require_blenders(model, cast(Retriever | AroundRetriever, retriever), getattr(policy, "neighbors", None))

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from arrag_jax.config import SamplingConfig
-from arrag_jax.decode.checks import Sampling, require_fit, sampling_of
+from arrag_jax.decode.checks import Sampling, known_codes, require_fit, sampling_of
 from arrag_jax.decode.guesses import from_above
 from arrag_jax.decode.parallel import Ahead, Windows
 from arrag_jax.decode.passes import Passes, SampleOutput
@@ -25,13 +25,13 @@ from arrag_jax.decode.policies import Plain
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import (
+    AnyRetriever,
     ArrayLike,
     Backbone,
     BlendingBackbone,
     Cache,
     Condition,
     DecodePolicy,
-    Retriever,
     StatefulBackbone,
     StateRetriever,
     StoredImages,
@@ -85,17 +85,18 @@ def begin(
 def advance(
     model: Backbone,
     policy: DecodePolicy,
-    retriever: Retriever | StateRetriever | None,
+    retriever: AnyRetriever | None,
     keys: Key[Array, " B"],
     sampling: SamplingConfig | Sampling,
     stored: StoredImages | None,
+    known: Int[Array, "B T"] | None,
     drawing: Drawing,
     until: Int[Array, ""] | int,
 ) -> Drawing:
     """Draws the positions before ``until`` that are not drawn yet; for arguments see ``decode``."""
     assert retriever is not None or not policy.uses_retrieval  # ``sample`` has checked it
     batch, guided = len(keys), len(drawing.hidden) > len(keys)
-    passes = Passes(model, policy, retriever, sampling, stored, guided, drawing.out.log_probs is not None)
+    passes = Passes(model, policy, retriever, sampling, stored, guided, known, drawing.out.log_probs is not None)
 
     def one_position(drawing: Drawing) -> Drawing:
         position, hidden, cache, out, _ = drawing
@@ -124,11 +125,12 @@ def decode(
     cond: Condition,
     uncond: Condition | None,
     policy: DecodePolicy,
-    retriever: Retriever | StateRetriever | None,
+    retriever: AnyRetriever | None,
     keys: Key[Array, " B"],
     sampling: SamplingConfig,
     return_log_probs: bool = False,
     stored: StoredImages | None = None,
+    known: Int[Array, "B T"] | None = None,
 ) -> SampleOutput:
     """Samples B grids. The function can be traced; the caller jits it.
 
@@ -139,9 +141,10 @@ def decode(
       keys: one random key per image.
       return_log_probs: also return the whole distribution at each position.
       stored: the images that guesses of windows come from, and that no run may be copied from.
+      known: codes that are taken in place of draws; -1 where a code is drawn. None = all codes are drawn.
     """
     drawing = begin(model, cond, uncond, policy, len(keys), return_log_probs, sampling.window > 1)
-    return advance(model, policy, retriever, keys, sampling, stored, drawing, int(np.prod(model.grid))).out
+    return advance(model, policy, retriever, keys, sampling, stored, known, drawing, int(np.prod(model.grid))).out
 
 
 @jax.jit(static_argnames=("graph", "batch", "return_log_probs", "windows"))
@@ -151,16 +154,17 @@ def _begin(graph, state, cond, uncond, policy, batch, return_log_probs, windows)
 
 
 @jax.jit(static_argnames="graph", donate_argnames=("drawing",))
-def _advance(graph, state, policy, retriever, keys, sampling, stored, drawing, until):
+def _advance(graph, state, policy, retriever, keys, sampling, stored, known, drawing, until):
     """Runs ``advance``, compiled: one program draws a whole grid, or any part of it."""
-    return advance(nnx.merge(graph, state), policy, retriever, keys, sampling, stored, drawing, until)
+    return advance(nnx.merge(graph, state), policy, retriever, keys, sampling, stored, known, drawing, until)
 
 
 def lowered(*arguments: Any, mesh: Mesh | None) -> jax.stages.Lowered:
     """Returns the program that draws positions, lowered for arguments or their shapes; see ``advance`` for their order.
 
     Args:
-      arguments: graph and state of the model, then policy, retriever, keys, sampling, stored, drawing and until.
+      arguments: graph and state of the model, then policy, retriever, keys, sampling, stored, known, drawing and
+        until.
     """
     with context(mesh):
         return _advance.lower(*arguments)
@@ -215,7 +219,7 @@ def sample(
     model: Backbone,
     condition: ArrayLike,
     policy: DecodePolicy | None = None,
-    retriever: Retriever | StateRetriever | None = None,
+    retriever: AnyRetriever | None = None,
     cfg_scale: SupportsFloat | None = 5.0,
     temperature: SupportsFloat = 1.0,
     greedy: Any = False,
@@ -230,6 +234,7 @@ def sample(
     cfg_interval: SupportsIndex = -1,
     max_copied_cells: SupportsIndex | None = None,
     stored: StoredImages | None = None,
+    known: ArrayLike = None,
 ) -> SampleOutput:
     """Generates one code grid per prompt.
 
@@ -248,6 +253,8 @@ def sample(
         the mesh, too. None = one device.
       stored: images of the same grid, e.g. ``retrieval.stored_codes.StoredCodes``: no run is copied from them, and
         windows take guesses from them.
+      known: int [B, T], codes that are taken in place of draws, and -1 where a code is drawn; None = all are drawn. A
+        code's noise does not depend on which codes are known.
       grid: height and width in codes; None = the model's. return_log_probs: also return the distributions [B, T, V].
 
     Raises:
@@ -257,7 +264,7 @@ def sample(
         model, condition, policy, retriever, cfg_scale=cfg_scale, temperature=temperature, greedy=greedy, seed=seed,
         prompt_mask=prompt_mask, top_k=top_k, top_p=top_p, mesh=mesh, grid=grid, return_log_probs=return_log_probs,
         window=window, cfg_interval=cfg_interval,
-        max_copied_cells=max_copied_cells, stored=stored,
+        max_copied_cells=max_copied_cells, stored=stored, known=known,
     )  # fmt: skip
     return prepared.until(int(np.prod(prepared.grid))).out()
 
@@ -266,7 +273,7 @@ def prepare(
     model: Backbone,
     condition: ArrayLike,
     policy: DecodePolicy | None = None,
-    retriever: Retriever | StateRetriever | None = None,
+    retriever: AnyRetriever | None = None,
     *,
     greedy: Any = False,
     seed: ArrayLike = 0,
@@ -276,6 +283,7 @@ def prepare(
     return_log_probs: bool = False,
     cfg_scale: SupportsFloat | None = 5.0,
     stored: StoredImages | None = None,
+    known: ArrayLike = None,
     **numbers: Any,
 ) -> Prepared:
     """Returns the draw that these arguments of ``sample`` ask for, checked and prefilled."""
@@ -291,6 +299,8 @@ def prepare(
         stored = None  # nothing reads it
     uncond = None if cfg_scale is None else model.unconditional(cond)
     keys = image_keys(seed, len(jax.tree.leaves(cond)[0]))
+    if known is not None:
+        known = known_codes(model, known, len(keys), sampling)
     if gate := getattr(policy, "gate", None):
         gate.require_rows(len(keys))
     retriever = retriever if policy.uses_retrieval else None
@@ -298,9 +308,9 @@ def prepare(
     if mesh is not None:
         if len(keys) % mesh.shape["data"]:
             raise UserError(f"{len(keys)} prompts do not split evenly over a mesh of data={mesh.shape['data']}")
-        cond, uncond, keys = put_rows((cond, uncond, keys), mesh)
+        cond, uncond, keys, known = put_rows((cond, uncond, keys, known), mesh)
         state = put_state(state, mesh)
         policy = put_everywhere(policy, mesh) if gate else policy
     with context(mesh):
         drawing = _begin(graph, state, cond, uncond, policy, len(keys), return_log_probs, sampling.window > 1)
-    return Prepared(model.grid, (graph, state), (policy, retriever, keys, sampling, stored), drawing, mesh)
+    return Prepared(model.grid, (graph, state), (policy, retriever, keys, sampling, stored, known), drawing, mesh)

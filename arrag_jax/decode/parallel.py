@@ -58,6 +58,8 @@ class Windows:
         first = jnp.minimum(final, total - width)  # the window ends at the grid's end at the latest
         places, cells = first[:, None] + jnp.arange(width)[None], jnp.arange(total)[None]
         codes = self.guess(ahead.codes, final, ahead.known, first + width)
+        if (known := self.passes.known) is not None:  # they are right, whatever was guessed
+            codes = jnp.where((known >= 0) & (cells < (first + width)[:, None]), known, codes)
         window, cache = self._drawn(codes, places, final, cache)
         right = jnp.cumprod(window.codes == jnp.take_along_axis(codes, places, 1), axis=1).sum(1)
         end = jnp.minimum(first + right + 1, first + width)

@@ -5,6 +5,9 @@ search by context needs only codes before its position. It therefore does not wa
 feeds the neighbours into it. A search by the backbone's state (``interfaces.StateRetriever``) runs between the backbone
 and the mixture. A draw takes its noise from the picture's key and the number of the position alone
 (``ops.sampling.draw``), so a position that is drawn again after the same codes gets the same code.
+
+Some codes may be known before the drawing. They are taken in place of draws, and change other draws only as codes that
+the model, the search and the policy see.
 """
 
 import dataclasses
@@ -19,8 +22,17 @@ from jaxtyping import Array, Float, Int, Key
 from arrag_jax.config import SamplingConfig
 from arrag_jax.decode.checks import Sampling
 from arrag_jax.decode.policies import weights_of
-from arrag_jax.interfaces import Backbone, Cache, DecodePolicy, Retriever, StateRetriever, StoredImages
-from arrag_jax.ops.grid import context_codes, context_positions, has_context
+from arrag_jax.interfaces import (
+    AnyRetriever,
+    AroundRetriever,
+    Backbone,
+    Cache,
+    DecodePolicy,
+    Retriever,
+    StateRetriever,
+    StoredImages,
+)
+from arrag_jax.ops.grid import around_codes, around_positions, context_codes, context_positions, has_context
 from arrag_jax.ops.neighbors import Neighbors, empty_neighbors
 from arrag_jax.ops.sampling import draw, guide, truncate, without
 
@@ -29,7 +41,8 @@ class SampleOutput(NamedTuple):
     """Sampled code grids, and where each code came from.
 
     Attributes:
-      codes: sampled codes in raster order.
+      codes: sampled codes in raster order; known ones where they were given. What follows tells nothing of known codes:
+        there, log-probabilities and weight are 0, and there is no neighbour.
       log_p: log-probability with which each code was sampled. It includes mixture, truncation and temperature.
       log_p_model: the same under the model's distribution, before the policy. The difference of the two is the effect
         of retrieval.
@@ -60,16 +73,17 @@ class Passes:
     """What all passes over a batch share: the arguments of ``loop.advance``.
 
     Attributes:
-      model, policy, retriever, sampling, stored, return_log_probs: as in ``loop.decode``.
+      model, policy, retriever, sampling, stored, known, return_log_probs: as in ``loop.decode``.
       guided: whether the model's rows are the conditional ones, then the unconditional ones.
     """
 
     model: Backbone
     policy: DecodePolicy
-    retriever: Retriever | StateRetriever | None
+    retriever: AnyRetriever | None
     sampling: SamplingConfig | Sampling
     stored: StoredImages | None
     guided: bool
+    known: Int[Array, "B T"] | None = None
     return_log_probs: bool = False
 
     def draw(
@@ -88,13 +102,19 @@ class Passes:
           keys: the random key of each row's picture.
           run: runs the backbone. It takes the policy's features and returns the states of the n rows (None unless
             the search is by state), the logits of the R rows, and the new cache.
-          given: codes that are taken instead of draws; -1 = the draw. None = all draws.
+          given: codes that are taken instead of draws; -1 = the draw. None = all draws. Known codes go first.
         """
+        known = None if self.known is None else jnp.repeat(self.known, len(drawn) // len(self.known), axis=0)
         rows, complete = len(drawn), jnp.asarray(has_context(*self.model.grid))[position]
         if isinstance(self.retriever, StateRetriever):
             state, logits, cache = run(None)
             complete = jnp.asarray(True)
             neighbors = self.retriever.search_states(state, drawn, jnp.broadcast_to(position, (rows,)))
+        elif isinstance(self.retriever, AroundRetriever):
+            complete = jnp.asarray(True)  # a search without a context finds nothing, which changes nothing
+            around = jnp.asarray(around_positions(*self.model.grid))[jnp.broadcast_to(position, (rows,))]
+            neighbors = self.retriever.search_around(around_codes(drawn, known, around))
+            _, logits, cache = run(self.policy.features(self.model, neighbors, complete))
         else:
             neighbors = self._neighbors(drawn, position)
             _, logits, cache = run(self.policy.features(self.model, neighbors, complete))
@@ -108,8 +128,12 @@ class Passes:
         code = draw(log_p, keys, position, sampling.greedy)
         if given is not None:
             code = jnp.where(given >= 0, given, code)
+        if known is not None:
+            code = jnp.where((own := code_at(known, position)) >= 0, own, code)
         weight = weights_of(self.policy, log_p_model, neighbors, complete)
         record = _record(code, log_p, log_p_model, neighbors, weight)
+        if known is not None:
+            record = jax.tree.map(lambda new, none: jnp.where(own >= 0, none, new), record, _untold(code))
         return record._replace(log_probs=log_p if self.return_log_probs else None), cache
 
     def _neighbors(self, drawn: Int[Array, "n T"], position: Int[Array, "*n"]) -> Neighbors:
@@ -121,6 +145,17 @@ class Passes:
         if position.ndim == 0:
             return self.retriever.search(context_codes(drawn, around))
         return self.retriever.search(jax.vmap(lambda own, at: context_codes(own[None], at)[0])(drawn, around))
+
+
+def code_at(codes: Int[Array, "n T"], position: Int[Array, "*n"]) -> Int[Array, " n"]:
+    """Returns the code of each row at a position: one for all rows, or one per row."""
+    return jnp.take_along_axis(codes, jnp.broadcast_to(position, (len(codes),))[:, None], 1)[:, 0]
+
+
+def _untold(code) -> SampleOutput:
+    """Returns the record of known codes."""
+    zero, none = jnp.zeros(len(code), jnp.float32), jnp.full(len(code), -1, jnp.int32)
+    return SampleOutput(code, zero, zero, none, none, jnp.full(len(code), jnp.inf, jnp.float32), weight=zero)
 
 
 def _record(code, log_p, log_p_model, neighbors, weight) -> SampleOutput:

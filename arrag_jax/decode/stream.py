@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from arrag_jax.decode.loop import Prepared, SampleOutput, prepare
-from arrag_jax.interfaces import ArrayLike, Backbone, DecodePolicy, ImageTokenizer, Retriever, StateRetriever
+from arrag_jax.interfaces import AnyRetriever, ArrayLike, Backbone, DecodePolicy, ImageTokenizer
 from arrag_jax.nn.vq import to_uint8
 
 BLANK = 235  # grey level of pixels that are not drawn yet
@@ -19,7 +19,7 @@ def sample_stream(
     model: Backbone,
     condition: ArrayLike,
     policy: DecodePolicy | None = None,
-    retriever: Retriever | StateRetriever | None = None,
+    retriever: AnyRetriever | None = None,
     **settings: Any,
 ) -> Iterator[SampleOutput]:
     """Draws as ``sample`` does, and yields each row of the grids when it is drawn, as numpy arrays [B, W, ...].

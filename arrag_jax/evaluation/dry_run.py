@@ -95,7 +95,7 @@ def _program(config: DrawConfig, name: str, topology: Topology, mesh: Mesh, patc
         search = dense_shapes(config.retrieval, patches, codebook, mesh, "fsdp", "data")
     state = abstract_state(state, mesh)
 
-    arguments = graph, state, policy, search, keys, sampling, None, drawing, until
+    arguments = graph, state, policy, search, keys, sampling, None, None, drawing, until
     held = {"parameters": held_bytes(state), "cache": held_bytes(drawing.cache), "store": held_bytes(search)}
     return Program(
         f"a position of {batch} images by {name} on {topology.name}",

@@ -19,20 +19,19 @@ from arrag_jax.decode.methods import METHODS, Kind, Method, Search, chosen_metho
 from arrag_jax.decode.stream import joined, sample_stream
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.trust import Trust
-from arrag_jax.interfaces import DecodePolicy, ImageModel, PromptEncoder, Retriever, StateRetriever
+from arrag_jax.interfaces import AnyRetriever, DecodePolicy, ImageModel, PromptEncoder, StateRetriever
 from arrag_jax.mesh import make_mesh, put_everywhere
 from arrag_jax.models.checkpoint import config_of, load_model, load_prompts, sample_hashes
 from arrag_jax.models.vq_images import with_whole_tokenizer
 from arrag_jax.nn.vq import to_uint8
 from arrag_jax.ops.keys import HIDDEN
 from arrag_jax.processes import require_same
+from arrag_jax.retrieval.around import LimitedAround
 from arrag_jax.retrieval.captions import LimitedRetriever
 from arrag_jax.retrieval.copies import UncopiedRetriever
 from arrag_jax.retrieval.load import as_asked, backbone_of, index_hash_of, load_retriever, open_store, resolved
 from arrag_jax.retrieval.stored_codes import StoredCodes
 from arrag_jax.store.datastore import Datastore
-
-AnyRetriever = Retriever | StateRetriever
 
 
 class Batch(NamedTuple):
@@ -168,7 +167,8 @@ class Pipeline:
             return opened.retriever
         config, images = opened.config, self.images_for(method, prompts)
         k = min(config.k, images.shape[1] * (opened.store.num_rows(config.keys) // opened.store.num_images))
-        limited = LimitedRetriever.create(opened.store, images, config.keys, k)
+        kind = LimitedAround if config.two_sided else LimitedRetriever
+        limited = kind.create(opened.store, images, config.keys, k)
         return opened.uncopied(as_asked(limited, opened.store, config.keys))
 
     def images_for(self, method: str, prompts: Sequence[str]) -> Int[np.ndarray, "B M"]:
@@ -310,7 +310,7 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = (), alone: bool =
         if opened is not None and isinstance(opened.retriever, StateRetriever):
             require_states(model, policy)
         elif opened is not None and policy.blends:
-            require_blenders(tuned[name], cast(Retriever, opened.retriever))
+            require_blenders(tuned[name], cast(Any, opened.retriever))
     beside = searches.get(Search.STORE) or next(iter(searches.values()), None)
     if beside is None and config.sampling.max_copied_cells is not None:
         store = open_store(config.retrieval, model.fingerprint)[0]

@@ -8,7 +8,7 @@ for a single query and in a batch, and equal vectors have distance 0.
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 BITS = 22  # numbers are rounded to multiples of 2^-BITS
 LOW = 11  # bits in the low half of a difference; sums of up to 1024 products of halves then fit into int32
@@ -38,6 +38,13 @@ def squared_distances(query: Float[Array, "... E"], key: Float[Array, "... E"]) 
 
     The arguments broadcast. Their limits and the bits of the result are those of ``host_distances``.
     """
+    return in_float(*exact_squares(query, key))
+
+
+def exact_squares(
+    query: Float[Array, "... E"], key: Float[Array, "... E"]
+) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
+    """Returns squared L2 distances without rounding, as two numbers: high · 2^22 + low, with low below 2^22."""
     units = (jnp.round(x.astype(jnp.float32) * 2.0**BITS).astype(jnp.int32) for x in (query, key))
     apart = next(units) - next(units)
     high = (apart + 2 ** (LOW - 1)) >> LOW
@@ -45,11 +52,15 @@ def squared_distances(query: Float[Array, "... E"], key: Float[Array, "... E"]) 
     squares, mixed, rest = (high * high).sum(-1), (high * low).sum(-1), (low * low).sum(-1)
     # The total is squares · 2^22 + mixed · 2^12 + rest. Multiples of 2^22 in the last two terms are carried.
     rest = rest + ((mixed & 1023) << (LOW + 1))
-    total_high = squares + (mixed >> (LOW - 1)) + (rest >> 2 * LOW)
-    total_low = rest & (4**LOW - 1)
+    return squares + (mixed >> (LOW - 1)) + (rest >> 2 * LOW), rest & (4**LOW - 1)
+
+
+def in_float(high: Int[Array, "..."], low: Int[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the float32 of such numbers, or of sums of a few of them: that of the distance of all parts together."""
+    high, low = high + (low >> 2 * LOW), low & (4**LOW - 1)
     scale = 2.0 ** (2 * LOW - 2 * BITS), 2.0 ** (-2 * BITS)
     # Products with powers of two are exact, so a fused multiply-add gives the same bits.
-    return total_high.astype(jnp.float32) * scale[0] + total_low.astype(jnp.float32) * scale[1]
+    return high.astype(jnp.float32) * scale[0] + low.astype(jnp.float32) * scale[1]
 
 
 def score_error(numbers: int, parts: int) -> float:

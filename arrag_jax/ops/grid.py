@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Int, Integer
 MOST_SIDE = 1024  # maximum height and width of a grid, so that arrays that depend only on the grid stay small
 # (row, column) offsets of the four context positions, in the order of a key's parts.
 CONTEXT_OFFSETS: tuple[tuple[int, int], ...] = ((-1, -1), (-1, 0), (-1, 1), (0, -1))
+AROUND_OFFSETS = (*CONTEXT_OFFSETS, (0, 1), (1, -1), (1, 0), (1, 1))  # the same, then the four that are drawn later
 
 
 def positions_with_context(height: int, width: int) -> np.ndarray:
@@ -41,6 +42,15 @@ def context_positions(height: int, width: int) -> Int[np.ndarray, "T 4"]:
     return np.where(has_context(height, width)[:, None], positions[:, None] + offsets, -1).astype(np.int32)
 
 
+def around_positions(height: int, width: int) -> Int[np.ndarray, "T 8"]:
+    """Returns the raster indices of each position's eight neighbours (``AROUND_OFFSETS``); -1 outside of the grid."""
+    row, column = np.divmod(np.arange(height * width, dtype=np.int32)[:, None], width)
+    down, right = np.array(AROUND_OFFSETS, np.int32).T
+    row, column = row + down, column + right
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    return np.where(inside, row * width + column, -1).astype(np.int32)
+
+
 def contexts_of_grids(codes: Integer[np.ndarray, "B H W"]) -> Integer[np.ndarray, "B M 4"]:
     """Returns the context codes of the M = (H-1)·(W-2) positions that have a context, in the order of stored rows."""
     return np.stack(
@@ -60,6 +70,22 @@ def context_codes(drawn: Int[Array, "B T"], context: Int[Array, "*cells 4"]) -> 
       context: rows of ``context_positions``.
     """
     return jnp.where(context[None] >= 0, jnp.take(drawn, jnp.maximum(context, 0), axis=1), -1)
+
+
+def around_codes(
+    drawn: Int[Array, "n T"], known: Int[Array, "n T"] | None, around: Int[Array, "n 8"]
+) -> Int[Array, "n 8"]:
+    """Returns the codes around one position of each row; -1 where there is no position, or its code is not known.
+
+    Args:
+      drawn: codes before the position. known: codes known after it, -1 where they are not; None = none is.
+      around: a row of ``around_positions`` for each row.
+    """
+    half = len(CONTEXT_OFFSETS)
+    later = jnp.full_like(drawn, -1) if known is None else known
+    place = jnp.maximum(around, 0)
+    codes = [jnp.take_along_axis(drawn, place[:, :half], 1), jnp.take_along_axis(later, place[:, half:], 1)]
+    return jnp.where(around >= 0, jnp.concatenate(codes, 1), -1)
 
 
 def image_and_position(row: Int[np.ndarray, "*n"], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

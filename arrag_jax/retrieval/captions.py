@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -122,10 +122,9 @@ class LimitedRetriever:
           UserError: if k is larger, or the store does not hold such keys.
         """
         patches = store.num_rows(kind) // store.num_images
-        rows = (images[:, :, None] * patches + np.arange(patches)).reshape(len(images), -1)
         return cls(
             jax.tree.map(lambda *leaves: jnp.stack(leaves), *(_dense(store, chosen, kind, k) for chosen in images)),
-            jnp.asarray(rows, jnp.int32),
+            jnp.asarray(rows_of_images(images, patches)),
         )
 
     @property
@@ -134,19 +133,29 @@ class LimitedRetriever:
 
     def search(self, context: Int[Array, "n 4"] | Float[Array, "n E"]) -> Neighbors:
         """Returns the neighbours of n contexts given as code ids, or of n projected states."""
+        return self._of_each(context, lambda local, own: local.search(own))
+
+    def _of_each(self, context: Array, search: Callable[[Any, Array], Neighbors]) -> Neighbors:
+        """Returns what ``search`` finds for the contexts of each prompt in the images of this prompt."""
         require_own_process()
         prompts, patches = self.rows.shape
         each = len(context) // prompts
 
         def search_one(own: tuple[Any, Array, Array]) -> Neighbors:
             local, rows, context = own
-            found = local.search(context)
+            found = search(local, context)
             return found._replace(id=jnp.where(found.id >= 0, jnp.take(rows, jnp.maximum(found.id, 0)), -1))
 
         own = self.local, self.rows, context.reshape(prompts, each, -1)
         together = max(1, min(prompts, SCORE_BYTES // (4 * each * patches)))
         found = jax.lax.map(search_one, own, batch_size=together)
         return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), found)
+
+
+def rows_of_images(images: Int[np.ndarray, "B M"], patches: int) -> Int[np.ndarray, "B P"]:
+    """Returns the stored rows of images that have this many patches each."""
+    rows = images[:, :, None].astype(np.int64) * patches + np.arange(patches)
+    return rows.reshape(len(images), -1).astype(np.int32)
 
 
 def _dense(store: Datastore, images: Int[np.ndarray, " M"], kind: str, k: int) -> DenseRetriever:

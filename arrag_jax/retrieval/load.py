@@ -17,10 +17,11 @@ from arrag_jax.config import RetrievalConfig
 from arrag_jax.errors import UserError
 from arrag_jax.files import is_held
 from arrag_jax.forks import require_own_process
-from arrag_jax.interfaces import Retriever, StateRetriever
+from arrag_jax.interfaces import AnyRetriever
 from arrag_jax.ops.keys import KEY_KINDS
 from arrag_jax.processes import require_same
 from arrag_jax.ray_shares import Shares
+from arrag_jax.retrieval.around import DenseAround
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.index import RECORD, index_hash, load_index, saved_shards
 from arrag_jax.retrieval.patches import Patches, stored_patches
@@ -85,6 +86,8 @@ def as_asked(search: Any, store: Datastore, keys: str) -> Any:
 
 def resolved(config: RetrievalConfig, mesh: Mesh | None = None) -> RetrievalConfig:
     """Returns the settings with the search that "auto" stands for on the mesh's devices (None = the default ones)."""
+    if config.two_sided:
+        return dataclasses.replace(config, search="dense", storage="codes")
     if config.search != "auto":
         return config
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
@@ -116,7 +119,7 @@ def open_store(config: RetrievalConfig, fingerprint: str, backbone: str = "") ->
     return store if whole else store.subset(config.num_images), whole
 
 
-def index_hash_of(retriever: Retriever | StateRetriever | None) -> str:
+def index_hash_of(retriever: AnyRetriever | None) -> str:
     """Returns the hash of the saved index that a retriever uses (``index.index_hash``); "" if it uses none."""
     requested: Any = retriever
     while hasattr(requested, "local"):
@@ -143,7 +146,7 @@ def load_retriever(
       backbone: fingerprint of the backbone whose states are searched (``backbone_of``); "" = keys of the context.
 
     Returns:
-      The store, and an ``interfaces.Retriever``, or a ``StateRetriever`` for hidden keys.
+      The store, and an ``interfaces.Retriever``, a ``StateRetriever`` for hidden keys, or an ``AroundRetriever``.
 
     Raises:
       UserError: if there is no such store or index, another tokenizer made it, or k exceeds the stored patches.
@@ -158,6 +161,10 @@ def _load(
 ) -> tuple[Datastore, Any]:
     store, whole = open_store(config, fingerprint, backbone)
     store.require_kind(config.keys)
+    if config.two_sided:
+        if mesh is not None:
+            raise UserError("two_sided=True runs on one device; give --config.mesh.data=1 --config.mesh.fsdp=1")
+        return store, DenseAround.of_store(store, config.k)
     rows, table = store.num_rows(config.keys), store.table(config.keys)
 
     def patches(rows: tuple[int, int]) -> Patches:

@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from arrag_jax.config import RetrievalConfig
+from arrag_jax.errors import UserError
 from arrag_jax.mesh import abstract_state
 from arrag_jax.ops.keys import KEY_KINDS
 from arrag_jax.retrieval.dense import DenseRetriever
@@ -22,6 +23,8 @@ def dense_shapes(
       patches: number of stored patches; each counts as a context of its own, which is the most that a store can hold.
       codebook: V and C.
     """
+    if config.two_sided:
+        raise UserError("--topology compiles searches over a mesh, and two_sided=True runs on one device; leave it out")
     shards = mesh.shape[axis]
     rows, kind = -(-patches // shards), KEY_KINDS[config.keys]
     storage = config.storage if config.search == "dense" or config.keys != "codebook" else "codes"
