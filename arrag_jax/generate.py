@@ -14,6 +14,13 @@ Methods that retrieve also write one provenance page per image, ``provenance_NN_
 stored images hold the drawn patches, and how much retrieval changed each draw. ``provenance.json`` holds the same
 data as numbers, and a copy audit; for its keys see ``evaluation.provenance.page_and_record``. ``--noprovenance`` turns
 both off.
+
+With --image, a part of an image is drawn and the rest is kept:
+
+python -m arrag_jax.generate --config configs/emoji_daid.py --prompt "a cat" --image photo.png --mask mask.png
+python -m arrag_jax.generate --config configs/emoji_daid.py --prompt "a cat" --image photo.png --extend=right:48
+python -m arrag_jax.generate --config configs/emoji_daid.py --prompt "a cat" --image photo.png --strength=0.3 \
+    --variations=4
 """
 
 from arrag_jax.command import Flag, main_with_config
@@ -21,6 +28,7 @@ from arrag_jax.config import DrawConfig
 from arrag_jax.decode.methods import METHODS
 from arrag_jax.evaluation.dry_run import PATCHES, dry_run_of_drawing
 from arrag_jax.evaluation.generation import AUTO, SIDE, generate
+from arrag_jax.evaluation.parts import PartOf
 from arrag_jax.topology import TOPOLOGY
 
 
@@ -33,13 +41,19 @@ def run(
     scale: int | str,
     provenance: bool = True,
     test_group: str = "",
+    image: str = "",
+    mask: str = "",
+    extend: str = "",
+    strength: float = 0.0,
+    variations: int = 1,
     topology: str = "",
     patches: int = PATCHES.default,
 ) -> int:
     """Draws every prompt with every method, or only with --method, into --workdir; run it again to continue."""
     if topology:
         return dry_run_of_drawing(config, method, topology, patches, workdir)
-    generate(config, workdir, prompt, test_prompts, method, scale, provenance, test_group)
+    part = PartOf(image, mask, extend, strength) if image or mask or extend or strength else None
+    generate(config, workdir, prompt, test_prompts, method, scale, provenance, test_group, part, variations)
     return 0
 
 
@@ -58,6 +72,11 @@ if __name__ == "__main__":
         ),
         scale=Flag(f"how many times an image is enlarged; {AUTO}: small ones to about {SIDE} pixels", AUTO),
         provenance=Flag("for methods that retrieve, write where the codes came from and how much is copied", True),
+        image=Flag("image of which a part is drawn: needs one of --mask, --extend and --strength", "", path=True),
+        mask=Flag("image of the same size as --image: white is drawn, black is kept", "", path=True),
+        extend=Flag("draw beyond a side of --image: left, right, up or down, and pixels, such as right:128", ""),
+        strength=Flag("draw this share of --image anew, (0, 1]: where the model is least sure of it", 0.0),
+        variations=Flag("images per prompt and method, each with the next seed", 1),
         topology=TOPOLOGY,
         patches=PATCHES,
     )

@@ -120,8 +120,8 @@ def _from_numbers(numbers: np.ndarray, white: int) -> Image.Image:
     return Image.fromarray(np.round(numbers / (white / 255)).astype(np.uint8)).convert("RGB")
 
 
-def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Returns the image scaled until it just covers h x w = ``size``, then cropped to its centre."""
+def fitted(image: Image.Image, size: tuple[int, int], by: Image.Resampling = Image.Resampling.BILINEAR) -> Image.Image:
+    """Returns the image scaled (``by``) until it just covers h x w = ``size``, then cropped to its centre."""
     height, width = size
     limit = LONGEST * min(image.size)
     if max(image.size) > limit:
@@ -131,7 +131,7 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     else:
         scaled = (max(width, height * image.width // image.height), height)
     if scaled != image.size:
-        image = image.resize(scaled, Image.Resampling.BILINEAR)
+        image = image.resize(scaled, by)
     return _middle(image, height, width)
 
 

@@ -1,26 +1,25 @@
 """Loads models and store from a ``DrawConfig`` and generates images; shared by ``generate`` and ``eval``."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int, UInt8
 
 from arrag_jax import progress
-from arrag_jax.config import DrawConfig, RetrievalConfig
+from arrag_jax.config import DrawConfig
 from arrag_jax.decode.checks import require_blenders, require_states
 from arrag_jax.decode.loop import SampleOutput
-from arrag_jax.decode.methods import METHODS, Kind, Method, Search, chosen_methods, search_config
+from arrag_jax.decode.methods import METHODS, Kind, Search, chosen_methods
 from arrag_jax.decode.stream import joined, sample_stream
 from arrag_jax.errors import UserError
+from arrag_jax.evaluation.open_search import OpenSearch, open_search
 from arrag_jax.evaluation.trust import Trust
 from arrag_jax.interfaces import AnyRetriever, DecodePolicy, ImageModel, PromptEncoder, StateRetriever
-from arrag_jax.mesh import make_mesh, put_everywhere
+from arrag_jax.mesh import make_mesh
 from arrag_jax.models.checkpoint import config_of, load_model, load_prompts, sample_hashes
 from arrag_jax.models.vq_images import with_whole_tokenizer
 from arrag_jax.nn.vq import to_uint8
@@ -28,8 +27,7 @@ from arrag_jax.ops.keys import HIDDEN
 from arrag_jax.processes import require_same
 from arrag_jax.retrieval.around import LimitedAround
 from arrag_jax.retrieval.captions import LimitedRetriever
-from arrag_jax.retrieval.copies import UncopiedRetriever
-from arrag_jax.retrieval.load import as_asked, backbone_of, index_hash_of, load_retriever, open_store, resolved
+from arrag_jax.retrieval.load import as_asked, index_hash_of, open_store
 from arrag_jax.retrieval.stored_codes import StoredCodes
 from arrag_jax.store.datastore import Datastore
 
@@ -46,34 +44,6 @@ class Batch(NamedTuple):
     numbers: Int[np.ndarray, " n"]
     images: UInt8[np.ndarray, "n h w 3"]
     drawn: SampleOutput
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenSearch:
-    """A store and the search over it.
-
-    Attributes:
-      config: the settings of the search.
-      retriever: searches the whole store; None if no requested method does.
-      trust: the store's captions, and how well the model knows its images.
-      copies: the tables that ``uncopied`` compares with, without a search; None if copies are not looked for.
-    """
-
-    config: RetrievalConfig
-    store: Datastore
-    retriever: AnyRetriever | None
-    trust: Trust
-    copies: UncopiedRetriever | None = None
-
-    @functools.cached_property
-    def stored(self) -> StoredCodes:
-        """The code grids, for the guard against copies and for guesses of windows."""
-        codes = self.store.codes if self.store.shown is None else self.store.codes[self.store.shown]
-        return StoredCodes.of(codes, self.store.settings.codebook_size)
-
-    def uncopied(self, retriever: Any) -> AnyRetriever:
-        """Returns a search over this store without the neighbours that ``config.hidden.copy_share`` leaves out."""
-        return retriever if self.copies is None else dataclasses.replace(self.copies, local=retriever)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +201,7 @@ class Pipeline:
         numbers: Int[np.ndarray, " n"],
         length: int,
         count: Callable[[int], Any],
+        known: Int[np.ndarray, "N T"] | None = None,
     ) -> Batch:
         """Returns the images of some of N prompts, drawn together.
 
@@ -238,27 +209,35 @@ class Pipeline:
           numbers: of the prompts, one of ``batches(N)``.
           length: of all prompts (``PromptEncoder.length``).
           count: called with the number of positions that have been drawn since the last call.
+          known: codes of the images that are taken in place of draws, -1 where a code is drawn; None = all are drawn.
         """
         # The last batch is padded with its own rows, so that only one shape is compiled.
         rows, keep, parts = np.resize(numbers, self._batch_size(len(prompts))), len(numbers), []
-        for row in self.rows([prompts[int(i)] for i in rows], method, seeds[rows], length):
+        given = None if known is None else known[rows]
+        for row in self.rows([prompts[int(i)] for i in rows], method, seeds[rows], length, given):
             parts.append(jax.tree.map(lambda x: x[:keep], row))
             count(row.codes.shape[1])
         drawn = joined(parts)
         return Batch(numbers, self.pixels(np.asarray(drawn.codes)), drawn)
 
     def rows(
-        self, prompts: Sequence[str], method: str, seeds: Int[np.ndarray, " n"], length: int | None = None
+        self,
+        prompts: Sequence[str],
+        method: str,
+        seeds: Int[np.ndarray, " n"],
+        length: int | None = None,
+        known: Int[np.ndarray, "n T"] | None = None,
     ) -> Iterator[SampleOutput]:
         """Yields the rows of one batch of code grids as they are drawn; see ``decode.stream.sample_stream``.
 
         Args:
           length: as in ``interfaces.PromptEncoder``.
+          known: as in ``decode.loop.sample``.
         """
         stream = sample_stream(
             self.model_of(method), self.text(prompts, length), self.policy(method, prompts),
             self.retriever_for(method, prompts), seed=seeds, mesh=self.mesh, stored=self.stored_of(method),
-            **dataclasses.asdict(self.config.sampling),
+            known=known, **dataclasses.asdict(self.config.sampling),
         )  # fmt: skip
         for row in stream:
             yield row._replace(source=self._patches(method, np.asarray(row.source)))
@@ -301,7 +280,7 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = (), alone: bool =
         )
     users = {search: [METHODS[name] for name in chosen if METHODS[name].search is search] for search in Search}
     searches: dict[Search, OpenSearch] = {
-        search: _open_search(config, search, methods, model, mesh)
+        search: open_search(config, search, methods, model, mesh)
         for search, methods in users.items()
         if search is not Search.NONE and methods
     }
@@ -323,24 +302,3 @@ def _loaded(folder: str, dtype: str, mesh: Mesh | None) -> ImageModel:
     if mesh is None or mesh.shape["fsdp"] == 1:  # then every device needs the whole model, and only while it draws
         return load_model(folder, dtype)
     return with_whole_tokenizer(load_model(folder, dtype, mesh=mesh), mesh)
-
-
-def _open_search(
-    config: DrawConfig, search: Search, methods: Sequence[Method], model: ImageModel, mesh: Mesh | None
-) -> OpenSearch:
-    """Returns a search that these methods use; the whole store is searched only if one of them is not limited."""
-    asked = resolved(search_config(config, search), mesh)
-    backbone = backbone_of(model, asked.keys)
-    if all(method.limited for method in methods):
-        store, retriever = open_store(asked, model.fingerprint, backbone)[0], None
-    else:
-        store, retriever = load_retriever(asked, model.fingerprint, mesh, "fsdp", "data", backbone)
-    if any(method.limited for method in methods):
-        _ = store.captions  # raises now, not after the first batches
-    trust, copies = Trust(store, config.caption), None
-    if asked.keys == HIDDEN.name and config.hidden.copy_share < 1:
-        tables = store.codes.reshape(store.num_images, -1), trust.told.surprise, np.float32(config.hidden.copy_share)
-        codes, surprise, most = jax.tree.map(jnp.asarray, tables) if mesh is None else put_everywhere(tables, mesh)
-        copies = UncopiedRetriever(None, codes, surprise, most, store.settings.grid)
-    opened = OpenSearch(asked, store, None, trust, copies)
-    return opened if retriever is None else dataclasses.replace(opened, retriever=opened.uncopied(retriever))
