@@ -77,7 +77,7 @@ def compare(address: str, folder: str) -> None:
                 np.testing.assert_array_equal(x, y)
         print(told, flush=True)
         sys.stdin.readline()
-    report(home / "store", EXHAUSTIVE, address)
+    report(home / "store", dataclasses.replace(folders.config_in(home), scann=EXHAUSTIVE), address)
     told = json.loads((home / "store" / "report-ray-codebook.json").read_text())
     assert len(told["nodes"]) == 2 and sum(node["rows"] for node in told["nodes"]) == told["num_patches"]
     assert all(node["bytes"] > 0 and node["ms"] > 0 for node in told["nodes"])
@@ -93,8 +93,10 @@ def compare(address: str, folder: str) -> None:
 def test_it_is_the_local_search_though_a_machine_dies_between_two_searches(tmp_path):
     """Ids, distances and codes are equal to the bit, for every kind of key and both searches, and so is a draw."""
     make_store(tmp_path)
+    said = []
     with cluster.running(3) as ray, cluster.driving("test_remote_search:compare", ray.address, str(tmp_path)) as driver:
         for line in driver.stdout:
+            said.append(line)
             if line == "searching\n":
                 node = next(node for node in ray.nodes[1:] if node.workers())
                 node.raylet.kill()
@@ -103,4 +105,4 @@ def test_it_is_the_local_search_though_a_machine_dies_between_two_searches(tmp_p
             if line == "searching again\n":
                 driver.stdin.write("\n")
                 driver.stdin.flush()
-        assert driver.wait() == 0, line
+        assert driver.wait() == 0, "".join(said[-20:])
