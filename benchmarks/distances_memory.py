@@ -27,7 +27,6 @@ from arrag_jax.evaluation.feature_store import SHARD
 from arrag_jax.evaluation.image_sets import drawn_set
 from arrag_jax.evaluation.metrics import inception_features
 from arrag_jax.evaluation.metrics.wavelets import LEVEL
-from arrag_jax.figures.grids import table
 from arrag_jax.interfaces import Prompt
 
 IMAGES = flags.DEFINE_integer("images", 30_000, "drawn images, and true ones")
@@ -42,16 +41,17 @@ def gib(name: str) -> float:
     return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / GIB
 
 
-def peak(work: Callable[[], object]) -> tuple[float, float]:
-    """Returns the peak of the memory that the process holds while it works, in GiB, and the seconds."""
+def tell(name: str, loaded: float, work: Callable[[], object]) -> None:
+    """Prints by how much the memory that the process holds exceeds ``loaded`` GiB, at most, while it works."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     start = time.perf_counter()
     work()
-    return gib("VmHWM"), time.perf_counter() - start
+    seconds, most = time.perf_counter() - start, gib("VmHWM")
+    print(f"{name}: at most {most - loaded:.2f} GiB beyond that, in {seconds:.0f} s", flush=True)
 
 
-def make_images(folder: Path, seed: int) -> None:
-    """Writes smooth random images, and links the names of all images to them."""
+def make_images(folder: Path, seed: int) -> Path:
+    """Writes smooth random images, and links the names of all images to them; returns the folder of the links."""
     rng, count = np.random.default_rng(seed), min(SHARD, IMAGES.value)
     (folder / "images").mkdir(parents=True)
     for number in range(count):
@@ -59,31 +59,27 @@ def make_images(folder: Path, seed: int) -> None:
         small.resize((SIDE.value, SIDE.value), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
     for number in range(IMAGES.value):
         os.link(folder / f"{number % count}.png", folder / "images" / f"{number:06d}.png")
+    return folder / "images"
 
 
 def main(_: list[str]) -> None:
-    """Prints what the process holds after the network, and both peaks."""
+    """Prints what the process holds after the network has seen a batch, and both peaks."""
     prompts = [Prompt(f"{number:06d}", "an image") for number in range(IMAGES.value)]
     with TemporaryDirectory() as scratch:
-        drawn, true = Path(scratch) / "drawn", Path(scratch) / "true"
-        make_images(drawn, 0)
-        make_images(true, 1)
-        reference, features = str(true / "images"), str(Path(scratch) / "features")
-        benchmark = Distances(prompts, reference=reference, fwd_level=0, features=features)
+        drawn, true = (make_images(Path(scratch) / name, seed) for seed, name in enumerate(("drawn", "true")))
+        benchmark = Distances(prompts, reference=str(true), fwd_level=0, features=str(Path(scratch) / "features"))
         benchmark.protocol()
         inception_features(np.zeros((32, 299, 299, 3), np.uint8))
         loaded, images = gib("VmRSS"), image_files(benchmark)
-        first = peak(lambda: benchmark.measure(drawn / "images", images))
+        cores = len(os.sched_getaffinity(0))
+        print(f"{SIDE.value} x {SIDE.value} pixels, {cores} cores; {loaded:.2f} GiB with the network", flush=True)
+        tell(f"features and figures, {len(images):,} images each", loaded, lambda: benchmark.measure(drawn, images))
         found = benchmark.true_images()
         assert found is not None  # the reference is a folder
-        both = (drawn_set(drawn / "images", images).first(FWD_IMAGES.value), found[0].first(FWD_IMAGES.value))
-        second = peak(lambda: estimates(*both, (SIDE.value, SIDE.value), LEVEL, range(1)))
-    names = f"features and figures, {IMAGES.value:,} images each", f"packets of FWD, {len(both[0]):,} images each"
-    rows = [[name, most, most - loaded, took] for name, (most, took) in zip(names, (first, second), strict=True)]
-    print(
-        f"{SIDE.value} x {SIDE.value} pixels, {len(os.sched_getaffinity(0))} cores; {loaded:.2f} GiB with the network"
-    )
-    print(table(["", "peak GiB", "beyond the network", "seconds"], rows))
+        both = [each.first(FWD_IMAGES.value) for each in (drawn_set(drawn, images), found[0])]
+        size = (SIDE.value, SIDE.value)
+        name = f"16 packets of FWD, {len(both[0]):,} images each"
+        tell(name, loaded, lambda: estimates(*both, size, LEVEL, range(1)))
 
 
 if __name__ == "__main__":

@@ -194,7 +194,8 @@ def table(name: str, method: str, seeds: int, rows: Mapping[str, Row]) -> str:
         spread = float(np.std(row.seeds[first], ddof=1)) if seeds > 1 else None
         change = ("", "") if label == BASELINE else measurements.difference(baseline, row.record, first)
         rest = [measurements.shown(row.record["figures"].get(x)) for x in others]
-        lines.append([*(row.setting.get(key) for key in keys), measurements.shown(figure), spread, *change, *rest])
+        setting = [row.setting[key] for key in keys] if row.setting else [BASELINE, *[""] * (len(keys) - 1)]
+        lines.append([*setting, measurements.shown(figure), spread, *change, *rest])
     head = [{"weight": "λ", "temperature": "τ", "k": "K"}[key] for key in keys]
     spread_name = f"± over {seeds} seeds"
     head += [f"{name}, {method}: {first}", spread_name, "minus plain", "beyond its interval", *others]
