@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 # docs/ in the order in which the commands run; LOG.md tells of commands of its day.
 PAGES = (
     *("architecture", "drawing", "stores", "search", "checkpoints", "training", "results", "speed", "clusters"),
-    *("repeatability", "reference", "keys", "benchmarks", "studio"),
+    *("repeatability", "reference", "keys", "benchmarks", "parts", "studio"),
 )
 TEXT = "\n".join([README, *((ROOT / "docs" / f"{page}.md").read_text() for page in PAGES)])
 

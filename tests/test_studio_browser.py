@@ -157,6 +157,42 @@ def test_a_forgotten_picture_is_gone(page):
     assert name not in page.locator("#sources").inner_text()
 
 
+def edit_status(page, words: str) -> None:
+    page.wait_for_function("words => document.querySelector('#edit_status').innerText.match(words)", arg=words)
+
+
+def test_a_painted_part_is_filled_and_a_side_is_extended(page):
+    page.get_by_role("tab", name="Edit").click()
+    page.locator("#fill").click()
+    edit_status(page, "there is no picture")
+    page.get_by_role("tab", name="Draw").click()
+    ask(page, "a cat")
+    wait_for(page, "Done")
+    page.get_by_role("tab", name="Edit").click()
+    page.locator("#edit_prompt textarea").fill("a dog")
+    page.locator("#take").click()
+    edit_status(page, "Paint, then fill")
+    canvas = page.locator("#editor canvas").first
+    canvas.wait_for()
+    page.locator("#fill").click()
+    edit_status(page, "nothing is painted over")
+    box = canvas.bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(middle[0] - 60, middle[1])
+    page.mouse.down()
+    page.mouse.move(middle[0] + 60, middle[1], steps=12)
+    page.mouse.up()
+    page.locator("#fill").click()
+    edit_status(page, "Done: 3 pictures")
+    page.wait_for_function("document.querySelectorAll('#filled img').length >= 3")
+    assert page.locator("#filled_plain img").count() >= 3
+    page.locator("#extend").click()
+    edit_status(page, "Draws")
+    edit_status(page, "Done: 3 pictures")
+    wide = "(([...document.querySelectorAll('#filled img')].at(-1) || {}).naturalWidth || 0) > 384"
+    page.wait_for_function(wide)
+
+
 def test_a_taken_port_is_one_line(address):
     port = address.rpartition(":")[2]
     words = [sys.executable, "-m", "arrag_jax.studio", f"--port={port}"]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from arrag_jax import progress
 from arrag_jax.interfaces import (
@@ -57,7 +57,6 @@ def look_up(
     retriever: AnyRetriever | None,
     batch_size: int = 50,
     limit: Callable[[list[str]], AnyRetriever | None] | None = None,
-    known: Bool[np.ndarray, " T"] | None = None,
 ) -> list[Found]:
     """Returns codes and neighbours of held-out scenes, in batches; shows a progress bar.
 
@@ -66,7 +65,6 @@ def look_up(
       examples: scenes with "image" uint8 [h, w, 3] and "caption" bytes.
       retriever: None = every neighbour list is empty.
       limit: returns the retriever for the captions of a batch; it replaces ``retriever``.
-      known: positions whose codes a search by two-sided keys knows wherever it searches; None = none.
     """
     graph, state = nnx.split(tokenizer)
     captions = [example["caption"].decode() for example in examples]
@@ -77,13 +75,13 @@ def look_up(
         rows = slice(start, start + batch_size)
         searched = limit(captions[rows]) if limit else retriever
         given = jax.tree.map(lambda x, rows=rows: jnp.asarray(x[rows]), condition)
-        codes, neighbors = _look_up(graph, state, from_uint8(images[rows]), given, searched, known)
+        codes, neighbors = _look_up(graph, state, from_uint8(images[rows]), given, searched)
         found.append(Found(given, codes, neighbors, tuple(captions[rows])))
     return found
 
 
 @jax.jit(static_argnums=0)
-def _look_up(graph, state, pixels, condition, retriever, known):
+def _look_up(graph, state, pixels, condition, retriever):
     model = nnx.merge(graph, state)
     codes, latents = model.encode_images(pixels)
     if isinstance(retriever, StateRetriever):
@@ -92,8 +90,7 @@ def _look_up(graph, state, pixels, condition, retriever, known):
         return codes, retriever.search_states(flat, jnp.repeat(codes, len(cells), 0), jnp.tile(cells, len(codes)))
     if isinstance(retriever, AroundRetriever):
         around = jnp.tile(around_positions(*latents.shape[1:3]), (len(codes), 1))
-        later = None if known is None else jnp.repeat(jnp.where(known[None], codes, -1), codes.shape[1], 0)
-        return codes, retriever.search_around(around_codes(jnp.repeat(codes, codes.shape[1], 0), later, around))
+        return codes, retriever.search_around(around_codes(jnp.repeat(codes, codes.shape[1], 0), None, around))
     positions = jnp.asarray(context_positions(*latents.shape[1:3]))
     contexts = context_codes(codes, positions).reshape(-1, 4)
     return codes, retriever.search(contexts) if retriever else empty_neighbors(len(contexts), 1)

@@ -16,6 +16,7 @@ from arrag_jax.evaluation.trust import Trust
 from arrag_jax.interfaces import AnyRetriever, ImageModel
 from arrag_jax.mesh import put_everywhere
 from arrag_jax.ops.keys import HIDDEN
+from arrag_jax.retrieval.around import DenseAround
 from arrag_jax.retrieval.copies import UncopiedRetriever
 from arrag_jax.retrieval.load import backbone_of, load_retriever, open_store, resolved
 from arrag_jax.retrieval.stored_codes import StoredCodes
@@ -44,6 +45,13 @@ class OpenSearch:
         """The code grids, for the guard against copies and for guesses of windows."""
         codes = self.store.codes if self.store.shown is None else self.store.codes[self.store.shown]
         return StoredCodes.of(codes, self.store.settings.codebook_size)
+
+    @functools.cached_property
+    def two_sided(self) -> "OpenSearch":
+        """The same store, searched by two-sided keys (``ops.keys.around``)."""
+        config = dataclasses.replace(self.config, keys="codebook", search="dense", storage="codes", two_sided=True)
+        retriever = None if self.retriever is None else DenseAround.of_store(self.store, config.k)
+        return dataclasses.replace(self, config=config, retriever=retriever)
 
     def uncopied(self, retriever: Any) -> AnyRetriever:
         """Returns a search over this store without the neighbours that ``config.hidden.copy_share`` leaves out."""

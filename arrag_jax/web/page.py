@@ -9,7 +9,9 @@ from typing import Any
 from arrag_jax.decode.methods import BASELINE
 from arrag_jax.decode.policies import mixture_of
 from arrag_jax.errors import UserError, printable
+from arrag_jax.evaluation.parts import SIDES
 from arrag_jax.web import studio
+from arrag_jax.web.edit import MOST_VARIATIONS, EditAsk, edited, painted
 from arrag_jax.web.shelf import Shelf
 from arrag_jax.web.studio import Ask, Drawn, Forming, enlarged
 
@@ -37,6 +39,8 @@ class Page:
                 changed = self._draw_tab(drawn)
             with gr.Tab("Where from"):
                 outputs = self._where_tab(drawn)
+            with gr.Tab("Edit"):
+                self._edit_tab(drawn)
             with gr.Tab("Store"):
                 self._store_tab()
             with gr.Tab("Take away"):
@@ -123,6 +127,52 @@ class Page:
         clicked.__annotations__["event"] = gr.SelectData  # by which Gradio knows what to pass
         picture.select(clicked, drawn, [stored, words], show_progress="hidden")
         return {"cells": picture, "stored": stored, "words": words, "audit": audited, "page": page, "sources": gallery}
+
+    def _edit_tab(self, drawn: Any) -> None:
+        methods = [name for name in self.shelf.pipeline.methods if name != BASELINE]
+        with gr.Row():
+            prompt = gr.Textbox(label="Prompt", value="a red octopus", scale=3, elem_id="edit_prompt")
+            method = gr.Dropdown(methods, value=methods[0], label="Method", elem_id="edit_method")
+            seed = gr.Number(0, label="Seed", precision=0, elem_id="edit_seed")
+            number = gr.Slider(1, MOST_VARIATIONS, 3, step=1, label="Variations", elem_id="variations")
+        with gr.Row():
+            editor = gr.ImageEditor(
+                label="Paint over what is to be drawn", type="numpy", image_mode="RGBA", format="png", height=470,
+                sources=["upload"], transforms=[], layers=False, elem_id="editor",
+                brush=gr.Brush(default_size=48, colors=["#ffffff"], color_mode="fixed"),
+            )  # fmt: skip
+            with gr.Column():
+                take = gr.Button("Take the drawn picture", elem_id="take")
+                fill = gr.Button("Fill", variant="primary", elem_id="fill")
+                side = gr.Dropdown(list(SIDES), value="right", label="Side", elem_id="side")
+                more = gr.Number(24, label="Pixels of the model's size", precision=0, elem_id="pixels")
+                extend = gr.Button("Extend", elem_id="extend")
+                status = gr.Markdown("Take a picture, paint, fill.", elem_id="edit_status")
+        results = [
+            gr.Gallery(label=label, columns=MOST_VARIATIONS, elem_id=name, height=240, format="png")
+            for label, name in (("plain", "filled_plain"), ("with retrieval, by all codes around", "filled"))
+        ]
+
+        def asked(prompt, method, seed, number, value, *side) -> Iterator[tuple[Any, ...]]:
+            try:
+                picture, mask = painted(value)
+                what = {"side": (side[0], int(side[1]))} if side else {"mask": mask}
+                ask = EditAsk(prompt, method, int(seed), int(number), picture, **what)
+                yield "Draws …", gr.skip(), gr.skip()
+                both = edited(self.shelf.pipeline, ask)
+                yield f"Done: {number} pictures.", *([enlarged(image) for image in images] for images in both)
+            except (UserError, TypeError, OverflowError) as error:
+                yield f"**{told(error)}**", gr.skip(), gr.skip()
+
+        def taken(last: Drawn | None) -> tuple[Any, str]:
+            return (
+                (gr.skip(), "Draw a picture first.") if last is None else (enlarged(last.picture), "Paint, then fill.")
+            )
+
+        take.click(taken, drawn, [editor, status], show_progress="hidden")
+        given, outputs = [prompt, method, seed, number, editor], [status, *results]
+        fill.click(asked, given, outputs, concurrency_id="drawing")
+        extend.click(asked, [*given, side, more], outputs, concurrency_id="drawing")
 
     def _take_tab(self) -> dict[str, Any]:
         return {
