@@ -36,12 +36,12 @@ METHODS, SEEDS = ("plain", "daid"), np.arange(3)
 def main(_: list[str]) -> None:
     """Writes the picture."""
     images = [_filled()]
-    save(OUT.value, images[0])  # before the minutes that the photos take
+    save(Path(OUT.value), images[0])  # before the minutes that the photos take
     if PHOTOS.value:
         images.append(_extended())
         width = max(image.shape[1] for image in images)
         wide = [np.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)), constant_values=255) for x in images]
-        save(OUT.value, np.concatenate(wide))
+        save(Path(OUT.value), np.concatenate(wide))
 
 
 def _pipeline(store, weight, temperature):
