@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
@@ -57,7 +58,16 @@ def make_mesh(config: MeshConfig, alone: bool = False, devices: Sequence[Any] = 
     size = shape["data"] * shape["fsdp"]
     if size == 0 or size > len(devices) or len(devices) % taken or (whole_run and size != len(devices)):
         raise UserError(f"mesh {shape} does not fit {len(devices)} devices; change config.mesh")
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), (AxisType.Auto,) * 2, devices=list(devices)[:size])
+    used = list(devices)[:size]
+    slices = len({device.slice_index for device in used}) if used[0].platform == "tpu" else 1
+    if slices == 1:
+        return jax.make_mesh(tuple(shape.values()), tuple(shape), (AxisType.Auto,) * 2, devices=used)
+    # Between slices there is only the network of the data centre: parameters stay split within a slice.
+    if shape["data"] % slices:
+        raise UserError(f"mesh {shape}: data must be a multiple of the {slices} slices; change config.mesh")
+    within = (shape["data"] // slices, shape["fsdp"])
+    arranged = mesh_utils.create_hybrid_device_mesh(within, (slices, 1), used)
+    return Mesh(arranged, tuple(shape), axis_types=(AxisType.Auto,) * 2)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:

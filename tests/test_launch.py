@@ -1,77 +1,32 @@
 """Laws of the launch scripts: a dry run runs nothing, and what it prints is what the workers get."""
 
-import json
-import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-POD = ["launch/tpu_pod.sh", "--name", "pod", "--zone=us-east5-b", "--type", "v6e-16"]
-SLURM = ["launch/gpu_slurm.sh"]
-COMMAND = ["python", "-m", "arrag_jax.generate", '--prompt=a cat\'s "red" $HOME `id` \\ hat', "--x=", "two  spaces"]
-
-# Stands in for training: saves when it is told to stop. In Python, since a shell may lose a trap that fires
-# while it parses.
-STOPPABLE = """exec python3 -c '
-import signal
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-print("started", flush=True)
-print("saved" if signal.sigtimedwait({signal.SIGTERM}, 60) else "never told", flush=True)'
-"""
+from helpers.launching import (
+    COMMAND,
+    POD,
+    ROOT,
+    SLURM,
+    STOPPABLE,
+    calls,
+    environment,
+    launch,
+    make_repository,
+    option,
+    write_stub,
+)
 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A committed copy of the scripts, with stubs first in PATH that record how they were called."""
-    root = tmp_path / "repository"
-    shutil.copytree(ROOT / "launch", root / "launch")
-    for name in ("requirements.txt", "requirements-dev.txt"):
-        shutil.copy(ROOT / name, root)
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(root)]
-    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
-        subprocess.run([*git, *words], check=True)
-    (root / "tmp").mkdir()
-    for name in ("gcloud", "scontrol", "python"):
-        write_stub(root / "stubs" / name, "")
-    write_stub(root / "stubs" / "srun", 'shift 2; exec "$@"\n')
-    return root
-
-
-def write_stub(path: Path, body: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    record = """import json, os, sys; print(json.dumps([os.path.basename(sys.argv[1]), *sys.argv[2:]]))"""
-    path.write_text(f'#!/bin/bash\npython3 -c {shlex.quote(record)} "$0" "$@" >>"$CALLS"\n{body}')
-    path.chmod(0o755)
-
-
-def environment(root: Path) -> dict[str, str]:
-    return os.environ | {
-        "PATH": f"{root / 'stubs'}:{os.environ['PATH']}",
-        "CALLS": str(root / "calls"),
-        "TMPDIR": str(root / "tmp"),
-        "SLURM_JOB_ID": "7",
-    }
-
-
-def launch(root: Path, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", *words], cwd=root, env=environment(root), capture_output=True, text=True, timeout=60)
-
-
-def calls(root: Path) -> list[list[str]]:
-    path = root / "calls"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def option(words: list[str], name: str) -> str:
-    return next(word.removeprefix(f"--{name}=") for word in words if word.startswith(f"--{name}="))
+    return make_repository(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -89,82 +44,6 @@ def test_dry_run_calls_nothing(repository, script):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert calls(repository) == []
-
-
-def test_dry_run_prints_what_a_first_launch_calls(repository):
-    printed = launch(repository, *POD, "--spot", "--project=p", "--dry_run", "--", *COMMAND).stdout
-    assert launch(repository, *POD, "--spot", "--project=p", "--", *COMMAND).returncode == 0
-    printed_calls = [shlex.split(line) for line in printed.splitlines()]
-    assert [words for words in printed_calls if words[0] == "gcloud"] == calls(repository)
-    assert all("--zone=us-east5-b" in words and "--project=p" in words for words in calls(repository))
-
-
-@pytest.mark.parametrize(
-    ("state", "verbs"),
-    [("", ["create"]), ("READY", []), ("PREEMPTED", ["delete", "create"]), ("TERMINATED", ["delete", "create"])],
-)
-def test_the_slice_is_made_only_when_there_is_none(repository, state, verbs):
-    write_stub(repository / "stubs" / "gcloud", f'[[ $4 == describe ]] || exit 0\necho {state}; [[ -n "{state}" ]]\n')
-    done = launch(repository, *POD, "--", *COMMAND)
-    assert done.returncode == 0, done.stderr
-    assert [words[4] for words in calls(repository)][1:-5] == verbs
-
-
-def test_a_slice_that_is_not_ready_is_left_alone(repository):
-    write_stub(repository / "stubs" / "gcloud", "[[ $4 == describe ]] || exit 0\necho REPAIRING\n")
-    done = launch(repository, *POD, "--", *COMMAND)
-    assert (done.returncode, len(calls(repository))) == (2, 1)
-    assert "REPAIRING" in done.stderr
-
-
-@pytest.fixture
-def worker(repository, tmp_path):
-    """The commands that a launch sends (check, start, follow), and a stand-in worker that runs them."""
-    printed = [shlex.split(line) for line in launch(repository, *POD, "--dry_run", "--", *COMMAND).stdout.splitlines()]
-    remote = [(option(words, "worker"), option(words, "command")) for words in printed if "ssh" in words]
-    assert [name for name, _ in remote] == ["all", "all", "all", "0"]
-    check, _, start, follow = (command for _, command in remote)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=repository, capture_output=True, text=True).stdout
-    home = tmp_path / "home"
-    (home / "arrag_jax_run" / commit[:12]).mkdir(parents=True)
-    (home / "arrag_jax_run/.venv/bin").mkdir(parents=True)
-    (home / "arrag_jax_run/.venv/bin/activate").write_text("")
-
-    def run(step: str) -> subprocess.CompletedProcess:
-        words = ["sh", "-c", {"check": check, "start": start, "follow": follow}[step]]
-        return subprocess.run(words, cwd=home, env=environment(repository), capture_output=True, text=True, timeout=30)
-
-    run.home = home / "arrag_jax_run"
-    return run
-
-
-def test_every_worker_runs_the_command_as_it_was_given(repository, worker):
-    write_stub(repository / "stubs" / "python", 'echo "platforms $JAX_PLATFORMS"; exit 3\n')
-    assert worker("check").returncode == 0
-    assert worker("start").returncode == 0
-    followed = worker("follow")
-    assert calls(repository) == [COMMAND]
-    assert (followed.stdout, followed.returncode) == ("platforms tpu,cpu\n", 3)
-    assert worker("check").returncode == 0
-
-
-def test_a_busy_worker_refuses_and_one_kill_stops_its_command(repository, worker):
-    write_stub(repository / "stubs" / "python", STOPPABLE)
-    assert worker("start").returncode == 0
-    give_up = time.monotonic() + 20
-    while "started" not in (worker.home / "log").read_text() and time.monotonic() < give_up:
-        time.sleep(0.02)
-    group = int((worker.home / "pid").read_text())
-    busy = worker("check")
-    assert (busy.returncode, f"kill -TERM -- -{group}" in busy.stderr) == (1, True)
-    os.killpg(group, signal.SIGTERM)
-    followed = worker("follow")
-    assert (followed.stdout.splitlines()[-1], followed.returncode) == ("saved", 0)
-
-
-def test_the_installed_jax_is_the_pinned_one(repository):
-    pin = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("jax=="))
-    assert pin.replace("jax", "jax[tpu]") in launch(repository, *POD, "--dry_run", "--", *COMMAND).stdout
 
 
 def test_slurm_runs_the_command_as_it_was_given(repository):
@@ -274,6 +153,9 @@ def test_files_for_clusters_are_valid_and_ask_for_a_token():
         ([POD[0], "--", *COMMAND], "--name is missing"),
         ([*POD, "--project"], "--project needs a value"),
         ([*POD, "--delete", "--", *COMMAND], "--delete takes no command"),
+        ([*POD, "--slices=none", "--", *COMMAND], "--slices=none"),
+        ([*POD, "--spot", "--reserved", "--", *COMMAND], "exclude"),
+        ([*POD, "--slices=2", "--ray", "--", *COMMAND], "one slice"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(repository, words, said):

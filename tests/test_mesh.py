@@ -1,5 +1,6 @@
 """The mesh: its shapes, where leaves live, how batches are put on it, and runs of several processes."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -46,6 +47,30 @@ def test_a_free_axis_takes_every_device_left(config, shape):
 def test_a_mesh_that_does_not_fit_is_refused(shape):
     with pytest.raises(UserError, match="mesh"):
         make_mesh(MeshConfig(*shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks a TPU chip about itself."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    process_index: int = 0
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 8), (4, 4), (16, 1), (-1, 2)])
+def test_parameters_are_split_within_a_slice(data, fsdp):
+    chips = [Chip(8 * n + 4 * x + y, (x, y, 0), n) for n in range(2) for x in range(2) for y in range(4)]
+    devices = make_mesh(MeshConfig(data, fsdp), devices=chips).devices
+    assert {chip.id for chip in devices.flat} == set(range(16))
+    for row in devices:
+        assert len({chip.slice_index for chip in row}) == 1
+    with pytest.raises(UserError, match="data must be a multiple of the 2 slices"):
+        make_mesh(MeshConfig(1, 16), devices=chips)
 
 
 def test_batches_must_split_evenly():

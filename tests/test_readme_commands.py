@@ -126,7 +126,7 @@ def test_the_long_ones_parse():
     """Their configs, keys and flags are known, those of a task's options too."""
     own = [x for x in commands() if starts(x, TAKES_LONG) or any(part in x for part in OF_OTHER_MACHINES)]
     launched = [x.partition(" -- ")[2] for x in commands() if " -- python -m" in x]
-    assert len(own) >= 12 and len(launched) == 2 and len(spans()) >= 8
+    assert len(own) >= 12 and len(launched) == 3 and len(spans()) >= 8
     parse_in_turn(ROOT, *own, *launched, *spans())
 
 
