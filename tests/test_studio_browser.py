@@ -189,7 +189,7 @@ def test_a_painted_part_is_filled_and_a_side_is_extended(page):
     page.locator("#extend").click()
     edit_status(page, "Draws")
     edit_status(page, "Done: 3 pictures")
-    wide = "(([...document.querySelectorAll('#filled img')].at(-1) || {}).naturalWidth || 0) > 384"
+    wide = "[...document.querySelectorAll('#filled img')].some(image => image.naturalWidth > image.naturalHeight)"
     page.wait_for_function(wide)
 
 
