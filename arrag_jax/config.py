@@ -433,6 +433,9 @@ class DrawConfig(Settings):
     faid_model: ModelPath = ""  # checkpoint folder for "faid" and "faid+daid", fine-tuned with blenders; empty = model
     lora_model: ModelPath = ""  # checkpoint folder for "lora", fine-tuned without blenders
     dtype: str = "float32"  # dtype of the models' parameters: "float32" | "bfloat16"; the tokenizer stays in float32
+    # Whether the linear layers of the decoder are held as int8, with a scale per output channel. They then take half of
+    # the memory of bfloat16, and logits change slightly.
+    int8: bool = False
     daid: DaidConfig = DaidConfig()
     caption: CaptionConfig = CaptionConfig()
     hidden: HiddenConfig = HiddenConfig()

@@ -6,7 +6,8 @@ python benchmarks/decode.py --dtypes=float32 --batches=1 --sides=arrag_jax --met
 The weights are random. Guidance is on (2 x batch rows). Only the first ``--cells`` positions of a 24 x 24 image are
 generated, but on both sides the cache has room for the whole image. DAiD searches 1,000,000 random patches with ScaNN,
 K = 2048. Method "hidden" is DAiD by the state of the step, over 999,936 random hidden keys of 64 numbers, K = 64. FAiD
-has two blenders (layers 0 and 12) and takes the nearest 10 patches of DAiD's search. Each side runs in its own process.
+has two blenders (layers 0 and 12) and takes the nearest 10 patches of DAiD's search. Method "int8" is plain with the
+decoder's linear layers in int8. Each side runs in its own process.
 The sides take turns in every round, so that slow changes of the machine affect both. The time of a step is the time of
 the generation, including the prompt of 32 tokens, divided by the number of positions. "of bandwidth" is the rate at
 which a step reads its weights, as a share of the rate at which a sum over 2 GiB reads memory on this machine.
@@ -31,7 +32,7 @@ import numpy as np
 CELLS = 576  # of an image
 PROMPT, PATCHES, DAID_K, GUIDANCE = 32, 1_000_000, 2048, 5.0
 HIDDEN_NUMBERS, HIDDEN_K = 64, 64
-METHODS = {"arrag_jax": ("plain", "daid", "faid", "hidden"), "transformers": ("plain",)}
+METHODS = {"arrag_jax": ("plain", "daid", "faid", "hidden", "int8"), "transformers": ("plain",)}
 Draw = Callable[[str, int], None]  # takes a method and a batch size; returns when the codes are ready
 
 
@@ -40,39 +41,42 @@ def prompts(batch: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 1000, (batch, PROMPT))
 
 
+def hidden_patches(width: int, codes: int, images: int, cells: int, rng: np.random.Generator) -> Any:
+    """Returns the patches of images with random hidden keys, and the projection of states of this width."""
+    from arrag_jax.ops.keys import HIDDEN
+    from arrag_jax.retrieval.patches import KeysOfRows, Patches
+
+    records = rng.integers(0, 256, (images, HIDDEN.record_bytes(cells, HIDDEN_NUMBERS)), np.uint8)
+    table = rng.standard_normal((width + 2, HIDDEN_NUMBERS), np.float32) / np.float32(width)
+    table[-1] = 1
+    values = rng.integers(0, codes, images * cells).astype(np.int32)
+    return Patches(KeysOfRows(HIDDEN, records, table, 0, len(values)), values, HIDDEN), table
+
+
 def hidden_search(width: int, codes: int, rng: np.random.Generator) -> Any:
-    """Returns a search over random hidden keys."""
+    """Returns a search with ScaNN over random hidden keys."""
     import jax.numpy as jnp
 
     from arrag_jax.config import ScannOptions
-    from arrag_jax.ops.keys import HIDDEN
-    from arrag_jax.retrieval.patches import KeysOfRows, Patches
     from arrag_jax.retrieval.scann import ScannRetriever, build_host
     from arrag_jax.retrieval.states import HiddenRetriever
 
-    images = PATCHES // CELLS
-    records = rng.integers(0, 256, (images, HIDDEN.record_bytes(CELLS, HIDDEN_NUMBERS)), np.uint8)
-    table = rng.standard_normal((width + 2, HIDDEN_NUMBERS), np.float32) / np.float32(width)
-    table[-1] = 1
-    values = rng.integers(0, codes, images * CELLS).astype(np.int32)
-    patches = Patches(KeysOfRows(HIDDEN, records, table, 0, len(values)), values, HIDDEN)
-    host = build_host(lambda rows: patches, len(values), table, HIDDEN_K, ScannOptions())
+    patches, table = hidden_patches(width, codes, PATCHES // CELLS, CELLS, rng)
+    host = build_host(lambda rows: patches, len(patches.codes), table, HIDDEN_K, ScannOptions())
     return HiddenRetriever(ScannRetriever.of(host), jnp.asarray(table))
 
 
-def ours(dtype: str, cells: int, methods: Sequence[str]) -> tuple[Draw, dict[str, float]]:
-    """Returns this package's generation function, and the GB of weights that a step of each method reads."""
-    import jax
+def first_cells(config: Any, dtype: str, cells: int, rng: np.random.Generator) -> tuple[Any, int, int]:
+    """Returns a Janus of this shape with random weights that draws only the first positions of its grid.
+
+    Returns:
+      the model without its image tokenizer, the bytes of weights that a step reads, and those that blenders add.
+    """
     import jax.numpy as jnp
     from flax import nnx
 
-    from arrag_jax.decode.loop import sample
-    from arrag_jax.decode.policies import Daid, Faid, Plain
     from arrag_jax.models.janus import Janus
-    from arrag_jax.models.presets import PRESETS
-    from arrag_jax.nn.faid import FaidConfig
     from arrag_jax.ops.blend import live_offsets
-    from arrag_jax.retrieval.scann import ScannRetriever
 
     class FirstCells(Janus):
         """Generates only the first positions; cache and windows are those of the whole grid."""
@@ -89,7 +93,6 @@ def ours(dtype: str, cells: int, methods: Sequence[str]) -> tuple[Draw, dict[str
         def step_state(self, hidden, cache, cell, features=None):
             return self.language_model.step(hidden, cache, cell, self.config.grid, features)
 
-    config, rng = dataclasses.replace(PRESETS["janus-pro-1b"], faid=FaidConfig()), np.random.default_rng(0)
     parts = ("language_model", "gen_embed", "gen_aligner", "gen_head")
     model, read = nnx.eval_shape(lambda: FirstCells(config, nnx.Rngs(0), parts)), 0
     for path, value in nnx.to_flat_state(nnx.state(model)):
@@ -97,9 +100,40 @@ def ours(dtype: str, cells: int, methods: Sequence[str]) -> tuple[Draw, dict[str
         value.set_value(jnp.asarray(numbers, dtype))
         if "blender" not in path and path[-1] != "embedding":
             read += value[...].nbytes
+    if config.faid is None:
+        return model, read, 0
     blender = (len(live_offsets(max(config.faid.hops))) + 1) * config.language.width**2 * jnp.dtype(dtype).itemsize
-    blenders = sum(layer.blender is not None for layer in model.language_model.layers) * blender
+    return model, read, sum(layer.blender is not None for layer in model.language_model.layers) * blender
 
+
+def in_int8(model: Any, read: int) -> tuple[Any, int]:
+    """Returns a copy of a model that holds its linear layers in int8, and the bytes that its step reads.
+
+    Args:
+      read: the bytes that a step of the model reads.
+    """
+    from flax import nnx
+
+    def held(decoder: Any) -> int:
+        return sum(value[...].nbytes for path, value in nnx.to_flat_state(nnx.state(decoder.layers)))
+
+    copy = nnx.merge(*nnx.split(model))
+    copy.language_model.hold_in_int8()
+    return copy, read - held(model.language_model) + held(copy.language_model)
+
+
+def ours(dtype: str, cells: int, methods: Sequence[str]) -> tuple[Draw, dict[str, float]]:
+    """Returns this package's generation function, and the GB of weights that a step of each method reads."""
+    import jax
+
+    from arrag_jax.decode.loop import sample
+    from arrag_jax.decode.policies import Daid, Faid, Plain
+    from arrag_jax.models.presets import PRESETS
+    from arrag_jax.nn.faid import FaidConfig
+    from arrag_jax.retrieval.scann import ScannRetriever
+
+    config, rng = dataclasses.replace(PRESETS["janus-pro-1b"], faid=FaidConfig()), np.random.default_rng(0)
+    model, read, blenders = first_cells(config, dtype, cells, rng)
     codebook = rng.standard_normal((config.vision.codebook_size, config.vision.code_dim), np.float32)
     codebook /= np.linalg.norm(codebook, axis=1, keepdims=True)
     searches: dict[str, Any] = {"plain": None}
@@ -110,12 +144,17 @@ def ours(dtype: str, cells: int, methods: Sequence[str]) -> tuple[Draw, dict[str
     if "hidden" in methods:
         searches["hidden"] = hidden_search(config.language.width, config.vision.codebook_size, rng)
     policies = {"plain": Plain(), "daid": Daid(0.1, 0.05), "faid": Faid(), "hidden": Daid(0.9, 0.02, "sum")}
+    models, reads = dict.fromkeys(policies, model), dict.fromkeys(policies, read) | {"faid": read + blenders}
+    if "int8" in methods:
+        models["int8"], reads["int8"] = in_int8(model, read)
+        policies["int8"], searches["int8"] = Plain(), None
 
     def draw(method: str, batch: int) -> None:
         retriever = searches[method]
-        jax.block_until_ready(sample(model, prompts(batch), policies[method], retriever, cfg_scale=GUIDANCE).codes)
+        drawn = sample(models[method], prompts(batch), policies[method], retriever, cfg_scale=GUIDANCE)
+        jax.block_until_ready(drawn.codes)
 
-    return draw, dict.fromkeys(policies, read / 1e9) | {"faid": (read + blenders) / 1e9}
+    return draw, {name: number / 1e9 for name, number in reads.items()}
 
 
 def theirs(dtype: str, cells: int, methods: Sequence[str]) -> tuple[Draw, dict[str, float]]:

@@ -1,12 +1,16 @@
 """Measures a decode step of the embedded model: plain and DAiD, by search, batch size and number of patches.
 
 python benchmarks/decode_small.py [--rounds=5]
+python benchmarks/decode_small.py --int8 [--scenes=64]
 
 In every round all methods are timed one after another in one process, so that slow changes of the machine affect all of
 them. The table has medians over rounds ("beyond mixing": medians of the differences within a round). A step is one
 position of the whole batch with guidance (2 x batch rows). "mixing" is DAiD with a search on the device that takes no
 time; it shows the cost of the policy itself. "host call" is the same with a search on the host; it shows the additional
 cost of leaving the compiled loop. "pure_callback" uses JAX's own callback for this.
+
+With --int8, the model is compared with itself in weight-only int8 instead: bytes of its decoder, the error of its
+logits on test scenes and how often both put the same code first there, greedy drawings code for code, times of a step.
 """
 
 import dataclasses
@@ -20,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from flax import nnx
 
 from arrag_jax.data.emoji.scenes import render, scene
 from arrag_jax.decode.loop import sample
@@ -40,6 +45,8 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "timings of each method; the median i
 BATCHES = flags.DEFINE_list("batches", ["1", "8", "32"], "pictures drawn at once")
 PATCHES = flags.DEFINE_list("patches", ["100000", "1000000"], "stored patches")
 K = flags.DEFINE_integer("k", 128, "neighbours a cell")
+INT8 = flags.DEFINE_bool("int8", False, "compare the model with its weights in int8")
+SCENES = flags.DEFINE_integer("scenes", 64, "scenes of --int8")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["zero"], meta_fields=["k", "way"])
@@ -87,8 +94,48 @@ def stored(model: Any, number: int) -> Patches:
     return Patches.deduplicate(contexts[:number], values[:number].astype(np.int32), np.asarray(model.codebook))
 
 
+def compare_int8() -> None:
+    """Prints how the model in int8 differs from itself in float32."""
+    models, text = (
+        {name: load_model(MODEL, int8=name == "int8") for name in ("float32", "int8")},
+        PromptTokenizer.load(MODEL),
+    )
+    held = {name: sum(x.nbytes for x in jax.tree.leaves(nnx.state(m.language_model))) for name, m in models.items()}
+    scenes = [scene("test", number) for number in range(SCENES.value)]
+    condition = text([each.caption for each in scenes])
+    codes, _ = models["float32"].encode_images(from_uint8(np.stack([render(each) for each in scenes])))
+    logits = {name: np.asarray(model.score(condition, codes)) for name, model in models.items()}
+    away = np.abs(logits["int8"] - logits["float32"])
+    bits = {name: float(-np.take_along_axis(np.asarray(jax.nn.log_softmax(x)), np.asarray(codes)[..., None], -1).mean())
+            for name, x in logits.items()}  # fmt: skip
+    first = float((logits["int8"].argmax(-1) == logits["float32"].argmax(-1)).mean())
+    drawn: dict[str, np.ndarray] = {}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(ROUNDS.value + 1):
+        for name, model in models.items():
+            start = time.perf_counter()
+            drawn[name] = np.asarray(sample(model, condition, cfg_scale=1.5, greedy=True).codes)
+            if turn:  # the first round compiles
+                times[name].append((time.perf_counter() - start) / drawn[name].shape[1] * 1e3)
+    same = drawn["int8"] == drawn["float32"]
+    print(f"decoder: {held['float32']:,} bytes, in int8 {held['int8']:,}")
+    deviation, (whole, rounded) = logits["float32"].std(), (bits[name] / np.log(2) for name in models)
+    print(f"{len(scenes)} test scenes: logits differ by {away.max():.3f} at most, {away.mean():.4f} on average")
+    print(f"(their standard deviation is {deviation:.2f}); the same code is first at {first:.2%} of the positions;")
+    print(f"{whole:.4f} bits per code, in int8 {rounded:.4f}")
+    print(f"greedy drawings: {same.mean():.1%} of the codes are equal, {same.all(1).mean():.1%} of the images")
+    print(
+        ", ".join(
+            f"{name} {statistics.median(found):.2f} ms a step of {len(scenes)} images" for name, found in times.items()
+        )
+    )
+
+
 def main(_: list[str]) -> None:
     """Prints the table."""
+    if INT8.value:
+        compare_int8()
+        return
     model, text = load_model(MODEL), PromptTokenizer.load(MODEL)
     codebook, cells, rows = np.asarray(model.codebook), int(np.prod(model.grid)), []
     for patches in map(int, PATCHES.value):

@@ -112,6 +112,8 @@ def _model(config: DrawConfig, kind: Kind) -> Any:
         shape = dataclasses.replace(shape, faid=FaidConfig())
     model = abstract(family.kind, config=shape)
     set_dtypes(model, config.dtype, next(iter(family.layouts.values())).exact)
+    if config.int8:
+        model.language_model.hold_in_int8()
     return model
 
 

@@ -264,11 +264,11 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = (), alone: bool =
     used = {config.model, *where.values()}
     if jax.process_count() > 1:
         require_same({name: value for folder in used for name, value in sample_hashes(folder).items()}, "model")
-    model = _loaded(config.model, config.dtype, mesh)
+    model = _loaded(config.model, config, mesh)
     _ = model.codebook  # raises now, not after drawing, if the folder holds no image tokenizer
     text, loaded = load_prompts(config.model), {config.model: model}
     for folder in used - {config.model}:
-        loaded[folder] = _loaded(folder, config.dtype, mesh)
+        loaded[folder] = _loaded(folder, config, mesh)
         if loaded[folder].fingerprint != model.fingerprint:
             raise UserError(f"{folder} has another image tokenizer than {config.model}; tune it from that model")
     tuned = {name: loaded[folder] for name, folder in where.items() if METHODS[name].model is not Kind.BASE}
@@ -297,8 +297,8 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = (), alone: bool =
     return Pipeline(config, chosen, model, tuned, text, searches, mesh, where, beside)
 
 
-def _loaded(folder: str, dtype: str, mesh: Mesh | None) -> ImageModel:
+def _loaded(folder: str, config: DrawConfig, mesh: Mesh | None) -> ImageModel:
     """Returns the model of a folder, its large parameters split over the mesh; its image tokenizer is not split."""
     if mesh is None or mesh.shape["fsdp"] == 1:  # then every device needs the whole model, and only while it draws
-        return load_model(folder, dtype)
-    return with_whole_tokenizer(load_model(folder, dtype, mesh=mesh), mesh)
+        return load_model(folder, config.dtype, int8=config.int8)
+    return with_whole_tokenizer(load_model(folder, config.dtype, mesh=mesh, int8=config.int8), mesh)

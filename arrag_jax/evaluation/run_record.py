@@ -26,6 +26,8 @@ def method_facts(pipeline: Pipeline, method: str) -> dict[str, Any]:
     policy: Any = pipeline.policy(method)
     folder, config = pipeline.folders[method], pipeline.config
     facts: dict[str, Any] = {"model": folder, "model_sha256": _sha256_of_model(folder)}
+    if config.int8:  # absent otherwise, as in older records
+        facts["int8"] = True
     if not policy.uses_retrieval:
         return facts
     opened, chosen = pipeline.search_of(method), METHODS[method]
@@ -55,13 +57,17 @@ def _sha256_of_model(folder: str) -> str:
 
 
 def texts_of(prompt: str, seed: int, method: str, facts: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the PNG text chunks of an image: prompt, seed, method, and model and store with their hashes."""
+    """Returns the PNG text chunks of an image: prompt, seed, method, and model and store with their hashes.
+
+    ``int8`` is among them if the model's weights are held so.
+    """
     names = ("model", "model_sha256", "store", "store_fingerprint", "index")
     return {
         "prompt": prompt,
         "seed": str(seed),
         "method": method,
         **{name: facts.get(name, "none") for name in names},
+        **({"int8": "true"} if facts.get("int8") else {}),
     }
 
 

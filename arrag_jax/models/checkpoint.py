@@ -19,7 +19,11 @@ from arrag_jax.nn.abstract import abstract
 
 
 def load_model(
-    directory: str | Path, dtype: str = "float32", grid: ArrayLike = None, mesh: Mesh | None = None
+    directory: str | Path,
+    dtype: str = "float32",
+    grid: ArrayLike = None,
+    mesh: Mesh | None = None,
+    int8: bool = False,
 ) -> ImageModel:
     """Returns the model in a checkpoint folder.
 
@@ -33,6 +37,8 @@ def load_model(
         none, so it follows from their image size, else it is 24 x 24. The model's ``with_grid`` changes it later.
       mesh: large parameters are split over its axis "fsdp"; no device ever holds more than its share of them. None =
         one device holds the model.
+      int8: the linear layers of the decoder are held in int8 with a scale per output (``nn.linear.Int8Linear``), and
+        computed in ``dtype``. Such a model draws and scores; it is neither trained nor saved.
 
     Raises:
       UserError: if the folder, its config or its weights are not those of a known model; the message says what is
@@ -42,7 +48,7 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     family = family_in(Path(directory))  # of an id of the hub, before its weights are downloaded
-    return family.load(checkpoint_folder(Path(directory)), dtype, grid, mesh)
+    return family.load(checkpoint_folder(Path(directory)), dtype, grid, mesh, int8)
 
 
 def load_tokenizer(directory: str | Path) -> ImageTokenizer:

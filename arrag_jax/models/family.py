@@ -64,7 +64,8 @@ class Family:
       model_types: values of ``model_type`` in a ``config.json`` of this family.
       kind: class of the models.
       read_config: takes a folder; returns the shape of its model.
-      load: takes a folder, a dtype, a grid (None = the folder's own) and a mesh (None = one device); returns the model.
+      load: takes a folder, a dtype, a grid (None = the folder's own), a mesh (None = one device), and whether the
+        decoder holds its linear layers in int8; returns the model.
       load_tokenizer: takes a folder; returns its image tokenizer alone, in float32.
       save: takes a model, a folder and a dtype; writes the model.
       prompts: takes a folder; returns the prompt encoder of its model.
@@ -83,7 +84,7 @@ class Family:
     model_types: tuple[str, ...]
     kind: type[nnx.Module]
     read_config: Callable[[Path], ModelConfig]
-    load: Callable[[Path, str, ArrayLike, Mesh | None], ImageModel]
+    load: Callable[[Path, str, ArrayLike, Mesh | None, bool], ImageModel]
     load_tokenizer: Callable[[Path], ImageTokenizer]
     save: Callable[[Any, Path, str], None]
     prompts: Callable[[Path], PromptEncoder]

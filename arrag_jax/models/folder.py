@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from arrag_jax.errors import UserError
@@ -59,23 +60,36 @@ def filled(
     dtype: str,
     grid: ArrayLike,
     mesh: Mesh | None = None,
+    int8: bool = False,
 ) -> Model:
     """Returns an abstract model over a grid (None = its own) with the weights of its folder, laid out over a mesh.
+
+    With ``int8``, the decoder holds its linear layers in int8.
 
     Raises:
       UserError: as ``weights.match`` and ``weights.read_weights``.
     """
     model = model if grid is None else model.with_grid(grid)
-    read_weights(model, match(model, stored, layout, directory), dtype, layout.exact, mesh)
+    matched = match(model, stored, layout, directory)
+    if int8:
+        model.language_model.hold_in_int8()
+    read_weights(model, matched, dtype, layout.exact, mesh)
     return model
+
+
+def require_no_int8(model: Any, what: str) -> None:
+    """Raises UserError if a model holds weights in int8; ``what`` says what is not done with them."""
+    if any(value.dtype == jnp.int8 for value in parameters(model).values()):
+        raise UserError(f"weights in int8 can only draw and score, they are not {what}; load the model without int8")
 
 
 def write_folder(model: LlamaBackbone, directory: Path, dtype: str, layout: Layout, config: dict[str, Any]) -> None:
     """Writes weights and ``config.json``; the config comes last, so that a killed save leaves no checkpoint.
 
     Raises:
-      UserError: if the model's LoRA is not merged.
+      UserError: if the model's LoRA is not merged, or its weights are held in int8.
     """
+    require_no_int8(model, "saved")
     if any("_lora." in path for path in parameters(model)):
         raise UserError("this model's LoRA is not merged; merge it first (merge_lora), then save")
     directory.mkdir(parents=True, exist_ok=True)

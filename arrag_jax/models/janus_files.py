@@ -37,13 +37,18 @@ from arrag_jax.nn.variables import freeze
 
 
 def _load(
-    directory: Path, dtype: str, grid: ArrayLike, mesh: Mesh | None = None, parts: tuple[str, ...] = PARTS
+    directory: Path,
+    dtype: str,
+    grid: ArrayLike,
+    mesh: Mesh | None = None,
+    int8: bool = False,
+    parts: tuple[str, ...] = PARTS,
 ) -> Janus:
     """Returns the model in a folder with the named parts; the other parts are None."""
     model, layout, stored = abstract_model(directory, parts)
     if not has_checksums(directory / WEIGHTS) and set(parts) == set(PARTS):
         require_weights_written(directory)  # older exports have no checksums per tensor
-    return filled(model, layout, stored, directory, dtype, grid, mesh)
+    return filled(model, layout, stored, directory, dtype, grid, mesh, int8)
 
 
 def abstract_model(
@@ -117,7 +122,7 @@ JANUS = Family(
     recognises=lambda config: "gen_vision_config" in config,
     read_config=read_config,
     load=_load,
-    load_tokenizer=lambda directory: _load(directory, "float32", None, None, VISION),
+    load_tokenizer=lambda directory: _load(directory, "float32", None, parts=VISION),
     save=_save,
     prompts=PromptTokenizer.load,
     open=lambda directory, also: abstract_model(directory, None, also),

@@ -89,11 +89,16 @@ def _open(
 
 
 def _load(
-    directory: Path, dtype: str, grid: ArrayLike, mesh: Mesh | None = None, parts: tuple[str, ...] | None = None
+    directory: Path,
+    dtype: str,
+    grid: ArrayLike,
+    mesh: Mesh | None = None,
+    int8: bool = False,
+    parts: tuple[str, ...] | None = None,
 ) -> LlamaGen:
     """Returns the model in a folder with the named parts; the other parts are None."""
     model, layout, stored = _open(directory, (), parts)
-    return filled(model, layout, stored, directory, dtype, grid, mesh)
+    return filled(model, layout, stored, directory, dtype, grid, mesh, int8)
 
 
 def _save(model: LlamaGen, directory: Path, dtype: str) -> None:
@@ -112,7 +117,7 @@ LLAMAGEN = Family(
     kind=LlamaGen,
     read_config=read_config,
     load=_load,
-    load_tokenizer=lambda directory: _load(directory, "float32", None, None, VISION),
+    load_tokenizer=lambda directory: _load(directory, "float32", None, parts=VISION),
     save=_save,
     prompts=_prompts,
     open=_open,

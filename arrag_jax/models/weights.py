@@ -14,6 +14,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.mesh import put_parameter
 from arrag_jax.models.layouts import Layout, published_shape, to_ours, to_published
 from arrag_jax.models.tensor_files import Stored, read_tensors, write_tensors
+from arrag_jax.nn.linear import quantized
 from arrag_jax.nn.variables import Statistic
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -61,6 +62,8 @@ def read_weights(
 ) -> None:
     """Fills a model, tensor by tensor; only the model and one tensor are in memory at a time.
 
+    Weights whose variables are int8 are quantised from the numbers in the file, and their scales set.
+
     Args:
       model: an abstract model (``nn.abstract``), whose parameters are set in ``dtype``.
       matched: the result of ``match``.
@@ -75,11 +78,16 @@ def read_weights(
     largest_first = sorted(matched.items(), key=lambda item: (-item[1].nbytes, item[0]))
     for path, value in read_tensors(dict(largest_first)):
         with np.errstate(over="ignore"):  # overflow is reported below
-            ours: Any = np.ascontiguousarray(to_ours(value, path), _kept(path, dtype, exact))
+            held = variables[path].dtype == jnp.int8
+            ours: Any = np.ascontiguousarray(to_ours(value, path), np.float32 if held else _kept(path, dtype, exact))
         if not all_finite(ours):
             require_finite(value, matched[path])
             what = f"{matched[path].name} in {matched[path].file}"
             raise UserError(f"{what} has numbers too large for {dtype}; choose dtype float32 or bfloat16")
+        if held:
+            ours, scale = quantized(ours)
+            beside = path.removesuffix("weight") + "scale"
+            variables[beside].set_value(put_parameter(beside, scale, mesh))
         ours = put_parameter(path, ours, mesh)
         variables[path].set_value(ours.block_until_ready())  # an unfinished copy keeps its source in memory
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from arrag_jax.errors import UserError
 from arrag_jax.nn.cache import written
-from arrag_jax.nn.linear import PRODUCT, Linear
+from arrag_jax.nn.linear import PRODUCT, Int8Linear, Linear
 from arrag_jax.nn.lora import Lora, LoraConfig
 from arrag_jax.nn.rotary import KINDS, turn_halves, turn_neighbors
 
@@ -82,6 +82,8 @@ class Attention(nnx.Module):
             (self.qkv if joined else self.v, self.v_lora, True),
         ):
             if lora is not None:
+                if isinstance(linear, Int8Linear):
+                    raise UserError("a LoRA cannot be merged into weights in int8; load the model without int8")
                 added = lora.merged()
                 rest = len(linear.weight[...]) - len(added)  # rows of the other projections in a joined weight
                 added = jnp.pad(added, ((rest, 0) if from_end else (0, rest), (0, 0)))
@@ -141,6 +143,13 @@ class Layer(nnx.Module):
         self.mlp_norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, rngs=rngs)
         self.mlp = Mlp(config, rngs)
         self.blender: Any = nnx.data(None)  # a Blender, or a FusedBlender in copies of ``Llama.fused``
+
+    def hold_in_int8(self) -> None:
+        """Replaces the projections of attention and MLP by ``Int8Linear``, in place; LoRA and blender stay."""
+        for part in (self.attention, self.mlp):
+            for name, linear in list(vars(part).items()):
+                if isinstance(linear, Linear):
+                    setattr(part, name, Int8Linear(linear))
 
     def attend(self, x, turn, attend: Attend, kv=None, slot=None, rngs=None):
         """Returns the normed input, which the blender uses, then x after attention, and (keys, values)."""

@@ -41,6 +41,14 @@ class Llama(nnx.Module):
         for layer in self.layers[:: faid.stride]:
             layer.blender = nnx.data(Blender(faid, self.config.width, self.config.norm_eps, rngs, start_silent))
 
+    def hold_in_int8(self) -> None:
+        """Holds the linear layers of all layers in int8 (``nn.linear.Int8Linear``), in place, for decoding alone.
+
+        Embedding, norms, LoRA and blenders stay as they are.
+        """
+        for layer in self.layers:
+            layer.hold_in_int8()
+
     def fused(self) -> "Llama":
         """Returns a copy for decoding whose blenders are fused; all other arrays are shared."""
         copy = nnx.merge(*nnx.split(self))

@@ -36,6 +36,7 @@ from arrag_jax.models.checkpoint import (
     shapes_of,
 )
 from arrag_jax.models.family import SavedEncoder
+from arrag_jax.models.folder import require_no_int8
 from arrag_jax.models.place import checkpoint_folder
 from arrag_jax.models.tensor_files import stored_tensors
 from arrag_jax.nn.faid import FaidConfig
@@ -102,6 +103,7 @@ class FaidOptions(Settings):
 
 def mark_adapters(model: TunableModel, blenders: bool = True) -> None:
     """Turns LoRA, head and (if ``blenders`` is true) blenders into ``Adapter``, all else into ``Frozen``, in place."""
+    require_no_int8(model, "trained")
     for part in model.adapters(blenders):
         retype(part, Adapter)
     freeze(model)
