@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from rooflines import bytes_of, flops_of
 
 from arrag_jax.models.janus import Janus
 from arrag_jax.models.presets import PRESETS
@@ -38,7 +39,8 @@ from arrag_jax.training.metrics import peak_memory_gib
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from helpers import naive_blend
 
-BASE = PRESETS["janus-pro-1b"]
+BASE, EMOJI = PRESETS["janus-pro-1b"], PRESETS["janus-emoji"]
+WORDS = 1000  # from which prompts are drawn
 CASES = {
     "small": dataclasses.replace(
         BASE,
@@ -47,8 +49,11 @@ CASES = {
         faid=FaidConfig(stride=2),
     ),
     "1b": dataclasses.replace(BASE, faid=FaidConfig(stride=12)),
+    "emoji": dataclasses.replace(
+        EMOJI, language=dataclasses.replace(EMOJI.language, vocab_size=WORDS), faid=FaidConfig(stride=3)
+    ),
 }
-LORA = {"small": LoraConfig(rank=128, dropout=0.0), "1b": LoraConfig(rank=128, dropout=0.0)}
+LORA = {name: LoraConfig(rank=32 if name == "emoji" else 128, dropout=0.0) for name in CASES}
 FORMS = ("fast", "naive", "none")
 PROMPT = 32
 
@@ -74,15 +79,20 @@ def make_model(case: str, dtype: str) -> Janus:
 
 
 def measure(case: str, form: str, images: int, steps: int, dtype: str) -> dict[str, float | str]:
-    """Returns device, median seconds and peak GiB of a step, and loss and gradient norm, which compare the forms."""
+    """Returns device, median seconds and peak GiB of a step, and loss and gradient norm, which compare the forms.
+
+    "flops" counts its matrix products. "bytes" are those of the parameters that it reads whole and of their gradients,
+    the least that it moves.
+    """
     if form == "naive":
         Blender.blend_map = naive_blend.blend_map
     model, rng = make_model(case, dtype), np.random.default_rng(1)
     graph, adapters, frozen = nnx.split(model, Adapter, ...)
     adapters = jax.tree.map(lambda x: x.astype(jnp.float32), adapters)
     del model
-    cells, size = BASE.grid[0] * BASE.grid[1], BASE.vision.codebook_size
-    ids = jnp.asarray(rng.integers(0, 1000, (images, PROMPT)), jnp.int32)
+    config = CASES[case]
+    cells, size = config.grid[0] * config.grid[1], config.vision.codebook_size
+    ids = jnp.asarray(rng.integers(0, WORDS, (images, PROMPT)), jnp.int32)
     codes = jnp.asarray(rng.integers(0, size, (images, cells)), jnp.int32)
     neighbors = jnp.asarray(rng.integers(0, size, (images, cells, 10)), jnp.int32)
 
@@ -94,15 +104,24 @@ def measure(case: str, form: str, images: int, steps: int, dtype: str) -> dict[s
         logits = model.teacher_forced((ids, jnp.ones(ids.shape, bool)), codes, found)
         return optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
 
-    seconds = []
+    flops, seconds = flops_of(step.lower(adapters, frozen)), []
     for _ in range(steps + 1):  # the first step compiles
         start = time.perf_counter()
         loss, grads = jax.block_until_ready(step(adapters, frozen))
         seconds.append(time.perf_counter() - start)
         norm = float(optax.global_norm(grads))
         del grads
-    middle, peak = statistics.median(seconds[1:]), peak_memory_gib()
-    return {"device": jax.devices()[0].device_kind, "seconds": middle, "gib": peak, "loss": float(loss), "norm": norm}
+    figures = {"seconds": statistics.median(seconds[1:]), "gib": peak_memory_gib(), "loss": float(loss), "norm": norm}
+    read, trained = (
+        {path: leaf for path, leaf in nnx.to_flat_state(state) if path[-1] != "embedding" and _is_used(path, form)}
+        for state in (frozen, adapters)
+    )
+    figures |= {"flops": flops, "bytes": bytes_of((read, trained, trained))}  # gradients are as large as parameters
+    return {"device": jax.devices()[0].device_kind} | figures
+
+
+def _is_used(path: tuple, form: str) -> bool:
+    return form != "none" or "blender" not in path
 
 
 def main() -> None:
