@@ -59,7 +59,7 @@ def make_mesh(config: MeshConfig, alone: bool = False, devices: Sequence[Any] = 
     if size == 0 or size > len(devices) or len(devices) % taken or (whole_run and size != len(devices)):
         raise UserError(f"mesh {shape} does not fit {len(devices)} devices; change config.mesh")
     used = list(devices)[:size]
-    slices = len({device.slice_index for device in used}) if used[0].platform == "tpu" else 1
+    slices = len({getattr(device, "slice_index", 0) for device in used}) if used[0].platform == "tpu" else 1
     if slices == 1:
         return jax.make_mesh(tuple(shape.values()), tuple(shape), (AxisType.Auto,) * 2, devices=used)
     # Between slices there is only the network of the data centre: parameters stay split within a slice.

@@ -55,16 +55,29 @@ class Chip:
 
     id: int
     coords: tuple[int, int, int]
-    slice_index: int
     process_index: int = 0
     core_on_chip: int = 0
     platform: str = "tpu"
     device_kind: str = "TPU v5 lite"
 
 
+@dataclasses.dataclass(frozen=True)
+class ChipOfSlices(Chip):
+    """A chip of several slices; one of a single slice that is compiled for knows no number of it."""
+
+    slice_index: int = 0
+
+
+def test_chips_of_one_slice_need_no_number_of_it():
+    chips = [Chip(4 * x + y, (x, y, 0)) for x in range(2) for y in range(4)]
+    assert {chip.id for chip in make_mesh(MeshConfig(2, 4), devices=chips).devices.flat} == set(range(8))
+
+
 @pytest.mark.parametrize(("data", "fsdp"), [(2, 8), (4, 4), (16, 1), (-1, 2)])
 def test_parameters_are_split_within_a_slice(data, fsdp):
-    chips = [Chip(8 * n + 4 * x + y, (x, y, 0), n) for n in range(2) for x in range(2) for y in range(4)]
+    chips = [
+        ChipOfSlices(8 * n + 4 * x + y, (x, y, 0), slice_index=n) for n in range(2) for x in range(2) for y in range(4)
+    ]
     devices = make_mesh(MeshConfig(data, fsdp), devices=chips).devices
     assert {chip.id for chip in devices.flat} == set(range(16))
     for row in devices:
