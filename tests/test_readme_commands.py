@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from arrag_jax import build_datastore
 from arrag_jax.config import DatastoreConfig
-from arrag_jax.data.emoji.scenes import scene
+from arrag_jax.data.emoji.scenes import render, scene
 from helpers import children
 from helpers.folders import write_scenes
 from helpers.in_turn import parse_in_turn, run_in_turn
@@ -92,6 +94,10 @@ def clone(tmp_path_factory) -> Path:
         write_scenes(folder / name, numbers)
         for number in numbers:
             (folder / name / f"scene_{number}.txt").write_text(scene("store", number).caption)
+    Image.fromarray(render(scene("store", 0))).save(folder / "photo.png")
+    mask = np.zeros((48, 48), np.uint8)
+    mask[12:36, 12:36] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
     model = "arrag_jax/assets/emoji_janus"
     small = DatastoreConfig(model, "emoji_scenes/tiny", data_dir=str(folder / "data"), captions=True)
     build_datastore.run(small, str(folder / "runs" / "store"))
