@@ -144,7 +144,7 @@ class Waiting:
         now = time.monotonic()
         if now - self._said >= REMINDER:
             self._said = now
-            say(f"waiting for {where} at {self.place.address} ({now - self._since:.0f} of {self.seconds:g} s)")
+            say(f"waiting for {where} at {self.place.address} ({int(now - self._since)} of {self.seconds:g} s)")
 
 
 def meet(place: Place, patience: float, wait: float, **hello: Any) -> tuple[Channel, list[dict[str, Any]]]:

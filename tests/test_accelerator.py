@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARK = ROOT / "benchmarks" / "accelerator.py"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_row_stands_beside_the_least_that_it_does(tmp_path):
     words = [sys.executable, str(BENCHMARK), "--shape=tiny", "--tables=decode", f"--out={tmp_path}"]
@@ -43,6 +44,7 @@ def test_every_row_stands_beside_the_least_that_it_does(tmp_path):
     assert rows["hidden, dense, 1 images"]["flops"] - plain["flops"] == 2 * hidden * 64
 
 
+@pytest.mark.slow
 def test_rows_without_time_are_named():
     """In a process of its own, because benchmarks define flags of their own."""
     code = """import accelerator, json, rooflines

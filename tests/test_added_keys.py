@@ -67,6 +67,7 @@ def command(monkeypatch, *arguments: str) -> int:
     return ended.value.code
 
 
+@pytest.mark.slow
 def test_what_is_added_makes_the_bytes_of_a_store_built_with_all_at_once(config, store, at_once):
     """In one step or in two, of all parts; the fingerprint, and with it every index, stays."""
     index.build_index(Datastore.open(store), "codebook", ScannOptions())
@@ -84,6 +85,7 @@ def test_what_is_added_makes_the_bytes_of_a_store_built_with_all_at_once(config,
     assert contents(store) == contents(at_once)
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_config(config, store, at_once, monkeypatch):
     """The store's own settings count: where its images and its tokenizer are, and how many make a batch."""
     flags = ["--config.keys=codebook,latent", "--config.captions=True", "--config.indexes=latent,codebook"]
@@ -98,6 +100,8 @@ def test_the_command_needs_no_config(config, store, at_once, monkeypatch):
     assert command(monkeypatch, "--config.keys=latent", f"--workdir={store / 'nothing'}") == 2
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_killed_after_any_write_it_goes_on_and_readers_have_the_old_store_till_then(
     config, store, at_once, monkeypatch
 ):
@@ -138,6 +142,7 @@ def test_killed_after_any_write_it_goes_on_and_readers_have_the_old_store_till_t
     assert contents(store) == contents(at_once)
 
 
+@pytest.mark.slow
 def test_an_image_that_is_another_one_now_or_gone_is_named_and_nothing_is_added(config, tmp_path):
     source = Path(shutil.copytree(config.source, tmp_path / "photos"))
     moved = dataclasses.replace(config, source=str(source))
@@ -160,6 +165,7 @@ def test_an_image_that_is_another_one_now_or_gone_is_named_and_nothing_is_added(
     assert len(Datastore.open(tmp_path / "store").records("latents")) == 21
 
 
+@pytest.mark.slow
 def test_another_tokenizer_or_other_settings_add_nothing(config, store, tmp_path):
     before = contents(store)
     for changes in ({"shard_size": 7}, {"source": str(Path(config.source).with_name("more"))}):
@@ -168,6 +174,7 @@ def test_another_tokenizer_or_other_settings_add_nothing(config, store, tmp_path
     assert contents(store) == before
 
 
+@pytest.mark.slow
 def test_several_processes_share_the_shards(config, store, at_once):
     """Each of two writes some, the first one the manifests; the same bytes."""
     tokenizer, errors, engines = load_tokenizer(config.model), [], working.in_threads(2)
@@ -188,6 +195,7 @@ def test_several_processes_share_the_shards(config, store, at_once):
     assert contents(store) == contents(at_once)
 
 
+@pytest.mark.slow
 def test_stores_merged_from_other_places_are_added_to_part_by_part(config, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     build_datastore.run(config, str(one))
@@ -200,6 +208,7 @@ def test_stores_merged_from_other_places_are_added_to_part_by_part(config, tmp_p
     assert [part.settings.keys for part in (merged, *merged.segments)] == [BOTH, BOTH]
 
 
+@pytest.mark.slow
 def test_a_shard_of_nothing_but_duplicates_is_added_to(config, store, tmp_path):
     source = write_scenes(tmp_path / "same", range(4))
     write_scenes(source, range(50, 52))

@@ -67,6 +67,7 @@ def draw(model: Path, prompts: Path, out: Path, batch_size: int, engine: Process
     draw_folder(pipeline, "plain", benchmark, out, engine, known_words=True)
 
 
+@pytest.mark.slow
 def test_two_that_share_the_list_draw_what_one_draws(model, prompts, tmp_path):
     draw(model, prompts, tmp_path / "one", 5)
     barrier = threading.Barrier(2, timeout=100)

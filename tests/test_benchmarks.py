@@ -21,6 +21,7 @@ def test_every_benchmark_is_one(name):
     assert list(benchmark.prompts(3)) == list(benchmark.prompts(5))[:3]
 
 
+@pytest.mark.slow
 def test_the_score_of_batches_is_that_of_all_images():
     benchmark, count = open_benchmark("emoji_scenes", DataSetConfig()), 24
     scenes = [scene("test", i) for i in range(count)]
@@ -44,6 +45,7 @@ def test_the_score_of_batches_is_that_of_all_images():
     assert row["held_out_pairs"] == right[:, held_out].mean() and row["other_prompts"] == right[:, ~held_out].mean()
 
 
+@pytest.mark.slow
 def test_evaluation_and_commands_import_no_benchmark():
     """They know benchmarks by name alone."""
     folders = {path.split(".")[2] for path in BENCHMARKS.values()}

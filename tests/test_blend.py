@@ -63,6 +63,7 @@ def naive_with_gradients(hops, slots):
     return with_gradients(naive_blend.blend_map, blender(hops), *inputs(slots))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hops, slots", CASES, ids=str)
 @pytest.mark.parametrize("composed", [False, True], ids=["staged", "composed"])
 def test_the_map_is_the_naive_map_in_values_and_gradients(hops, slots, composed, monkeypatch):
@@ -71,6 +72,7 @@ def test_the_map_is_the_naive_map_in_values_and_gradients(hops, slots, composed,
     jax.tree.map(assert_close, found, naive_with_gradients(hops, slots))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hops, slots", CASES, ids=str)
 def test_a_cell_alone_is_the_cell_in_the_naive_map(hops, slots):
     hidden, features = inputs(slots)
@@ -105,6 +107,7 @@ def test_folding_is_done_once_and_again_for_other_weights():
     assert model.fuse() is not first
 
 
+@pytest.mark.slow
 def test_cells_without_a_context_ignore_their_features():
     """The rule of the official training, here for decoding too; context and bias still act."""
     hidden, features = inputs()
@@ -121,6 +124,7 @@ def test_the_order_of_neighbours_does_not_matter():
     np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_silent_start_adds_nothing_and_can_learn():
     hidden, features = inputs()
     graph, state = nnx.split(Blender(FaidConfig(hops=(1,)), WIDTH, 1e-6, nnx.Rngs(0), start_silent=True))
@@ -141,6 +145,7 @@ def traced(function, *arguments):
     return list(equations(jax.make_jaxpr(both)(*arguments).jaxpr))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["staged", "composed", "cell"])
 def test_all_products_of_bfloat16_are_summed_in_float32(form, monkeypatch):
     monkeypatch.setattr(blend, "cheaper_composed", lambda *_: form == "composed")
@@ -160,6 +165,7 @@ def test_all_products_of_bfloat16_are_summed_in_float32(form, monkeypatch):
     assert types == {("bfloat16", "bfloat16", "float32")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["staged", "composed", "centre"])
 def test_what_products_give_is_added_up_in_float32(form):
     """Shifted taps, hops, and the gradients of a number that many products take."""
@@ -218,6 +224,7 @@ def reference_blender(reference, name: str) -> Blender:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["h1", "h2", "h12"])
 def test_the_reference_blends_the_same(reference, name):
     golden, model = np.load(reference("blender_alone.npz")), reference_blender(reference, name)
@@ -227,6 +234,7 @@ def test_the_reference_blends_the_same(reference, name):
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["h1", "h2", "h12"])
 def test_the_reference_blends_cell_by_cell_the_same(reference, name):
     """Its decoding path, which has no rule for boundary cells: all count as having a context."""

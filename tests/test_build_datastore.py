@@ -59,6 +59,7 @@ def store(config, tmp_path_factory) -> Datastore:
     return folders.built(config, tmp_path_factory.mktemp("built") / "store")
 
 
+@pytest.mark.slow
 def test_holds_the_codes_of_the_scenes(store, model):
     pictures = np.stack([scenes.render(scenes.scene("store", i)) for i in range(11)])
     codes, latents = model[0].encode_images(jnp.asarray(pictures, jnp.float32) / 127.5 - 1)
@@ -70,6 +71,7 @@ def test_holds_the_codes_of_the_scenes(store, model):
     store.verify()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["codebook", "latent"])
 @pytest.mark.parametrize("num_images", [0, 5])
 def test_loaded_searches_agree(store, model, kind, num_images):
@@ -93,6 +95,7 @@ def test_second_run_writes_nothing(store, config, capsys):
     assert "is complete: 11 images, 5,566 patches" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_index_options_build_the_index_again(store, config):
     tree = ScannOptions(exhaustive_below=0, leaves=4)
     assert not index.is_current(store, "latent", tree)

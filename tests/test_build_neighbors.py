@@ -57,6 +57,7 @@ def test_the_command_end_to_end(world, tmp_path, capsys):
     assert capsys.readouterr().out.count("is complete") == 4
 
 
+@pytest.mark.slow
 def test_an_image_encoded_a_little_differently_is_still_itself(world, tmp_path, monkeypatch):
     """As in another batch or on another device: the store's images, and those of a slice of their split."""
     config, store = world

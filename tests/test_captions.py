@@ -89,6 +89,7 @@ def test_what_cannot_be_chosen_is_said():
         index.nearest(["a cat", "zebras"], 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["codebook", "latent"])
 @pytest.mark.parametrize("score_bytes", [None, 1])
 def test_the_limited_search_is_the_dense_search_over_the_chosen_images(store, monkeypatch, kind, score_bytes):
@@ -116,6 +117,7 @@ def test_the_limited_search_is_the_dense_search_over_the_chosen_images(store, mo
         assert np.isin(id_, rows).all() and all(len(set(row)) == k for row in id_)
 
 
+@pytest.mark.slow
 def test_all_images_chosen_is_the_whole_search(store):
     everything = np.tile(np.arange(12, dtype=np.int32), (3, 1))
     context = jnp.asarray(np.random.default_rng(2).integers(0, CODES, (3, 4)), jnp.int32)
@@ -126,6 +128,7 @@ def test_all_images_chosen_is_the_whole_search(store):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_limited_to_one_image_at_weight_one_only_its_codes_are_drawn(store):
     """Each picture of the batch has an image of its own."""
     model = tiny.janus()

@@ -35,6 +35,7 @@ def arrag(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_a_command_is_its_module(arrag, capsys, monkeypatch, name):
@@ -69,6 +70,7 @@ def test_an_unknown_command_lists_the_known(arrag):
     running.assert_one_line(arrag("build_store"), "'build_store'", *cli.COMMANDS)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_mends_name_the_command_as_it_was_called(arrag, capsys, monkeypatch, tmp_path):
     words = ("--config=emoji_daid", "--prompt=a cat", f"--config.retrieval.store={tmp_path}", f"--workdir={tmp_path}")
@@ -107,6 +109,7 @@ def test_other_names_are_no_shipped_configs(monkeypatch, tmp_path, name):
         config_file(name)
 
 
+@pytest.mark.slow
 def test_the_demo_is_commands_that_parse(tmp_path):
     lines = [shlex.join(["python", "-m", f"arrag_jax.{module}", *words]) for module, *words in demo.COMMANDS]
     parse_in_turn(tmp_path, *lines)

@@ -79,6 +79,7 @@ def texts_of(model, ids):
     return model.text_features(ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=["b32", "l14", "gelu"])
 def test_both_towers_are_those_of_transformers(shape, tmp_path):
     torch, model = theirs(shape, tmp_path)
@@ -98,6 +99,7 @@ def test_both_towers_are_those_of_transformers(shape, tmp_path):
     assert np.allclose(lengths, 1, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_follows_the_end_of_a_text_changes_nothing(tmp_path):
     theirs(SHAPES[0], tmp_path)
     model, ids = load_clip(tmp_path), np.array([[98, 5, 7, 99, 99, 99, 99, 99, 99]], np.int32)
@@ -170,6 +172,7 @@ def test_pixels_are_prepared_as_clip_and_cmmd_do(size):
     assert np.array_equal(clip_pixels(image, 24, crop_first=True), clip_pixels(square, 24))
 
 
+@pytest.mark.slow
 def test_features_for_cmmd_are_unit_vectors_of_the_centre(tmp_path):
     torch, model = theirs(SHAPES[2], tmp_path)
     images = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
@@ -184,6 +187,7 @@ def test_features_for_cmmd_are_unit_vectors_of_the_centre(tmp_path):
         clip_features(images[0], "absent")
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_images(tmp_path):
     theirs(SHAPES[2], tmp_path)
     model, pixels = load_clip(tmp_path), np.random.default_rng(1).normal(size=(5, 28, 28, 3)).astype(np.float32)

@@ -48,6 +48,7 @@ def test_whoever_may_read_the_config_may_read_the_weights(tmp_path):
         assert len(modes) == 1 and modes == {(tmp_path / "saved" / "config.json").stat().st_mode}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["janus_layout", "faid_layout"])
 def test_there_and_back_every_tensor_is_byte_equal(reference, tmp_path, layout):
     """There through the command, as a user runs it."""
@@ -110,6 +111,7 @@ def test_what_cannot_be_is_said_first(saved, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_model_beside_a_folder_of_checkpoints_is_no_training_run(saved, tmp_path):
     (saved / "checkpoints").mkdir()
     command.run(str(saved), str(tmp_path / "copy"), "janus", merge_lora=True, last=False)
@@ -137,6 +139,7 @@ def reference_score(model, reference):
     return model.score(*(inputs[name] for name in names))
 
 
+@pytest.mark.slow
 def test_merged_lora_is_the_references(adapted, reference, tmp_path):
     convert(adapted, tmp_path / "merged", "janus")
     stored = stored_tensors(tmp_path / "merged")
@@ -149,6 +152,7 @@ def test_merged_lora_is_the_references(adapted, reference, tmp_path):
     np.testing.assert_allclose(reference_score(load_model(tmp_path / "merged"), reference), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_lora_apart_stays_to_the_byte(adapted, reference, tmp_path):
     convert(adapted, tmp_path / "apart", "ours", merge_lora=False)
     again = tensors(tmp_path / "apart")

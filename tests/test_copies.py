@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from arrag_jax.ops.keys.hidden import SURPRISE_STEP
 from arrag_jax.ops.neighbors import Neighbors
@@ -41,6 +42,7 @@ def slow_share(drawn, codes, surprise, image, place, position) -> float:
     return repeated / bits.sum()
 
 
+@pytest.mark.slow
 def test_neighbours_whose_image_has_a_share_of_the_picture_are_left_out():
     """Of pictures that begin as a stored one, in place or moved by one column; the rest stays, nearest first."""
     rng = np.random.default_rng(0)

@@ -144,7 +144,8 @@ def test_the_store_is_that_of_the_run_and_one_that_is_gone_is_told(store, prompt
     out = tmp_path / "out"
     for number in range(8):
         draw(out / f"{number // 2:05d}" / "samples" / f"{number % 2:04d}.png", store.codes[number])
-    settings = {"prompts": hash_of(open_folder_benchmark("geneval", str(prompts), 2).prompts), "copies": 2}
+    drawn = open_folder_benchmark("geneval", str(prompts), 2)
+    settings = {"layout": drawn.layout.name, "prompts": hash_of(drawn.prompts), "copies": 2}
     record = {"made_by": "arrag_jax.eval", "version": 1, "settings": {**settings, "store": str(store.directory)}}
     (out / "run.json").write_text(json.dumps(record))
     assert score(out, prompts)["figures"]["copied"]["value"] == 1
@@ -185,6 +186,7 @@ def test_the_images_of_a_grid_are_looked_at_one_by_one(store, tmp_path):
     assert "1 images hold no codes of the store's tokenizer: no copies" in measured.notes[0]
 
 
+@pytest.mark.slow
 def test_true_images_and_those_of_other_programs_are_encoded_as_the_store_was(tmp_path):
     """Photos that are also in the store, in larger files than its images."""
     config = folders.config(tmp_path)

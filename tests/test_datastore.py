@@ -193,6 +193,7 @@ print(moment)
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(whole, tmp_path):
     """SIGKILL at every moment that matters: in a batch, in a shard, before and after each rename; twice."""
     here = Path(__file__).resolve().parent

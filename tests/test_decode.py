@@ -37,6 +37,7 @@ def teacher_forced_log_p(model, ids, mask, codes, cfg_scale):
     return truncate(logits, 1.0, None, None).reshape(cond.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["plain", "daid"])
 def test_step_by_step_equals_teacher_forcing(model, retriever, method):
     policy = Plain() if method == "plain" else Daid(0.4, 0.3)
@@ -54,6 +55,7 @@ def test_step_by_step_equals_teacher_forcing(model, retriever, method):
     np.testing.assert_array_equal(drawn.log_p, its_own)
 
 
+@pytest.mark.slow
 def test_no_future_code_reaches_a_past_distribution(model):
     ids, mask = (jnp.asarray(x) for x in tiny.prompts((4,)))
     codes = jnp.zeros((1, 20), jnp.int32)
@@ -72,6 +74,7 @@ def test_no_future_code_reaches_a_past_distribution(model):
     assert np.all(influence[np.tril_indices(20, -1)] > 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["max", "sum"])
 def test_weight_zero_draws_plain_to_the_bit(model, retriever, reduction):
     ids, mask = tiny.prompts((5, 2))
@@ -81,12 +84,14 @@ def test_weight_zero_draws_plain_to_the_bit(model, retriever, reduction):
     np.testing.assert_array_equal(plain.log_p, daid.log_p)
 
 
+@pytest.mark.slow
 def test_weight_one_draws_retrieved_codes_only(model, retriever):
     ids, mask = tiny.prompts((5, 2, 3))
     drawn = sample(model, ids, Daid(1.0, 0.5), retriever, prompt_mask=mask)
     tiny.assert_retrieved(drawn, model, retriever)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["plain", "daid"])
 def test_a_batch_equals_its_pictures_drawn_alone(model, retriever, method):
     policy = Plain() if method == "plain" else Daid(0.5, 0.2, "sum")
@@ -100,6 +105,7 @@ def test_a_batch_equals_its_pictures_drawn_alone(model, retriever, method):
         np.testing.assert_allclose(batch.log_p[i], alone.log_p[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_draws_what_one_device_draws(model, retriever):
     ids, mask = tiny.prompts((4,) * 8)
     alone = sample(model, ids, Daid(0.3, 0.2), retriever, prompt_mask=mask)
@@ -119,6 +125,7 @@ def test_a_mesh_draws_what_one_device_draws(model, retriever):
     np.testing.assert_array_equal(alone.codes, spread.codes)
 
 
+@pytest.mark.slow
 def test_scann_in_the_loop_draws_what_dense_draws(model):
     ids, mask = tiny.prompts((4, 3))
     drawn = [
@@ -129,6 +136,7 @@ def test_scann_in_the_loop_draws_what_dense_draws(model):
     np.testing.assert_array_equal(drawn[0].source, drawn[1].source)
 
 
+@pytest.mark.slow
 def test_no_guidance_equals_guidance_of_scale_one(model):
     ids, mask = tiny.prompts((4, 6))
     one, none = (sample(model, ids, prompt_mask=mask, cfg_scale=scale) for scale in (1.0, None))
@@ -136,6 +144,7 @@ def test_no_guidance_equals_guidance_of_scale_one(model):
     np.testing.assert_allclose(one.log_p, none.log_p, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_greedy_is_the_limit_of_a_low_temperature(model):
     ids, mask = tiny.prompts((4, 6))
     greedy = sample(model, ids, prompt_mask=mask, greedy=True)
@@ -145,6 +154,7 @@ def test_greedy_is_the_limit_of_a_low_temperature(model):
     np.testing.assert_array_equal(greedy.codes, best.codes)
 
 
+@pytest.mark.slow
 def test_the_reference_draws_the_same(reference):
     model = load_model(reference("janus_layout"), grid=(6, 6))
     golden = np.load(reference("base.npz"))
@@ -161,6 +171,7 @@ def test_the_reference_draws_the_same(reference):
             np.testing.assert_array_equal(to_uint8(images)[sure], golden[f"dec_image_uint8_{i}"][sure])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["latent", "codebook"])
 def test_the_reference_draws_the_same_with_daid(reference, kind):
     model = load_model(reference("janus_layout"), grid=(6, 6))

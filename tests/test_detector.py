@@ -31,6 +31,7 @@ def scene_of(caption_family: str, *sprites: Sprite, relation: str | None = None)
     return Scene("", caption_family, "sand", sprites, relation, False)
 
 
+@pytest.mark.slow
 def test_true_scenes_are_right_and_every_sprite_is_found_in_its_place(pictures):
     score = object_score(pictures, PROMPTS)
     assert score["overall"] >= 0.98
@@ -40,11 +41,13 @@ def test_true_scenes_are_right_and_every_sprite_is_found_in_its_place(pictures):
     assert np.mean([true == seen for true, seen in zip(held, found, strict=True)]) >= 0.95
 
 
+@pytest.mark.slow
 def test_blurred_and_noisy_scenes_are_right(pictures):
     blurred = np.stack([as_a_tokenizer_might(picture, seed) for seed, picture in enumerate(pictures)])
     assert object_score(blurred, PROMPTS)["overall"] >= 0.95
 
 
+@pytest.mark.slow
 def test_scenes_are_wrong_for_the_prompts_of_others(pictures):
     pairs = [
         (i, j)
@@ -56,6 +59,7 @@ def test_scenes_are_wrong_for_the_prompts_of_others(pictures):
     assert len(found["families"]) == 6 and found["overall"] <= 0.05
 
 
+@pytest.mark.slow
 def test_nothing_is_found_on_empty_grounds():
     grounds = np.stack([np.full((SIDE, SIDE, 3), colour, np.uint8) for colour in GROUNDS.values()])
     noise = np.random.default_rng(0).integers(0, 256, grounds.shape).astype(np.uint8)
@@ -78,6 +82,7 @@ def test_the_score_is_the_correlation_of_what_stands_out_from_the_ground(picture
         np.testing.assert_allclose(score, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_picture_is_judged_alone(pictures):
     """Also across the edge of a batch: detections don't depend on the pictures beside."""
     together, alone = detect(pictures[:19]), [detect(picture[None])[0] for picture in pictures[14:19]]
@@ -85,6 +90,7 @@ def test_a_picture_is_judged_alone(pictures):
     assert strip[0] == strip[1]
 
 
+@pytest.mark.slow
 def test_only_counting_minds_extra_sprites():
     cats = [Sprite("cat", None, (x, y, x + 16, y + 16)) for x, y in ((0, 0), (28, 0), (0, 28))]
     picture = render(scene_of("counting", *cats))[None]
@@ -92,6 +98,7 @@ def test_only_counting_minds_extra_sprites():
     assert object_score(picture, [scene_of("single_object", cats[0])])["overall"] == 1
 
 
+@pytest.mark.slow
 def test_a_colour_counts_where_it_is_named():
     red = Sprite("cat", "red", (8, 8, 28, 28))
     picture = render(scene_of("colors", red))[None]
@@ -124,6 +131,7 @@ def test_overall_is_the_mean_of_the_families_not_of_the_pictures():
     assert score["families"] == {"single_object": 1, "two_object": 0} and score["overall"] == 0.5
 
 
+@pytest.mark.slow
 def test_every_split_is_scored_alike():
     for split in STANDARD.splits:
         some = [scene(split, index) for index in range(6)]

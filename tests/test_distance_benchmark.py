@@ -116,6 +116,7 @@ def test_fwd_has_the_influences_of_its_packets(run):
     assert [value for value, _ in found.values()] == pytest.approx(np.mean(expected, 0), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared_prompt_by_prompt(run, tmp_path, capsys):
     """Equal images but for one: the difference is far smaller than the intervals of both, and is seen."""
     (tmp_path / "other").mkdir()
@@ -140,6 +141,7 @@ def test_a_tar_and_statistics_are_references_too(run, tmp_path):
     assert found["FID, clean"] == pytest.approx(whole["FID, clean"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_and_gives_the_same_bytes(run, tmp_path, monkeypatch):
     run()
     whole = (tmp_path / "out" / "results.json").read_bytes()
@@ -169,6 +171,7 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(run, tmp_path, monkeypa
     assert calls[0] == 0
 
 
+@pytest.mark.slow
 def test_damaged_features_are_computed_again_and_changed_images_are_seen(run, tmp_path):
     first = run()
     for path in (tmp_path / "features").rglob("*.npz"):
@@ -178,6 +181,7 @@ def test_damaged_features_are_computed_again_and_changed_images_are_seen(run, tm
     assert values(run())["FID, clean"] != values(first)["FID, clean"]
 
 
+@pytest.mark.slow
 def test_few_packets_at_a_time_give_the_same(run, tmp_path, monkeypatch):
     """Also if the run is killed between them; what is kept is not computed again."""
     whole = values(run())["FWD"]

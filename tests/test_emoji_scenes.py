@@ -67,6 +67,7 @@ def test_a_scene_follows_from_split_and_index(drawn):
         assert scene(split, index) == drawn[split][index]
 
 
+@pytest.mark.slow
 def test_scenes_never_change():
     """Prompts and stores made earlier stay valid: a change here calls for a new version of the builder."""
     first = SPLITS[:4]
@@ -74,6 +75,7 @@ def test_scenes_never_change():
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "a1aedf3c6cf558a3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("split", "expected"),
     [
@@ -172,6 +174,7 @@ def test_held_out_pairs_are_in_half_the_test_captions_and_in_all_of_knowledge_al
         assert np.mean(parts) == (0 if family in ("single_object", "counting") else 0.5)
 
 
+@pytest.mark.slow
 def test_every_class_and_colour_is_met_in_training():
     """What is held out are pairs: each of their parts, and every other pair, may be learned."""
     sprites = {(sprite.name, sprite.colour) for index in range(1200) for sprite in scene("train", index).sprites}
@@ -205,6 +208,7 @@ def test_the_first_prompts_are_the_test_split(drawn):
     assert scenes.test_prompts(30) == drawn["test"][:30]
 
 
+@pytest.mark.slow
 def test_files_give_back_the_scenes_in_order_to_the_bit(data_dir):
     names, tints = list(SPRITES), list(COLOURS)
     for split in SPLITS:
@@ -230,6 +234,7 @@ def test_files_give_back_the_scenes_in_order_to_the_bit(data_dir):
     assert "tensorflow" not in sys.modules
 
 
+@pytest.mark.slow
 def test_a_build_that_broke_off_is_not_taken_for_whole(tmp_path, monkeypatch):
     def break_off(s, index):
         if index == 40:
@@ -244,6 +249,7 @@ def test_a_build_that_broke_off_is_not_taken_for_whole(tmp_path, monkeypatch):
     assert [source[i]["index"] for i in range(len(source))] == list(range(64))
 
 
+@pytest.mark.slow
 def test_of_several_that_find_it_absent_one_builds(tmp_path, monkeypatch):
     """Threads stand for processes: the lock belongs to an open folder, of which each has its own."""
     built, prepare = [], dataset.EmojiScenes.download_and_prepare
@@ -271,6 +277,7 @@ def test_bad_names_are_named(tmp_path):
         scene("train", -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["store[65:]", "store[:65]", "valid[x]"])
 def test_a_slice_beyond_the_split_tells_what_it_holds(data_dir, split):
     with pytest.raises(UserError, match=rf"has no {re.escape(split)}: {split[:5]} holds 64 scenes"):

@@ -108,6 +108,7 @@ def events(text: bytes) -> list[dict]:
     return [json.loads(line[6:]) for line in text.decode().splitlines() if line.startswith("data: ")]
 
 
+@pytest.mark.slow
 def test_it_draws_what_sample_draws(server, pipeline):
     status, body = server.ask(body={"prompt": "a cat", "n": 3, "seed": 7, "size": "auto", "model": "any"})
     answer = json.loads(body)
@@ -186,6 +187,7 @@ def test_bodies_routes_and_methods_have_limits(server):
         assert "/v1/images/generations" in json.loads(body)["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_full_queue_refuses(pipeline):
     running = Running(pipeline, Limits(images=2, waiting=1))
     try:
@@ -196,6 +198,7 @@ def test_a_full_queue_refuses(pipeline):
         running.stop()
 
 
+@pytest.mark.slow
 def test_no_client_breaks_it_or_makes_it_leak(server):
     """200 requests: good ones, bad ones, and clients that go away before and after their request has arrived."""
     bad, good = list(BAD), {"prompt": "a dog", "seed": 1}

@@ -34,6 +34,7 @@ def config(tmp_path_factory) -> DrawConfig:
     return drawings.make_config(tmp_path_factory)
 
 
+@pytest.mark.slow
 def test_likelihood_equals_the_codes_scored_one_scene_at_a_time(config):
     pipe = open_pipeline(config, ["plain", "daid"])
     scenes = [scene("valid", i) for i in range(5)]
@@ -83,6 +84,8 @@ def test_eval_writes_its_figures_and_true_scenes_score_best(config, tmp_path, ca
     assert alone["bits_per_code"]["daid"] == {name: bits["daid"][name] for name in ("mean", "std")}
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_sweep_and_scaling_measure_what_each_setting_gives_alone(config, tmp_path, capsys, monkeypatch):
     pipe = open_pipeline(config, ["daid"])
     examples = [{"image": render(s), "caption": s.caption.encode()} for s in (scene("valid", i) for i in range(3))]
@@ -111,6 +114,7 @@ def test_sweep_and_scaling_measure_what_each_setting_gives_alone(config, tmp_pat
     assert rows[1][2:] == pytest.approx([plain, expected, plain - expected], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_scenes", "num_prompts", "mesh", "message"),
     [
@@ -178,6 +182,7 @@ class Brightness:
         return "\n".join(f"{name} {np.mean(row['means']):.3f}" for name, row in scores.items())
 
 
+@pytest.mark.slow
 def test_a_benchmark_of_ones_own_is_one_line_and_never_holds_a_whole_run(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(benchmarks.BENCHMARKS, "brightness", f"{__name__}:Brightness")
     config = dataclasses.replace(config, methods=("plain",), batch_size=2)
@@ -196,6 +201,7 @@ def test_a_benchmark_of_ones_own_is_one_line_and_never_holds_a_whole_run(config,
         eval.run(config, str(tmp_path), "brightness", "test", 6, 3, sweep=True, scaling=False)
 
 
+@pytest.mark.slow
 def test_the_embedded_checkpoint_is_what_its_manifest_says():
     manifest = json.loads((Path(MODEL) / "manifest.json").read_text())
     size = sum(path.stat().st_size for path in Path(MODEL).iterdir())
@@ -217,6 +223,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -61,6 +61,7 @@ def test_trainable_are_lora_blenders_and_head_alone(folder, blend):
         assert any(part in path for path in kinds)
 
 
+@pytest.mark.slow
 def test_training_changes_every_adapter_and_nothing_else(folder, tmp_path):
     """The export is the trained model with its LoRA merged; what was frozen, projections apart, is as it was."""
     config = workshop.config(folder)
@@ -101,6 +102,7 @@ def test_training_changes_every_adapter_and_nothing_else(folder, tmp_path):
         np.testing.assert_array_equal(value[...], after[path][...], err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_silent_start_and_lora_alone_start_from_the_base(folder):
     silent, control = (make_task(workshop.config(folder, o)) for o in ({"start_silent": True}, {"blend": False}))
     batch, base = first_batch(silent), load_model(silent.options.base)
@@ -111,6 +113,7 @@ def test_a_silent_start_and_lora_alone_start_from_the_base(folder):
     assert abs(bits(official, official.init_model(nnx.Rngs(0)), batch) - expected) > 0.01
 
 
+@pytest.mark.slow
 def test_neighbours_are_others_of_those_stored_every_epoch(folder):
     task = make_task(workshop.config(folder))
     stored = task.sets["train"]
@@ -133,6 +136,8 @@ def test_neighbours_are_others_of_those_stored_every_epoch(folder):
         np.testing.assert_array_equal(neighbors, task.sets["valid"][row]["neighbors"][:, : workshop.K])
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_dropped_captions_silence_the_blenders(folder):
     """With every caption dropped, the loss is that of the unconditional prompt without blending."""
     task = make_task(workshop.config(folder, {"caption_dropout": 0.999999, "lora": {"rank": 2, "dropout": 0.0}}))
@@ -143,6 +148,7 @@ def test_dropped_captions_silence_the_blenders(folder):
     assert float(loss) == pytest.approx(bits(control, load_model(task.options.base), empty), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_as_one_device(folder, tmp_path, monkeypatch):
     """Losses differ by less than 1e-5 of themselves; batches, weights and optimizer state are spread over devices."""
     monkeypatch.setattr(mesh, "SMALLEST_SHARDED", workshop.SPREAD)
@@ -156,6 +162,7 @@ def test_a_mesh_trains_as_one_device(folder, tmp_path, monkeypatch):
     assert not split_leaves(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_the_blenders_form_goes_by_a_devices_own_cells(folder, monkeypatch):
     """Of the mesh in use, not of the host."""
     seen = []
@@ -177,6 +184,8 @@ def first_step(config):
     return frozen, *step(state, frozen, mesh.put_batch(batch, devices))
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_bfloat16_trains_as_float32_does_but_for_its_rounding(folder):
     one_device = MeshConfig(1, 1)
     _, _, exact = first_step(workshop.config(folder, mesh=one_device))
@@ -194,6 +203,8 @@ def test_a_data_key_that_is_not_read_is_refused(folder):
         make_task(workshop.config(folder, data=DataConfig(eval_split="test")))
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_eval_measures_what_training_measures_and_generate_draws_it(folder, tmp_path):
     """Neighbours looked up ahead and live are the same; a model of another tokenizer, or without blenders, is told."""
     task = make_task(workshop.config(folder, {"start_silent": False}))
@@ -243,6 +254,7 @@ def test_options_that_cannot_be_are_named_before_training(folder, options, messa
         make_task(workshop.config(folder, options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -263,6 +275,8 @@ def test_what_the_first_evaluation_would_meet_is_named_before_the_first_step(
     assert list(losses(tmp_path)) == [1]
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_folders_may_move_between_a_run_and_its_continuation(folder, tmp_path, monkeypatch):
     without_pictures(monkeypatch)
     config = workshop.config(folder, steps=1)

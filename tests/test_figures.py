@@ -55,6 +55,7 @@ def test_the_shares_mean_is_the_weight():
     assert shares.min() < 0.05 < 0.6 < shares.max()
 
 
+@pytest.mark.slow
 def test_a_share_is_how_often_the_coin_of_the_mixture_fell_so():
     """Draws by a coin, from the model's distribution or from the neighbours', counted code by code."""
     rng, weight, number = np.random.default_rng(0), 0.35, 200_000
@@ -74,6 +75,7 @@ def test_a_share_is_how_often_the_coin_of_the_mixture_fell_so():
         assert abs(counted - shares[c]) <= 4 * (shares[c] * (1 - shares[c]) / times) ** 0.5 + 1e-6
 
 
+@pytest.mark.slow
 def test_features_that_are_blended_have_no_share_of_a_draw():
     drawn, policy, _ = drawn_with(0.4)
     assert share_of_draws(drawn, Faid()) is None and share_of_draws(drawn, Plain()) is None

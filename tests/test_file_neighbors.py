@@ -86,6 +86,7 @@ def test_equals_brute_force_without_the_own_image(config, whole):
     assert sorted(path.name for path in whole.iterdir()) == ["train", "valid"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source, valid", [(".", VALID), ("web.tar", IN_TAR[-2:])])
 def test_an_image_encoded_a_little_differently_is_still_itself(config, tmp_path, monkeypatch, source, valid):
     """As in another batch or on another device; the tar alone is a source, too."""
@@ -130,6 +131,8 @@ def interrupted(config: NeighborsConfig, workdir: Path, writes: int) -> bool:
     return True
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_killed_before_any_file_it_goes_on_to_the_same_bytes(config, whole, tmp_path, monkeypatch):
     """Also if a picture has come into the folder meanwhile: the list made at the start counts."""
     tokenizer = load_tokenizer(config.model)
@@ -149,6 +152,7 @@ def test_killed_before_any_file_it_goes_on_to_the_same_bytes(config, whole, tmp_
     assert moment > len(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -171,6 +175,7 @@ def test_what_is_not_there_is_told_before_anything_is_written(config, tmp_path, 
     assert not (tmp_path / "sets").exists()
 
 
+@pytest.mark.slow
 def test_no_more_bad_images_than_allowed(config, whole, tmp_path):
     with pytest.raises(UserError, match=r"3 of 15 images cannot be read \(scene_05.png: empty file; .*bad_fraction"):
         build_neighbors.run(dataclasses.replace(config, max_bad_fraction=0.1), str(tmp_path))

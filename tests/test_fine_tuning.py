@@ -54,6 +54,7 @@ def test_frozen_weights_are_in_no_checkpoint(other_run):
     assert "params/middle" in paths and not [path for path in paths if "enter" in path or "leave" in path]
 
 
+@pytest.mark.slow
 def test_a_run_on_another_base_is_refused(tmp_path):
     train(toy_config(steps=2), ToyTask(base="a"), tmp_path)
     assert json.loads((tmp_path / "base.json").read_text()) == {"model": "a"}
@@ -61,6 +62,7 @@ def test_a_run_on_another_base_is_refused(tmp_path):
         train(toy_config(steps=3), ToyTask(base="b"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_kept_no_step_binds_nobody(tmp_path):
     """As when the first command was mistyped: the mended one is as good as in a new folder."""
 
@@ -84,6 +86,7 @@ def test_a_damaged_record_is_named(tmp_path, name, text):
         train(toy_config(), ToyTask(), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [ONE_DEVICE, MeshConfig(data=2, fsdp=2)])
 def test_microbatches_give_the_update_of_the_whole_batch(mesh):
     task = ToyTask(noise=False)
@@ -106,6 +109,7 @@ class KeyTask(ToyTask):
         return noise * model.middle[...][0, 0], {"noise": noise}
 
 
+@pytest.mark.slow
 def test_every_microbatch_has_its_own_key():
     _, metrics = one_step(KeyTask(), accumulate=4)
     loss_key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))[0]
@@ -141,6 +145,7 @@ class PrecisionTask(ToyTask):
         self.seen["export"] = model.middle[...].dtype.name
 
 
+@pytest.mark.slow
 def test_low_precision_is_in_loss_and_evaluation_alone(tmp_path):
     task, config = PrecisionTask(), toy_config(compute_dtype="bfloat16", ema_decay=0.5, steps=2, accumulate=2)
     train(config, task, tmp_path)
@@ -150,6 +155,7 @@ def test_low_precision_is_in_loss_and_evaluation_alone(tmp_path):
     assert kinds == {np.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_a_start_from_another_run_takes_its_best_average(tmp_path, other_run, capsys):
     with Checkpoints(other_run, ToyTask.best_metric) as checkpoints:
         best = checkpoints.best_step()
@@ -168,6 +174,7 @@ def test_a_start_from_another_run_takes_its_best_average(tmp_path, other_run, ca
     assert "continuing at step 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_start_from_nothing_or_from_another_model_is_refused(tmp_path, other_run):
     with pytest.raises(UserError, match=r"init_from=.*gone holds no checkpoint"):
         train(toy_config(init_from=str(tmp_path / "gone")), ToyTask(), tmp_path / "run")
@@ -192,6 +199,7 @@ class ScriptedTask(ToyTask):
         return {"error": jnp.array([0.0, 4.0, 1.0, jnp.nan, 9.0, 3.0, 5.0])[model.examples[...] // 16]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eval_every", [1, 2])  # every checkpoint has metrics, or every second
 @pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 4)])
 def test_the_best_and_the_newest_two_are_kept(tmp_path, mode, best, eval_every):
@@ -201,6 +209,7 @@ def test_the_best_and_the_newest_two_are_kept(tmp_path, mode, best, eval_every):
         assert checkpoints.best_step() == best
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_exported_the_best_or_the_last(tmp_path):
     """Also of a run that is gone before its end; the parameters are those of the checkpoint, byte for byte."""
     task, config, run = ScriptedTask("min"), toy_config(steps=4, eval_every=2, checkpoint_every=1), tmp_path / "run"
@@ -222,6 +231,7 @@ def test_a_checkpoint_is_exported_the_best_or_the_last(tmp_path):
         export_checkpoint(task, config, tmp_path / "empty", tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_pace_and_memory_are_written(tmp_path):
     train(toy_config(steps=3), ToyTask(), tmp_path)
     for line in lines(tmp_path):

@@ -79,6 +79,7 @@ def test_the_stand_in_is_one(prompts):
     assert set(benchmarks.benchmark_flags()) >= {"form", "gain"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["geneval", pytest.param("dpg", marks=pytest.mark.long)])
 def test_batches_and_interruptions_change_no_byte(prompts, config, tmp_path, monkeypatch, form, capfd):
     copies = 4 if form == "dpg" else 2
@@ -111,6 +112,7 @@ def test_batches_and_interruptions_change_no_byte(prompts, config, tmp_path, mon
         assert {Image.open(out / f"{i:05d}.png").size for i in range(7)} == {(20, 16)}
 
 
+@pytest.mark.slow
 def test_a_grid_holds_its_copies_row_by_row(prompts, config, tmp_path):
     run(prompts, tmp_path / "flat", config, form="flat", copies=4, limit=2, draw_only=True)
     run(prompts, tmp_path / "dpg", config, form="dpg", copies=4, limit=2, draw_only=True)
@@ -132,6 +134,7 @@ def test_a_grid_holds_its_copies_row_by_row(prompts, config, tmp_path):
     assert not (tmp_path / "dpg" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_prompt_has_its_image_whatever_else_is_drawn(prompts, config, tmp_path):
     """Its name, not its place in the set, gives the seed."""
     run(prompts, tmp_path / "all", config, form="flat", copies=1, draw_only=True)
@@ -144,6 +147,7 @@ def test_a_prompt_has_its_image_whatever_else_is_drawn(prompts, config, tmp_path
         )
 
 
+@pytest.mark.slow
 def test_every_damage_of_a_png_is_seen(prompts, config, tmp_path):
     run(prompts, tmp_path, config, form="flat", copies=1, limit=1, draw_only=True)
     path, rng = tmp_path / "00000.png", np.random.default_rng(0)
@@ -159,6 +163,7 @@ def test_every_damage_of_a_png_is_seen(prompts, config, tmp_path):
     assert path.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_runs_do_not_mix(prompts, config, tmp_path):
     out = tmp_path / "out"
     run(prompts, out, config, form="flat", copies=1, limit=2)
@@ -183,6 +188,7 @@ def test_runs_do_not_mix(prompts, config, tmp_path):
     assert bytes_of(out) == whole
 
 
+@pytest.mark.slow
 def test_a_folder_knows_its_prompts(prompts, config, tmp_path):
     """Scoring needs no flag that drawing had; prompts that are gone or changed are told."""
     out = tmp_path / "out"
@@ -255,6 +261,7 @@ def test_flags_that_do_not_go_together(prompts, config, tmp_path, flags, message
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_unknown_words_are_left_out_on_request_alone(prompts, config, tmp_path):
     path = tmp_path / "words.txt"
     path.write_text("a photo of a cat")
@@ -274,6 +281,7 @@ def test_seeds_are_spread():
     assert len(seeds) == 2212 and max(seeds) > 2**30
 
 
+@pytest.mark.slow
 def test_a_sweep_measures_what_each_setting_gives_alone(prompts, config, tmp_path, capsys):
     """λ = 0 draws what plain draws; a sweep that is run again draws and scores nothing."""
     store = stored.build(tmp_path / "store", fingerprint=load_model(config.model).fingerprint)

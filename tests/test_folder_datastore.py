@@ -120,6 +120,8 @@ while killed < kills:  # one in each equal share of a build; whoever was done be
 """
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(config, tmp_path):
     """SIGKILL at 20 moments spread over the whole command, from the listing of the folder to the index.
 
@@ -142,6 +144,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(config, tmp_path)
         assert index.is_current(Datastore.open(store), "codebook", ScannOptions(exhaustive_below=0, leaves=20))
 
 
+@pytest.mark.slow
 def test_the_list_made_at_the_start_counts(whole, config, tmp_path, monkeypatch):
     """Stopped after two shards; then an image is added to the folder, one is changed and one taken away."""
     source = write_scenes(tmp_path / "photos", range(23))
@@ -205,6 +208,7 @@ def test_the_size_of_a_store_is_bounded(tmp_path):
     assert total <= 1_250 * count
 
 
+@pytest.mark.slow
 def test_three_commands_make_a_picture_of_a_folder_of_photos(photos, tmp_path, monkeypatch):
     """Those of docs/stores.md: a store of the model's codes, its index measured, a DAiD image that names its photos."""
     listed = FileImages(photos, list_images(str(photos / "flickr8k_dev_224.tar"))[:40], (48, 48))

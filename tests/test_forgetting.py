@@ -72,6 +72,7 @@ def search(store: Datastore, kind: str, how: str, mesh=None):
     return load_retriever(config, "f", mesh, "data")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "how"),
     [("codebook", "dense"), ("latent", "dense"), ("codebook", "scann"), ("latent", "scann"), ("codebook", "sharded")],
@@ -89,6 +90,7 @@ def test_every_search_finds_what_a_store_without_the_images_gives(forgotten, wit
     np.testing.assert_array_equal(found.id, np.array(KEPT)[image] * patches + place)
 
 
+@pytest.mark.slow
 def test_captions_neighbours_pages_and_reports_are_those_of_the_rest(forgotten, without, monkeypatch):
     chosen = TermIndex(forgotten.captions, forgotten.shown).nearest(["a dog"], len(KEPT))[0]
     assert sorted(chosen.tolist()) == KEPT
@@ -138,6 +140,7 @@ def test_what_cannot_be_forgotten_is_said_and_nothing_is(tmp_path):
         Datastore.open(directory)
 
 
+@pytest.mark.slow
 def test_licences_limit_every_search_and_survive_a_purge(tmp_path):
     directory, beside = tmp_path / "store", tmp_path / "photos"
     built(directory)

@@ -5,12 +5,14 @@ import signal
 import warnings
 
 import numpy as np
+import pytest
 
 from arrag_jax.decode.loop import sample
 from arrag_jax.errors import UserError
 from helpers import tiny
 
 
+@pytest.mark.slow
 def test_a_forked_child_is_refused_and_does_not_hang():
     model, (ids, mask) = tiny.janus(), tiny.prompts((4, 3))
     reading, writing = os.pipe()

@@ -44,6 +44,7 @@ def run_generate(config: DrawConfig, out: Path, prompt=("a cat", "two dogs"), me
     generate.run(config, workdir=str(out), prompt=list(prompt), test_prompts=0, method=method, scale=scale, **flags)
 
 
+@pytest.mark.slow
 def test_generate_draws_every_prompt_and_says_where_codes_came_from(config, tmp_path):
     run_generate(config, tmp_path)
     grid = read(tmp_path / "grid.png")
@@ -66,6 +67,7 @@ def test_generate_draws_every_prompt_and_says_where_codes_came_from(config, tmp_
         find(page, upscale(picture, 6))  # the picture itself stands in its page
 
 
+@pytest.mark.slow
 def test_weight_zero_draws_the_plain_pictures_and_credits_no_draw_to_retrieval(config, tmp_path, capsys):
     nothing = dataclasses.replace(config, daid=DaidConfig(weight=0.0))
     run_generate(nothing, tmp_path)
@@ -76,6 +78,7 @@ def test_weight_zero_draws_the_plain_pictures_and_credits_no_draw_to_retrieval(c
     assert "daid: 0.0% of the draws made by retrieval" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_picture_does_not_depend_on_its_batch(config, tmp_path):
     run_generate(config, tmp_path / "two", method="daid", provenance=False)
     assert not list((tmp_path / "two").glob("provenance*"))  # as told
@@ -83,6 +86,7 @@ def test_a_picture_does_not_depend_on_its_batch(config, tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "two" / "01_daid.png"), read(tmp_path / "one" / "00_daid.png"))
 
 
+@pytest.mark.slow
 def test_pictures_of_limited_methods_come_from_images_of_the_caption(config, tmp_path):
     limited = CaptionConfig(images=3, static_images=1, daid=DaidConfig(weight=0.3))
     config = dataclasses.replace(config, caption=limited, methods=("caption", "static"))
@@ -115,6 +119,7 @@ def test_methods_that_choose_images_need_no_index(config, tmp_path):
         open_pipeline(bare, ["daid"])
 
 
+@pytest.mark.slow
 def test_the_dtype_is_that_of_the_model_and_not_of_its_tokenizer(config):
     pipe = open_pipeline(dataclasses.replace(config, dtype="bfloat16"), ["plain", "daid"])
     assert pipe.model.gen_head.layers[0].weight.dtype == jnp.bfloat16 and pipe.model.codebook.dtype == jnp.float32
@@ -124,6 +129,7 @@ def test_the_dtype_is_that_of_the_model_and_not_of_its_tokenizer(config):
     np.testing.assert_array_equal(drawn.codes, expected.codes)
 
 
+@pytest.mark.slow
 def test_a_second_run_finds_the_loops_without_host_calls_compiled(config):
     """All that is compiled for plain and dense drawing comes from the cache on disk when it is met again."""
     pipe = open_pipeline(changed(config, "retrieval", search="dense"), ["plain", "daid"])
@@ -182,6 +188,7 @@ def test_a_scale_below_one_is_refused_before_anything_is_loaded(tmp_path):
         run_generate(DrawConfig("no model", RetrievalConfig("no store")), tmp_path / "out", scale=0)
 
 
+@pytest.mark.slow
 def test_a_store_of_another_tokenizer_is_refused(config, tmp_path):
     store = tmp_path / "store"
     store.mkdir()
@@ -195,6 +202,7 @@ def test_a_store_of_another_tokenizer_is_refused(config, tmp_path):
         run_generate(changed(config, "retrieval", store=str(store)), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_method_of_ones_own_is_one_line_of_the_table(config, tmp_path, monkeypatch):
     half = Method(Kind.BASE, lambda c: Daid(c.daid.weight / 2, c.daid.temperature), Search.STORE, by_default=False)
     monkeypatch.setitem(METHODS, "half", half)
@@ -208,6 +216,7 @@ def test_a_method_of_ones_own_is_one_line_of_the_table(config, tmp_path, monkeyp
     assert (tmp_path / "half" / "provenance_00_half.png").is_file()
 
 
+@pytest.mark.slow
 def test_test_prompts_are_those_of_the_configs_data_set(config, tmp_path):
     generate.run(config, str(tmp_path / "out"), ["a cat"], test_prompts=2, method="plain", scale=1)
     prompts = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["prompts"]
@@ -218,6 +227,7 @@ def test_test_prompts_are_those_of_the_configs_data_set(config, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_the_grid_shows_the_first_prompts_alone(config, tmp_path, monkeypatch):
     run_generate(config, tmp_path / "one", ["a cat"], method="plain")
     monkeypatch.setattr(generation, "GRID_ROWS", 1)

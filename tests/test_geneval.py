@@ -124,6 +124,7 @@ def score(folder, detector, prompts=FOLDER / "evaluation_metadata.jsonl", **flag
     eval.run(None, str(folder), "geneval", "test", 600, 1500, False, False, **given)
 
 
+@pytest.mark.slow
 def test_a_folder_scored_from_a_file_has_the_official_summary(lines, golden, tmp_path, capsys):
     """A stopped scoring goes on to the same bytes; results.jsonl is what the official summary reads."""
     for name in ("one", "two"):
@@ -291,6 +292,7 @@ def test_a_letterbox_is_scaled_top_left_in_blue_green_red():
     assert (planes[:, 32:] == yolox.GREY).all()
 
 
+@pytest.mark.slow
 def test_the_known_images_tell_a_detector_from_a_broken_one(lines, tmp_path):
     pytest.importorskip("onnxruntime")
     del lines
@@ -302,6 +304,7 @@ def test_the_known_images_tell_a_detector_from_a_broken_one(lines, tmp_path):
         known.check(open_detector(f"onnx:{DETECTOR}", str(shifted)))
 
 
+@pytest.mark.slow
 def test_real_photos_are_scored_from_the_file_to_the_table(photos, lines, tmp_path, capsys):
     """Three right ones, and the same three with other prompts; detections stand in the folder afterwards."""
     pytest.importorskip("onnxruntime")

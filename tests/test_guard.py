@@ -27,6 +27,7 @@ def largest_run(grid, stored) -> int:
     return max(sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [1, 2, 4])
 def test_exactly_the_codes_that_make_a_run_too_large_are_forbidden(most):
     """The oracle draws every code and measures all runs of what was drawn so far."""
@@ -61,6 +62,7 @@ def own(model):
     return np.asarray(sample(model, ids, prompt_mask=mask, seed=4).codes).reshape(2, 4, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "window"),
     [(Plain(), 1), (Plain(), 6), (Daid(1.0, 0.5), 1)],
@@ -86,6 +88,7 @@ def test_a_bound_that_is_never_reached_changes_nothing(model, own):
     np.testing.assert_array_equal(guarded.codes, own.reshape(2, -1))
 
 
+@pytest.mark.slow
 def test_what_is_left_is_renormalised_and_never_nothing():
     log_p = jnp.log(jnp.array([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5]]))
     forbidden = jnp.array([[False, True, False], [True, False, False], [False, False, False]])

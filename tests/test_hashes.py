@@ -47,6 +47,7 @@ def assert_found(path: Path, read, times: int, seed: int = 0) -> int:
     return told
 
 
+@pytest.mark.slow
 def test_files_of_a_store(tmp_path):
     folder = stored.build(tmp_path / "store", [f"a caption {i}" for i in range(12)], kept=True).directory
 
@@ -87,6 +88,7 @@ def export(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_weights_of_an_export(export):
     weights = export / "model.safetensors"
     header = int.from_bytes(weights.read_bytes()[:8], "little") + 8
@@ -116,6 +118,7 @@ def test_an_export_from_before_tensors_had_sums_goes_by_its_manifest(export):
         load_model(export)
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_is_checked_as_well(export, tmp_path):
     convert(export, tmp_path / "new", "janus")
     weights = tmp_path / "new" / "model.safetensors"
@@ -128,6 +131,7 @@ def test_a_converted_checkpoint_is_checked_as_well(export, tmp_path):
     assert not (tmp_path / "newer").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_none_are_refused(tmp_path, value):
     model = tiny.janus()
@@ -175,6 +179,7 @@ def run(tmp_path_factory):
     return workdir, restore, params
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_training(run, tmp_path):
     """Flips in every one of its files; those of the arrays' bytes are all found."""
     workdir, restore, params = run
@@ -189,6 +194,7 @@ def test_a_checkpoint_of_training(run, tmp_path):
     assert larger and told
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_sums_is_restored(run, tmp_path):
     workdir, restore, params = run
     folder = Path(shutil.copytree(workdir, tmp_path / "run"))
@@ -196,6 +202,7 @@ def test_a_checkpoint_from_before_sums_is_restored(run, tmp_path):
     assert restore(folder) == restore(workdir) and params(folder) == params(workdir)
 
 
+@pytest.mark.slow
 def test_sums_of_arrays_know_each_bit_and_no_mesh():
     rng = np.random.default_rng(0)
     values = {

@@ -50,6 +50,7 @@ def test_help_is_the_module_s_text_its_flags_and_every_key_with_its_default(caps
         ), name
 
 
+@pytest.mark.slow
 def test_something_is_said_of_every_key():
     bases = (TrainConfig, DrawConfig, DatastoreConfig, NeighborsConfig, *(options for _, options in TASKS.values()))
     for base in bases:

@@ -52,6 +52,8 @@ def opened(request, tmp_path_factory):
     return open_pipeline(draw), CAPTIONS[request.param]
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_step_by_step_equals_teacher_forcing(opened, method):
     """With a gate, and without what would continue a copy."""
@@ -70,6 +72,7 @@ def test_step_by_step_equals_teacher_forcing(opened, method):
     assert 0.05 < np.asarray(drawn.weight).mean() < 0.9 and (np.asarray(found.id) == -1).any()
 
 
+@pytest.mark.slow
 def test_a_closed_gate_draws_what_plain_draws(opened):
     pipe, prompts = opened
     config = pipe.config

@@ -92,6 +92,7 @@ def search_teacher_forced(retriever, states, codes):
     return retriever.search_states(*rows)
 
 
+@pytest.mark.slow
 def test_a_report_measures_the_index_and_counts_images_by_their_excess(store, capsys):
     """The index of few keys is exact. Its queries are not stored keys."""
     build.report(store.directory)
@@ -106,6 +107,7 @@ def test_a_report_measures_the_index_and_counts_images_by_their_excess(store, ca
     assert "index over hidden keys" in told and "index over codebook keys" in told
 
 
+@pytest.mark.slow
 def test_every_search_finds_the_nearest_keys(store, model, text):
     """Also sharded over a mesh. The oracle compares every stored key in exact distances."""
     states = jnp.asarray(states_of(model, text, range(3)))
@@ -129,6 +131,7 @@ def test_every_search_finds_the_nearest_keys(store, model, text):
         np.testing.assert_array_equal(found.code, dense.code)
 
 
+@pytest.mark.slow
 def test_step_by_step_equals_teacher_forcing(store, model, text):
     retriever, policy = opened(store, model), Daid(0.6, 0.02, "sum", Trust(store).gate(GATE, PROMPTS))
     condition = model.check_condition(text(PROMPTS))
@@ -147,6 +150,7 @@ def test_step_by_step_equals_teacher_forcing(store, model, text):
     np.testing.assert_allclose(drawn.weight, weight, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_weight_zero_and_a_closed_gate_draw_what_plain_draws(store, model, text):
     closed = dataclasses.replace(GATE, thresholds=(100.0, 0.1))
     condition = text(PROMPTS)
@@ -160,6 +164,7 @@ def test_weight_zero_and_a_closed_gate_draw_what_plain_draws(store, model, text)
         assert not np.asarray(drawn.weight).any()
 
 
+@pytest.mark.slow
 def test_surprises_are_the_likelihood_that_eval_reports(store, model, text):
     told = HIDDEN.told(store.records("hidden"), store.table("hidden").shape[1])
     examples = [{"image": render(s), "caption": s.caption.encode()} for s in (scene("store", i) for i in range(IMAGES))]
@@ -169,6 +174,7 @@ def test_surprises_are_the_likelihood_that_eval_reports(store, model, text):
     np.testing.assert_allclose(told.surprise * SURPRISE_STEP, np.minimum(bits, 255 / 16), atol=1 / 32 + 1e-3)
 
 
+@pytest.mark.slow
 def test_codes_that_the_model_drew_itself_have_no_excess(model, text):
     captions = [scene("valid", i).caption for i in range(48)]
     drawn = sample(model, text(captions), cfg_scale=None, seed=np.arange(48))
@@ -178,6 +184,7 @@ def test_codes_that_the_model_drew_itself_have_no_excess(model, text):
     assert abs(excess.mean()) < 4 * excess.std() / 48**0.5
 
 
+@pytest.mark.slow
 def test_a_build_in_two_pieces_writes_the_same_bytes(store, model, text, tmp_path):
     shutil.copytree(store.directory, tmp_path / "store")
     again = dataclasses.replace(store, directory=tmp_path / "store")
@@ -198,6 +205,7 @@ def test_keys_of_another_backbone_are_refused(store, model):
         dataclasses.replace(store, backbone="0" * 16).require_kind("hidden")
 
 
+@pytest.mark.slow
 def test_methods_draw_and_a_gate_is_recorded(store):
     gated = DaidConfig(0.99, 0.02, "sum", GATE)
     hidden = HiddenConfig(k=K, search="dense", daid=DaidConfig(0.9, 0.02, "sum"), gated=gated)
@@ -210,6 +218,7 @@ def test_methods_draw_and_a_gate_is_recorded(store):
         assert (weight == np.float32(0.9)).all() if method == "hidden" else (weight < 0.99).all()
 
 
+@pytest.mark.slow
 def test_a_merge_carries_the_keys_and_a_cut_keeps_whole_images(store, model, text, tmp_path):
     """Merged and cut stores have the bytes that a build over the same images has; a cut says how many it left out."""
     build.merge([str(store.directory)], tmp_path / "all")

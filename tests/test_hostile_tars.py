@@ -85,6 +85,7 @@ def test_what_cannot_be_followed_is_told_and_what_was_before_is_read(tmp_path, k
                 sources.read_entry(tmp_path, entry)
 
 
+@pytest.mark.slow
 def test_any_damage_is_survived(tmp_path):
     """Bytes changed anywhere, and cuts anywhere: no traceback, no long run, no entry outside of the file."""
     rng, path = random.Random(0), tmp_path / "web.tar"
@@ -122,6 +123,7 @@ print("MiB", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
 """
 
 
+@pytest.mark.slow
 def test_gigabytes_that_a_tar_holds_are_not_read(tmp_path):
     """Captions, headers, images and zeros behind the end, all holes of a sparse file: a few MiB of memory, seconds."""
     huge = 2**32
@@ -151,6 +153,7 @@ def test_gigabytes_that_a_tar_holds_are_not_read(tmp_path):
 EVIL = "\x1b[2J\x9b31m\r\n\u202e\u2028"
 
 
+@pytest.mark.slow
 def test_no_control_character_of_a_name_reaches_a_terminal_or_a_line(tmp_path, capfd):
     """In names of files, folders, tars and members, in reasons, in what commands print."""
     config = folders.config(tmp_path)
@@ -179,6 +182,7 @@ def test_errors_are_printed_without_control_characters(capsys):
     assert printed == "error: cannot read \\x1b[2J\\x9b31m\\r\\n\\u202e\\u2028\n"
 
 
+@pytest.mark.slow
 def test_printable_escapes_controls_alone():
     kept = "ä ö 🚗 👨\u200d👩\u200d👧 日本語 עברית\u200f x\\n"
     assert printable(kept) == kept

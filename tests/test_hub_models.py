@@ -46,6 +46,7 @@ def in_shards(folder) -> dict[str, bytes]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one file", "shards", "below"])
 def test_a_model_by_id_is_the_model_of_its_folder(hub, folder, layout):
     needed = in_shards(folder) if layout == "shards" else contents(folder)
@@ -192,6 +193,7 @@ def test_a_command_records_the_commit(hub, folder, tmp_path, monkeypatch, capsys
     )
 
 
+@pytest.mark.slow
 def test_the_client_takes_its_settings_from_its_variables_and_nothing_imports_it_unasked(hub, folder, tmp_path):
     hub.push("owner/name", contents(folder))
     program = (

@@ -83,6 +83,7 @@ def test_a_split_is_fetched_when_it_is_opened(hub, tmp_path):
         DatastoreConfig("model", "hf:owner/set")
 
 
+@pytest.mark.slow
 def test_a_store_of_the_hub_s_model_and_images_names_both_commits(hub, tmp_path, monkeypatch, capsys):
     sha = push_set(hub, tmp_path)
     save_model(tiny.janus(parts=VISION), tmp_path / "model")
@@ -131,6 +132,7 @@ def test_a_build_goes_on_where_the_cache_is_empty(hub, tmp_path, monkeypatch):
     assert [images[i]["caption"] for i in range(6)] == [caption for _, _, caption in FEW]
 
 
+@pytest.mark.slow
 def test_a_store_by_id_is_searched_as_its_folder_is(hub, tmp_path, monkeypatch):
     model = tiny.janus(parts=VISION)
     save_model(model, tmp_path / "model")
@@ -160,6 +162,7 @@ def test_a_store_by_id_is_searched_as_its_folder_is(hub, tmp_path, monkeypatch):
         Datastore.open("hf:datasets/owner/none")
 
 
+@pytest.mark.slow
 def test_neighbor_sets_by_id_are_those_of_the_folder(hub, tmp_path):
     save_model(tiny.janus(parts=VISION), tmp_path / "model")
     model, source = str(tmp_path / "model"), str(tables.write_parquet(tmp_path / "one.parquet", PHOTOS))

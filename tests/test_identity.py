@@ -96,6 +96,7 @@ def test_photos_that_were_moved_or_renamed_are_not_added_again(base, whole, grow
     assert contents(store.directory) == before
 
 
+@pytest.mark.slow
 def test_stopped_while_duplicates_are_left_out_it_goes_on_to_the_same_bytes(base, whole, tmp_path):
     shutil.copytree(base.source, tmp_path / "moved")
     write_scenes(tmp_path / "moved", range(30, 33))
@@ -112,6 +113,7 @@ def test_stopped_while_duplicates_are_left_out_it_goes_on_to_the_same_bytes(base
         assert contents(store) == wanted, moment
 
 
+@pytest.mark.slow
 def test_they_are_kept_on_demand(base, whole, grown, tmp_path):
     shutil.copytree(base.source, tmp_path / "moved")
     assert grown(tmp_path / "moved").num_images == 21
@@ -205,6 +207,7 @@ def sharing(base, tmp_path_factory) -> Datastore:
     return Datastore.open(folder / "store")
 
 
+@pytest.mark.slow
 def test_stores_that_share_images_hold_each_once(whole, sharing, tmp_path):
     """Interrupted before any file, the merge goes on to the same bytes."""
     both = merged([whole, sharing], tmp_path / "both")
@@ -223,6 +226,7 @@ def test_stores_that_share_images_hold_each_once(whole, sharing, tmp_path):
         shutil.rmtree(tmp_path / "stopped")
 
 
+@pytest.mark.slow
 def test_a_data_sets_images_go_by_their_names(tmp_path):
     """Equal grids and captions of other names are other images; latents and captions of those that stay are theirs."""
     words = [f"picture {i}" for i in range(stored.IMAGES)]

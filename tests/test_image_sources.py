@@ -73,6 +73,7 @@ def tiny_run(tmp_path_factory):
     del PRESETS["tiny"]
 
 
+@pytest.mark.slow
 def test_every_source_gives_named_and_captioned_images(tmp_path):
     folder = write_captioned(tmp_path / "photos", CAPTIONS)
     Pets(config="small", data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
@@ -168,6 +169,7 @@ def test_too_many_unreadable_images_end_the_run(rows, message):
         [images[i] for i in range(len(images))]
 
 
+@pytest.mark.slow
 def test_the_emoji_priors_vocabulary_is_that_of_the_embedded_checkpoint(tiny_run, tmp_path):
     """To the byte, whatever the size and the slice; and it is exactly the words of the training split's captions."""
     captions = [scenes.scene("train", index).caption for index in range(600)]
@@ -179,6 +181,7 @@ def test_the_emoji_priors_vocabulary_is_that_of_the_embedded_checkpoint(tiny_run
     assert (tmp_path / "tokenizer.json").read_bytes() == (ASSETS / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_folders_vocabulary_is_the_words_of_its_training_captions(tiny_run, tmp_path, capsys):
     folder = write_captioned(tmp_path / "photos", CAPTIONS)
     splits = {"train_split": "train[:5]", "eval_split": "train[5:]"}

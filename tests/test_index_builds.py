@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from arrag_jax.config import ScannOptions
 from arrag_jax.retrieval import index
@@ -31,6 +32,7 @@ def tree_of_many_keys(folder: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_two_builds_have_the_same_bytes(tmp_path):
     store = stored.build(tmp_path / "store", captions=[str(i) for i in range(60)])
     for kind in ("codebook", "latent"):
@@ -42,6 +44,7 @@ def test_two_builds_have_the_same_bytes(tmp_path):
         assert index.index_hash(store, kind) != hashed
 
 
+@pytest.mark.slow
 def test_another_process_builds_the_same_bytes(tmp_path):
     tree_of_many_keys(tmp_path / "one")
     subprocess.run([sys.executable, __file__, tmp_path / "two"], check=True, timeout=300)

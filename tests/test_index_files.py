@@ -54,6 +54,7 @@ def spoilt(data: bytes, seed: int) -> list[bytes]:
     return [b"", data[:-1], data[: len(data) // 2], bytes(len(data)), b"\xff" * len(data), wider, outside, *changed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_what_scann_cannot_read_is_one_line_that_names_the_index(stores, kind, tmp_path):
     folder, options = Path(shutil.copytree(stores[kind], tmp_path / "store")), OPTIONS[kind]

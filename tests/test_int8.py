@@ -58,6 +58,7 @@ def test_a_number_changes_by_half_a_step_at_most():
     np.testing.assert_array_equal(held[3], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_layer_is_the_layer_of_its_rounded_weight(dtype):
     layer = Linear(96, 64, nnx.Rngs(0), bias=False)
@@ -69,6 +70,7 @@ def test_a_layer_is_the_layer_of_its_rounded_weight(dtype):
     np.testing.assert_allclose(np.asarray(y, np.float64), oracle, atol=1e-5 if dtype == "float32" else 2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["plain", "daid", "faid"])
 def test_it_scores_and_draws_as_the_model_of_its_rounded_weights(method):
     model = tiny.janus(config=FAID if method == "faid" else tiny.CONFIG)
@@ -87,6 +89,7 @@ def test_it_scores_and_draws_as_the_model_of_its_rounded_weights(method):
     assert 0 < np.abs(scores[0] - scores[2]).mean() < 0.02 * scores[2].std()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_read_into_int8(tmp_path):
     """To the same integers as if it were quantised afterwards, whatever dtype the rest has; a quarter of the bytes."""
     model = tiny.janus(config=FAID)

@@ -88,6 +88,8 @@ def test_an_interrupt_while_a_command_is_imported_ends_it_at_once(tmp_path, modu
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_drawing_that_is_interrupted_again_and_again_ends_with_the_same_bytes(store, tmp_path):
     """In compilation, in the first batch and between batches; no picture is drawn twice, and none is lost."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -114,6 +116,7 @@ def test_a_drawing_that_is_interrupted_again_and_again_ends_with_the_same_bytes(
     assert bytes_of(parts) == bytes_of(whole)
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_a_compilation_at_once(store, tmp_path):
     slowly = {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}  # 16 times as long as the two signals are apart
     command = Running(drawing(store, tmp_path), children.alone() | slowly | {"JAX_LOG_COMPILES": "1"})

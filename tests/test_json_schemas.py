@@ -62,6 +62,7 @@ def of_store(folder: Path) -> tuple:
     return found.num_images, found.settings.grid, arrays, found.sources, found.captions, found.bad
 
 
+@pytest.mark.slow
 def test_a_stores_manifest(store, signed):
     path, whole = store / "manifest.json", of_store(store)
     text = path.read_text()
@@ -73,6 +74,7 @@ def test_a_stores_manifest(store, signed):
     assert loaded and refused > NUMBER / 2  # both ways are gone
 
 
+@pytest.mark.slow
 def test_the_manifest_of_a_part(store, signed, monkeypatch):
     """Its hash in the whole store's manifest is made anew as well."""
     whole, path = of_store(store), store / "part-00001" / "manifest.json"
@@ -82,6 +84,7 @@ def test_the_manifest_of_a_part(store, signed, monkeypatch):
     assert_told(path, mutations(json.loads(path.read_text()), NUMBER, 1), lambda: of_store(store), whole)
 
 
+@pytest.mark.slow
 def test_an_index_record(store, signed):
     context = np.random.default_rng(0).integers(0, stored.CODES, (9, 4)).astype(np.int32)
 
@@ -129,6 +132,7 @@ def load_whole(folder: Path, known: set) -> None:
         load_model(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "generation_config.json"])
 def test_a_models_config(checkpoint, name, tmp_path):
     folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
@@ -145,6 +149,7 @@ def test_a_models_config(checkpoint, name, tmp_path):
     assert loaded and refused
 
 
+@pytest.mark.slow
 def test_a_config_of_transformers(tmp_path):
     config = {
         "model_type": "janus",
@@ -159,6 +164,7 @@ def test_a_config_of_transformers(tmp_path):
     assert loaded and refused > NUMBER / 2
 
 
+@pytest.mark.slow
 def test_a_tokenizer(checkpoint, tmp_path):
     folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     (folder / "manifest.json").unlink()
@@ -176,6 +182,7 @@ def test_a_tokenizer(checkpoint, tmp_path):
     assert_told(path, mutations(json.loads(path.read_text()), NUMBER), load)
 
 
+@pytest.mark.slow
 def test_an_index_of_weights(checkpoint, tmp_path):
     folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")
@@ -193,6 +200,7 @@ def test_an_index_of_weights(checkpoint, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_manifest_of_an_export(checkpoint):
     path = checkpoint / "manifest.json"
     document = json.loads(path.read_text())
@@ -212,6 +220,7 @@ class Grids:
         return {"image": image, "caption": f"image {i}".encode()}
 
 
+@pytest.mark.slow
 def test_the_manifest_of_a_neighbour_set(tmp_path, signed):
     settings = NeighborSettings(
         fingerprint="f", grid=stored.GRID, codebook_size=stored.CODES, num_images=7, shard_size=3, source="grids",
@@ -235,6 +244,7 @@ def test_the_manifest_of_a_neighbour_set(tmp_path, signed):
     assert loaded and refused > NUMBER / 2
 
 
+@pytest.mark.slow
 def test_the_records_of_unfinished_work(tmp_path):
     settings = Datastore.open(stored.build(tmp_path / "store").directory).settings
     path = tmp_path / "building.json"
@@ -244,6 +254,7 @@ def test_the_records_of_unfinished_work(tmp_path):
     assert_told(path, mutations(dataclasses.asdict(settings), NUMBER), same, "begun")
 
 
+@pytest.mark.slow
 def test_the_records_of_a_run(tmp_path):
     base, step = {"model": "abc", "store": "def"}, tmp_path / "3" / "sums"
     step.mkdir(parents=True)

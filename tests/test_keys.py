@@ -42,6 +42,7 @@ def test_equal_contexts_have_equal_keys_where_a_kind_says_so(kind):
     assert (keys == kind.query(CODEBOOK, CONTEXTS)).all() == kind.unique
 
 
+@pytest.mark.slow
 @KINDS
 def test_distances_of_scores_are_within_their_bound(kind):
     """By NumPy and by XLA; and of rounded keys."""

@@ -81,6 +81,7 @@ time.sleep(100)' ${port:-}
 """
 
 
+@pytest.mark.slow
 def test_a_job_runs_its_command_once_on_the_cluster_of_its_machines(repository):
     """Each machine stops the Ray that it has started; the last one waits for the head to end."""
     (repository / ".venv/bin").mkdir(parents=True)

@@ -43,6 +43,7 @@ def close(ours, golden, tolerance=1e-4):
     np.testing.assert_allclose(np.asarray(ours), golden, atol=tolerance, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["c2i_a", "c2i_b"])
 def test_classes_score_as_the_reference(models, name):
     model, golden = models(name), llamagens.arrays(name)
@@ -51,6 +52,7 @@ def test_classes_score_as_the_reference(models, name):
     close(model.score(none, golden["codes"]), golden["tf_uncond_logits"])
 
 
+@pytest.mark.slow
 def test_captions_score_as_the_reference(models):
     model, golden = models("t2i"), llamagens.arrays("t2i")
     features, mask, codes = (golden[key] for key in ("c_indices", "c_emb_masks", "codes"))
@@ -70,11 +72,13 @@ def states_on_the_right(golden) -> np.ndarray:
     return np.stack([np.concatenate([0 * states[count:], states[:count]]) for states, count in rows])
 
 
+@pytest.mark.slow
 def test_captions_of_120_tokens_score_as_the_reference(models):
     model, golden = models("t2i_120"), llamagens.arrays("t2i_120")
     close(model.score((states_on_the_right(golden), golden["c_emb_masks"]), golden["codes"]), golden["tf_logits"])
 
 
+@pytest.mark.slow
 def test_hidden_states_are_the_references(models, monkeypatch):
     golden, hidden, feed_forward = llamagens.arrays("c2i_a"), [], Layer.feed_forward
 
@@ -91,6 +95,7 @@ def test_hidden_states_are_the_references(models, monkeypatch):
         close(states, golden[f"tf_hidden_{i}"])
 
 
+@pytest.mark.slow
 def test_condition_tokens_have_no_angle(models):
     golden = llamagens.arrays("t2i")["freqs_cis"]
     positions = jnp.concatenate([jnp.full(10, -1), jnp.arange(36)])[None]
@@ -98,6 +103,7 @@ def test_condition_tokens_have_no_angle(models):
     close(jnp.stack(turn, axis=-1)[0], golden, 1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_to_float32_as_the_references(tmp_path):
     golden = llamagens.arrays("c2i_a")
     model = load_model(llamagens.folder(tmp_path, "c2i_a", "c2i_a.safetensors"), "bfloat16")
@@ -116,6 +122,7 @@ def conditions(name: str, golden: dict[str, np.ndarray], run: str):
     return golden["c_indices"], None if run == "gen_nomask" else golden["c_emb_masks"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "run"),
     [
@@ -148,6 +155,7 @@ def test_greedy_draws_are_the_references(models, name, run):
     close(guided.reshape(logits.shape), logits, 2e-4)  # guidance adds roundings
 
 
+@pytest.mark.slow
 def test_a_drawn_image_is_the_references(models):
     model, golden = models("c2i_a"), llamagens.arrays("c2i_a")
     pixels = np.asarray(model.decode_codes(golden["gen_cfg_tokens"][:1], 6, 6))
@@ -160,6 +168,7 @@ def loss_of(logits, codes):
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(codes)[..., None], -1)[..., 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["c2i_a", "t2i"])
 def test_losses_and_gradients_are_the_references(models, name):
     model, golden = models(name), llamagens.arrays(name)
@@ -216,6 +225,7 @@ def test_it_is_a_model_as_the_rest_knows_them(model):
     assert isinstance(model, ImageModel) and isinstance(model, TunableModel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [None, Faid()], ids=["plain", "faid"])
 def test_step_by_step_equals_teacher_forcing(model, retriever, condition, policy):
     drawn = sample(model, condition, policy, retriever, cfg_scale=None, seed=3, return_log_probs=True)
@@ -229,6 +239,7 @@ def test_step_by_step_equals_teacher_forcing(model, retriever, condition, policy
     np.testing.assert_allclose(drawn.log_probs, log_p, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_weight_zero_draws_plain_to_the_bit(model, retriever, condition):
     plain = sample(model, condition, seed=1)
     daid = sample(model, condition, Daid(0.0, 0.1), retriever, seed=1)
@@ -236,6 +247,7 @@ def test_weight_zero_draws_plain_to_the_bit(model, retriever, condition):
     np.testing.assert_array_equal(plain.log_p, daid.log_p)
 
 
+@pytest.mark.slow
 def test_weight_one_draws_retrieved_codes_only(model, retriever, condition):
     tiny.assert_retrieved(sample(model, condition, Daid(1.0, 0.5), retriever), model, retriever)
 
@@ -248,6 +260,7 @@ def test_another_grid_turns_codes_by_their_own_place(model, condition):
     np.testing.assert_array_equal(wide, model.with_grid((2, 10)).score(condition, codes))
 
 
+@pytest.mark.slow
 def test_padding_on_the_left_is_no_padding():
     model, (features, mask) = llamagens.random("t2i"), llamagens.condition("t2i")
     batch = sample(model, (features, mask), cfg_scale=3.0, seed=np.arange(3))
@@ -256,6 +269,7 @@ def test_padding_on_the_left_is_no_padding():
         np.testing.assert_array_equal(batch.codes[i], alone.codes[0])
 
 
+@pytest.mark.slow
 def test_a_merged_lora_changes_nothing_but_the_place(model, condition):
     """Queries, keys and values have one matrix, of which LoRA corrects the first and the last rows."""
     tuned = nnx.clone(model)

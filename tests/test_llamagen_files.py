@@ -40,6 +40,7 @@ def test_presets_are_the_published_sizes():
     assert PRESETS["llamagen-c2i-3b"].language.head_width == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["c2i", "t2i"])
 def test_saved_and_loaded_is_the_same_to_the_bit(tmp_path, family):
     model = llamagens.random(family)
@@ -49,6 +50,7 @@ def test_saved_and_loaded_is_the_same_to_the_bit(tmp_path, family):
     equal(loaded, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "weights", "tokenizer"),
     [("c2i_a", "c2i_a.pt", "vq16.pt"), ("c2i_b", "c2i_b_fsdp.pt", ""), ("t2i_120", "t2i_120_training.pt", "vq16.pt")],
@@ -163,6 +165,7 @@ def test_generate_draws_classes_from_a_published_checkpoint(tmp_path, capsys, mo
     running.assert_one_line(done, "'a cat' is no class", "0 to 9")
 
 
+@pytest.mark.slow
 def test_generate_draws_captions_by_the_text_encoder_beside_the_weights(tmp_path, capsys, monkeypatch):
     pytest.importorskip("transformers")
     folder = llamagens.folder(tmp_path / "model", "t2i_120", "t2i_120_training.pt", "vq16.pt")

@@ -122,6 +122,7 @@ def test_computed_features_stay_for_the_newest_captions_and_the_encoder_is_read_
     assert calls == [["a", "b"], ["c", "d", "e"], ["a"]]
 
 
+@pytest.mark.slow
 def test_absent_libraries_and_damaged_encoders_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"tokenizer\.json cannot be read as a tokenizer"):
         T5Features(tmp_path, 8)(["a"])

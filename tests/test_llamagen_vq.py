@@ -25,6 +25,7 @@ def folder(path: Path, name: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_codes_latents_and_pixels_are_the_references(tmp_path, name):
     model = load_tokenizer(folder(tmp_path, name))
@@ -43,6 +44,7 @@ def test_codes_latents_and_pixels_are_the_references(tmp_path, name):
     np.testing.assert_allclose(pixels, np.clip(nhwc(golden["decoded"]), -1, 1), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_raw_codebook_is_searched_and_decoded_as_it_is():
     """Codes are the nearest of un-normalised rows; what keys are made of has length one all the same."""
     model = llamagens.random("c2i")

@@ -74,6 +74,7 @@ SEARCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SEARCHES)
 def test_a_search_that_lacks_something_names_the_command_that_adds_it(folder, monkeypatch, case):
     """Also where an index of other options is there, or one of a smaller store."""
@@ -118,6 +119,7 @@ def test_a_store_that_is_not_there_names_its_command(folder, monkeypatch):
     assert Datastore.open("other").num_images == 9
 
 
+@pytest.mark.slow
 def test_captions_are_added_by_the_command_that_their_absence_names(folder, monkeypatch):
     config = DrawConfig("model", RetrievalConfig("store", k=3, search="dense"), mesh=ONE, caption=CaptionConfig(8, 3))
     with pytest.raises(UserError) as error:
@@ -126,6 +128,7 @@ def test_captions_are_added_by_the_command_that_their_absence_names(folder, monk
     assert len(open_pipeline(config, ["static"]).store.captions) == 24
 
 
+@pytest.mark.slow
 def test_stores_of_other_kinds_are_made_alike_by_what_the_merge_and_the_append_say(folder, monkeypatch):
     config = DatastoreConfig("model", workshop.SOURCE, "valid", "data", num_images=5, captions=True, indexes=())
     config = dataclasses.replace(config, keys=("latent",))
@@ -145,6 +148,7 @@ def test_stores_of_other_kinds_are_made_alike_by_what_the_merge_and_the_append_s
     assert Datastore.open("again").num_images == 29
 
 
+@pytest.mark.slow
 def test_a_run_without_export_names_the_conversion(folder, monkeypatch):
     from arrag_jax.training.loop import train
     from arrag_jax.training.tasks import make_task
@@ -169,6 +173,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FLAGS)
 def test_a_flag_that_drawing_names_ends_the_error(folder, case):
     """``give config.faid_model`` and the like: given, that error is no more."""
@@ -187,6 +192,7 @@ def test_a_flag_that_drawing_names_ends_the_error(folder, case):
         assert str(other) != str(error.value) and "give --config" not in str(other)
 
 
+@pytest.mark.slow
 def test_too_few_neighbours_name_flags_that_do(folder):
     """Of neighbour sets and of the search for sample grids."""
     from arrag_jax.training.tasks import make_task
@@ -205,6 +211,7 @@ def test_too_few_neighbours_name_flags_that_do(folder):
     make_task(workshop.config(folder, wide | {"neighbors": "more neighbors", "retrieval": search}))
 
 
+@pytest.mark.slow
 def test_the_embedded_model_and_configs_hold_from_any_directory(tmp_path, monkeypatch):
     """A folder of that name below the working directory goes first."""
     monkeypatch.chdir(tmp_path)

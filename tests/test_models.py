@@ -33,6 +33,7 @@ def golden_model(reference):
     return load_model(reference("janus_layout"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right", "nopad"])
 def test_teacher_forced_logits(golden_model, reference, side):
     """Padding never changes a result: right-padded prompts must give what the reference gives for left-padded ones."""
@@ -49,6 +50,7 @@ def test_teacher_forced_logits(golden_model, reference, side):
         np.testing.assert_allclose(golden_model.score(ids, golden["image_ids"], prompt_mask=mask), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["sq", "nonsq"])
 def test_tokenizer_latents_codes_and_pixels(golden_model, reference, shape):
     golden = np.load(reference("vq.npz", whole=shape == "sq"))
@@ -61,6 +63,7 @@ def test_tokenizer_latents_codes_and_pixels(golden_model, reference, shape):
     np.testing.assert_allclose(golden_model.codebook, golden["codebook_normalised"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_abstract_model_is_that_of_eval_shape(monkeypatch):
     """Same graph and shapes, traced once; what one caller does to its model the next one's does not show."""
     expected = nnx.split(nnx.eval_shape(lambda: tiny.Janus(tiny.CONFIG, nnx.Rngs(0))))
@@ -83,6 +86,7 @@ def test_uint8_truncates():
     np.testing.assert_array_equal(to_uint8(jnp.array([-2.0, -1.0, 0.999, 1.0, 3.0])), [0, 0, 254, 255, 255])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("load", "parts"), [(load_model, PARTS), (load_tokenizer, VISION)])
 def test_saved_and_loaded_is_the_same_to_the_bit(tmp_path, load, parts):
     """Also where heads are wider than usual, and the tokenizer's decoder is another than its encoder."""
@@ -204,6 +208,7 @@ def test_images_that_do_not_fit_the_cells_are_refused():
         tiny.janus().encode_images(np.zeros((1, 5, 4, 3), np.float32))
 
 
+@pytest.mark.slow
 def test_grouped_query_attention_equals_repeated_heads():
     """Two key heads shared by four query heads are four key heads that are copies of two."""
     grouped = tiny.janus()
@@ -312,6 +317,7 @@ def operands(jaxpr) -> set[str]:
     return {str(operand.aval.dtype) for equation in products for operand in equation.invars}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("task", ["score", "gradients", "draw"])
 def test_all_products_are_of_the_models_type(dtype, task):

@@ -21,6 +21,7 @@ def random_parts(shards: int, batch: int, k: int, seed: int = 0) -> Neighbors:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 4, 5, 30])  # 30: more than there are candidates
 def test_merge_is_the_sorted_union(k):
     parts = random_parts(3, 5, 4)
@@ -36,6 +37,7 @@ def test_merge_is_the_sorted_union(k):
         assert np.isposinf(merged.distance[row, count:]).all()
 
 
+@pytest.mark.slow
 def test_merging_in_two_steps_is_merging_at_once():
     parts = random_parts(4, 3, 5)
     halves = [merge_neighbors(jax.tree.map(lambda x, s=s: x[s], parts), 5) for s in (slice(2), slice(2, 4))]
@@ -43,6 +45,7 @@ def test_merging_in_two_steps_is_merging_at_once():
     jax.tree.map(np.testing.assert_array_equal, twice, merge_neighbors(parts, 5))
 
 
+@pytest.mark.slow
 def test_equal_distances_keep_their_order():
     """Earlier lists first: with shards in row order, ties stay ordered by id."""
     distance = jnp.zeros((3, 1, 2))
@@ -50,6 +53,7 @@ def test_equal_distances_keep_their_order():
     np.testing.assert_array_equal(merge_neighbors(Neighbors(id_, distance, id_), 4).id, [[0, 1, 2, 3]])
 
 
+@pytest.mark.slow
 def test_empty_neighbors_are_the_identity():
     parts = random_parts(1, 3, 4)
     one = jax.tree.map(lambda x: x[0], parts)

@@ -61,6 +61,8 @@ def squares(address: str, mark: str) -> None:
             list(run_work([0], functools.partial(Squares, 1), {0: 1}, "odd squares", engine=engine))
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_what_fails_is_tried_three_times_and_named_and_what_workers_tell_is_told(tmp_path):
     """A worker is killed at its first item."""
     with cluster.running(1) as ray:
@@ -117,6 +119,7 @@ def test_an_address_without_a_cluster_is_told_before_work(config, tmp_path, addr
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_nobody_imports_ray_or_a_web_framework_who_does_not_ask_for_it(config, tmp_path):
     commands = "build_datastore, build_neighbors, cli, eval, generate, serve, studio, train"
     script = f"import sys; from arrag_jax import {commands}; "

@@ -85,6 +85,7 @@ def contents(tmp_path_factory) -> set[str]:
     return {str(path.relative_to(out / "lib")) for path in (out / "lib").rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_the_package_its_assets_and_its_configs(contents):
     tracked = {path for path in listed_files() if path.is_relative_to(PACKAGE) or path.parent == CONFIGS}
     assert contents == {

@@ -46,6 +46,7 @@ def assert_equal(parallel, plain):
         np.testing.assert_allclose(getattr(parallel, name), getattr(plain, name), atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_windows_draw_what_single_positions_draw(model, searches, case):
     policy, search, settings, window = CASES[case]
@@ -62,6 +63,7 @@ def test_windows_draw_what_single_positions_draw(model, searches, case):
     assert (parallel.drawn_in[:, -1] < cells - 1).all()
 
 
+@pytest.mark.slow
 def test_guesses_from_stored_images_change_the_passes_alone(model):
     """Guesses of the very pictures to be drawn are nearly all right; those of other images draw the same."""
     ids, mask = tiny.prompts((6, 3, 4))
@@ -77,6 +79,7 @@ def test_guesses_from_stored_images_change_the_passes_alone(model):
     assert passes[0] < passes[1] <= 20
 
 
+@pytest.mark.slow
 def test_a_batch_equals_its_pictures_drawn_alone(model, searches):
     """Rows of a batch stand at different positions, and each takes as many passes as it takes alone."""
     ids, mask = tiny.prompts((6, 3))
@@ -92,6 +95,7 @@ def test_a_batch_equals_its_pictures_drawn_alone(model, searches):
         np.testing.assert_array_equal(batch.drawn_in[i], alone.drawn_in[0])
 
 
+@pytest.mark.slow
 def test_the_reference_draws_the_same(reference):
     golden = np.load(reference("base.npz"))
     drawn = sample(
@@ -102,6 +106,7 @@ def test_the_reference_draws_the_same(reference):
         np.testing.assert_array_equal(drawn.codes[i], golden[f"dec_tokens_{i}"])
 
 
+@pytest.mark.slow
 def test_rows_are_streamed_when_the_last_picture_has_them(model):
     ids, mask = tiny.prompts((6, 3, 4))
     settings = {"cfg_scale": 2.0, "prompt_mask": mask, "seed": 3, "top_p": 0.8}

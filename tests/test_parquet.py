@@ -49,6 +49,7 @@ def examples(source: str, columns: ColumnsConfig = BY_HABIT) -> list[tuple[bytes
     return [(x["image"].tobytes(), x["caption"]) for x in (images[i] for i in range(len(images)))]
 
 
+@pytest.mark.slow
 def test_the_same_photos_in_any_form_give_the_same_store_and_the_same_training(tmp_path, hub):
     save_model(tiny.janus(parts=VISION), tmp_path / "model")
     stores, runs = {}, {}
@@ -262,6 +263,7 @@ def test_equal_rows_are_taken_once_and_changed_ones_are_told(tmp_path):
             sources.read_entry(tmp_path, entry)
 
 
+@pytest.mark.slow
 def test_a_store_keeps_its_columns_for_later_additions(tmp_path):
     save_model(tiny.janus(parts=VISION), tmp_path / "model")
     columns = {"image": BYTES[::-1], "photo": BYTES, "title": WORDS}

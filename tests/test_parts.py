@@ -76,6 +76,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_known_codes_stay_and_windows_draw_the_same(model, searches, known, case):
     policy, search = CASES[case]
@@ -87,6 +88,7 @@ def test_known_codes_stay_and_windows_draw_the_same(model, searches, known, case
     assert_equal(sample(model, policy=policy, retriever=searches[search], known=known, window=7, **prompts()), drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_without_a_known_code_the_picture_is_the_plain_one(model, searches, case):
     """To the bit, with two-sided keys, too: then they are those of the context."""
@@ -109,6 +111,7 @@ def test_a_drawing_given_its_own_codes_is_drawn_again(model, searches):
         np.testing.assert_array_equal(again.log_p, np.where(given >= 0, 0, whole.log_p))
 
 
+@pytest.mark.slow
 def test_a_batch_equals_its_pictures_drawn_alone_and_its_rows(model, searches, known):
     ids, mask = tiny.prompts((6, 3, 4))
     settings = {"policy": Daid(0.5, 0.3), "retriever": searches["around"], "cfg_scale": 2.0, "window": 5}
@@ -141,6 +144,7 @@ def test_known_codes_that_cannot_be_are_named(model, known, more, message):
         sample(model, np.zeros((1, 4), np.int32), known=known, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deduplicate", [True, False])
 def test_two_sided_search_equals_brute_force(model, grids, deduplicate):
     """The oracle computes every distance over the known neighbours alone, and orders by distance, then by row."""

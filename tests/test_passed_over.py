@@ -52,6 +52,7 @@ def test_only_what_is_passed_over_is_told_before_work(tmp_path):
         sources.list_images(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_they_stand_in_the_store_and_on_the_closing_line(tmp_path, capsys):
     """They are no bad images, however many they are; appended again, they are not listed twice."""
     config = folders.config(tmp_path)
@@ -84,6 +85,7 @@ def test_heic_is_read_with_its_package(tmp_path):
         np.testing.assert_allclose(images[i]["image"], np.asarray(image), atol=6)
 
 
+@pytest.mark.slow
 def test_without_its_package_heic_is_passed_over_with_the_mend(tmp_path):
     (tmp_path / "phone.HEIC").write_bytes(b"x")
     (tmp_path / "a.png").write_bytes(b"x")

@@ -98,6 +98,7 @@ def test_scann_over_unique_contexts_is_the_naive_search(codebook, options, k):
     check(search(ScannRetriever.of(host), context), context, k, codebook, ids=codebook is HALVES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("k, score_bytes", [(1, 2**20), (K, 2**20), (K, 4 * 82 * 900), (700, 2**20)])
 def test_dense_over_unique_contexts_is_the_naive_search(storage, k, score_bytes):
@@ -106,6 +107,7 @@ def test_dense_over_unique_contexts_is_the_naive_search(storage, k, score_bytes)
     check(search(DenseRetriever.of(fused(), CODEBOOK, k, storage, score_bytes), context), context, k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["codes", "float32"])
 def test_dense_orders_ties_by_row(storage):
     context = queries()
@@ -113,6 +115,7 @@ def test_dense_orders_ties_by_row(storage):
     check(search(retriever, context), context, K, HALVES, ids=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["scann", *STORAGES])
 def test_sharded_over_unique_contexts_is_the_naive_search(storage):
     """Shards have different numbers of unique contexts; the batch is sharded over another axis at the same time."""
@@ -151,6 +154,7 @@ def test_an_answer_does_not_depend_on_its_batch():
             np.testing.assert_array_equal(ours[i], alone[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["scann", "bfloat16"])
 def test_rounded_latents_find_what_is_near(kind):
     """ScaNN recomputes distances from the float16 maps; bfloat16 from its own rounded keys."""

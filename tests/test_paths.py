@@ -66,6 +66,7 @@ def test_an_address_is_refused_wherever_a_path_is_given(capsys, monkeypatch, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "flag"), PATHS)
 def test_a_path_that_cannot_be_looked_at_is_refused_by_its_name(capsys, monkeypatch, tmp_path, loop, command, flag):
     (tmp_path / "file").write_text("")
@@ -103,6 +104,7 @@ def test_a_workdir_is_looked_at_before_any_work(capsys, monkeypatch, tmp_path):
         running.assert_one_line(done, str(tmp_path / name), words)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux' /proc")
 def test_a_folder_that_takes_no_files_is_one_line(capsys, monkeypatch):
     model = running.ROOT / "arrag_jax" / "assets" / "emoji_janus"
@@ -193,6 +195,7 @@ def test_a_link_at_the_place_of_a_file_is_replaced(tmp_path, outside):
     assert not any(path.is_symlink() for path in workdir.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pictures", "tensorboard", "checkpoints", "part-00001"])
 def test_a_folder_that_is_a_link_out_of_the_workdir_is_refused(tmp_path, outside, name):
     store = stored.build(tmp_path / "workdir")

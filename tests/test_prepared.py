@@ -65,6 +65,7 @@ def config(tmp_path_factory) -> DatastoreConfig:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["tfds:pets/small", "tfds:pets/small:1.2.0"])
 def test_a_prepared_set_becomes_a_store(config, tmp_path, source):
     build_datastore.run(dataclasses.replace(config, source=source), str(tmp_path / "store"))
@@ -81,6 +82,7 @@ def test_a_prepared_set_becomes_a_store(config, tmp_path, source):
     assert not list(Path(tmp_path / "store").glob("part-*"))
 
 
+@pytest.mark.slow
 def test_neighbors_of_a_prepared_set(config, tmp_path, monkeypatch):
     """A slice's images go by their numbers in the whole split, so that each is left out, however it is encoded."""
     build_datastore.run(config, str(tmp_path / "store"))

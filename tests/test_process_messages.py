@@ -138,6 +138,7 @@ def test_differences_name_few_keys_and_both_values():
     assert "c (None in process 0, absent in process 3), …" in told and "same" not in told and len(told) < 250
 
 
+@pytest.mark.slow
 def test_the_error_of_one_is_the_last_line_of_all():
     """Below the progress bar, without a word of those who did not fail about themselves."""
     told, failed = run(2, "fail")
@@ -147,6 +148,7 @@ def test_the_error_of_one_is_the_last_line_of_all():
     assert told.lines == [f"{DIED}process 1 of 2 ended with: the store is of another tokenizer; choose another{AGAIN}"]
 
 
+@pytest.mark.slow
 def test_an_error_that_nobody_expects_keeps_its_traceback_in_the_file_that_it_names():
     told, failed = run(2, "break")
     assert failed.code == 1 and len(failed.lines) == 1
@@ -183,6 +185,7 @@ def test_complete_is_the_last_word_though_a_partner_died():
         assert dead.code == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_to_one_stops_all_at_one_step(number, code):
     processes = start(children.together(2), __file__, "collect")
@@ -200,6 +203,7 @@ def test_a_signal_to_one_stops_all_at_one_step(number, code):
 STOPPED = "stopped; run the same command again to continue"
 
 
+@pytest.mark.slow
 def test_a_signal_outside_of_steps_stops_all():
     processes = start(children.together(2), __file__, "sleep")
     for process in processes:
@@ -228,6 +232,7 @@ def test_another_config_is_named_by_key_and_process(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_other_files_behind_the_same_config_are_named():
     for end in run(2, "differ"):
         assert end.code == 2

@@ -50,6 +50,7 @@ def captions() -> frozenset[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_captions_are_those_of_training():
     seen = {scenes.scene("train", i).caption for i in range(600)}
     assert seen <= captions()

@@ -26,6 +26,7 @@ def retriever_of(codes: np.ndarray, codebook: np.ndarray, k: int) -> DenseRetrie
     return DenseRetriever.create(keys, grid_ops.next_codes_of_grids(codes).reshape(-1), codebook, k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 8, 64])
 def test_records_agree_with_a_search_of_the_finished_grid(k):
     """The oracle works on the drawn picture alone: every stored patch's distance to each cell's context."""

@@ -129,6 +129,7 @@ def test_generate_draws_what_the_api_draws(published, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "00_plain.png")), expected)
 
 
+@pytest.mark.slow
 def test_the_bar_moves_row_by_row(published, monkeypatch):
     told = []
 

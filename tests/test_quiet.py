@@ -81,6 +81,7 @@ def test_advice_to_install_an_accelerator_is_dropped_and_its_failure_is_not(capl
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quiet", [True, False])
 def test_a_data_set_is_made_with_one_bar(monkeypatch, tmp_path, capsys, quiet):
     """Of the package's own; TFDS's bars and prints come with --verbose alone."""
@@ -93,6 +94,7 @@ def test_a_data_set_is_made_with_one_bar(monkeypatch, tmp_path, capsys, quiet):
     assert ("making emoji_scenes/tiny" in err) == quiet and ("320/320" in err) == quiet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["", "--verbose"])
 def test_every_command_takes_verbose(flag):
     body = "from absl import logging; logging.warning('from a library')"

@@ -128,6 +128,7 @@ def test_every_page_is_read():
     assert {f"{page}.md" for page in PAGES} | {"LOG.md"} == {path.name for path in (ROOT / "docs").glob("*.md")}
 
 
+@pytest.mark.slow
 def test_the_long_ones_parse():
     """Their configs, keys and flags are known, those of a task's options too."""
     own = [x for x in commands() if starts(x, TAKES_LONG) or any(part in x for part in OF_OTHER_MACHINES)]

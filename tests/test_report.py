@@ -47,6 +47,7 @@ def store(tmp_path_factory) -> Datastore:
     return writer.build_datastore(directory, encoded, CODEBOOK, settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 3])
 def test_recall_is_the_naive_one(store, shards):
     """An index that looks into 2 of 60 leaves misses much; how much, a plain search tells as well."""
@@ -75,6 +76,7 @@ def test_queries_are_not_stored(store):
     assert len(asked) == measure.QUERIES and not any(tuple(context) in whole for context in asked.tolist())
 
 
+@pytest.mark.slow
 def test_an_exact_index_finds_everything_and_its_bytes_are_counted(store, capsys):
     index.build_index(store, "codebook", ScannOptions())
     build_datastore.run(None, str(store.directory), report=True)

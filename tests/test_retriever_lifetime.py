@@ -53,6 +53,7 @@ def assert_gone(references) -> None:
     assert [reference() for reference in references] == [None] * len(references)
 
 
+@pytest.mark.slow
 def test_twenty_retrievers_draw_by_one_program_and_go(store, model):
     loop._advance.clear_cache()
     references, codes = [], []
@@ -67,6 +68,7 @@ def test_twenty_retrievers_draw_by_one_program_and_go(store, model):
         np.testing.assert_array_equal(drawn, codes[0])
 
 
+@pytest.mark.slow
 def test_sharded_retrievers_draw_by_one_program_and_go(store, model):
     mesh = jax.make_mesh((2,), ("store",), (AxisType.Auto,), devices=jax.devices()[:2])
     loop._advance.clear_cache()
@@ -80,6 +82,7 @@ def test_sharded_retrievers_draw_by_one_program_and_go(store, model):
     assert_gone(references)
 
 
+@pytest.mark.slow
 def test_another_k_is_another_program_of_the_same_index(store):
     search = jax.jit(lambda retriever, context: retriever.search(context))
     context, references = np.zeros((3, 4), np.int32), []
@@ -115,6 +118,7 @@ def test_each_retriever_answers_for_itself(store):
                 np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_results_that_are_pending_keep_what_they_need(store):
     """The retriever is dropped as soon as the call returns, again and again."""
     slow = jax.jit(
@@ -132,6 +136,7 @@ def test_results_that_are_pending_keep_what_they_need(store):
         assert_gone(references)
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_stopped_holds_nothing_and_shares_the_program(store, model):
     loop._advance.clear_cache()
     retriever, _ = opened(store)
@@ -148,6 +153,7 @@ def test_a_stream_that_is_stopped_holds_nothing_and_shares_the_program(store, mo
     assert loop._advance._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_an_object_stays_until_pending_results_are_there(monkeypatch):
     """On an accelerator a call returns before its program ends."""
 
@@ -172,6 +178,7 @@ def test_an_object_stays_until_pending_results_are_there(monkeypatch):
     assert handles.look_up(number) is None
 
 
+@pytest.mark.slow
 def test_a_retriever_that_is_gone_is_named(store):
     retriever, references = opened(store)
     number = retriever.number

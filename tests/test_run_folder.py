@@ -31,6 +31,7 @@ def draw(out: Path, prompts: list[str], store: str = "", method: str = "plain") 
     generate.run(config_of(store), str(out), prompts, test_prompts=0, method=method, scale=2)
 
 
+@pytest.mark.slow
 def test_another_run_in_the_same_folder_leaves_nothing_of_the_one_before(store, tmp_path, capfd):
     (tmp_path / "notes.txt").write_text("mine")
     draw(tmp_path, PROMPTS[:3], store, "daid")
@@ -41,6 +42,7 @@ def test_another_run_in_the_same_folder_leaves_nothing_of_the_one_before(store, 
     assert set(bytes_of(tmp_path)) == {"00_plain.png", "01_plain.png", "grid.png", "run.json", "notes.txt"}
 
 
+@pytest.mark.slow
 def test_what_is_missing_of_a_finished_run_is_drawn_and_nothing_else(store, tmp_path, monkeypatch):
     draw(tmp_path, PROMPTS, store, "daid")
     whole = bytes_of(tmp_path)
@@ -56,6 +58,7 @@ def test_what_is_missing_of_a_finished_run_is_drawn_and_nothing_else(store, tmp_
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 def test_a_picture_holds_how_it_was_made(store, tmp_path):
     draw(tmp_path, PROMPTS[:2], store, "daid")
     for number, prompt in enumerate(PROMPTS[:2]):
@@ -79,6 +82,7 @@ def test_a_foreign_record_is_left_alone(tmp_path, content):
     assert (tmp_path / "run.json").read_text() == content
 
 
+@pytest.mark.slow
 def test_a_record_never_has_other_files_removed(tmp_path):
     """Names come from a file that anybody may have written."""
     out, outside = tmp_path / "out", tmp_path / "x.png"
@@ -90,6 +94,7 @@ def test_a_record_never_has_other_files_removed(tmp_path):
     assert outside.read_bytes() == b"mine"
 
 
+@pytest.mark.slow
 def test_records_are_not_written_through_a_link_that_leads_out(tmp_path):
     out, outside = tmp_path / "out", tmp_path / "outside"
     draw(out, PROMPTS[:1])

@@ -20,6 +20,7 @@ def random_neighbors(seed: int, batch: int = 5, k: int = 8, empty: int = 2) -> N
     return Neighbors(jnp.asarray(code), jnp.asarray(distance), jnp.asarray(code))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["max", "sum"])
 @pytest.mark.parametrize("temperature", [0.01, 0.3])
 def test_neighbour_distribution_equals_a_dictionary_of_codes(reduction, temperature):
@@ -35,6 +36,7 @@ def test_neighbour_distribution_equals_a_dictionary_of_codes(reduction, temperat
         np.testing.assert_allclose(ours[row], weights / weights.sum(), atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["latent", "codebook"])
 def test_golden_distributions_of_the_reference(reference, kind):
     golden = np.load(reference("retrieval.npz", whole=kind == "latent"))
@@ -53,6 +55,7 @@ def test_golden_distributions_of_the_reference(reference, kind):
             np.testing.assert_allclose(mixed, golden[f"{kind}_merged_probs"][t, r], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_neighbours_no_distribution():
     assert np.all(np.isneginf(neighbor_log_probs(empty_neighbors(3, 4), V, 0.1, "max")))
     assert np.all(np.isneginf(neighbor_log_probs(empty_neighbors(3, 4), V, 0.1, "sum")))
@@ -68,6 +71,7 @@ def test_weight_zero_is_the_model_to_the_bit_and_weight_one_is_the_retrieval():
     np.testing.assert_array_equal(mix(log_p, log_q, 0.7, ~everywhere), log_p)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_mixtures_sum_to_one(weight):
     log_p = jax.nn.log_softmax(3 * jax.random.normal(jax.random.key(1), (5, V)))
@@ -76,6 +80,7 @@ def test_mixtures_sum_to_one(weight):
     np.testing.assert_allclose(mixed.sum(1), 1.0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_guidance_is_linear_and_scale_one_is_the_conditional_row():
     logits = jax.random.normal(jax.random.key(2), (6, V))
     np.testing.assert_allclose(guide(logits, 1.0), logits[:3], atol=1e-6)
@@ -84,6 +89,7 @@ def test_guidance_is_linear_and_scale_one_is_the_conditional_row():
     np.testing.assert_array_equal(guide(logits, None), logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 1.0])
 def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p):
     logits = 2 * jax.random.normal(jax.random.key(3), (7, V))
@@ -95,6 +101,7 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p):
         assert set(np.flatnonzero(kept[row])) == set(order[:size])
 
 
+@pytest.mark.slow
 def test_top_k_keeps_the_k_most_probable_in_their_proportions():
     logits = jax.random.normal(jax.random.key(4), (7, V))
     full, cut = np.exp(truncate(logits, 0.7, None, None)), np.exp(truncate(logits, 0.7, 4, None))

@@ -66,6 +66,7 @@ class Labelled(nnx.Module):
         return 2 * jnp.tanh(before + start + place) @ self.head[...]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [None, Daid(0.4, 0.2)])
 def test_a_slim_backbone_draws_what_teacher_forcing_says(policy):
     """Under a condition that is one array, guided, with retrieval and without."""
@@ -93,6 +94,7 @@ def test_a_janus_has_every_seam():
     assert model.image_size == model.config.image_size == tiny.janus(parts=VISION).image_size
 
 
+@pytest.mark.slow
 def test_a_condition_is_a_pair_or_ids_beside_a_mask():
     model, (ids, mask) = tiny.janus(), tiny.prompts((4, 2))
     beside, pair = sample(model, ids, prompt_mask=mask), sample(model, (ids, mask))
@@ -103,6 +105,7 @@ def test_a_condition_is_a_pair_or_ids_beside_a_mask():
     np.testing.assert_array_equal(model.check_condition(rows)[0], ids[:, -2:])
 
 
+@pytest.mark.slow
 def test_a_tokenizer_may_be_traced():
     """Codes are those of a call outside, whatever else the program does."""
     model = tiny.janus()
@@ -132,7 +135,7 @@ def test_a_family_is_one_line_of_the_registry(tmp_path, monkeypatch):
         model_types=("labelled",),
         kind=Labelled,
         recognises=lambda config: False,
-        load=lambda directory, dtype, grid, mesh: tiny.janus(registry.read_json(directory)["seed"]),
+        load=lambda directory, dtype, grid, mesh, int8: tiny.janus(registry.read_json(directory)["seed"]),
         save=lambda model, directory, dtype: saved.append((directory, dtype)),
         prompts=lambda directory: ClassNumbers(5),
     )

@@ -74,6 +74,7 @@ def mesh(shape: tuple[int, ...], names: tuple[str, ...]):
     return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["codebook", "latent"])
 @pytest.mark.parametrize("score_bytes", [dense.SCORE_BYTES, 4 * 7 * 100])
 def test_dense_is_the_naive_search(kind, score_bytes):
@@ -83,6 +84,7 @@ def test_dense_is_the_naive_search(kind, score_bytes):
     check(case, search(retriever, case.context))
 
 
+@pytest.mark.slow
 def test_dense_orders_ties_by_lower_id():
     rng = np.random.default_rng(1)
     codebook = np.eye(8, dtype=np.float32)
@@ -99,6 +101,7 @@ def test_dense_orders_ties_by_lower_id():
         np.testing.assert_array_equal(found.id, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n, k", [(31, 3), (4096, 1), (1000, 7), (1025, 32), (5000, 100)])
 def test_two_stage_top_k_is_top_k(n, k):
     rng = np.random.default_rng(n)
@@ -124,6 +127,7 @@ def test_scann_that_searches_every_leaf_is_the_naive_search(kind):
     check(case, search(ScannRetriever.create(case.keys, case.codes, case.codebook, K, options), case.context))
 
 
+@pytest.mark.slow
 def test_scann_recall_with_default_options():
     """Keys crowd around the contexts of 60 codes; of 200 queries' ten nearest at least 95 % are found, exactly."""
     rng = np.random.default_rng(0)
@@ -142,6 +146,7 @@ def test_scann_recall_with_default_options():
     np.testing.assert_allclose(found.distance, away, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k, score_bytes", [(10, 2**19), (100, 2**13)])
 def test_scores_stay_within_their_budget(k, score_bytes):
     """All scores would take 2.2 MB; also where fewer fit into a block than there are neighbours."""
@@ -214,6 +219,7 @@ def test_sharded_searches_are_the_naive_search(kind, images):
     check(case, search(sharded.shard_scann(host, grid, "store"), case.context))
 
 
+@pytest.mark.slow
 def test_sharded_dense_is_dense():
     """Ids too: rows are sharded in order, so ties fall the same way."""
     case = make_case("latent")
@@ -227,6 +233,7 @@ def test_sharded_dense_is_dense():
     np.testing.assert_array_equal(one.code, many.code)
 
 
+@pytest.mark.slow
 def test_store_and_batch_sharded_together():
     case = make_case("codebook")
     case = dataclasses.replace(case, context=np.concatenate([case.context, case.context[:1]]))

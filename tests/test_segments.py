@@ -30,6 +30,7 @@ def whole(config, tmp_path_factory) -> Datastore:
     return folders.built(config, tmp_path_factory.mktemp("stores") / "whole")
 
 
+@pytest.mark.slow
 def test_what_is_added_comes_after_and_changes_nothing_before(whole, config, tmp_path, capsys, monkeypatch):
     """Added in two steps, one of them stopped = the images in that order; twice the same adds nothing."""
     source, store = write_scenes(tmp_path / "photos", range(23)), tmp_path / "store"
@@ -82,6 +83,7 @@ def test_the_same_folder_spelt_otherwise_is_the_same_source(whole, config, tmp_p
     assert contents(store) == before
 
 
+@pytest.mark.slow
 def test_bad_images_are_a_share_of_the_whole_store(whole, config, tmp_path, monkeypatch):
     """Of 23 images 2 were bad; with one more they are 12 % of 25, and the mend of too many mends."""
     monkeypatch.setattr(build, "load_tokenizer", functools.cache(load_tokenizer))
@@ -108,6 +110,7 @@ def test_bad_images_are_a_share_of_the_whole_store(whole, config, tmp_path, monk
     assert (grown.num_images, grown.num_bad, len(grown.codes)) == (22, 4, 22)
 
 
+@pytest.mark.slow
 def test_merged_stores_are_one_after_another(whole, config, tmp_path, monkeypatch):
     source = write_scenes(tmp_path / "photos", range(40, 44))
     build_datastore.run(dataclasses.replace(config, source=str(source)), str(tmp_path / "one"))

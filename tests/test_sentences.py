@@ -48,6 +48,7 @@ def vectors_one_by_one(folder: str, texts: list[str]) -> np.ndarray:
     return np.stack([found.mean(0) / np.linalg.norm(found.mean(0)) for found in states])
 
 
+@pytest.mark.slow
 def test_cosines_are_those_of_texts_read_one_by_one(folder, monkeypatch):
     monkeypatch.setattr(sentences, "TOGETHER", 2)
     index = SentenceIndex(CAPTIONS, folder)

@@ -143,6 +143,7 @@ def test_no_device_holds_more_than_its_share_and_a_layer(base, tmp_path, monkeyp
     assert max(again.held.values()) <= everything / WAYS + layer
 
 
+@pytest.mark.slow
 def test_a_step_gathers_no_more_than_one_layer_at_once(base, monkeypatch):
     """Layers are stacked inside the program; the stack is never gathered."""
     monkeypatch.setattr(mesh, "SMALLEST_SHARDED", 2**8)

@@ -48,6 +48,7 @@ def start(folder, fresh, vocabulary) -> dict[str, np.ndarray]:
     return by_path(params_of(str(folder), params_of_model(fresh), ("error", "min"), vocabulary)[0])
 
 
+@pytest.mark.slow
 def test_words_go_by_their_text_codes_by_their_number_and_new_rows_stay_fresh(known):
     folder, old = known
     fresh = model(MANY, 12, 1)
@@ -74,6 +75,7 @@ def test_words_of_another_order_go_by_their_text(known):
     np.testing.assert_array_equal(start(folder, model(FEW, 9, 1), turned)[words][::-1], old[words])
 
 
+@pytest.mark.slow
 def test_a_run_that_lacks_words_or_codes_of_the_folder_is_refused(known):
     folder, _ = known
     others = PromptTokenizer.of_words(["bee", "cat", "dog"])

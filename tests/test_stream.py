@@ -22,6 +22,7 @@ def retriever(model):
     return tiny.store(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [Plain(), Daid(0.4, 0.3)], ids=["plain", "daid"])
 def test_the_rows_are_what_sample_returns(model, retriever, policy):
     ids, mask = tiny.prompts((3, 6))
@@ -35,6 +36,7 @@ def test_the_rows_are_what_sample_returns(model, retriever, policy):
     assert loop._advance._cache_size() == 1  # one program draws whole grids and rows
 
 
+@pytest.mark.slow
 def test_other_numbers_need_no_other_program(model):
     ids, mask = tiny.prompts((3, 6))
     loop._advance.clear_cache()
@@ -48,6 +50,7 @@ def test_other_numbers_need_no_other_program(model):
     assert len({codes.tobytes() for codes in drawn}) == 4
 
 
+@pytest.mark.slow
 def test_a_drawing_that_stops_changes_none_that_follows(model, retriever):
     ids, mask = tiny.prompts((3, 6))
 
@@ -65,6 +68,7 @@ def test_a_drawing_that_stops_changes_none_that_follows(model, retriever):
         next(second)
 
 
+@pytest.mark.slow
 def test_a_stream_over_a_mesh_gives_the_rows_of_one_device(model):
     ids, mask = tiny.prompts((4,) * 8)
     mesh = jax.make_mesh((8, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -78,6 +82,7 @@ def test_arguments_are_checked_before_the_first_row(model):
         sample_stream(model, tiny.prompts((3,))[0], top_k=10)
 
 
+@pytest.mark.slow
 def test_a_partial_picture_is_grey_below_and_the_whole_one_is_the_image(model):
     codes = loop.sample(model, tiny.prompts((3, 3))[0]).codes
     whole = np.asarray(to_uint8(model.decode_codes(codes, *model.grid)))

@@ -78,6 +78,7 @@ def test_a_drawing_is_what_its_command_draws_and_every_cell_is_told(tmp_path, tm
     assert Image.open(texts["caption.png"]).text["seed"] == "5"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_visitors_pictures_become_the_open_store(tmp_path, tmp_path_factory):
     config = drawings.make_config(tmp_path_factory)

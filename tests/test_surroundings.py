@@ -33,11 +33,13 @@ def run(body: str, shell: str = '"$0" -c "$1"', **environment: str) -> subproces
     return subprocess.run(words, env=children.alone() | environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_a_command_quietly():
     done = run("[print(i) for i in range(100_000)]", '"$0" -c "$1" | head -n 1')
     assert (done.returncode, done.stdout, done.stderr) == (141, "0\n", "")
 
 
+@pytest.mark.slow
 def test_a_pipe_that_is_closed_at_the_end_is_quiet_too():
     done = run("print(1); sys.exit(7)", '"$0" -c "$1" | sleep 0; exit ${PIPESTATUS[0]}')
     assert (done.returncode in (7, 141), done.stderr) == (True, "")
@@ -45,16 +47,19 @@ def test_a_pipe_that_is_closed_at_the_end_is_quiet_too():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.slow
 def test_a_full_disk_behind_stdout_is_one_line():
     done = run("print(1)", '"$0" -c "$1" > /dev/full')
     assert (done.returncode, done.stderr.count("\n"), done.stderr[:19]) == (2, 1, "error: cannot write")
 
 
+@pytest.mark.slow
 def test_closed_streams_do_not_end_a_command():
     done = run("print(1); print(2, file=sys.stderr); return 3", '"$0" -c "$1" >&- 2>&-')
     assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
@@ -72,6 +77,7 @@ def test_a_broken_pipe_is_known_however_it_is_told():
     assert not console.is_closed(OSError(errno.EIO, "no"))
 
 
+@pytest.mark.slow
 def test_without_a_home_nothing_is_kept_and_nothing_fails(monkeypatch, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_HOME)
     environment = children.alone()
@@ -161,6 +167,7 @@ def test_other_failures_of_a_lock_are_not_passed_over(monkeypatch, tmp_path):
         raise AssertionError
 
 
+@pytest.mark.slow
 def test_texts_are_read_and_written_as_utf_8_whatever_the_locale():
     wrong = []
     for path in sorted((running.ROOT / "arrag_jax").rglob("*.py")):

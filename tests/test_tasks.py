@@ -53,6 +53,7 @@ def batch_of(task) -> dict[str, jax.Array]:
     return jax.tree.map(jnp.asarray, next(iter(task.eval_batches(8))))
 
 
+@pytest.mark.slow
 def test_dead_codes_move_to_latents_of_the_batch_and_live_ones_stay(workshop):
     task = make_task(workshop[1]("tokenizer"))
     assert isinstance(task, TokenizerTask)
@@ -76,6 +77,8 @@ def test_dead_codes_move_to_latents_of_the_batch_and_live_ones_stay(workshop):
         assert np.abs(flat - code).max(1).min() < 1e-6
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_trained_codebook_that_is_tuned_further_is_not_replaced(workshop, tmp_path):
     """At a learning rate of 0 nothing but a revival changes codes: it changes random ones, and no trained ones."""
     folder, configs = workshop
@@ -89,6 +92,7 @@ def test_a_trained_codebook_that_is_tuned_further_is_not_replaced(workshop, tmp_
         assert np.array_equal(after.vq.codes[...], before.vq.codes[...]) == bool(start)
 
 
+@pytest.mark.slow
 def test_the_decoder_teaches_the_encoder_through_the_rounding(workshop):
     """Without codebook and commitment terms the encoder's gradient can come from the pixels alone."""
     task = make_task(workshop[1]("tokenizer", codebook=0.0, commitment=0.0))
@@ -123,6 +127,7 @@ def test_training_the_prior_leaves_the_tokenizer_bit_identical(workshop, tmp_pat
     assert manifest["tokenizer"] == {"command": "train it"}
 
 
+@pytest.mark.slow
 def test_a_dropped_caption_is_never_read(workshop):
     _, config = workshop
     task, kept = make_task(config("prior", caption_dropout=1.0)), make_task(config("prior", caption_dropout=0.0))

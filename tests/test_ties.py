@@ -128,6 +128,7 @@ def test_host_and_device_distances_are_equal_to_the_bit(numbers):
     assert abs(product - host).max() <= distances.score_error(query.shape[1], 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, storage", WAYS)
 def test_dense_search_in_every_batch(kind, storage):
     retriever = DenseRetriever.of(patches(kind), CODEBOOK, 16, storage)
@@ -136,6 +137,7 @@ def test_dense_search_in_every_batch(kind, storage):
     check(in_batches(retriever.with_k(MOST), queries(), 16), kind, MOST, storage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["codebook", "latent"])
 @pytest.mark.parametrize("options", [EXHAUSTIVE, INT8], ids=["float32", "int8"])
 def test_scann_search_in_every_batch(kind, options):
@@ -148,6 +150,7 @@ def test_scann_search_in_every_batch(kind, options):
             check([np.concatenate(parts) for parts in zip(*found, strict=True)], kind, k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [2, 4, 8])
 @pytest.mark.parametrize("kind, storage", [*WAYS, ("codebook", "scann"), ("latent", "scann")])
 def test_search_over_shards(kind, storage, shards):
@@ -160,6 +163,7 @@ def test_search_over_shards(kind, storage, shards):
     check(jax.jit(lambda r, c: r.search(c))(retriever, queries()), kind, 16, storage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["codes", "bfloat16"])
 def test_more_ties_than_are_kept(storage):
     """All keys at one distance, in several blocks: the lowest rows, whatever their contexts."""
@@ -173,6 +177,7 @@ def test_more_ties_than_are_kept(storage):
     np.testing.assert_array_equal(host.search(queries()[:5], np.int32(0))[2], np.broadcast_to(np.arange(40), (5, 40)))
 
 
+@pytest.mark.slow
 def test_pictures_do_not_depend_on_their_batch():
     """Codes are equal; log-probabilities up to the rounding of the backbone's own products."""
     model = tiny.janus(config=tiny.CONFIG)

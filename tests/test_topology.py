@@ -96,6 +96,7 @@ def check(base, topology):
     assert len(kinds) == 5
 
 
+@pytest.mark.slow
 def test_every_program_is_made_from_shapes_alone(base):
     """Compiled for this machine's devices in place of a TPU's."""
     check(base, Topology("cpu", CHIPS["v5e"], jax.devices()[:4]))

@@ -31,6 +31,7 @@ def repository(tmp_path: Path) -> Path:
     return make_repository(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [["--project=p"], ["--project=p", "--spot"], ["--project=p", "--slices=3", "--reserved"]]
 )
@@ -53,6 +54,7 @@ def verbs(root: Path) -> list[str]:
     return [words[4] for words in calls(root) if words[3] == "queued-resources" and words[4] in ("create", "delete")]
 
 
+@pytest.mark.slow
 def test_a_request_is_made_only_when_there_is_none(repository):
     """Its slices, tier and software are those of the flags; each slice has a folder of logs per launch."""
     for number, made in ((1, ["create"]), (2, ["create"])):
@@ -69,6 +71,7 @@ def test_a_request_is_made_only_when_there_is_none(repository):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["255 SUSPENDED", "1 SUSPENDED", "0 SUSPENDED"])
 def test_a_preempted_request_is_made_anew_and_the_command_runs_again(repository, end):
     """However the command ended when its slices were taken away: cut off, failed, or told to save."""
@@ -81,6 +84,7 @@ def test_a_preempted_request_is_made_anew_and_the_command_runs_again(repository,
     assert sorted(path.name for path in (repository / "logs").iterdir()) == ["1", "2", "created"]
 
 
+@pytest.mark.slow
 def test_a_lost_connection_is_made_anew_and_the_command_is_not(repository):
     (repository / "calls.ends").write_text("255 ACTIVE\n5 ACTIVE\n")
     done = launch(repository, *POD, "--", *COMMAND)
@@ -137,6 +141,7 @@ def worker(repository, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_every_worker_runs_the_command_as_it_was_given(repository, worker):
     write_stub(repository / "stubs" / "python", 'echo "platforms $JAX_PLATFORMS"; exit 3\n')
     assert worker("check").returncode == 0
@@ -147,6 +152,7 @@ def test_every_worker_runs_the_command_as_it_was_given(repository, worker):
     assert worker("check").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_busy_worker_refuses_and_one_kill_stops_its_command(repository, worker):
     write_stub(repository / "stubs" / "python", STOPPABLE)
     assert worker("start").returncode == 0

@@ -38,6 +38,7 @@ from helpers.toy import (
 )
 
 
+@pytest.mark.slow
 def test_training_touches_the_trainable_alone(tmp_path):
     config = toy_config(optimizer=OptimizerConfig(warmup_steps=0), ema_decay=0.5)
     _, _, start = init_state(ToyTask(), make_optimizer(config.optimizer, config.steps), config, make_mesh(ONE_DEVICE))
@@ -54,6 +55,7 @@ def test_training_touches_the_trainable_alone(tmp_path):
     assert end["rest/examples"] == config.steps * config.batch_size
 
 
+@pytest.mark.slow
 def test_sharded_training_is_training_on_one_device(tmp_path):
     for name, mesh in (("one", ONE_DEVICE), ("mesh", MeshConfig(data=2, fsdp=4))):
         train(toy_config(mesh=mesh, steps=8), ToyTask(), tmp_path / name)
@@ -64,6 +66,7 @@ def test_sharded_training_is_training_on_one_device(tmp_path):
     np.testing.assert_allclose(exported[1], exported[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_moving_average_is_the_recurrence_and_is_what_is_exported(tmp_path):
     config = toy_config(ema_decay=0.9, steps=5)
     task, mesh = ToyTask(), make_mesh(ONE_DEVICE)
@@ -80,6 +83,7 @@ def test_moving_average_is_the_recurrence_and_is_what_is_exported(tmp_path):
     np.testing.assert_allclose(exported, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_mean_over_all_examples():
     config, task, mesh = toy_config(), ToyTask(), make_mesh(MeshConfig(data=2, fsdp=4))
     graph, frozen, state = init_state(task, make_optimizer(config.optimizer, config.steps), config, mesh)
@@ -117,6 +121,7 @@ class SignalledTask(ToyTask):
         return lambda model: os.kill(os.getpid(), self._number) or {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_by_a_signal_and_continued_is_uninterrupted(tmp_path, capfd, number):
     config = toy_config()
@@ -176,6 +181,7 @@ class SteepTask(ToyTask):
         return loss + jnp.sqrt(weight - jax.lax.stop_gradient(weight) + (model.examples[...] != 96)), metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "named"), [(DivergingTask, "the loss is nan"), (SteepTask, "the gradient's norm is (inf|nan)")]
 )
@@ -200,6 +206,7 @@ def test_a_workdir_is_for_one_run_at_a_time(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_run_is_refused_and_a_longer_one_continues(tmp_path):
     train(toy_config(steps=4), ToyTask(), tmp_path)
     other = toy_config(steps=4, seed=1, optimizer=OptimizerConfig(warmup_steps=3, learning_rate=0.5))
@@ -211,6 +218,7 @@ def test_a_workdir_of_another_run_is_refused_and_a_longer_one_continues(tmp_path
         train(toy_config(steps=5), ToyTask(), tmp_path)
 
 
+@pytest.mark.slow
 def test_damaged_and_half_written_checkpoints(tmp_path):
     config = toy_config()
     train(config, ToyTask(), tmp_path)

@@ -66,6 +66,7 @@ def batch() -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [GivenPrior(), GivenFaid()], ids=["prior", "faid"])
 def test_the_first_losses_are_those_once_computed(task):
     """Each before its update: the second shows gradients, clipping and optimizer."""

@@ -60,6 +60,7 @@ def test_schedule_is_warmup_hold_decay():
     np.testing.assert_allclose([whole_decay(0), whole_decay(100)], [2.0, 0.02], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_clipping_bounds_what_the_optimizer_sees():
     optimizer = make_optimizer(OptimizerConfig(clip_norm=0.5), 10)
     params = {"w": jnp.zeros((3, 3))}
@@ -74,6 +75,7 @@ def test_a_profile_is_two_steps(text):
         Profile.parse(text)
 
 
+@pytest.mark.slow
 def test_a_profile_of_two_steps_is_written_and_the_memory_of_a_step_is_told(tmp_path, capsys):
     config = toy_config(steps=4, eval_every=4)
     train(config, ToyTask(), tmp_path, Profile.parse("2:3"))

@@ -81,6 +81,7 @@ def prompts(lengths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(6, 6), (4, 7)], ids=["unpadded", "left-padded"])
 def test_teacher_forced_logits(theirs, model, lengths):
     import torch
@@ -96,6 +97,7 @@ def test_teacher_forced_logits(theirs, model, lengths):
     np.testing.assert_allclose(model.score(ids, codes, prompt_mask=mask), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_codes_and_pixels(theirs, model):
     import torch
 
@@ -109,6 +111,7 @@ def test_codes_and_pixels(theirs, model):
     assert latents.shape == (2, SIDE, SIDE, 8) and len(np.unique(codes)) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(6, 6), (4, 7)], ids=["unpadded", "left-padded"])
 def test_greedy_guided_drawing(theirs, model, lengths):
     import torch
@@ -119,6 +122,7 @@ def test_greedy_guided_drawing(theirs, model, lengths):
     np.testing.assert_array_equal(drawn.codes, expected.numpy())
 
 
+@pytest.mark.slow
 def test_converted_it_is_the_same_model(folder, model, tmp_path):
     """In our layout; the understanding tower, which the published layout names otherwise, is left out by name."""
     done = convert(folder, tmp_path / "ours", "ours")

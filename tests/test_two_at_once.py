@@ -131,6 +131,7 @@ def test_a_part_is_not_added_where_its_index_cannot_be_built(tmp_path):
     assert index.is_current(store, "codebook", ScannOptions())
 
 
+@pytest.mark.slow
 def test_readers_never_fail_while_a_store_grows(tmp_path):
     """Not at any step between the manifest's and the index's replacement, each of which is drawn out."""
     store, part = grown(tmp_path)

@@ -76,6 +76,7 @@ def test_natural_colours_follow_the_rule(name):
     assert SPRITES[name].natural == natural_by_area(SPRITES[name])
 
 
+@pytest.mark.slow
 def test_knowledge_is_all_held_out_and_shares_no_picture_with_test():
     some = [scene("knowledge", index) for index in range(PER_SPLIT)]
     assert all(s.held_out for s in some) and {s.family for s in some} == set(HELD_OUT_FAMILIES)
@@ -84,6 +85,7 @@ def test_knowledge_is_all_held_out_and_shares_no_picture_with_test():
     assert not {s.content() for s in some} & {s.content() for s in scenes.test_prompts(3 * PER_SPLIT)}
 
 
+@pytest.mark.slow
 def test_test_prompts_by_group():
     """Of the standard world: of the same families, half seen, half unseen."""
     found = scenes.groups(PER_SPLIT)
@@ -94,6 +96,7 @@ def test_test_prompts_by_group():
     assert [len(some) for some in scenes.groups(PER_SPLIT, LONG_TAIL).values()] == [PER_SPLIT // 3] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_prefix_is_balanced(world):
     """Family by family; of the long-tailed world's splits with groups also group by group."""
@@ -133,6 +136,7 @@ def test_what_each_split_shows(drawn):
     assert not any(s.held_out for some in drawn.values() for s in some)
 
 
+@pytest.mark.slow
 def test_a_scene_of_the_long_tail_says_how_rare_it_is(drawn):
     for s in drawn["test"]:
         rarest = scenes.rarest(s, LONG_TAIL)
@@ -159,6 +163,7 @@ def test_leads_are_scattered_evenly_and_none_is_absent(split):
     assert max(tenths) - min(tenths) <= 2
 
 
+@pytest.mark.slow
 def test_the_first_scenes_of_training_show_the_classes_that_lead_and_the_head():
     leads = LONG_TAIL.splits["train"].leads[:3000]
     for index, lead in enumerate(leads):
@@ -191,18 +196,21 @@ def test_true_scenes_of_the_long_tail_are_right():
     assert object_score(blurred, some, LONG_TAIL)["overall"] >= 0.95
 
 
+@pytest.mark.slow
 def test_true_scenes_of_knowledge_are_right():
     for world in (STANDARD, LONG_TAIL):
         some, pictures = true_images("knowledge", 48, world)
         assert object_score(pictures, some, world)["overall"] == 1
 
 
+@pytest.mark.slow
 def test_a_sprite_of_another_world_is_not_looked_for():
     some, pictures = true_images("knowledge", 12, LONG_TAIL)
     assert all(d.name in STANDARD.classes for found in detect(pictures) for d in found)
     assert object_score(pictures, some)["overall"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "world"), [("emoji_scenes/tiny", STANDARD), ("emoji_scenes/long_tail_tiny", LONG_TAIL)]
 )
@@ -230,6 +238,7 @@ def test_the_benchmark_scores_groups(name, world):
     assert [cell.strip() for cell in cells.split("|")[1:-1]][-1] == "0.500"
 
 
+@pytest.mark.slow
 def test_files_hold_the_group_and_the_number_of_training_scenes(tmp_path):
     for split in LONG_TAIL.splits:
         source = dataset.load_source("emoji_scenes/long_tail_tiny", split, tmp_path)
@@ -255,6 +264,7 @@ def test_every_size_has_every_split_of_its_world():
     assert len(TAIL + ABSENT) * 300 == sizes["long_tail"]["knowledge"]
 
 
+@pytest.mark.slow
 def test_files_of_an_earlier_version_are_made_anew(tmp_path, monkeypatch):
     """They lie beside the new ones, and stay as they are."""
     with monkeypatch.context() as patch:
@@ -287,6 +297,7 @@ def matches(size: int, ground: str) -> np.ndarray:
     return best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "ground"), [(16, "sand"), (20, "slate")])
 def test_a_new_class_looks_like_no_other(size, ground):
     """The likest pairs of the first sixteen classes, a cat and a pig for example, match each other better."""

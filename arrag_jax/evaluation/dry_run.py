@@ -110,7 +110,7 @@ def _model(config: DrawConfig, kind: Kind) -> Any:
     family, shape = shape_of(place)
     if kind is Kind.FAID and not shape.blended_neighbors:
         shape = dataclasses.replace(shape, faid=FaidConfig())
-    model = abstract(family.kind, config=shape)
+    model: Any = abstract(family.kind, config=shape)
     set_dtypes(model, config.dtype, next(iter(family.layouts.values())).exact)
     if config.int8:
         model.language_model.hold_in_int8()
