@@ -29,6 +29,8 @@ from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.training.faid import mark_adapters
 from helpers import tiny
 
+pytestmark = pytest.mark.slow
+
 K = 3
 CONFIG = dataclasses.replace(tiny.CONFIG, faid=FaidConfig(stride=1, hops=(1, 2), neighbors=K))
 
@@ -57,7 +59,6 @@ def retrieved(model, retriever, codes, k: int = K) -> tuple[np.ndarray, object]:
     return np.asarray(found.code).reshape(*codes.shape, -1)[..., :k], found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("policy", [Faid(), Faid(Daid(0.4, 0.3), neighbors=5)], ids=["faid", "faid+daid, other K"])
 def test_step_by_step_equals_teacher_forcing(model, retriever, policy):
     """Boundary cells included; unconditional rows are those of the model without blenders."""
@@ -73,7 +74,6 @@ def test_step_by_step_equals_teacher_forcing(model, retriever, policy):
     assert np.abs(cond - model.score(ids, drawn.codes, prompt_mask=mask)).max() > 0.1  # the blenders do something
 
 
-@pytest.mark.slow
 def test_weight_zero_beside_faid_is_faid_to_the_bit(model, retriever):
     ids, mask = tiny.prompts((5, 2))
     faid, both = (sample(model, ids, Faid(m), retriever, prompt_mask=mask, seed=1) for m in (Plain(), Daid(0.0, 0.1)))
@@ -81,13 +81,11 @@ def test_weight_zero_beside_faid_is_faid_to_the_bit(model, retriever):
     np.testing.assert_array_equal(faid.log_p, both.log_p)
 
 
-@pytest.mark.slow
 def test_weight_one_beside_faid_draws_retrieved_codes_only(model, retriever):
     ids, mask = tiny.prompts((5, 2, 3))
     tiny.assert_retrieved(sample(model, ids, Faid(Daid(1.0, 0.5)), retriever, prompt_mask=mask), model, retriever)
 
 
-@pytest.mark.slow
 def test_a_mesh_draws_what_one_device_draws(model, retriever):
     ids, mask = tiny.prompts((5, 2))
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
@@ -118,7 +116,6 @@ def test_unconditional_rows_are_not_computed(model, retriever, monkeypatch):
     assert {len(kept) for kept in (*cache.keys, *cache.values)} == {6}
 
 
-@pytest.mark.slow
 def test_a_batch_equals_its_pictures_drawn_alone(model, retriever):
     ids, mask = tiny.prompts((6, 3, 3))
     seeds = np.array([7, 7, 1])
@@ -131,7 +128,6 @@ def test_a_batch_equals_its_pictures_drawn_alone(model, retriever):
         np.testing.assert_allclose(batch.log_p[i], alone.log_p[0], atol=1e-5)
 
 
-@pytest.mark.slow
 def test_no_future_code_reaches_a_past_distribution(model):
     """Through attention, and through the blenders' windows, of which there are two in a row here."""
     rng = np.random.default_rng(0)
@@ -151,7 +147,6 @@ def test_no_future_code_reaches_a_past_distribution(model):
     assert np.all(influence[np.tril_indices(cells, -1)] > 0.0)
 
 
-@pytest.mark.slow
 def test_a_row_without_its_caption_is_not_blended(model):
     condition = model.check_condition(tiny.prompts((4, 4)))
     rng = np.random.default_rng(0)
@@ -162,7 +157,6 @@ def test_a_row_without_its_caption_is_not_blended(model):
     assert gates.shape == (2,) and np.all((gates > 0) & (gates < 1))
 
 
-@pytest.mark.slow
 def test_saved_and_loaded_is_the_same_to_the_bit(tmp_path, model):
     save_model(model, tmp_path)
     assert read_config(tmp_path) == model.config
@@ -188,7 +182,6 @@ def test_what_does_not_fit_is_named(model, retriever):
         tiny.janus().score(ids, codes, neighbor_codes=np.zeros((1, 20, K), np.int32))
 
 
-@pytest.mark.slow
 def test_merged_lora_is_lora_beside(model):
     """And a fresh one changes nothing; also where heads are wider than their share of the width."""
     condition = tuple(jnp.asarray(x) for x in tiny.prompts((4, 3)))
@@ -229,7 +222,6 @@ def test_reference_logits_with_nothing_retrieved(golden_model, reference):
     np.testing.assert_allclose(logits, golden["tf_logits_left_all_minus1"][:, -37:-1], atol=1e-4)
 
 
-@pytest.mark.slow
 def test_reference_logits_of_the_base(golden_model, reference):
     """Without neighbours."""
     golden = np.load(reference("base.npz"))
@@ -237,7 +229,6 @@ def test_reference_logits_of_the_base(golden_model, reference):
     np.testing.assert_allclose(logits, golden["tf_logits_left"][:, -37:-1], atol=1e-4)
 
 
-@pytest.mark.slow
 def test_the_grid_of_codes_is_known_or_named(golden_model, reference):
     """A square's is; these 36 codes could also be 4 x 9, which windows of blenders tell from 6 x 6."""
     golden = np.load(reference("faid.npz"))
@@ -286,13 +277,11 @@ def assert_gradients(gradients: dict[str, np.ndarray], expected: dict[str, np.nd
         np.testing.assert_allclose(value, golden, rtol=0, atol=1e-4 * np.abs(golden).max(), err_msg=path)
 
 
-@pytest.mark.slow
 def test_reference_gradients(golden_model, reference):
     expected = load_file(reference("faid_grads.safetensors"))
     assert_gradients(reference_gradients(golden_model, np.load(reference("faid.npz"))), expected)
 
 
-@pytest.mark.slow
 def test_reference_lora(golden_model, reference):
     """Logits, gradients of A and B, and the merged kernels."""
     golden, tensors = np.load(reference("lora.npz")), load_file(reference("lora.safetensors"))
@@ -338,7 +327,6 @@ def official_answers(golden, codebook) -> DenseRetriever:
     return DenseRetriever.create(keys, np.concatenate(list(found.values())).astype(np.int32), book, 10)
 
 
-@pytest.mark.slow
 def test_the_reference_draws_the_same(golden_model, reference):
     """The official loop with its one mend, that boundary cells follow training's rule (docs/reference.md "FAiD")."""
     golden, store = np.load(reference("faid.npz")), np.load(reference("retrieval.npz"))

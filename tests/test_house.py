@@ -163,12 +163,10 @@ def own_imports(tree: ast.Module, known: set[str]) -> set[str]:
     return found - {""}
 
 
-@pytest.mark.slow
 def test_every_module_has_a_floor():
     assert {name.split(".")[0] for name in modules()} - {""} <= FLOORS.keys()
 
 
-@pytest.mark.slow
 def test_imports_point_down():
     trees, wrong = modules(), []
     for name, tree in trees.items():
@@ -185,14 +183,12 @@ def test_peers_are_of_one_floor():
     assert all(FLOORS[importer] == FLOORS[imported] for importer, imported in PEERS)
 
 
-@pytest.mark.slow
 def test_imports_have_no_cycle():
     trees = modules()
     graph = {name: own_imports(tree, set(trees)) - {name} for name, tree in trees.items()}
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(trees)
 
 
-@pytest.mark.slow
 def test_one_table_alone_imports_the_emoji_scenes():
     """A data set is one source among others: beside its own folder and its benchmark's, ``data.registry`` names it."""
     trees = modules()
@@ -205,13 +201,11 @@ def test_one_table_alone_imports_the_emoji_scenes():
     assert outside == {"data.registry"}
 
 
-@pytest.mark.slow
 def test_no_foreign_framework_and_no_pickle():
     pairs = {(name, word.split(".")[0]) for name, tree in modules().items() for word in imported_names(tree)}
     assert {pair for pair in pairs if pair[1] in FORBIDDEN_IMPORTS} == OPTIONAL_IMPORTS | WEB_IMPORTS
 
 
-@pytest.mark.slow
 def test_optional_imports_stand_in_functions():
     trees = modules()
     for name, foreign in OPTIONAL_IMPORTS:
@@ -219,7 +213,6 @@ def test_optional_imports_stand_in_functions():
         assert foreign not in imported_names(ast.Module(outside, []))
 
 
-@pytest.mark.slow
 def test_no_module_imports_a_web_framework_when_it_is_imported_itself():
     """But for those that are one: they are imported in functions alone, so that everything else runs without."""
     framed = {"arrag_jax.web.endpoint", "arrag_jax.web.page"}  # the page loads Gradio by name
@@ -245,7 +238,6 @@ def test_every_requirement_is_pinned(file):
     assert [line for line in pins(file) if not re.fullmatch(r"[\w.-]+(\[[\w,]+\])?==[\w.+]+( *;.*)?", line)] == []
 
 
-@pytest.mark.slow
 def test_every_import_is_a_core_requirement():
     """What ``arrag_jax`` imports comes with requirements.txt alone."""
     names = {name.split(".")[0] for tree in modules().values() for name in imported_names(tree)}
@@ -256,7 +248,6 @@ def test_every_import_is_a_core_requirement():
     assert {name for name in foreign if not core & {plain(owner) for owner in owners.get(name, [])}} == set()
 
 
-@pytest.mark.slow
 def test_files_and_functions_are_short():
     long = []
     for path in (path for path in listed_files() if path.suffix == ".py"):
@@ -285,7 +276,6 @@ def test_no_model_is_named_outside_models():
     assert not named
 
 
-@pytest.mark.slow
 def test_every_public_thing_has_a_docstring():
     bare = []
     for name, tree in modules().items():

@@ -93,7 +93,6 @@ def oracle(codes: np.ndarray, stored: np.ndarray) -> tuple[list[np.ndarray], lis
     return distances, values
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("search", ["dense", "scann"])
 @pytest.mark.parametrize("name", STORED)
 def test_equals_the_exact_search_without_own_images(stores, name, search):
@@ -113,7 +112,6 @@ def test_equals_the_exact_search_without_own_images(stores, name, search):
         np.testing.assert_array_equal(np.sort(found.code[q][found.distance[q] < farthest - 1e-5]), nearer)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name, rounds", [("absent", 1), ("twice", 2)])
 def test_a_context_is_asked_for_once_unless_too_few_are_left(stores, monkeypatch, name, rounds):
     asked, search = [], leave_one_out._search
@@ -268,7 +266,6 @@ def test_manifest_comes_last_and_a_whole_set_is_not_built_again(whole, search, t
     assert base.contents(tmp_path) == base.contents(whole.directory)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
