@@ -14,6 +14,7 @@ import runpy
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from flax import nnx
@@ -95,7 +96,7 @@ def main(_: list[str]) -> None:
     kind = KEY_KINDS["hidden"]
     keys = kind.decoded(kind.held(records, projection.shape[1]), projection)
     graph, state = nnx.split(pipeline.model)
-    project_states = jax.jit(lambda s, x, c: project(projection, nnx.merge(graph, s).states(x, c)))
+    project_states = jax.jit(lambda s, x, c: project(jnp.asarray(projection), nnx.merge(graph, s).states(x, c)))
     ways = {"no search": None, "search": lambda position, followed: np.ones(len(followed.id), bool)}
     for every in map(int, EVERY.value):
         ways[f"every {every}"] = lambda position, followed, n=every: np.full(len(followed.id), position % n == 0)

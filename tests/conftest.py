@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from helpers import children, golden
+from helpers import children, golden, launching
 
 # Eight virtual devices, so that the tests of meshes run anywhere; set before jax wakes.
 FLAGS = f" --xla_force_host_platform_device_count=8 {children.QUICK}"
@@ -56,6 +56,12 @@ def photos() -> Path:
     if not path.is_dir():
         pytest.skip("real photos are not on this machine (../shared/data)")
     return path
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A copy of the launch scripts among stand-ins (``launching.make_repository``)."""
+    return launching.make_repository(tmp_path)
 
 
 @pytest.fixture(scope="module")

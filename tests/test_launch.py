@@ -5,7 +5,6 @@ import shlex
 import signal
 import socket
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -18,15 +17,9 @@ from helpers.launching import (
     calls,
     environment,
     launch,
-    make_repository,
     option,
     write_stub,
 )
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    return make_repository(tmp_path)
 
 
 @pytest.mark.parametrize(

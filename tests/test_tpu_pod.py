@@ -20,15 +20,9 @@ from helpers.launching import (
     calls,
     environment,
     launch,
-    make_repository,
     option,
     write_stub,
 )
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    return make_repository(tmp_path)
 
 
 @pytest.mark.slow

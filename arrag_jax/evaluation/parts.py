@@ -18,7 +18,6 @@ from flax import nnx
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
-from arrag_jax import progress
 from arrag_jax.data.pixels import decode, fitted
 from arrag_jax.decode.stream import BLANK
 from arrag_jax.errors import UserError
@@ -224,12 +223,9 @@ def draw(
 
     The codes of an extended picture's batch are those of its last window.
     """
-    batches = [numbers for numbers in pipeline.batches(len(prompts)) if wanted is None or wanted[numbers].any()]
-    length, total = pipeline.text.length(prompts), len(batches) * len(part.windows(pipeline.model.grid))
-    leads = jax.process_index() == 0
-    with progress.bar(wanted=leads, total=total * pipeline.positions, desc=f"drawing {method}", unit="cell") as bar:
-        for numbers in batches:
-            yield _drawn(pipeline, part, prompts, method, seeds, numbers, length, bar.update)
+    passes = len(part.windows(pipeline.model.grid))
+    for numbers, length, count in pipeline.each_batch(prompts, method, wanted, passes):
+        yield _drawn(pipeline, part, prompts, method, seeds, numbers, length, count)
 
 
 def _drawn(pipeline, part, prompts, method, seeds, numbers, length, count) -> Batch:

@@ -181,12 +181,23 @@ class Pipeline:
         Args:
           wanted: batches without a wanted image are skipped; None = all are wanted.
         """
+        for numbers, length, count in self.each_batch(prompts, method, wanted):
+            yield self.draw_batch(prompts, method, seeds, numbers, length, count)
+
+    def each_batch(
+        self, prompts: Sequence[str], method: str, wanted: Bool[np.ndarray, " N"] | None, passes: int = 1
+    ) -> Iterator[tuple[Int[np.ndarray, " n"], int, Callable[[int], Any]]]:
+        """Yields ``numbers``, ``length`` and ``count`` of ``draw_batch`` for each batch with a wanted image.
+
+        Args:
+          passes: how often each batch draws a whole grid, for the progress bar.
+        """
         batches = [numbers for numbers in self.batches(len(prompts)) if wanted is None or wanted[numbers].any()]
         length = self.text.length(prompts)  # of all batches, so that one shape is compiled
-        leads, total = jax.process_index() == 0, len(batches) * self.positions
+        leads, total = jax.process_index() == 0, len(batches) * passes * self.positions
         with progress.bar(wanted=leads, total=total, desc=f"drawing {method}", unit="cell") as bar:
             for numbers in batches:
-                yield self.draw_batch(prompts, method, seeds, numbers, length, bar.update)
+                yield numbers, length, bar.update
 
     @property
     def positions(self) -> int:

@@ -20,6 +20,7 @@ from arrag_jax.ops.keys import around
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.captions import LimitedRetriever, rows_of_images
 from arrag_jax.retrieval.dense import exact_top_k, require_k
+from arrag_jax.retrieval.patches import posting_lists
 from arrag_jax.retrieval.ranking import lay_out
 from arrag_jax.store.datastore import Datastore
 
@@ -126,13 +127,7 @@ def _unique(
     contexts: Integer[np.ndarray, "n 8"], rows: Int[np.ndarray, " n"]
 ) -> tuple[np.ndarray, Int[np.ndarray, " U1"], Int[np.ndarray, " n"]]:
     """Returns the unique contexts in the order of their first patches, where their patches start, and these."""
-    order = np.lexsort(contexts.T)  # stable, so rows stay in order
+    order = np.lexsort(contexts.T).astype(np.int32)  # stable, so rows stay in order
     ordered = contexts[order]
-    new = np.concatenate([[True], (ordered[1:] != ordered[:-1]).any(1)])[: len(order)]
-    first = np.flatnonzero(new)
-    count = np.diff(np.append(first, len(order)))
-    by_row = np.argsort(order[first])
-    count, moved = count[by_row], first[by_row]
-    starts = np.concatenate([[0], np.cumsum(count)]).astype(np.int32)
-    place = np.arange(len(order)) + np.repeat(moved - starts[:-1], count)
-    return ordered[moved], starts, rows[order[place]]
+    first, _, starts, patches = posting_lists(order, (ordered[1:] != ordered[:-1]).any(1))
+    return ordered[first], starts, rows[patches]

@@ -99,6 +99,28 @@ class KeysOfRows:
         return held.reshape(-1, held.shape[2])[self.first : self.first + self.count]
 
 
+def posting_lists(
+    order: Int[np.ndarray, " N"], changes: Bool[np.ndarray, " N1"]
+) -> tuple[Int[np.ndarray, " U"], Int[np.ndarray, " U"], Int[np.ndarray, " U1"], Int[np.ndarray, " N"]]:
+    """Returns the posting lists of U unique contexts, which are ordered by their first patches.
+
+    Args:
+      order: the patches, sorted by context and then by row.
+      changes: whether a patch in that order has another context than the one before it; N − 1 of them.
+
+    Returns:
+      For each context its first place in ``order`` and its number among the sorted contexts; where its patches begin in
+      the last array, with the end of all; and the patches.
+    """
+    begins = np.concatenate([[True], changes])[: len(order)]  # none if there are no patches
+    bounds = np.append(np.flatnonzero(begins), len(order)).astype(np.int32)
+    first, counts = bounds[:-1], np.diff(bounds)
+    by_first = np.argsort(order[first])
+    first, counts = first[by_first], counts[by_first]
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    return first, by_first, starts, order[np.arange(len(order)) + np.repeat(first - starts[:-1], counts)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Patches:
     """N stored patches with U unique contexts; without deduplication, U = N and each patch has its own key.
@@ -142,17 +164,13 @@ class Patches:
           kind: the kind of key.
         """
         whole = packed(contexts)
-        rows = np.argsort(whole, kind="stable").astype(np.int32)
-        whole = whole[rows]
-        starts = np.flatnonzero(np.concatenate([[True], whole[1:] != whole[:-1], [True]])).astype(np.int32)
-        distinct, counts = whole[starts[:-1]], np.diff(starts)
-        order = np.argsort(rows[starts[:-1]])  # order of the contexts by first patch
-        by_context = np.empty(len(order), np.int32)
-        by_context[order] = np.arange(len(order))
-        counts, moved = counts[order], starts[order]
-        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        rows = rows[np.arange(len(rows)) + np.repeat(moved - starts[:-1], counts)]
-        distinct, codebook = distinct[order].view("<u2").reshape(-1, 4), np.asarray(codebook, np.float32)
+        order = np.argsort(whole, kind="stable").astype(np.int32)
+        whole = whole[order]
+        first, by_first, starts, rows = posting_lists(order, whole[1:] != whole[:-1])
+        by_context = np.empty(len(first), np.int32)
+        by_context[by_first] = np.arange(len(first))
+        distinct = whole[first]
+        distinct, codebook = distinct.view("<u2").reshape(-1, 4), np.asarray(codebook, np.float32)
         keys, codes = KeysOfContexts(kind, distinct, codebook), codes.astype(np.uint16)[rows]
         return cls(keys, codes, kind, distinct, starts, rows, by_context)
 
