@@ -1,13 +1,14 @@
 """Measures what neighbours that are followed from position to position could replace of the searches by hidden state.
 
-python benchmarks/following.py [--scenes=100] [--every=2,4,8] [--farther=0.02,0.05,0.1]
+python benchmarks/following.py [--scenes=100] [--every=2,4,8] [--farther=0.02,0.05,0.1,0.2]
 
 RetoMaton (arXiv 2201.12431) lets the neighbours of one position name candidates for the next: the patch that follows
 each of them in its own image. Test scenes are read teacher-forced, with the store and the method ``gated`` of
 ``configs/emoji_knowledge.py``. "every R" searches at every R-th position; "farther D" searches where the nearest
 followed patch is farther than D, a squared distance. All other positions have the followed patches as neighbours,
-with their distances to the state there. Columns: the share of positions without a search; the share of the searched
-neighbours' weight, softmax(−d/τ), that the followed ones hold; bits per code of both groups of scenes.
+with their distances to the state there. A search leaves out what ``copy_share`` forbids, following does not. Columns:
+the share of positions without a search; the share of the searched neighbours' weight, softmax(−d/τ), that the
+followed ones hold; bits per code of both groups of scenes.
 """
 
 import runpy
@@ -34,7 +35,9 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "emoji_knowledge.py"
 METHOD, BATCH = "gated", 50
 SCENES = flags.DEFINE_integer("scenes", 100, "test scenes of the two groups")
 EVERY = flags.DEFINE_list("every", ["2", "4", "8"], "positions from one search to the next")
-FARTHER = flags.DEFINE_list("farther", ["0.02", "0.05", "0.1"], "squared distances above which a position searches")
+FARTHER = flags.DEFINE_list(
+    "farther", ["0.02", "0.05", "0.1", "0.2"], "squared distances above which a position searches"
+)
 
 
 class Followed:
@@ -97,7 +100,7 @@ def main(_: list[str]) -> None:
     keys = kind.decoded(kind.held(records, projection.shape[1]), projection)
     graph, state = nnx.split(pipeline.model)
     project_states = jax.jit(lambda s, x, c: project(jnp.asarray(projection), nnx.merge(graph, s).states(x, c)))
-    ways = {"no search": None, "search": lambda position, followed: np.ones(len(followed.id), bool)}
+    ways = {"plain": None, "search": lambda position, followed: np.ones(len(followed.id), bool)}
     for every in map(int, EVERY.value):
         ways[f"every {every}"] = lambda position, followed, n=every: np.full(len(followed.id), position % n == 0)
     for most in map(float, FARTHER.value):
@@ -132,13 +135,18 @@ def main(_: list[str]) -> None:
 
 
 def weight_held(searched: Neighbors, followed: Neighbors, temperature: float) -> np.ndarray:
-    """Returns the share of the searched neighbours' weight that is at patches among the followed ones, [B T]."""
-    distance = searched.distance - searched.distance[..., :1]
-    weight = np.exp(-distance / temperature)
+    """Returns the share of the searched neighbours' weight that is at patches among the followed ones, [B T].
+
+    It is 1 where nothing was found.
+    """
+    found = np.isfinite(searched.distance)
+    nearest = np.where(found[..., :1], searched.distance[..., :1], 0)
+    weight = np.where(found, np.exp(-(np.where(found, searched.distance, 0) - nearest) / temperature), 0)
     common = [
         [np.isin(a, b) for a, b in zip(*rows, strict=True)] for rows in zip(searched.id, followed.id, strict=True)
     ]
-    return (weight * np.array(common)).sum(-1) / weight.sum(-1)
+    all_of = weight.sum(-1)
+    return np.where(all_of > 0, (weight * np.array(common)).sum(-1) / np.maximum(all_of, 1e-30), 1)
 
 
 if __name__ == "__main__":
