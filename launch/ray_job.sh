@@ -109,10 +109,10 @@ stop() {
 cluster=$!
 trap stop EXIT
 
-for _ in {1..300}; do # the head may start later than the others
+for _ in {1..1500}; do # the head may start later than the others
   answers && break
   kill -0 "$cluster" 2>/dev/null || die "Ray did not start on $(hostname)"
-  sleep 1
+  sleep 0.2
 done
 answers || die "no head answers at $head:$port"
 
@@ -121,6 +121,7 @@ if ((rank > 0)); then
   while answers; do sleep "${POLL:-5}"; done
   exit
 fi
+up=$SECONDS
 "${run[@]}" &
 command=$!
 trap 'kill -TERM "$command"' TERM
@@ -131,4 +132,5 @@ if kill -0 "$command" 2>/dev/null; then
   code=0
   wait "$command" || code=$?
 fi
+while ((SECONDS - up < 2)); do sleep 0.2; done # a machine that sees no head waits for one that is gone already
 exit "$code"
