@@ -49,7 +49,8 @@ def sums_of_arrays(tree: PyTree) -> dict[str, tuple[int, int]]:
     """Returns both checksums of each array, by path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    sums = jax.device_get([_sums(_plain(leaf)) for _, leaf in leaves])  # all are dispatched before the first is fetched
+    # One at a time: CPU devices run several programs at once, and those of two processes could wait for each other.
+    sums = [jax.device_get(_sums(_plain(leaf))) for _, leaf in leaves]
     return {name: (int(pair[0]), int(pair[1])) for name, pair in zip(names, sums, strict=True)}
 
 
