@@ -79,7 +79,8 @@ def compare(address: str, folder: str) -> None:
         sys.stdin.readline()
     report(home / "store", dataclasses.replace(folders.config_in(home), scann=EXHAUSTIVE), address)
     told = json.loads((home / "store" / "report-ray-codebook.json").read_text())
-    assert len(told["nodes"]) == 2 and sum(node["rows"] for node in told["nodes"]) == told["num_patches"]
+    assert len(told["nodes"]) in (2, 3), told  # Ray counts a dead machine for some seconds
+    assert sum(node["rows"] for node in told["nodes"]) == told["num_patches"], told
     assert all(node["bytes"] > 0 and node["ms"] > 0 for node in told["nodes"])
     model = tiny.janus()
     ids, mask = tiny.prompts((3, 2))
@@ -105,4 +106,4 @@ def test_it_is_the_local_search_though_a_machine_dies_between_two_searches(tmp_p
             if line == "searching again\n":
                 driver.stdin.write("\n")
                 driver.stdin.flush()
-        assert driver.wait() == 0, "".join(said[-20:])
+        assert driver.wait() == 0, "".join(said)

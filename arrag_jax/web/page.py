@@ -33,6 +33,7 @@ class Page:
     def __init__(self, shelf: Shelf, config: str):
         """Makes the page of a shelf; ``config`` is the config file that the command line of a picture names."""
         self.shelf, self.config = shelf, config
+        self._stopped: set[str] = set()  # sessions whose visitor wants no more of the present drawing
         with gr.Blocks(title="arrag studio", analytics_enabled=False, delete_cache=(60, KEPT)) as self.blocks:
             drawn = gr.State(None)
             with gr.Tab("Draw"):
@@ -73,13 +74,13 @@ class Page:
             picture = picture_of("with retrieval", "picture")
         method.change(self._numbers, method, [weight, tau], queue=False)
         inputs = [prompt, method, seed, weight, tau, guidance, temperature, top_p]
-        outputs, events = [plain, picture, status, drawn], []
-        for button in (go, again):
-            events.append(button.click(self._draw, inputs, outputs, concurrency_id="drawing"))
-        events.append(prompt.submit(self._draw, inputs, outputs, concurrency_id="drawing"))
+        outputs = [plain, picture, status, drawn]
+        pressed = [button.click(self._begin, None, status, queue=False) for button in (go, again)]
+        pressed.append(prompt.submit(self._begin, None, status, queue=False))
         moved = following.click(lambda seed: int(seed or 0) + 1, seed, seed, queue=False)
-        events.append(moved.then(self._draw, inputs, outputs, concurrency_id="drawing"))
-        stop.click(lambda: "Stopped.", None, status, cancels=events, queue=False)
+        pressed.append(moved.then(self._begin, None, status, queue=False))
+        events = [each.then(self._draw, inputs, outputs, concurrency_id="drawing") for each in pressed]
+        stop.click(self._stop, None, None, queue=False)
 
         def when_drawn(function: Callable, shown: dict[str, Any]) -> None:
             for event in events:
@@ -92,7 +93,15 @@ class Page:
         mixed: Any = mixture_of(self.shelf.pipeline.policy(method))
         return (mixed.weight, mixed.temperature) if mixed else (0.0, 1.0)
 
-    def _draw(self, prompt, method, seed, weight, tau, guidance, temperature, top_p) -> Iterator[tuple[Any, ...]]:
+    def _begin(self, request) -> str:
+        self._stopped.discard(request.session_hash)
+        return "Waits for its turn …"
+
+    def _stop(self, request) -> None:
+        """Ends a drawing after its present row. Gradio's own cancelling can show an error in place of a picture."""
+        self._stopped.add(request.session_hash)
+
+    def _draw(self, prompt, method, seed, weight, tau, guidance, temperature, top_p, request) -> Iterator[tuple]:
         same = gr.skip()
         try:
             numbers = {"cfg_scale": guidance, "temperature": temperature, "top_p": top_p if top_p < 1 else None}
@@ -100,6 +109,9 @@ class Page:
             ask = Ask(prompt, method, int(seed), float(weight), float(tau), sampling)
             yield same, same, "Begins …", same
             for shown in studio.draw(self.shelf.pipeline, ask):
+                if request.session_hash in self._stopped:
+                    yield same, same, "Stopped.", same
+                    return
                 if isinstance(shown, Forming):
                     left = "" if shown.seconds_left is None else f", {shown.seconds_left:.1f} s left"
                     words = f"Row {shown.rows} of {shown.height}{left}"
@@ -108,6 +120,9 @@ class Page:
                     yield enlarged(shown.plain), enlarged(shown.picture), f"Done: seed {ask.seed}.", shown
         except (UserError, TypeError, OverflowError) as error:
             yield same, same, f"**{told(error)}**", same
+
+    for function in (_begin, _stop, _draw):
+        function.__annotations__["request"] = gr.Request  # by which Gradio knows what to pass
 
     def _where_tab(self, drawn: Any) -> dict[str, Any]:
         with gr.Row():
