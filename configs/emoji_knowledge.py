@@ -41,14 +41,15 @@ def get_config() -> ConfigDict:
     config.retrieval.store = "runs/knowledge"
     config.untaught_store = "runs/ordinary"
     sharp = {"weight": 0.98, "temperature": 0.001, "reduction": "sum"}
-    excess = {"features": ("prompt_excess",), "slopes": (20.0,), "thresholds": (0.1,)}
+    surprise = {"features": ("surprise", "prompt_excess"), "slopes": (6.0, 40.0), "thresholds": (0.7, 0.15)}
     config.hidden = {
         "cut_store": "runs/cut",
         "k": 256,
+        "images": 256,
         "copy_share": 0.001,  # a picture never follows a stored image in place
         "daid": sharp,
-        "gated": {"weight": 0.98, "temperature": 0.03, "reduction": "sum", "gate": excess},
-        "gated_caption": {**sharp, "gate": excess},
+        "gated": {**sharp, "temperature": 0.03, "gate": surprise},
+        "gated_caption": {**sharp, "temperature": 0.003, "gate": surprise},
         "cut": {**sharp, "gate": {"features": ("caption",), "slopes": (60.0,), "thresholds": (0.9,)}},
     }
     return config

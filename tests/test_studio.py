@@ -59,7 +59,8 @@ def test_a_drawing_is_what_its_command_draws_and_every_cell_is_told(tmp_path, tm
     config = drawings.make_config(tmp_path_factory)
     retrieval = dataclasses.replace(config.retrieval, search="dense")
     pipeline = open_pipeline(dataclasses.replace(config, retrieval=retrieval), ["plain", "caption"])
-    ask = studio.Ask("a cat", "caption", 5, 0.4, 0.1, SamplingConfig(1.7, temperature=0.9, top_p=0.8))
+    sampling = SamplingConfig(1.7, temperature=0.9, top_p=0.8)
+    ask = studio.Ask("a cat", "caption", 5, 0.4, 0.1, sampling, k=3)
     *forming, drawn = studio.draw(pipeline, ask)
     assert [(part.rows, part.height) for part in forming] == [(row, 12) for row in range(1, 13)]
     np.testing.assert_array_equal(forming[-1].picture, drawn.picture)

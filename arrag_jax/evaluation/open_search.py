@@ -53,6 +53,16 @@ class OpenSearch:
         retriever = None if self.retriever is None else DenseAround.of_store(self.store, config.k)
         return dataclasses.replace(self, config=config, retriever=retriever)
 
+    def with_k(self, k: int) -> "OpenSearch":
+        """Returns the same store, searched for another number of neighbours.
+
+        Raises:
+          UserError: if the store holds fewer patches.
+        """
+        retriever: Any = self.retriever
+        config = dataclasses.replace(self.config, k=k)
+        return dataclasses.replace(self, config=config, retriever=None if retriever is None else retriever.with_k(k))
+
     def uncopied(self, retriever: Any) -> AnyRetriever:
         """Returns a search over this store without the neighbours that ``config.hidden.copy_share`` leaves out."""
         return retriever if self.copies is None else dataclasses.replace(self.copies, local=retriever)

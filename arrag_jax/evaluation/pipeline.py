@@ -85,6 +85,14 @@ class Pipeline:
         """The search of ``config.retrieval``; None if no requested method searches the whole store."""
         return self.searches[Search.STORE].retriever if Search.STORE in self.searches else None
 
+    def with_k(self, k: int) -> "Pipeline":
+        """Returns a pipeline whose methods use k neighbours per position; errors as in ``OpenSearch.with_k``."""
+        retrieval = dataclasses.replace(self.config.retrieval, k=k)
+        hidden = dataclasses.replace(self.config.hidden, k=k)
+        config = dataclasses.replace(self.config, retrieval=retrieval, hidden=hidden)
+        searches = {name: opened.with_k(k) for name, opened in self.searches.items()}
+        return dataclasses.replace(self, config=config, searches=searches)
+
     def search_of(self, method: str) -> OpenSearch:
         """Returns what a method that retrieves searches."""
         return self.searches[METHODS[method].search]

@@ -46,6 +46,10 @@ class UncopiedRetriever:
     def k(self) -> int:
         return self.local.k
 
+    def with_k(self, k: int) -> "UncopiedRetriever":
+        """Returns the same search for another number of neighbours."""
+        return dataclasses.replace(self, local=self.local.with_k(k))
+
     def search_states(
         self, state: Float[Array, "B D"], drawn: Int[Array, "B T"], position: Int[Array, " B"]
     ) -> Neighbors:

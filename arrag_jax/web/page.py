@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from arrag_jax.decode.methods import BASELINE
+from arrag_jax.decode.methods import BASELINE, METHODS
 from arrag_jax.decode.policies import mixture_of
 from arrag_jax.errors import UserError, printable
 from arrag_jax.evaluation.parts import SIDES
@@ -60,6 +60,7 @@ class Page:
         with gr.Accordion("Settings", open=False), gr.Row():
             weight = gr.Slider(0, 1, mixed.weight if mixed else 0, label="λ, the share of retrieval")
             tau = gr.Number(mixed.temperature if mixed else 1, label="τ, in squared distance")
+            k = gr.Number(self._k(methods[-1]), label="K, neighbours", precision=0, elem_id="k")
             guidance = gr.Number(base.sampling.cfg_scale or 1.0, label="Guidance")
             temperature = gr.Number(base.sampling.temperature, label="Temperature")
             top_p = gr.Slider(0.01, 1, base.sampling.top_p or 1.0, label="Top-p")
@@ -72,8 +73,8 @@ class Page:
         with gr.Row():
             plain = picture_of("plain", "plain")
             picture = picture_of("with retrieval", "picture")
-        method.change(self._numbers, method, [weight, tau], queue=False)
-        inputs = [prompt, method, seed, weight, tau, guidance, temperature, top_p]
+        method.change(self._numbers, method, [weight, tau, k], queue=False)
+        inputs = [prompt, method, seed, weight, tau, k, guidance, temperature, top_p]
         outputs = [plain, picture, status, drawn]
         pressed = [button.click(self._begin, None, status, queue=False) for button in (go, again)]
         pressed.append(prompt.submit(self._begin, None, status, queue=False))
@@ -88,10 +89,14 @@ class Page:
 
         return when_drawn
 
-    def _numbers(self, method: str) -> tuple[float, float]:
-        """Returns a method's own λ and τ."""
+    def _k(self, method: str) -> int:
+        opened = self.shelf.pipeline.searches.get(METHODS[method].search)
+        return opened.config.k if opened else self.shelf.pipeline.config.retrieval.k
+
+    def _numbers(self, method: str) -> tuple[float, float, int]:
+        """Returns a method's own λ, τ and K."""
         mixed: Any = mixture_of(self.shelf.pipeline.policy(method))
-        return (mixed.weight, mixed.temperature) if mixed else (0.0, 1.0)
+        return (mixed.weight, mixed.temperature, self._k(method)) if mixed else (0.0, 1.0, self._k(method))
 
     def _begin(self, request) -> str:
         self._stopped.discard(request.session_hash)
@@ -101,12 +106,12 @@ class Page:
         """Ends a drawing after its present row. Gradio's own cancelling can show an error in place of a picture."""
         self._stopped.add(request.session_hash)
 
-    def _draw(self, prompt, method, seed, weight, tau, guidance, temperature, top_p, request) -> Iterator[tuple]:
+    def _draw(self, prompt, method, seed, weight, tau, k, guidance, temperature, top_p, request) -> Iterator[tuple]:
         same = gr.skip()
         try:
             numbers = {"cfg_scale": guidance, "temperature": temperature, "top_p": top_p if top_p < 1 else None}
             sampling = dataclasses.replace(self.shelf.pipeline.config.sampling, **numbers)
-            ask = Ask(prompt, method, int(seed), float(weight), float(tau), sampling)
+            ask = Ask(prompt, method, int(seed), float(weight), float(tau), sampling, int(k))
             yield same, same, "Begins …", same
             for shown in studio.draw(self.shelf.pipeline, ask):
                 if request.session_hash in self._stopped:

@@ -28,6 +28,7 @@ from arrag_jax.figures.canvas import ORANGE, RGBImage, upscale
 from arrag_jax.parsing import in_range
 from arrag_jax.web.requests import LIMITS, MOST_SEED, mixing, placed
 
+MOST_NEIGHBORS = 4096
 SIDE = 384  # pixels to which small pictures are enlarged on the page
 
 
@@ -41,11 +42,13 @@ class Ask:
     weight: float
     temperature: float
     sampling: SamplingConfig
+    k: int | None = None  # neighbours per position; None = as the studio was started
 
     def __post_init__(self):
         if len(self.prompt) > LIMITS.prompt:
             raise UserError(f"the prompt has {len(self.prompt):,} characters, at most {LIMITS.prompt:,}")
         in_range("seed", self.seed, 0, MOST_SEED - 1)
+        in_range("K", self.k or 1, 1, MOST_NEIGHBORS)
 
     def changed(self, config: DrawConfig) -> DrawConfig:
         """Returns the config with these settings."""
@@ -100,6 +103,7 @@ def draw(pipeline: Pipeline, ask: Ask) -> Iterator[Forming | Drawn]:
     if ask.method not in pipeline.methods:
         raise UserError(f"method {ask.method!r} is not open here; choose one of {', '.join(pipeline.methods)}")
     own = dataclasses.replace(pipeline, config=ask.changed(pipeline.config))
+    own = own if ask.k is None else own.with_k(ask.k)
     length, seeds = placed([ask.prompt], own), np.array([ask.seed])
     own.text.length([ask.prompt])
     streams = [own.rows([ask.prompt], method, seeds, length) for method in (BASELINE, ask.method)]
