@@ -7,7 +7,7 @@ python -m arrag_jax.eval --config configs/long_tail_knowledge.py --num_prompts=2
     --workdir runs/long_tail_eval
 
 The model is trained by configs/long_tail_tokenizer.py and configs/long_tail_prior.py. λ, τ and the gates are those of
-configs/emoji_knowledge.py.
+configs/emoji_knowledge.py; none was chosen on these scenes.
 """
 
 import runpy
@@ -24,5 +24,6 @@ def get_config() -> ConfigDict:
     config.retrieval.store = "runs/long_tail_store"
     config.untaught_store = ""
     config.hidden.cut_store = ""
+    config.hidden.images = 64
     config.methods = ("plain", "daid", "hidden", "hidden+caption", "gated", "gated+caption")
     return config
