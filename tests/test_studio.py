@@ -107,3 +107,17 @@ def test_a_visitors_pictures_become_the_open_store(tmp_path, tmp_path_factory):
     with pytest.raises(UserError, match="no finished datastore"):
         shelf.open(str(tmp_path))
     assert shelf.pipeline.datastore.num_images == 3
+
+
+def test_equal_pictures_are_never_saved_to_the_same_file(tmp_path):
+    """A file that is written again while it is sent ends before its announced length."""
+    pytest.importorskip("gradio")
+    from gradio import processing_utils
+
+    from arrag_jax.web.page import fresh
+
+    image = np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8)
+    paths = [processing_utils.save_pil_to_cache(fresh(image), str(tmp_path), format="png") for _ in range(2)]
+    assert paths[0] != paths[1]
+    for path in paths:
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), studio.enlarged(image))

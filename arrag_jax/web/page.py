@@ -2,14 +2,19 @@
 
 import dataclasses
 import importlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from arrag_jax.decode.methods import BASELINE, METHODS
 from arrag_jax.decode.policies import mixture_of
 from arrag_jax.errors import UserError, printable
 from arrag_jax.evaluation.parts import SIDES
+from arrag_jax.figures.canvas import RGBImage
 from arrag_jax.web import studio
 from arrag_jax.web.edit import MOST_VARIATIONS, EditAsk, edited, painted
 from arrag_jax.web.shelf import Shelf
@@ -120,9 +125,9 @@ class Page:
                 if isinstance(shown, Forming):
                     left = "" if shown.seconds_left is None else f", {shown.seconds_left:.1f} s left"
                     words = f"Row {shown.rows} of {shown.height}{left}"
-                    yield enlarged(shown.plain), enlarged(shown.picture), words, same
+                    yield fresh(shown.plain), fresh(shown.picture), words, same
                 else:
-                    yield enlarged(shown.plain), enlarged(shown.picture), f"Done: seed {ask.seed}.", shown
+                    yield fresh(shown.plain), fresh(shown.picture), f"Done: seed {ask.seed}.", shown
         except (UserError, TypeError, OverflowError) as error:
             yield same, same, f"**{told(error)}**", same
 
@@ -142,7 +147,8 @@ class Page:
             if last is None:
                 return None, "Draw a picture first."
             shape, grid = enlarged(last.picture).shape, last.pipeline.model.grid
-            return studio.origin(last, studio.position_at(event.index[0], event.index[1], shape, grid))
+            stored, words = studio.origin(last, studio.position_at(event.index[0], event.index[1], shape, grid))
+            return stored if stored is None else fresh(stored), words
 
         clicked.__annotations__["event"] = gr.SelectData  # by which Gradio knows what to pass
         picture.select(clicked, drawn, [stored, words], show_progress="hidden")
@@ -180,14 +186,12 @@ class Page:
                 ask = EditAsk(prompt, method, int(seed), int(number), picture, **what)
                 yield "Draws …", gr.skip(), gr.skip()
                 both = edited(self.shelf.pipeline, ask)
-                yield f"Done: {number} pictures.", *([enlarged(image) for image in images] for images in both)
+                yield f"Done: {number} pictures.", *([fresh(image) for image in images] for images in both)
             except (UserError, TypeError, OverflowError) as error:
                 yield f"**{told(error)}**", gr.skip(), gr.skip()
 
         def taken(last: Drawn | None) -> tuple[Any, str]:
-            return (
-                (gr.skip(), "Draw a picture first.") if last is None else (enlarged(last.picture), "Paint, then fill.")
-            )
+            return (gr.skip(), "Draw a picture first.") if last is None else (fresh(last.picture), "Paint, then fill.")
 
         take.click(taken, drawn, [editor, status], show_progress="hidden")
         given, outputs = [prompt, method, seed, number, editor], [status, *results]
@@ -205,7 +209,8 @@ class Page:
         if last is None:
             return (gr.skip(),) * 8
         words = "Click a cell of the picture to see where it comes from."
-        pictures = enlarged(last.picture), None, words, studio.audit(last.record), last.page, studio.sources(last)
+        page, sources = fresh(last.page), [(fresh(image), caption) for image, caption in studio.sources(last)]
+        pictures = fresh(last.picture), None, words, studio.audit(last.record), page, sources
         return (*pictures, studio.files(last), studio.command(last, self.config))
 
     def _store_tab(self) -> None:
@@ -249,6 +254,20 @@ def picture_of(label: str, name: str, height: int | None = 400) -> Any:
     """Returns a widget that shows a picture; it has no button that sends it elsewhere."""
     buttons: list[Any] = ["download", "fullscreen"]
     return gr.Image(label=label, interactive=False, format="png", buttons=buttons, elem_id=name, height=height)
+
+
+_number = itertools.count()
+
+
+def fresh(image: RGBImage) -> Image.Image:
+    """Returns an image, enlarged if it is small, whose file nothing else is saved to.
+
+    Gradio names a file by its content, and writes it again while it may be sending it. A number in the text makes each
+    content different.
+    """
+    shown = Image.fromarray(np.ascontiguousarray(enlarged(image)))
+    shown.info["number"] = str(next(_number))
+    return shown
 
 
 def told(error: Exception) -> str:
