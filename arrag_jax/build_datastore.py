@@ -101,7 +101,7 @@ if __name__ == "__main__":
         "apart",
         recorded=lambda flags: recorded_config(Path((flags["merge"] or [flags["workdir"]])[0])),
         config=OPTIONAL_CONFIG,
-        workdir=Flag("folder of the datastore; made when absent", path=True),
+        workdir=Flag("folder of the datastore; made when absent", path=True, storage=True),
         report=Flag("measure the index in --workdir, print the figures and write them to report.json", False),
         append=Flag("add the images of config.source that the datastore does not hold yet", False),
         merge=Flag(

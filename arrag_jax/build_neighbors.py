@@ -26,7 +26,7 @@ if __name__ == "__main__":
     main_with_config(
         run,
         NeighborsConfig,
-        workdir=Flag("folder of both sets; made when absent", path=True),
+        workdir=Flag("folder of both sets; made when absent", path=True, storage=True),
         ray=RAY,
         ray_cores=RAY_CORES,
     )

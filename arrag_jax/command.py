@@ -22,11 +22,12 @@ import jax
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
-from arrag_jax import console, huggingface, progress
+from arrag_jax import console, progress, remote
 from arrag_jax.errors import UserError, as_called, run_command
 from arrag_jax.failures import explanation, out_of_memory, refused, tells_of_memory
 from arrag_jax.fields import local_path, paths_in, pin
 from arrag_jax.meeting import is_one_of_several
+from arrag_jax.object_workdir import mirrored
 from arrag_jax.parsing import config_file, parse, repeated
 from arrag_jax.processes import WAIT, start_distributed
 from arrag_jax.usage import Sections, keys_text
@@ -43,6 +44,7 @@ class Flag(NamedTuple):
     path: bool = False  # the flag is the path of a local file or folder; ~ is expanded
     several: bool = False  # a flag of default () that takes all words up to the next flag
     hub: str = ""  # kind of repository of the Hugging Face hub whose ids a path may be, too; "" = none
+    storage: bool = False  # the path may be an address of object storage, which is then written
 
 
 PROGRESS = Flag("show progress bars (on a terminal only); --noprogress turns them off", True)
@@ -89,20 +91,22 @@ def main_with_config(
         values = _parse(argv, main, config_class, sections or {}, recorded, {**flags, **OWN})
         progress.show(values.pop("progress"))
         console.quiet(not values.pop("verbose"))
-        arguments, given = [], None
-        if config_class is not None:
-            given = values.pop("config")
-            arguments = [parse(config_class, given) if given else None]
-        pinned = pin(_paths(flags, values, sections or {}, *arguments), values, given)
-        if config_class is not None and pinned:
-            arguments = [parse(config_class, given)]
-        _start(processes, values, *arguments)
+        given = values.pop("config") if config_class is not None else None
+        arguments = [parse(config_class, given) if given else None] if config_class is not None else []
+        with mirrored(values, [name for name, flag in flags.items() if flag.storage]) as require_one:
+            if pin(_paths(flags, values, sections or {}, *arguments), values, given) and config_class is not None:
+                arguments = [parse(config_class, given)]
+            _start(processes, values, *arguments)
+            require_one()
+            return call(values, arguments)
+
+    def call(values: dict[str, Any], arguments: list[Any]) -> int | None:
         try:
             for name, path in _paths(flags, values, sections or {}, *arguments):
-                if not huggingface.is_id(path):
+                if not remote.is_remote(path):
                     _require_place(name, path)
             enable_compilation_cache()
-            result = main(*arguments, **values)
+            return main(*arguments, **values)
         except Exception as error:  # any library may be the source: data sets, checkpoints, metrics, images
             if console.is_closed(error):
                 raise BrokenPipeError from error
@@ -110,7 +114,6 @@ def main_with_config(
             if said is None:
                 raise
             raise UserError(said) from error
-        return result
 
     console.prepare()
     console.quiet(True)
@@ -163,7 +166,7 @@ def _paths(
 ) -> Iterator[tuple[str, str]]:
     """Yields the name and value of every path that the flags or the config give."""
     for name, flag in flags.items():
-        if _is_path(name, flag) and name in values:
+        if (flag.path or name == "workdir") and name in values:
             given = values[name] if isinstance(values[name], list) else [values[name]]
             yield from ((f"--{name}", path) for path in given if path)
     if config is not None:
@@ -236,8 +239,8 @@ def _parse(
         if missing:
             raise UserError(f"missing {', '.join(missing)} (see --help)")
         for name, flag in flags.items():
-            if _is_path(name, flag) and parsed[name]:
-                parsed[name] = _local(parsed[name], f"--{name}", flag.hub)
+            if (flag.path or name == "workdir") and parsed[name]:
+                parsed[name] = _local(parsed[name], f"--{name}", flag)
             if isinstance(parsed[name], float) and not math.isfinite(parsed[name]):
                 raise UserError(f"--{name}={parsed[name]} must be a finite number")
         if config_class and parsed.get("config"):
@@ -255,12 +258,9 @@ def _parse(
     return parsed
 
 
-def _is_path(name: str, flag: Flag) -> bool:
-    return flag.path or name == "workdir"
-
-
-def _local(given: str | list[str], name: str, hub: str) -> str | list[str]:
-    return [local_path(path, name, hub) for path in given] if isinstance(given, list) else local_path(given, name, hub)
+def _local(given: str | list[str], name: str, flag: Flag) -> str | list[str]:
+    paths = [local_path(x, name, flag.hub, flag.storage) for x in (given if isinstance(given, list) else [given])]
+    return paths if isinstance(given, list) else paths[0]
 
 
 def _load(value: str, config_class: type) -> ConfigDict:

@@ -11,20 +11,21 @@ merged into them. A training run is written in the same form as its own export.
 
 from pathlib import Path
 
-from arrag_jax import huggingface, signals
+from arrag_jax import huggingface, object_storage, signals
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.errors import UserError
 from arrag_jax.files import require_new
 from arrag_jax.models.conversion import convert
-from arrag_jax.models.place import is_run
+from arrag_jax.models.place import is_run, run_or_model
 from arrag_jax.models.registry import TARGETS
 
 
 def run(source: str, target: str, to: str, merge_lora: bool, last: bool) -> None:
     """Converts the checkpoint in --source into a new folder --target."""
     signals.begins_anew()
-    if is_run(Path(source)):
-        _export(source, target, to, merge_lora, last)
+    folder = run_or_model(source) if object_storage.is_address(source) else Path(source)
+    if is_run(folder):
+        _export(str(folder), target, to, merge_lora, last)
         return
     if last:
         raise UserError(f"--last is for the workdir of a training run, which --source={source} is not")
@@ -55,7 +56,7 @@ if __name__ == "__main__":
             path=True,
             hub=huggingface.MODEL,
         ),
-        target=Flag("folder to make; must not be there yet", path=True),
+        target=Flag("folder to make; must not be there yet", path=True, storage=True),
         to=Flag(f"layout to write, one of {', '.join(TARGETS)}", "ours"),
         merge_lora=Flag("add a LoRA adapter to the weights; --nomerge_lora keeps it beside them", True),
         last=Flag("of a training run: its newest checkpoint, not its best", False),

@@ -136,7 +136,7 @@ if __name__ == "__main__":
         "apart",
         config=OPTIONAL_CONFIG,
         benchmark=Flag(f"what to measure on, one of {', '.join(BENCHMARKS)}", "emoji_scenes"),
-        workdir=Flag("folder for results.json and images; made when absent", "runs/eval", path=True),
+        workdir=Flag("folder for results.json and images; made when absent", "runs/eval", path=True, storage=True),
         split=Flag("test, or valid to choose settings on", "test"),
         num_prompts=Flag("prompts to draw, each with the benchmark's number of seeds; 0 = likelihood alone", 600),
         num_scenes=Flag("held-out images whose likelihood is measured", 1500),

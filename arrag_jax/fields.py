@@ -1,7 +1,8 @@
 """Checks the fields of all settings: numbers must be finite and paths local; ``~`` in a path is expanded.
 
 A frozen dataclass that derives from ``Settings`` is checked when an instance is created. A field of type ``LocalPath``
-holds the path of a file or folder. ``ModelPath`` and ``DataPath`` may also hold an id of the Hugging Face hub.
+holds the path of a file or folder. ``ModelPath`` and ``DataPath`` may also hold an id of the Hugging Face hub, or an
+address of object storage.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from arrag_jax import huggingface
+from arrag_jax import huggingface, object_storage
 from arrag_jax.errors import UserError
 
 LARGEST = 3.4028234e38  # the largest float32, the type of all computations
@@ -58,22 +59,26 @@ class Settings:
         cls.__post_init__ = __post_init__  # type: ignore[method-assign]  # to wrap the class's own is what this is for
 
 
-def local_path(path: str | os.PathLike, name: str, hub: str = "") -> str:
+def local_path(path: str | os.PathLike, name: str, hub: str = "", storage: bool = False) -> str:
     """Returns a path on this machine, with ``~`` expanded.
 
     Args:
       name: name of the path in the message: a flag or a config key.
       hub: the kind of repository whose ids (``huggingface``) are accepted and returned as they are; "" = none.
+        Where ids are accepted, so are addresses of object storage.
+      storage: whether addresses of object storage are accepted where ids are not.
 
     Raises:
-      UserError: if the path is a network address, has an unknown home folder, or is not a valid file name.
+      UserError: if the path is another network address, has an unknown home folder, or is not a valid file name.
     """
     path = os.fspath(path)
     if hub and huggingface.is_id(path):
         return str(huggingface.parse_id(path, name, hub))
+    if (hub or storage) and object_storage.is_address(path):
+        return object_storage.canonical(path, name)
     if "://" in path or _ADDRESS.match(path):
         raise UserError(
-            f"{name}={path} is an address; mount it, and give the folder, or copy it here ({_hub_forms(hub)})"
+            f"{name}={path} is an address; mount it, and give the folder, or copy it here ({_hub_forms(hub, storage)})"
         )
     if "\0" in path:
         raise UserError(f"{name}={path!r} holds a NUL character, which no path can; give another path")
@@ -87,8 +92,10 @@ def local_path(path: str | os.PathLike, name: str, hub: str = "") -> str:
     return expanded
 
 
-def _hub_forms(hub: str) -> str:
-    return f"or write {huggingface.FORMS[hub]} for one of the Hugging Face hub" if hub else "nothing is downloaded"
+def _hub_forms(hub: str, storage: bool) -> str:
+    forms = [f"{huggingface.FORMS[hub]} for one of the Hugging Face hub"] if hub else []
+    forms += [f"{object_storage.FORMS} for object storage"] if hub or storage else []
+    return f"or write {', '.join(forms)}" if forms else "nothing is downloaded"
 
 
 def is_path(hint: Any) -> bool:

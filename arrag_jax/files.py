@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from arrag_jax.failures import code_of, tells_of_a_full_disk, tells_of_memory, u
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
 GLANCE = 0.3  # seconds to retry, because ``is_held`` in another process takes the lock for a moment
 _writer = ""  # set by ``name_writer``
+_follower: Callable[[Path], None] | None = None  # set by ``followed``
 _told: set[str] = set()  # folders for which the warning about missing locks was printed
 
 
@@ -65,6 +66,29 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+    finished(path)
+
+
+@contextlib.contextmanager
+def followed(follower: Callable[[Path], None]) -> Iterator[None]:
+    """Has a function called with the path of each file and folder that is finished while this is open."""
+    global _follower
+    before, _follower = _follower, follower
+    try:
+        yield
+    finally:
+        _follower = before
+
+
+def is_followed() -> bool:
+    """Returns whether a function follows what is finished; see ``followed``."""
+    return _follower is not None
+
+
+def finished(path: Path) -> None:
+    """Tells whoever follows that a file or folder is finished, or removed as a whole; see ``followed``."""
+    if _follower is not None:
+        _follower(path)
 
 
 def name_writer(name: str) -> None:
@@ -168,6 +192,7 @@ def atomic_folder(target: Path, what: str, replace: bool = False) -> Iterator[Pa
             raise
         finally:
             removed(old)
+        finished(target)
 
 
 def clear_leftovers(target: Path) -> None:

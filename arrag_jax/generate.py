@@ -62,7 +62,7 @@ if __name__ == "__main__":
         run,
         DrawConfig,
         "together",
-        workdir=Flag("folder for the images; made when absent", "pictures", path=True),
+        workdir=Flag("folder for the images; made when absent", "pictures", path=True, storage=True),
         prompt=Flag("what to draw; give it once or several times", ()),
         test_prompts=Flag("draw the first N test prompts of the config's data set as well", 0),
         test_group=Flag("of the test prompts only those of this group, such as unseen or tail; default: all", ""),

@@ -196,27 +196,6 @@ def fetch(of: Snapshot, names: Collection[str]) -> None:
         _require_whole(of, name)
 
 
-def local_copy(path: str | os.PathLike, required: str) -> str | os.PathLike:
-    """Returns a path as it is, unless it is a data set's id: then the folder with a copy of all files of the id's part.
-
-    Args:
-      required: name of a file that the part must hold.
-
-    Raises:
-      UserError: as in ``snapshot`` and ``fetch``, or if there is no such file.
-    """
-    if not is_id(path):
-        return path
-    found = snapshot(parse_id(os.fspath(path), "store", DATASET))
-    names = found.below()
-    if required not in names:
-        raise UserError(
-            f"{found.id} holds no {required}; give the id of what was uploaded, and its folder after a colon"
-        )
-    fetch(found, [name for below, name in names.items() if below not in BESIDE])
-    return found.folder
-
-
 @functools.lru_cache(maxsize=64)
 def _looked_up(
     kind: str, repo: str, revision: str, client: tuple[str, str, bool]

@@ -38,7 +38,7 @@ if __name__ == "__main__":
         TrainConfig,
         "together",
         sections={"options": ("task", {task: options for task, (_, options) in TASKS.items()})},
-        workdir=Flag("folder of the run; made when absent", path=True),
+        workdir=Flag("folder of the run; made when absent", path=True, storage=True),
         topology=TOPOLOGY,
         profile=Flag("write a profile of these steps, START:STOP, for TensorBoard and Perfetto, into --workdir", ""),
     )

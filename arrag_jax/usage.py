@@ -70,7 +70,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 def _type_name(hint: Any) -> str:
     if is_path(hint):
-        return "path or hub id" if hub_kind(hint) else "path"
+        return "path, hub id or address" if hub_kind(hint) else "path"
     if hint is Any:
         return "section"
     if isinstance(hint, types.UnionType):

@@ -200,7 +200,7 @@ def test_the_client_takes_its_settings_from_its_variables_and_nothing_imports_it
         "import sys, arrag_jax.cli, arrag_jax.build_datastore, arrag_jax.train, arrag_jax.eval\n"
         "from arrag_jax.models.checkpoint import load_tokenizer\n"
         "load_tokenizer(sys.argv[1])\n"
-        "print(sorted({'huggingface_hub', 'pyarrow', 'ray'} & set(sys.modules)))\n"
+        "print(sorted({'fsspec', 'gcsfs', 'huggingface_hub', 'pyarrow', 'ray', 's3fs'} & set(sys.modules)))\n"
         "print(load_tokenizer('hf:owner/name').fingerprint)\n"
     )
     environment = children.alone() | hub_server.variables(hub.address, tmp_path / "elsewhere")

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from arrag_jax import huggingface
+from arrag_jax import huggingface, object_storage
 from arrag_jax.config import BY_HABIT, ColumnsConfig
 from arrag_jax.data import parquet, pixels
 from arrag_jax.data.endings import TAR
@@ -81,7 +81,7 @@ def root_of(source: str) -> Path:
     """Returns the folder that a source's ids are relative to; the ending decides if the source no longer exists."""
     if huggingface.is_id(source):
         return root_of_hub(source)
-    path = Path(source)
+    path = object_storage.snapshot(source, "source").place if object_storage.is_address(source) else Path(source)
     is_folder = path.is_dir() or not (path.exists() or source.lower().endswith(SINGLE))
     return path if is_folder else path.parent
 
@@ -102,7 +102,8 @@ def list_source(
     """Returns every image of a source, in order.
 
     Args:
-      source: path of a folder, a tar or a Parquet file, or the id of a data set of the hub, which is downloaded.
+      source: path or address of a folder, a tar or a Parquet file, or the id of a data set of the hub. What is not here
+        is copied here.
       captions: whether to read captions.
       key: name of the setting, for error messages.
       columns: the columns of Parquet files.
@@ -110,7 +111,7 @@ def list_source(
     Raises:
       UserError: if there is no such source, it holds no image, or captions are requested and there is none.
     """
-    path = Path(source)
+    path = object_storage.copied(source, key) if object_storage.is_address(source) else Path(source)
     if huggingface.is_id(source):
         root, names = files_of(source, key)
         lister = Lister(root, captions, columns)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from arrag_jax import huggingface
+from arrag_jax import huggingface, remote
 from arrag_jax.errors import UserError, printable
 from arrag_jax.files import atomic_write
 from arrag_jax.models.place import checkpoint_folder
@@ -60,9 +60,9 @@ def _licence_in(model: str) -> str:
     """Returns the licence at the head of the card of a model; "unknown" if it names none, or cannot be read."""
     try:
         folder = checkpoint_folder(Path(model))
-        if huggingface.is_id(model):
-            found = huggingface.snapshot(huggingface.parse_id(model, CARD))
-            huggingface.fetch(found, [name for below, name in found.below().items() if below == CARD])
+        if remote.is_remote(model):
+            found = remote.snapshot(model, CARD, huggingface.MODEL)
+            remote.fetch(found, [name for below, name in found.below().items() if below == CARD])
         head = (folder / CARD).read_text(encoding="utf-8").split("---")[1]
     except (UserError, OSError, UnicodeError, IndexError):
         return UNKNOWN

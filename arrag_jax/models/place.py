@@ -1,10 +1,11 @@
-"""Finds a model's folder from what a config or a flag names: a folder, a training run, or an id of the hub."""
+"""Finds a model's folder from what a config or a flag names: a folder, a run, an id of the hub, an address."""
 
 import fnmatch
 import re
+from collections.abc import Collection
 from pathlib import Path
 
-from arrag_jax import huggingface
+from arrag_jax import huggingface, object_storage, remote
 from arrag_jax.errors import UserError
 from arrag_jax.fields import local_path
 from arrag_jax.json_files import read_object
@@ -38,7 +39,8 @@ def wherever(directory: Path) -> Path:
 def checkpoint_folder(directory: Path, also: tuple[str, ...] = ()) -> Path:
     """Returns the folder (see ``wherever``; ``~`` is expanded), or the export in it if it is that of a training run.
 
-    The files that ``load_model`` reads of an id of the hub are downloaded into the hub's cache, unless they are there.
+    The files that ``load_model`` reads of an id of the hub or of an address are copied into a cache, unless they are
+    there.
 
     Args:
       also: names or patterns of further files to download.
@@ -47,7 +49,7 @@ def checkpoint_folder(directory: Path, also: tuple[str, ...] = ()) -> Path:
       UserError: if the path is another URL or no folder, the training run has no export yet, or the hub's repository
         cannot be read or has no layout of a model.
     """
-    if huggingface.is_id(directory):
+    if remote.is_remote(directory):
         return _downloaded(str(directory), also, weights=True)
     directory = wherever(Path(local_path(directory, "checkpoint", huggingface.MODEL)))
     if not directory.is_dir():
@@ -65,25 +67,53 @@ def checkpoint_folder(directory: Path, also: tuple[str, ...] = ()) -> Path:
 def config_folder(directory: Path) -> Path:
     """Returns what ``checkpoint_folder`` does; of an id of the hub, only JSON files are downloaded, no weights."""
     return (
-        _downloaded(str(directory), (), weights=False) if huggingface.is_id(directory) else checkpoint_folder(directory)
+        _downloaded(str(directory), (), weights=False) if remote.is_remote(directory) else checkpoint_folder(directory)
     )
 
 
 def _downloaded(text: str, also: tuple[str, ...], weights: bool) -> Path:
     """Returns the folder of the hub's cache with a model's JSON files and, if requested, its weights."""
-    found = huggingface.snapshot(huggingface.parse_id(text, "checkpoint", huggingface.MODEL))
+    found = remote.snapshot(text, "checkpoint", huggingface.MODEL)
+    if object_storage.is_address(text) and _is_run_of(found.below()):
+        found = remote.snapshot(f"{text}/export", "checkpoint", huggingface.MODEL)
     names = found.below()
     held = [*_indexes(names), *(x for x in WEIGHTS if x in names), *(x for x in names if fnmatch.fnmatch(x, "*.pt"))]
     if CONFIG not in names or not any("/" not in name for name in held):
         lacks = "weights" if CONFIG in names else CONFIG
         raise UserError(f"{found.id} holds no model in a layout that is known: it has no {lacks}; known are: {LAYOUTS}")
     jsons = [name for name in names if name.endswith(".json") and "/" not in name]
-    huggingface.fetch(found, [names[name] for name in jsons])
+    remote.fetch(found, [names[name] for name in jsons])
     if weights:
         needed = _weights(names, found.folder)
         needed |= {name for name in names for pattern in (*FURTHER, *also) if fnmatch.fnmatch(name, pattern)}
-        huggingface.fetch(found, sorted(names[name] for name in needed))
+        remote.fetch(found, sorted(names[name] for name in needed))
     return found.folder
+
+
+def run_or_model(place: str) -> Path:
+    """Returns the folder of a training run or of a model.
+
+    Of a run at an address, the checkpoints and the records are copied here; the export is not.
+
+    Args:
+      place: a path (see ``wherever``), an id of the hub or an address.
+
+    Raises:
+      UserError: as in ``checkpoint_folder``, for an id or an address.
+    """
+    if not remote.is_remote(place):
+        return wherever(Path(place))
+    if object_storage.is_address(place):
+        found = object_storage.snapshot(place, "checkpoint")
+        if _is_run_of(found.files):
+            object_storage.fetch(found, [x for x in found.files if "/" not in x or x.startswith("checkpoints/")])
+            return found.folder
+    return checkpoint_folder(Path(place))
+
+
+def _is_run_of(names: Collection[str]) -> bool:
+    """Returns whether these files are those of a training run; see ``is_run``."""
+    return "base.json" in names and any(name.startswith("checkpoints/") for name in names)
 
 
 def _indexes(names: dict[str, str]) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from arrag_jax import progress
 from arrag_jax.errors import UserError
-from arrag_jax.files import atomic_folder, exclusive_lock, folder_in, write_json
+from arrag_jax.files import atomic_folder, exclusive_lock, folder_in, is_followed, write_json
 from arrag_jax.json_files import read_object
 from arrag_jax.ops.keys import KINDS_BY_FILE
 from arrag_jax.parsing import shown
@@ -61,6 +61,11 @@ def purge(directory: Path) -> Datastore:
       UserError: if nothing is forgotten, if the store lists images that could not be read or were duplicates (then
         numbers of images would change their shards), or if another process writes to it.
     """
+    if is_followed():
+        raise UserError(
+            f"--purge replaces a datastore as a whole, which cannot be done at an address; copy it without the "
+            f"forgotten images: python -m arrag_jax.build_datastore --merge={directory} --workdir=NEW"
+        )
     with exclusive_lock(directory):
         store = Datastore.open(directory)
         store.verify()

@@ -15,6 +15,7 @@ from arrag_jax.data.examples import DUPLICATE, PASSED_OVER, Images
 from arrag_jax.errors import UserError, printable
 from arrag_jax.interfaces import ImageTokenizer
 from arrag_jax.models.checkpoint import load_tokenizer
+from arrag_jax.remote import local_copy
 from arrag_jax.store import extension, segments, writer
 from arrag_jax.store.building import require_same_settings, state_of
 from arrag_jax.store.datastore import Datastore, StoreSettings
@@ -249,6 +250,7 @@ def recorded_config(directory: Path) -> dict[str, Any]:
     Raises:
       UserError: if there is no complete store.
     """
+    directory = Path(local_copy(directory, MANIFEST))
     if not (directory / MANIFEST).is_file():
         raise UserError(f"missing --config (see --help): {directory} holds no datastore whose settings could be taken")
     settings = Datastore.open(directory).settings

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import UInt8
 
-from arrag_jax import huggingface
+from arrag_jax import huggingface, object_storage, remote
 from arrag_jax.config import BY_HABIT, ColumnsConfig
 from arrag_jax.data import endings, sources
 from arrag_jax.data.duplicates import without_copies
@@ -68,8 +68,10 @@ class ImageSource:
         self.beside: dict[str, int] = {}
         if state == "begun" and not is_data_set(name):
             self.entries, self.beside = load_whole_listing(listing)
-            if huggingface.is_id(name):
-                files_of(name)  # this machine may not have them, or not any more
+            if huggingface.is_id(name):  # this machine may not have them, or not any more
+                files_of(name)
+            elif object_storage.is_address(name):
+                object_storage.copied(name, "source")
         elif state == "nothing" and not is_data_set(name):
             self.entries, self.beside = sources.list_source(name, captions, columns=columns)
             if not copies:
@@ -106,8 +108,8 @@ class ImageSource:
 
 
 def origin_of(source: str) -> str:
-    """Returns the absolute path of a folder or file, with links resolved; "" for a data set and an id of the hub."""
-    return "" if is_data_set(source) or huggingface.is_id(source) else str(Path(source).resolve())
+    """Returns the absolute path of a folder or file, with links resolved; "" for a data set, an id or an address."""
+    return "" if is_data_set(source) or remote.is_remote(source) else str(Path(source).resolve())
 
 
 def is_same_source(settings: ShardSettings, source: str) -> bool:
@@ -126,6 +128,9 @@ def names_below(source: str) -> Callable[[str], str]:
     """
     if huggingface.is_id(source):
         return lambda id_: f"{huggingface.parse_id(source, 'source').repository}/{id_}"
+    if object_storage.is_address(source):
+        root = source.rpartition("/")[0] if source.lower().endswith(sources.SINGLE) else source
+        return lambda id_: f"{root}/{id_}"
     below = "" if is_data_set(source) else f"{sources.root_of(source).resolve()}/"
     return lambda id_: f"{below}{id_}"
 

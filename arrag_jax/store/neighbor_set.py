@@ -21,7 +21,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from jaxtyping import Int, Integer
 
-from arrag_jax import huggingface
+from arrag_jax import huggingface, object_storage
 from arrag_jax.config import BY_HABIT, ColumnsConfig, ScannOptions
 from arrag_jax.errors import UserError
 from arrag_jax.parsing import in_range
@@ -150,7 +150,9 @@ def from_record(record: bytes, positions: int, k: int) -> tuple[Int[np.ndarray, 
 
 
 def set_in(path: str, name: str) -> str:
-    """Returns the path of a neighbour set in what ``build_neighbors`` has written: in a folder, or a data set's id."""
+    """Returns the path of a neighbour set in what ``build_neighbors`` has written: a folder, an id or an address."""
+    if object_storage.is_address(path):
+        return f"{path}/{name}"
     if not huggingface.is_id(path):
         return str(Path(path) / name)
     of = huggingface.parse_id(path, "neighbors", huggingface.DATASET)

@@ -17,10 +17,10 @@ from arrag_jax.errors import UserError
 from arrag_jax.failures import is_of_the_machine
 from arrag_jax.fields import local_path
 from arrag_jax.files import sha256_of, write_json
-from arrag_jax.huggingface import local_copy
 from arrag_jax.json_files import read_object
 from arrag_jax.ops.grid import MOST_SIDE
 from arrag_jax.parsing import in_range, parse, shown
+from arrag_jax.remote import local_copy
 from arrag_jax.store.skipped import BAD_FILES, LEFT_OUT, bad_line, counts_of, read_bad
 
 MANIFEST = "manifest.json"

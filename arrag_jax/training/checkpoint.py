@@ -27,6 +27,7 @@ from arrag_jax.failures import is_of_the_machine
 from arrag_jax.files import exclusive_lock, folder_in, write_json
 from arrag_jax.json_files import read_object
 from arrag_jax.parsing import differences, parse
+from arrag_jax.training.announced import Announcer
 from arrag_jax.training.sums import digest_of, read_sums, require_finite, require_same, sums_of
 
 State = TypeVar("State")
@@ -67,6 +68,7 @@ class Checkpoints:
         _require_metrics(self._directory)
         with _reading(self._directory, "delete what is damaged there to continue without it"):
             self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._announcer = Announcer(self._directory)
 
     def save(
         self, step: int, state: Any, data: grain.DatasetIterator, metrics: Mapping[str, float] | None = None
@@ -84,7 +86,9 @@ class Checkpoints:
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position), sums=ocp.args.JsonSave(sums)
             )
+            self.wait()
             self._manager.save(step, args=args, metrics=metrics)
+            self._announcer.saving(step)
 
     def best_step(self) -> int | None:
         """Returns the step of the best checkpoint among those with metrics; None if there is none."""
@@ -114,14 +118,16 @@ class Checkpoints:
         return saved["state"]
 
     def wait(self) -> None:
-        """Returns when every save is complete on disk."""
+        """Returns when every save is complete on disk, and at the address that the workdir stands for, if any."""
         self._manager.wait_until_finished()
+        self._announcer.wait()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_) -> None:
-        self._manager.close()  # waits for pending saves
+        with contextlib.closing(self._announcer):
+            self._manager.close()  # waits for pending saves
 
 
 def read_params(

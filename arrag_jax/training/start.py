@@ -12,12 +12,11 @@ import jax
 import numpy as np
 from jaxtyping import Int, PyTree
 
-from arrag_jax import huggingface
 from arrag_jax.errors import UserError
 from arrag_jax.models.config_json import read_json
 from arrag_jax.models.family import Family, SavedEncoder
 from arrag_jax.models.layouts import published_shape, to_ours
-from arrag_jax.models.place import checkpoint_folder, wherever
+from arrag_jax.models.place import run_or_model
 from arrag_jax.models.registry import family_in
 from arrag_jax.models.tensor_files import read_tensors, some, stored_tensors
 from arrag_jax.training.checkpoint import read_params
@@ -37,7 +36,7 @@ def params_of(
     Raises:
       UserError: if ``place`` is neither, or holds parameters of another model.
     """
-    folder = checkpoint_folder(Path(place)) if huggingface.is_id(place) else wherever(Path(place))
+    folder = run_or_model(place)
     if (folder / "config.json").is_file() and not (folder / "base.json").is_file():  # every run's workdir has base.json
         return _of_folder(folder, params, vocabulary), f"starting from the weights in {folder}"
     step, found = read_params(folder, params, best_metric)
