@@ -4,6 +4,9 @@ The storage is moto's S3 server on loopback.
 """
 
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import config_of, load_model, save_model
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store.datastore import Datastore
-from helpers import running, storage, stored, tiny
+from helpers import children, running, storage, stored, tiny
 from helpers.folders import contents, write_scenes
 
 pytestmark = storage.needs_storage
@@ -197,7 +200,7 @@ def test_no_permission_is_one_line(monkeypatch, cache):
 
 def test_a_storage_address_is_written_by_one_command(monkeypatch, cache):
     there = "s3://bucket/lock/run"
-    monkeypatch.setattr(object_workdir, "LEASE", 1.0)
+    monkeypatch.setattr(object_workdir, "LEASE", 0.6)
 
     def refused(said: str) -> None:
         with pytest.raises(UserError, match=said), object_workdir.opened(there):
@@ -218,3 +221,78 @@ def test_a_storage_address_is_written_by_one_command(monkeypatch, cache):
     with object_workdir.opened(there):  # after the lease
         assert object_workdir._read_lock(there)["host"] == "here"
     assert storage.content(there) == {}
+
+
+def killed(command: list[str], variables: dict[str, str], cache, ready) -> None:
+    """Runs a command and kills it as soon as ``ready`` of what is at the address."""
+    environment = children.alone() | variables | {object_storage.CACHE: str(cache)}
+    process = subprocess.Popen([sys.executable, "-m", *command], env=environment, stderr=subprocess.PIPE, text=True)
+    there = command[-1].partition("=")[2]
+    while not ready(storage.client().find(there)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+
+
+def run_on(command: list[str], variables: dict[str, str], cache) -> subprocess.CompletedProcess:
+    environment = children.alone() | variables | {object_storage.CACHE: str(cache)}
+    done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done
+    return done
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shards", [1, 4])
+def test_a_build_that_is_killed_continues_on_a_machine_that_has_nothing(s3, tmp_path, model, images, shards):
+    there = f"s3://bucket/killed-{shards}/store"
+    command = ["arrag_jax.build_datastore", *words(model, images, there)]
+    killed(command, s3, tmp_path / "first", lambda found: sum("/codes-" in name for name in found) >= shards)
+    before = storage.content(there)
+    assert "manifest.json" not in before
+    run_on(command, s3, tmp_path / "second")
+    run_on(["arrag_jax.build_datastore", *words(model, images, tmp_path / "local")], s3, tmp_path / "third")
+    after = storage.content(there)
+    assert compared(after) == compared(contents(tmp_path / "local"))
+    assert all(after[name] == data for name, data in before.items() if name.endswith(".arrayrecord"))
+
+
+@pytest.mark.long
+def test_a_training_that_is_killed_continues_on_a_machine_that_has_nothing(s3, tmp_path):
+    there = "s3://bucket/trained/run"
+    settings = [
+        f"--config={running.ROOT}/configs/emoji_tokenizer.py", "--config.data.source=emoji_scenes/tiny",
+        f"--config.data.data_dir={tmp_path / 'data'}", "--config.steps=6", "--config.checkpoint_every=1",
+        "--config.batch_size=2", "--config.data.eval_examples=2", "--config.eval_every=3", "--config.mesh.data=1",
+    ]  # fmt: skip
+    run_on(["arrag_jax.train", *settings, f"--workdir={tmp_path / 'local'}"], s3, tmp_path / "none")
+    command = ["arrag_jax.train", *settings, f"--workdir={there}"]
+    killed(command, s3, tmp_path / "first", lambda found: any("/checkpoints/2/" in name for name in found))
+    assert "export/manifest.json" not in storage.content(there)
+    run_on(command, s3, tmp_path / "second")
+    local, after = contents(tmp_path / "local"), storage.content(there)
+    assert after["export/model.safetensors"] == local["export/model.safetensors"]
+    steps = {name.split("/")[1] for name in after if name.startswith("checkpoints/")}
+    assert steps == {name.split("/")[1] for name in local if name.startswith("checkpoints/")}
+    kept = [{x for x in files if not x.startswith(("checkpoints/", "tensorboard/"))} for files in (after, local)]
+    assert kept[0] == kept[1]  # Orbax and TensorBoard draw names of files
+    lines = [[json.loads(line)["step"] for line in x["metrics.jsonl"].decode().splitlines()] for x in (local, after)]
+    assert lines[0] == lines[1]
+    run_on(["arrag_jax.convert", f"--source={there}", f"--target={there}-best"], s3, tmp_path / "third")
+    run_on(["arrag_jax.convert", f"--source={tmp_path / 'local'}", f"--target={tmp_path / 'best'}"], s3, tmp_path / "x")
+    assert storage.content(f"{there}-best")["model.safetensors"] == contents(tmp_path / "best")["model.safetensors"]
+
+
+@pytest.mark.long
+def test_pictures_drawn_at_an_address_are_those_of_a_folder(s3, tmp_path):
+    flags = ["--prompt=a cat", "--prompt=two dogs", "--method=plain", "--config.batch_size=1"]
+    command = ["arrag_jax.generate", f"--config={running.ROOT}/configs/emoji_daid.py", *flags]
+    there = "s3://bucket/drawn/pictures"
+    killed([*command, f"--workdir={there}"], s3, tmp_path / "a", lambda found: any(x.endswith(".png") for x in found))
+    run_on([*command, f"--workdir={there}"], s3, tmp_path / "b")
+    run_on([*command, f"--workdir={tmp_path / 'local'}"], s3, tmp_path / "c")
+    after, local = storage.content(there), contents(tmp_path / "local")
+    assert after.keys() == local.keys()
+    assert {x: y for x, y in after.items() if x.endswith(".png")} == {
+        x: y for x, y in local.items() if x.endswith(".png")
+    }
