@@ -37,6 +37,16 @@ TOGETHER = 8  # files that are copied at the same time
 _ADDRESS = re.compile(r"(gs|s3):/{1,2}([^/]+)((?:/[^/]+)+)/*")  # ``Path`` makes one slash of two
 
 
+_places: dict[str, str] = {}  # local copies that this process has used → addresses
+
+
+def named(text: str) -> str:
+    """Returns a text in which addresses stand for the paths of their local copies."""
+    for folder, address in _places.items():
+        text = text.replace(folder, address)
+    return text
+
+
 @dataclasses.dataclass(frozen=True)
 class Object:
     """What the storage says about an object: its size in bytes, and its ETag, which changes with its content."""
@@ -112,16 +122,18 @@ def snapshot(text: str | os.PathLike, name: str) -> Snapshot:
 def fetch(of: Snapshot, names: Collection[str]) -> None:
     """Copies those of the named files that the local copy lacks, or of which it has another version.
 
-    Files that have arrived stay when a later one fails, so that the same call continues.
+    Files that have arrived stay when a later one fails, so that the same call continues. Files that are not at the
+    address any more go.
 
     Raises:
       UserError: if a file cannot be read or has changed meanwhile, or the disk is full.
     """
     copy = copy_of(of.id, "copies")
-    if not copy.lacks({name: of.files[name] for name in names}):
+    if not copy.lacks({name: of.files[name] for name in names}) and copy.known.keys() <= of.files.keys():
         return
     with exclusive_lock(copy.home, wait=True):
         copy.read_journal()  # another process may have copied meanwhile
+        copy.prune(of.files)
         copy.bring({name: of.files[name] for name in names})
 
 
@@ -208,6 +220,17 @@ class Copy:
                 self.known[name] = (each, *facts)
             file.write(json.dumps([name, each and [each.size, each.etag], *facts]) + "\n")
 
+    def prune(self, files: Collection[str]) -> None:
+        """Removes all but these files, also what a kill has left."""
+        for path in sorted(self.folder.rglob("*"), reverse=True):
+            if path.is_symlink() or not path.is_dir():
+                if path.relative_to(self.folder).as_posix() not in files:
+                    path.unlink()
+            elif not any(path.iterdir()):
+                path.rmdir()
+        for name in set(self.known) - set(files):
+            self.note(name, None)
+
     def bring(self, files: dict[str, Object]) -> None:
         """Copies those of the files that are absent; errors as in ``fetch``."""
         lacking = self.lacks(files)
@@ -250,6 +273,7 @@ def copy_of(address: str, purpose: str) -> Copy:
     with write_errors(home):
         home.mkdir(parents=True, exist_ok=True)
     copy = Copy(address, home, home / address.rpartition("/")[2])
+    _places[str(copy.folder)] = address
     copy.read_journal()
     return copy
 

@@ -40,6 +40,7 @@ from arrag_jax.object_storage import (
     explained,
     is_address,
     listed,
+    named,
     object_of,
     without_unfinished,
 )
@@ -81,7 +82,7 @@ def opened(address: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def mirrored(values: dict[str, Any], names: Collection[str]) -> Iterator[Callable[[], None]]:
-    """Replaces each address among these flags, in place, by its mirror; messages name the address again.
+    """Replaces each address among these flags, in place, by its mirror; messages name addresses, also those read.
 
     Args:
       values: flags by name.
@@ -104,9 +105,7 @@ def mirrored(values: dict[str, Any], names: Collection[str]) -> Iterator[Callabl
         try:
             yield functools.partial(_require_one, addresses)
         except UserError as error:
-            said = str(error)
-            for name, address in addresses.items():
-                said = said.replace(values[name], address)
+            said = named(str(error))
             if said == str(error):
                 raise
             raise UserError(said) from error
@@ -131,14 +130,7 @@ class Mirror:
         for name in sorted(set(there) - set(whole) - {LOCK}, key=lambda name: name.endswith(UNFINISHED)):
             self._remove(name)
         folder = self._copy.folder
-        for path in sorted(folder.rglob("*"), reverse=True):
-            if path.is_symlink() or not path.is_dir():
-                if path.relative_to(folder).as_posix() not in whole:
-                    path.unlink()
-            elif not any(path.iterdir()):
-                path.rmdir()
-        for name in set(self._copy.known) - set(whole):
-            self._copy.note(name, None)
+        self._copy.prune(whole)
         self._copy.bring(whole)
         folder.mkdir(parents=True, exist_ok=True) if whole else removed(folder)
 

@@ -13,10 +13,12 @@ import pytest
 
 from arrag_jax import Daid, files, object_storage, object_workdir, sample
 from arrag_jax.config import RetrievalConfig
+from arrag_jax.data.sources import list_images
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import config_of, load_model, save_model
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store.datastore import Datastore
+from arrag_jax.store.neighbor_set import set_in
 from helpers import children, running, storage, stored, tiny
 from helpers.folders import contents, write_scenes
 
@@ -128,6 +130,17 @@ def test_what_has_arrived_stays_and_what_has_changed_is_copied_again(monkeypatch
     assert contents(folder) == {**contents(model), "config.json": changed, "generation_config.json": b"{}"}
 
 
+def test_what_is_gone_at_the_address_is_gone_from_the_copy(monkeypatch, cache, images):
+    there = "s3://bucket/gone/images"
+    storage.put(images, there)
+    listed = [entry.id for entry in list_images(there)]
+    assert listed == [entry.id for entry in list_images(str(images))]
+    storage.client().rm_file(f"{there}/{listed[0]}")
+    storage.forget(monkeypatch, cache)
+    assert [entry.id for entry in list_images(there)] == listed[1:]
+    assert set_in(there, "train") == f"{there}/train"
+
+
 def test_a_folder_that_is_replaced_is_whole_or_not_there(tmp_path, cache):
     there, seen = "s3://bucket/whole/run", []
     with object_workdir.opened(there) as folder:
@@ -167,6 +180,9 @@ def test_faults_are_one_line_each(capsys, monkeypatch, tmp_path, cache, model, i
     storage.client().rm_file(f"s3://bucket/half/store/{missing}")
     with pytest.raises(UserError, match=rf"{missing} has no bytes, not \d+; build it with"):
         Datastore.open("s3://bucket/half/store")
+    merged = [f"--merge=s3://bucket/{x}/store" for x in ("half", "half")]
+    done = running.run(capsys, monkeypatch, "build_datastore", *merged, f"--workdir={tmp_path / 'both'}")
+    running.assert_one_line(done, f"s3://bucket/half/store/{missing} has no bytes, not")
     with pytest.raises(UserError, match=r"s3://bucket/nothing: there is nothing; check the bucket and the path$"):
         load_model("s3://bucket/nothing")
     with pytest.raises(UserError, match=r"holds no manifest.json; give"):
