@@ -209,8 +209,8 @@ class DatastoreConfig(Settings):
     min_bad: int = 10  # always tolerates so many unreadable images, but at most one in twenty (or one image)
     batch_size: int = 64  # images that a device encodes together
     shard_size: int = 16_384  # images per file
-    # Kinds of key to store: "codebook"; "latent" (8 times the size); "hidden" (64 times the size): the states of the
-    # model's backbone, which needs captions.
+    # Kinds of key to store: "codebook"; "latent" (8 times the size); "hidden" (33 times the size, with 64 numbers): the
+    # states of the model's backbone, which needs captions.
     keys: tuple[str, ...] = ("codebook",)
     hidden_numbers: int = 64  # numbers per hidden key, each one byte
     captions: bool = False  # store captions, to search by them; an image file's caption is a .txt or .json beside it
@@ -441,7 +441,7 @@ class DrawConfig(Settings):
     hidden: HiddenConfig = HiddenConfig()
     untaught_store: LocalPath = ""  # eval: a second store, without anything that the group "unseen" asks for
     best: str = ""  # eval: the method that results.json also lists as "best"
-    methods: tuple[str, ...] = ()  # methods to draw without --method; () = all except those that search by caption
+    methods: tuple[str, ...] = ()  # methods to draw without --method; () = all that search by codes
     sampling: SamplingConfig = SamplingConfig()
     data: DataSetConfig = DataSetConfig()  # the data set of eval, and of the prompts that --test_prompts draws
     mesh: MeshConfig = MeshConfig()  # mesh of generate: "data" splits the batch, "fsdp" the store's patches

@@ -6,8 +6,8 @@ python -m arrag_jax.build_datastore --config configs/emoji_datastore.py --workdi
 python -m arrag_jax.eval --config configs/long_tail_knowledge.py --num_prompts=240 --num_scenes=240 \
     --workdir runs/long_tail_eval
 
-The model is trained by configs/long_tail_tokenizer.py and configs/long_tail_prior.py. λ, τ and the gates are those of
-configs/emoji_knowledge.py; none was chosen on these scenes.
+The model is trained by configs/long_tail_tokenizer.py and configs/long_tail_prior.py. λ, τ and the gate are those of
+configs/emoji_knowledge.py, the gate that of ``gated``; none was chosen on these scenes.
 """
 
 import runpy
@@ -24,6 +24,6 @@ def get_config() -> ConfigDict:
     config.retrieval.store = "runs/long_tail_store"
     config.untaught_store = ""
     config.hidden.cut_store = ""
-    config.hidden.images = 64
+    config.hidden.gated_caption.gate = config.hidden.gated.gate
     config.methods = ("plain", "daid", "hidden", "hidden+caption", "gated", "gated+caption")
     return config

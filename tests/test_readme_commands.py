@@ -45,6 +45,7 @@ ELSEWHERE = {
     "make ": "installs packages; CI runs it",
     "pip install ": "installs packages",
     "RAY_AUTH_MODE=token ray ": "needs the machines of a cluster",
+    "ray get-auth-token": "writes into the home folder",
     "python -m arrag_jax.studio ": "runs until it is stopped; tests/test_studio_browser.py starts it",
     "python -m arrag_jax.serve ": "runs until it is stopped; tests/test_curl.py starts it",
     "mkdir -p runs/prior_hour && git archive": "needs the whole history",

@@ -207,7 +207,7 @@ def command(drawn: Drawn, config: str) -> str:
     words += [f"--prompt={ask.prompt}", f"--config.seed={ask.seed}", f"--config.retrieval.store={base.retrieval.store}"]
     words += [f"--config.retrieval.search={base.retrieval.search}", f"--config.retrieval.k={base.retrieval.k}"]
     words += [f"--config.hidden.k={base.hidden.k}"]
-    for section in ("daid", "caption.daid", "hidden.daid", "hidden.gated", "hidden.gated_caption"):
+    for section in ("daid", "caption.daid", "hidden.daid", "hidden.gated", "hidden.gated_caption", "hidden.cut"):
         words += [f"--config.{section}.weight={ask.weight}", f"--config.{section}.temperature={ask.temperature}"]
     for name, value in dataclasses.asdict(ask.sampling).items():
         words.append(f"--config.sampling.{name}={value}")
