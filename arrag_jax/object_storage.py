@@ -204,7 +204,7 @@ class Copy:
         """Reads the journal; lines that a kill has cut off count for nothing."""
         self.known = {}
         journal = self.home / "journal.jsonl"
-        for line in journal.read_text("utf-8", "replace").splitlines() if journal.is_file() else ():
+        for line in journal.read_text(encoding="utf-8", errors="replace").splitlines() if journal.is_file() else ():
             with contextlib.suppress(ValueError, TypeError):
                 name, each, size, time = json.loads(line)
                 self.known[name] = (Object(*each), size, time)

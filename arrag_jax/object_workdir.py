@@ -315,7 +315,8 @@ def _machine() -> str:
     """Returns a name of this machine since it was started."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     space = os.readlink("/proc/self/ns/pid") if os.path.islink("/proc/self/ns/pid") else ""
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''} {space}"
+    started = boot.read_text(encoding="utf-8").strip() if boot.is_file() else ""
+    return f"{socket.gethostname()} {started} {space}"
 
 
 def _read_lock(address: str) -> dict[str, Any] | None:

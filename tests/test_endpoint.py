@@ -150,7 +150,7 @@ BAD = {
     b"": "not JSON",
     b"[1]": "must hold keys",
     b"\xff": "not JSON",
-    b"{" * 900: "not JSON",
+    b"{" * 900: "nested too deeply",
     b'{"prompt": "a", "prompt2": 1}': "unknown key",
     b"{}": "prompt",
     b'{"prompt": ""}': "empty",
