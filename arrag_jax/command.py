@@ -166,7 +166,7 @@ def _paths(
 ) -> Iterator[tuple[str, str]]:
     """Yields the name and value of every path that the flags or the config give."""
     for name, flag in flags.items():
-        if (flag.path or name == "workdir") and name in values:
+        if flag.path and name in values:
             given = values[name] if isinstance(values[name], list) else [values[name]]
             yield from ((f"--{name}", path) for path in given if path)
     if config is not None:
@@ -239,7 +239,7 @@ def _parse(
         if missing:
             raise UserError(f"missing {', '.join(missing)} (see --help)")
         for name, flag in flags.items():
-            if (flag.path or name == "workdir") and parsed[name]:
+            if flag.path and parsed[name]:
                 parsed[name] = _local(parsed[name], f"--{name}", flag)
             if isinstance(parsed[name], float) and not math.isfinite(parsed[name]):
                 raise UserError(f"--{name}={parsed[name]} must be a finite number")

@@ -111,7 +111,7 @@ def command(
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "set")  # so that the command leaves jax's own setting alone
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
     with pytest.raises(SystemExit) as exit_:
-        main_with_config(main, config_class, workdir=Flag("a folder"), count=Flag("a number", 2))
+        main_with_config(main, config_class, workdir=Flag("a folder", path=True), count=Flag("a number", 2))
     return exit_.value.code, called
 
 

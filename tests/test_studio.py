@@ -52,6 +52,8 @@ def test_an_ask_has_limits():
         studio.Ask("a" * 10_000, "caption", 0, 0.1, 0.1, SamplingConfig())
     with pytest.raises(UserError, match="seed=-1"):
         studio.Ask("a", "caption", -1, 0.1, 0.1, SamplingConfig())
+    with pytest.raises(UserError, match="K=0"):
+        studio.Ask("a", "caption", 0, 0.1, 0.1, SamplingConfig(), k=0)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ import sys
 from arrag_jax.command import Flag, main_with_config
 def main(workdir):
     {body}
-main_with_config(main, None, workdir=Flag("a folder", "w"))
+main_with_config(main, None, workdir=Flag("a folder", "w", path=True))
 """
 WITHOUT_HOME = "import pwd\ndef nobody(_):\n    raise KeyError\npwd.getpwuid = nobody\n"
 

@@ -120,6 +120,7 @@ class Page:
             yield same, same, "Begins …", same
             for shown in studio.draw(self.shelf.pipeline, ask):
                 if request.session_hash in self._stopped:
+                    self._stopped.discard(request.session_hash)
                     yield same, same, "Stopped.", same
                     return
                 if isinstance(shown, Forming):

@@ -48,7 +48,8 @@ class Ask:
         if len(self.prompt) > LIMITS.prompt:
             raise UserError(f"the prompt has {len(self.prompt):,} characters, at most {LIMITS.prompt:,}")
         in_range("seed", self.seed, 0, MOST_SEED - 1)
-        in_range("K", self.k or 1, 1, MOST_NEIGHBORS)
+        if self.k is not None:
+            in_range("K", self.k, 1, MOST_NEIGHBORS)
 
     def changed(self, config: DrawConfig) -> DrawConfig:
         """Returns the config with these settings."""
