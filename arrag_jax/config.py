@@ -367,6 +367,7 @@ class HiddenConfig(Settings):
     """Settings of the methods that search by the backbone's hidden state ("hidden", "gated" and their variants)."""
 
     store: DataPath = ""  # folder of a datastore with hidden keys; empty = retrieval.store
+    faid_model: ModelPath = ""  # of "faid+hidden" and "faid+gated": tuned with neighbours that hidden keys found
     cut_store: DataPath = ""  # folder of the part of it that "gated+cut" searches (build_datastore --excess_above)
     k: int = 64  # neighbours per position
     search: str = "auto"  # where the search runs, as retrieval.search

@@ -11,7 +11,6 @@ import pytest
 
 from arrag_jax.config import (
     DaidConfig,
-    DatastoreConfig,
     DrawConfig,
     GateConfig,
     HiddenConfig,
@@ -32,13 +31,12 @@ from arrag_jax.ops.keys import HIDDEN
 from arrag_jax.ops.keys.hidden import SURPRISE_STEP
 from arrag_jax.ops.sampling import guide
 from arrag_jax.retrieval import build
-from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.hidden import folder_of
 from arrag_jax.store.hidden_building import Reader, add_hidden, prompts_of
 from helpers.drawings import MODEL
+from helpers.hidden import IMAGES, K, opened, search_teacher_forced, store_in
 
-IMAGES, K = 24, 8
 GATE = GateConfig(("surprise", "prompt_excess"), (6.0, 20.0), (0.7, 0.1), images=4)
 PROMPTS = ["a blue car", "a cat and a dog", "three frogs"]
 
@@ -55,19 +53,7 @@ def text():
 
 @pytest.fixture(scope="module")
 def store(model, tmp_path_factory) -> Datastore:
-    folder = tmp_path_factory.mktemp("hidden")
-    data = str(tmp_path_factory.getbasetemp() / "data")
-    config = DatastoreConfig(
-        MODEL, "emoji_scenes/tiny", data_dir=data, num_images=IMAGES, batch_size=8, shard_size=10,
-        keys=("codebook", "hidden"), indexes=("codebook", "hidden"), hidden_numbers=32,
-    )  # fmt: skip
-    build.build(config, folder / "store")
-    return dataclasses.replace(Datastore.open(folder / "store"), backbone=model.backbone_fingerprint)
-
-
-def opened(store, model, search="dense", storage="int8", k=K, mesh=None):
-    config = RetrievalConfig(str(store.directory), k, "hidden", search, storage)
-    return load_retriever(config, model.fingerprint, mesh, backbone=model.backbone_fingerprint)[1]
+    return store_in(tmp_path_factory.mktemp("hidden"), tmp_path_factory.getbasetemp() / "data", model)
 
 
 def states_of(model, text, numbers):
@@ -83,13 +69,6 @@ def states_of(model, text, numbers):
 def nowhere(states):
     """Before the first code of a picture, for each state."""
     return jnp.full((len(states), 144), -1), jnp.zeros(len(states), jnp.int32)
-
-
-def search_teacher_forced(retriever, states, codes):
-    """Neighbours of every cell of pictures, image by image."""
-    cells = jnp.arange(codes.shape[1])
-    rows = states.reshape(-1, states.shape[2]), jnp.repeat(codes, len(cells), 0), jnp.tile(cells, len(codes))
-    return retriever.search_states(*rows)
 
 
 @pytest.mark.slow

@@ -227,7 +227,7 @@ def test_the_manifest_of_a_neighbour_set(tmp_path, signed):
         split="train", k=2, keys="codebook", search="dense", scann=ScannOptions(), datastore="d", store_images=5,
     )  # fmt: skip
 
-    def search(codes, names, done) -> Neighbors:
+    def search(codes, names, captions, done) -> Neighbors:
         found = np.random.default_rng(len(codes)).integers(0, stored.CODES, (len(codes) * 9, 2)).astype(np.int32)
         return Neighbors(found, np.zeros(found.shape, np.float32), found)
 

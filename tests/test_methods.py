@@ -1,5 +1,7 @@
 """Laws of the table of methods."""
 
+import operator
+
 import pytest
 
 from arrag_jax.config import DrawConfig, RetrievalConfig
@@ -14,10 +16,10 @@ CONFIG = DrawConfig("model", RetrievalConfig("store"))
 def test_a_methods_fields_belong_together(name):
     method, policy = METHODS[name], METHODS[name].policy(CONFIG)
     assert policy.uses_retrieval == (method.search is not Search.NONE)
-    assert policy.blends == (method.model is Kind.FAID)
+    assert policy.blends == (method.model in (Kind.FAID, Kind.FAID_HIDDEN))
     assert (method.images is not None) == method.limited <= policy.uses_retrieval
     assert NAME.fullmatch(f"00_{name}")  # else a run would not remove what another one drew with it
-    assert hasattr(CONFIG, method.model.value)
+    assert operator.attrgetter(method.model.value)(CONFIG) is not None
 
 
 def test_methods_are_chosen_in_the_order_of_the_table():

@@ -44,8 +44,10 @@ class Grids:
         return len(self.codes)
 
     def __getitem__(self, i: int) -> dict:
-        image = np.repeat(self.codes[i].astype(np.uint8)[..., None], 3, 2)
-        return {"image": image, "caption": f"een één · 🐱 {i}".encode()}
+        return {
+            "image": np.repeat(self.codes[i].astype(np.uint8)[..., None], 3, 2),
+            "caption": f"een één · 🐱 {i}".encode(),
+        }
 
 
 def grids(count: int, seed: int, codes: int = 3) -> np.ndarray:
@@ -165,29 +167,17 @@ SET_IMAGES = grids(23, 3)
 
 def settings(**changes) -> NeighborSettings:
     fields = {
-        "fingerprint": "tokenizer-a",
-        "grid": GRID,
-        "codebook_size": V,
-        "k": K,
-        "keys": "codebook",
-        "search": "dense",
-        "scann": ScannOptions(),
-        "storage": "float32",
-        "datastore": "store-a",
-        "store_images": 20,
-        "source": "noise",
-        "split": "train",
-        "num_images": 23,
-        "shard_size": 10,
-        "store": "somewhere",
-        "command": "test",
-    }
+        "fingerprint": "tokenizer-a", "grid": GRID, "codebook_size": V, "k": K, "keys": "codebook", "search": "dense",
+        "scann": ScannOptions(), "storage": "float32", "datastore": "store-a", "store_images": 20, "source": "noise",
+        "split": "train", "num_images": 23, "shard_size": 10, "store": "somewhere", "command": "test",
+    }  # fmt: skip
     return NeighborSettings(**{**fields, **changes})
 
 
 @pytest.fixture(scope="module")
 def search(stores):
-    return leave_one_out_of(stores["absent"]).search
+    leave_one_out = leave_one_out_of(stores["absent"])
+    return lambda codes, names, captions, count=lambda n: None: leave_one_out.search(codes, names, count)
 
 
 def build(directory: Path, search, /, **changes) -> NeighborSet:
@@ -211,7 +201,7 @@ def copied(whole, tmp_path) -> NeighborSet:
 def test_a_set_reads_as_it_was_searched(whole, search):
     """In any order, from Grain's threads; cells without a context have no neighbours."""
     expected = np.full((23, CELLS, K), -1)
-    found = search(SET_IMAGES, [f"noise/{i}" for i in range(23)])
+    found = search(SET_IMAGES, [f"noise/{i}" for i in range(23)], ())
     expected[:, grid_ops.positions_with_context(*GRID)] = found.code.reshape(23, PATCHES, K)
     dataset = grain.MapDataset.source(whole).map_with_index(lambda i, x: {**x, "number": i}).shuffle(seed=0).repeat(3)
     options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=16)
@@ -232,11 +222,11 @@ def test_killed_and_resumed_is_uninterrupted(whole, search, tmp_path, moment):
     """Stopped while a shard is searched: only whole shards are kept, and the end is the same, to the byte."""
     searches = []
 
-    def failing(codes, names, count):
+    def failing(codes, names, captions, count):
         searches.append(len(codes))
         if len(searches) == moment:
             raise KeyboardInterrupt
-        return search(codes, names, count)
+        return search(codes, names, captions, count)
 
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, failing)

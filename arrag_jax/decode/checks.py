@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import operator
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,9 @@ from arrag_jax.config import SamplingConfig
 from arrag_jax.errors import UserError
 from arrag_jax.interfaces import (
     AnyRetriever,
-    AroundRetriever,
     ArrayLike,
     Backbone,
     DecodePolicy,
-    Retriever,
     StatefulBackbone,
     StateRetriever,
     WindowBackbone,
@@ -47,7 +45,7 @@ class Sampling:
 WHOLE = ("top_k", "window", "cfg_interval", "max_copied_cells")  # settings that are whole numbers
 
 
-def require_blenders(model: Backbone, retriever: Retriever | AroundRetriever, neighbors: int | None = None) -> None:
+def require_blenders(model: Backbone, retriever: AnyRetriever, neighbors: int | None = None) -> None:
     """Raises UserError unless the model has blenders and the search returns enough neighbours for them.
 
     Args:
@@ -61,15 +59,10 @@ def require_blenders(model: Backbone, retriever: Retriever | AroundRetriever, ne
         raise UserError(f"FAiD blends {wanted} neighbours, the search gives k={retriever.k}; raise k")
 
 
-def require_states(model: Backbone, policy: DecodePolicy) -> None:
-    """Raises UserError unless the model and the policy can work with a search by the backbone's state."""
+def require_states(model: Backbone) -> None:
+    """Raises UserError unless the model can work with a search by the backbone's state."""
     if not isinstance(model, StatefulBackbone):
         raise UserError(f"{type(model).__name__} does not give its states, so hidden keys cannot be searched with it")
-    if policy.blends:
-        raise UserError(
-            "FAiD needs its neighbours before the backbone's step, but hidden keys are searched after it; choose "
-            "keys=codebook or keys=latent"
-        )
 
 
 def _number(name: str, value: Any) -> Any:
@@ -119,6 +112,6 @@ def require_fit(model: Backbone, policy: DecodePolicy, retriever: AnyRetriever |
     if policy.uses_retrieval and retriever is None:
         raise UserError(f"{type(policy).__name__} needs a retriever: build a datastore, or draw with --method plain")
     if policy.uses_retrieval and isinstance(retriever, StateRetriever):
-        require_states(model, policy)
-    elif policy.blends and retriever is not None:
-        require_blenders(model, cast(Retriever | AroundRetriever, retriever), getattr(policy, "neighbors", None))
+        require_states(model)
+    if policy.blends and retriever is not None:
+        require_blenders(model, retriever, getattr(policy, "neighbors", None))

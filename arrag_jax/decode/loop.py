@@ -20,8 +20,8 @@ from arrag_jax.config import SamplingConfig
 from arrag_jax.decode.checks import Sampling, known_codes, require_fit, sampling_of
 from arrag_jax.decode.guesses import from_above
 from arrag_jax.decode.parallel import Ahead, Windows
-from arrag_jax.decode.passes import Passes, SampleOutput
-from arrag_jax.decode.policies import Plain
+from arrag_jax.decode.passes import Passes, Run, SampleOutput
+from arrag_jax.decode.policies import Plain, mixture_of
 from arrag_jax.errors import UserError
 from arrag_jax.forks import require_own_process
 from arrag_jax.interfaces import (
@@ -33,7 +33,6 @@ from arrag_jax.interfaces import (
     Condition,
     DecodePolicy,
     StatefulBackbone,
-    StateRetriever,
     StoredImages,
 )
 from arrag_jax.mesh import context, put_everywhere, put_rows, put_state
@@ -101,13 +100,15 @@ def advance(
     def one_position(drawing: Drawing) -> Drawing:
         position, hidden, cache, out, _ = drawing
 
-        def run(features: Any) -> tuple[Any, Array, Cache]:
-            if not isinstance(retriever, StateRetriever):
-                return None, *model.step(hidden, cache, position, features)
-            stateful = cast(StatefulBackbone, model)
-            state, moved = stateful.step_state(hidden, cache, position)
-            return state[:batch], stateful.logits(state), moved
+        def look() -> tuple[Array, Cache]:
+            return cast(StatefulBackbone, model).step_state(hidden, cache, position)
 
+        def step(features: Any, looked: tuple[Array, Cache] | None) -> tuple[Array, Cache]:
+            if looked is None or policy.blends:
+                return model.step(hidden, cache if looked is None else looked[1], position, features)
+            return cast(StatefulBackbone, model).logits(looked[0]), looked[1]
+
+        run = Run(look, lambda states: states[:batch], step)
         record, cache = passes.draw(jnp.asarray(out.codes), position, keys, run)
         record = record._replace(drawn_in=jnp.broadcast_to(position, (batch,)))
         hidden = model.embed_codes(jnp.tile(record.codes, 2 if guided else 1))
@@ -301,7 +302,7 @@ def prepare(
     keys = image_keys(seed, len(jax.tree.leaves(cond)[0]))
     if known is not None:
         known = known_codes(model, known, len(keys), sampling)
-    if gate := getattr(policy, "gate", None):
+    if gate := getattr(mixture_of(policy), "gate", None):
         gate.require_rows(len(keys))
     retriever = retriever if policy.uses_retrieval else None
     graph, state = nnx.split(cast(BlendingBackbone, model).fused() if policy.blends else model)

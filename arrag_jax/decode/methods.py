@@ -17,6 +17,7 @@ class Kind(enum.Enum):
     BASE = "model"  # the value is the config's key
     LORA = "lora_model"
     FAID = "faid_model"
+    FAID_HIDDEN = "hidden.faid_model"  # its neighbours are found by the states of the base
 
 
 class Search(enum.Enum):
@@ -96,6 +97,14 @@ METHODS = {
     "lora": Method(Kind.LORA, lambda c: Plain()),
     "faid": Method(Kind.FAID, lambda c: Faid(), Search.STORE),
     "faid+daid": Method(Kind.FAID, lambda c: Faid(Daid.of(c.daid)), Search.STORE),
+    "faid+hidden": Method(Kind.FAID_HIDDEN, lambda c: Faid(), Search.HIDDEN, by_default=False),
+    "faid+gated": Method(
+        Kind.FAID_HIDDEN,
+        lambda c: Faid(Daid.of(c.hidden.gated)),
+        Search.HIDDEN,
+        gate=lambda c: c.hidden.gated.gate,
+        by_default=False,
+    ),
 }
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from arrag_jax.decode.passes import Passes, SampleOutput
+from arrag_jax.decode.passes import Passes, Run, SampleOutput
 from arrag_jax.interfaces import Cache, WindowBackbone
 
 
@@ -94,13 +94,17 @@ class Windows:
         # One image needs one position for all rows, which is cheaper than one per row.
         first = places[0, 0] if batch == 1 else jnp.tile(places[:, 0], times)
 
-        def run(features: Any) -> tuple[Any, Array, Cache]:
-            features = None if features is None else features.reshape(batch, width, *features.shape[1:])
-            states, moved = model.step_states(inputs, cache, first, features)
-            logits = model.logits(states)
-            flat = states[:batch].reshape(batch * width, -1)
-            return flat, logits.reshape(-1, logits.shape[-1]), moved
+        def look() -> tuple[Array, Cache]:
+            return model.step_states(inputs, cache, first)
 
+        def step(features: Any, looked: tuple[Array, Cache] | None) -> tuple[Array, Cache]:
+            if looked is None or features is not None:
+                features = None if features is None else features.reshape(batch, width, *features.shape[1:])
+                looked = model.step_states(inputs, cache if looked is None else looked[1], first, features)
+            logits = model.logits(looked[0])
+            return logits.reshape(-1, logits.shape[-1]), looked[1]
+
+        run = Run(look, lambda states: states[:batch].reshape(batch * width, -1), step)
         given = jnp.where(places < final[:, None], jnp.take_along_axis(codes, places, 1), -1)
         record, cache = self.passes.draw(
             jnp.repeat(codes, width, axis=0), places.reshape(-1), jnp.repeat(self.keys, width), run, given.reshape(-1)

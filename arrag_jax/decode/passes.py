@@ -3,8 +3,9 @@
 A pass runs these steps: context → search → policy's features → backbone → guidance → policy's mixture → drawn code. A
 search by context needs only codes before its position. It therefore does not wait for the backbone, unless the policy
 feeds the neighbours into it. A search by the backbone's state (``interfaces.StateRetriever``) runs between the backbone
-and the mixture. A draw takes its noise from the picture's key and the number of the position alone
-(``ops.sampling.draw``), so a position that is drawn again after the same codes gets the same code.
+and the mixture; if the policy feeds its neighbours into the backbone, the backbone runs twice, first without them. A
+draw takes its noise from the picture's key and the number of the position alone (``ops.sampling.draw``), so a position
+that is drawn again after the same codes gets the same code.
 
 Some codes may be known before the drawing. They are taken in place of draws, and change other draws only as codes that
 the model, the search and the policy see.
@@ -65,7 +66,19 @@ class SampleOutput(NamedTuple):
     drawn_in: Int[Array | np.ndarray, "B T"] | None = None
 
 
-Run = Callable[[Any], tuple[Any, Float[Array, "R V"], Cache]]
+class Run(NamedTuple):
+    """The backbone at the positions of a pass, with R rows per position.
+
+    Attributes:
+      look: returns states without features, and the cache after them.
+      states_of: returns the rows of these states that belong to the pass's rows, for the search.
+      step: takes the policy's features, and what ``look`` returned (None if it was not called); returns the logits and
+        the new cache.
+    """
+
+    look: Callable[[], tuple[Array, Cache]]
+    states_of: Callable[[Array], Float[Array, "n D"]]
+    step: Callable[[Any, tuple[Array, Cache] | None], tuple[Float[Array, "R V"], Cache]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,24 +113,23 @@ class Passes:
           drawn: the pictures so far; only codes before ``position`` are read.
           position: number of the position that is drawn: one for all rows, or one per row.
           keys: the random key of each row's picture.
-          run: runs the backbone. It takes the policy's features and returns the states of the n rows (None unless
-            the search is by state), the logits of the R rows, and the new cache.
+          run: runs the backbone.
           given: codes that are taken instead of draws; -1 = the draw. None = all draws. Known codes go first.
         """
         known = None if self.known is None else jnp.repeat(self.known, len(drawn) // len(self.known), axis=0)
         rows, complete = len(drawn), jnp.asarray(has_context(*self.model.grid))[position]
+        looked = None
         if isinstance(self.retriever, StateRetriever):
-            state, logits, cache = run(None)
-            complete = jnp.asarray(True)
-            neighbors = self.retriever.search_states(state, drawn, jnp.broadcast_to(position, (rows,)))
+            looked, complete = run.look(), jnp.asarray(True)
+            at = jnp.broadcast_to(position, (rows,))
+            neighbors = self.retriever.search_states(run.states_of(looked[0]), drawn, at)
         elif isinstance(self.retriever, AroundRetriever):
             complete = jnp.asarray(True)  # a search without a context finds nothing, which changes nothing
             around = jnp.asarray(around_positions(*self.model.grid))[jnp.broadcast_to(position, (rows,))]
             neighbors = self.retriever.search_around(around_codes(drawn, known, around))
-            _, logits, cache = run(self.policy.features(self.model, neighbors, complete))
         else:
             neighbors = self._neighbors(drawn, position)
-            _, logits, cache = run(self.policy.features(self.model, neighbors, complete))
+        logits, cache = run.step(self.policy.features(self.model, neighbors, complete), looked)
         sampling = self.sampling
         guided = guide(logits, sampling.cfg_scale if self.guided else None, sampling.cfg_interval, position)
         log_p_model = truncate(guided, sampling.temperature, sampling.top_k, sampling.top_p)

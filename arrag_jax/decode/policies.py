@@ -163,6 +163,13 @@ def mixture_of(policy: Any) -> Daid | None:
     return mixture if isinstance(mixture, Daid) else None
 
 
+def with_gate(policy: Any, gate: Any) -> Any:
+    """Returns a policy whose mixture has this gate."""
+    if isinstance(policy, Faid):
+        return dataclasses.replace(policy, mixture=with_gate(policy.mixture, gate))
+    return dataclasses.replace(policy, gate=gate)
+
+
 def weights_of(
     policy: Any, log_p: Float[Array, "B V"], neighbors: Neighbors, has_context: Bool[Array, "*B"]
 ) -> Float[Array, " B"]:

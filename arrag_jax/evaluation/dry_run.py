@@ -106,7 +106,8 @@ def _program(config: DrawConfig, name: str, topology: Topology, mesh: Mesh, patc
 
 def _model(config: DrawConfig, kind: Kind) -> Any:
     """Returns the model of a kind with shapes in place of arrays; blenders are the default ones if no folder tells."""
-    place = {Kind.BASE: config.model, Kind.LORA: config.lora_model, Kind.FAID: config.faid_model}[kind] or config.model
+    own = {Kind.LORA: config.lora_model, Kind.FAID: config.faid_model}
+    place = own.get(kind) or config.model
     family, shape = shape_of(place)
     if kind is Kind.FAID and not shape.blended_neighbors:
         shape = dataclasses.replace(shape, faid=FaidConfig())

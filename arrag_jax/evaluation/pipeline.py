@@ -14,13 +14,15 @@ from arrag_jax.config import DrawConfig
 from arrag_jax.decode.checks import require_blenders, require_states
 from arrag_jax.decode.loop import SampleOutput
 from arrag_jax.decode.methods import METHODS, Kind, Search, chosen_methods
+from arrag_jax.decode.policies import with_gate
 from arrag_jax.decode.stream import joined, sample_stream
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.open_search import OpenSearch, open_search
 from arrag_jax.evaluation.trust import Trust
-from arrag_jax.interfaces import AnyRetriever, DecodePolicy, ImageModel, PromptEncoder, StateRetriever
+from arrag_jax.interfaces import AnyRetriever, Backbone, DecodePolicy, ImageModel, PromptEncoder, StateRetriever
 from arrag_jax.mesh import make_mesh
 from arrag_jax.models.checkpoint import config_of, load_model, load_prompts, sample_hashes
+from arrag_jax.models.lookup import LookupModel
 from arrag_jax.models.vq_images import with_whole_tokenizer
 from arrag_jax.nn.vq import to_uint8
 from arrag_jax.ops.keys import HIDDEN
@@ -63,7 +65,7 @@ class Pipeline:
     config: DrawConfig
     methods: tuple[str, ...]
     model: ImageModel
-    tuned: dict[str, ImageModel]
+    tuned: dict[str, Backbone]
     text: PromptEncoder
     searches: Mapping[Search, OpenSearch]
     mesh: Mesh | None = None
@@ -107,7 +109,7 @@ class Pipeline:
         policy, gate = chosen.policy(self.config), chosen.gate(self.config) if chosen.gate else None
         if not prompts or gate is None or not gate.features:
             return policy
-        return dataclasses.replace(cast(Any, policy), gate=self.search_of(method).trust.gate(gate, prompts))
+        return with_gate(policy, self.search_of(method).trust.gate(gate, prompts))
 
     def stored_of(self, method: str) -> StoredCodes | None:
         """Returns the stored images that guard a method's draws and help its windows; None if they are not needed."""
@@ -125,7 +127,7 @@ class Pipeline:
             )
         return None
 
-    def model_of(self, method: str) -> ImageModel:
+    def model_of(self, method: str) -> Backbone:
         """Returns the model that a method uses."""
         return self.tuned.get(method, self.model)
 
@@ -277,7 +279,12 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = (), alone: bool =
     devices = make_mesh(config.mesh, alone)
     mesh = devices if devices.size > 1 else None
     blended = config.faid_model or (config.model if config_of(config.model).blended_neighbors else "")
-    folders = {Kind.BASE: config.model, Kind.LORA: config.lora_model, Kind.FAID: blended}
+    folders = {
+        Kind.BASE: config.model,
+        Kind.LORA: config.lora_model,
+        Kind.FAID: blended,
+        Kind.FAID_HIDDEN: config.hidden.faid_model,
+    }
     chosen = chosen_methods(tuple(methods or config.methods), {kind for kind, folder in folders.items() if folder})
     where = {name: folders[METHODS[name].model] for name in chosen}
     used = {config.model, *where.values()}
@@ -285,12 +292,7 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = (), alone: bool =
         require_same({name: value for folder in used for name, value in sample_hashes(folder).items()}, "model")
     model = _loaded(config.model, config, mesh)
     _ = model.codebook  # raises now, not after drawing, if the folder holds no image tokenizer
-    text, loaded = load_prompts(config.model), {config.model: model}
-    for folder in used - {config.model}:
-        loaded[folder] = _loaded(folder, config, mesh)
-        if loaded[folder].fingerprint != model.fingerprint:
-            raise UserError(f"{folder} has another image tokenizer than {config.model}; tune it from that model")
-    tuned = {name: loaded[folder] for name, folder in where.items() if METHODS[name].model is not Kind.BASE}
+    tuned = _tuned(config, where, model, mesh)
     limited = [name for name in chosen if METHODS[name].limited]
     if limited and mesh is not None:
         raise UserError(
@@ -306,14 +308,30 @@ def open_pipeline(config: DrawConfig, methods: Sequence[str] = (), alone: bool =
     for name in chosen:
         policy, opened = METHODS[name].policy(config), searches.get(METHODS[name].search)
         if opened is not None and isinstance(opened.retriever, StateRetriever):
-            require_states(model, policy)
-        elif opened is not None and policy.blends:
+            require_states(model)
+        if opened is not None and policy.blends:
             require_blenders(tuned[name], cast(Any, opened.retriever))
     beside = searches.get(Search.STORE) or next(iter(searches.values()), None)
     if beside is None and config.sampling.max_copied_cells is not None:
         store = open_store(config.retrieval, model.fingerprint)[0]
         beside = OpenSearch(config.retrieval, store, None, Trust(store))
-    return Pipeline(config, chosen, model, tuned, text, searches, mesh, where, beside)
+    return Pipeline(config, chosen, model, tuned, load_prompts(config.model), searches, mesh, where, beside)
+
+
+def _tuned(config: DrawConfig, where: Mapping[str, str], model: ImageModel, mesh: Mesh | None) -> dict[str, Backbone]:
+    """Returns the models of the methods that do not use the base alone; ``where`` names their folders."""
+    loaded: dict[str, ImageModel] = {config.model: model}
+    for folder in {*where.values()} - {config.model}:
+        loaded[folder] = _loaded(folder, config, mesh)
+        if loaded[folder].fingerprint != model.fingerprint:
+            raise UserError(f"{folder} has another image tokenizer than {config.model}; tune it from that model")
+    kinds = {name: METHODS[name].model for name in where}
+    pairs = {where[name]: LookupModel(loaded[where[name]], model) for name in where if kinds[name] is Kind.FAID_HIDDEN}
+    return {
+        name: (pairs if kinds[name] is Kind.FAID_HIDDEN else loaded)[folder]
+        for name, folder in where.items()
+        if kinds[name] is not Kind.BASE
+    }
 
 
 def _loaded(folder: str, config: DrawConfig, mesh: Mesh | None) -> ImageModel:

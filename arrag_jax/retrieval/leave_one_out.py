@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int, Integer, UInt64
+from jaxtyping import Bool, Float, Int, Integer, Shaped, UInt64
 
 from arrag_jax.ops import grid as grid_ops
+from arrag_jax.ops.keys import KEY_KINDS
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.patches import no_neighbors, packed
@@ -23,21 +24,29 @@ class LeaveOneOut:
 
     The search excludes stored images with the same name, and stored images with the same code grid (exact duplicates).
     The name is needed because an image that is encoded in another batch or on another device may differ in a code. A
-    context that occurs at many positions is searched once. If fewer than K neighbours remain, the context is searched
-    again with ``WIDER`` times the k, until K remain or the search finds no more.
+    context that occurs at many positions is searched once; each state is searched on its own. If fewer than K
+    neighbours remain, the request is searched again with ``WIDER`` times the k, until K remain or the search finds no
+    more.
     """
 
-    def __init__(self, store: Datastore, names: Sequence[str], retriever: DenseRetriever | ScannRetriever):
+    def __init__(
+        self,
+        store: Datastore,
+        names: Sequence[str],
+        retriever: DenseRetriever | ScannRetriever,
+        keys: str = "codebook",
+    ):
         """
         Args:
           store: the store to search; its codebook has at most 2**16 codes.
           names: the names of its images, in order.
           retriever: a search of that store; its k is K.
+          keys: the kind of key that it searches.
         """
         self.numbers: dict[str, int] = {}
         self.stored = np.array([self.numbers.setdefault(name, len(self.numbers)) for name in names], np.int32)
-        self.codes, self.k, self.rows = store.codes, retriever.k, store.num_patches
-        self.patches = store.settings.patches_per_image
+        self.codes, self.k, self.rows = store.codes, retriever.k, store.num_rows(keys)
+        self.patches = len(KEY_KINDS[keys].positions(store.settings.grid))
         self.retrievers = {retriever.k: retriever}
         self.weights = np.random.default_rng(0).integers(2**64, size=store.codes[0].size, dtype=np.uint64)
         self.sums = self._sums(store.codes)
@@ -47,21 +56,27 @@ class LeaveOneOut:
         codes: Integer[np.ndarray, "B H W"],
         names: Sequence[str],
         count: Callable[[int], Any] = lambda images: None,
+        states: Float[np.ndarray, "n E"] | None = None,
     ) -> Neighbors:
-        """Returns the neighbours of every position with a full context, [B·M, K], nearest first, as numpy arrays.
+        """Returns the neighbours of every position that has a key, [B·M, K], nearest first, as numpy arrays.
 
         Args:
           codes: the code grids of the images.
           names: the names of the images; the store need not hold images with these names.
           count: called with the number of images finished since its last call; the numbers sum to B.
+          states: the projected states of all positions, for a search by state; n = B·T. None = contexts are searched.
         """
-        context, sums = grid_ops.contexts_of_grids(codes.astype(np.int32)).reshape(-1, 4), self._sums(codes)
-        requested = np.array([self.numbers.get(name, -1) for name in names], np.int32)
-        numbers, best = packed(context), no_neighbors(len(context), self.k)
-        left, k, unreported = np.arange(len(context)), self.k, len(codes)
+        if states is None:
+            requests: Any = grid_ops.contexts_of_grids(codes.astype(np.int32)).reshape(-1, 4)
+            numbers = packed(requests)
+        else:
+            requests, numbers = states, np.arange(len(states))
+        sums, requested = self._sums(codes), np.array([self.numbers.get(name, -1) for name in names], np.int32)
+        best = no_neighbors(len(requests), self.k)
+        left, k, unreported = np.arange(len(requests)), self.k, len(codes)
         while len(left):
             _, first, which = np.unique(numbers[left], return_index=True, return_inverse=True)
-            found, unreported = self._ask(context[left[first]], k, unreported, count), 0
+            found, unreported = self._ask(requests[left[first]], k, unreported, count), 0
             short = []
             for start in range(0, len(left), max(1, ANSWERS // k)):
                 part = slice(start, start + max(1, ANSWERS // k))
@@ -78,13 +93,13 @@ class LeaveOneOut:
             k = min(WIDER * k, self.rows)
         return Neighbors(*best)
 
-    def _ask(self, context: Int[np.ndarray, "n 4"], k: int, images: int, count: Callable[[int], Any]) -> Neighbors:
+    def _ask(self, requests: Shaped[np.ndarray, "n E"], k: int, images: int, count: Callable[[int], Any]) -> Neighbors:
         """Searches the store, ``ANSWERS`` slots per call; spreads ``images`` evenly over the calls of ``count``."""
         if k not in self.retrievers:
             self.retrievers[k] = self.retrievers[self.k].with_k(k)
-        found, number, size = [], len(context), max(1, ANSWERS // k)
+        found, number, size = [], len(requests), max(1, ANSWERS // k)
         for start in range(0, number, size):
-            part = context[start : start + size]
+            part = requests[start : start + size]
             padded = np.pad(part, ((0, size - len(part)), (0, 0)), constant_values=-1)
             answer = _search(self.retrievers[k], padded)
             found.append([np.asarray(x)[: len(part)] for x in answer])
@@ -110,8 +125,8 @@ class LeaveOneOut:
 
 
 @jax.jit
-def _search(retriever: DenseRetriever | ScannRetriever, context: Int[jax.Array, "n 4"]) -> Neighbors:
-    return retriever.search(context)
+def _search(retriever: DenseRetriever | ScannRetriever, requests: Shaped[jax.Array, "n E"]) -> Neighbors:
+    return retriever.search(requests)
 
 
 def _nearest_others(found: Neighbors, own: Bool[np.ndarray, "n k"], k: int) -> Neighbors:

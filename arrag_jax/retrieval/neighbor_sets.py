@@ -6,24 +6,26 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from arrag_jax.config import NeighborsConfig
 from arrag_jax.data import sources
 from arrag_jax.files import require_within
-from arrag_jax.interfaces import ImageTokenizer
-from arrag_jax.models.checkpoint import load_tokenizer
+from arrag_jax.interfaces import ImageTokenizer, StatefulBackbone
+from arrag_jax.models.checkpoint import load_model, load_prompts, load_tokenizer
+from arrag_jax.ops.keys import KEY_KINDS
+from arrag_jax.ops.keys.hidden import project
 from arrag_jax.ops.neighbors import Neighbors
-from arrag_jax.retrieval.dense import DenseRetriever
 from arrag_jax.retrieval.leave_one_out import LeaveOneOut
-from arrag_jax.retrieval.load import load_retriever, resolved
-from arrag_jax.retrieval.scann import ScannRetriever
+from arrag_jax.retrieval.load import backbone_of, load_retriever, resolved
+from arrag_jax.retrieval.states import HiddenRetriever
 from arrag_jax.store import writer
 from arrag_jax.store.building import require_same_settings, state_of
 from arrag_jax.store.datastore import Datastore
 from arrag_jax.store.encoding import EncodedImages
+from arrag_jax.store.hidden_building import Reader, prompts_of
 from arrag_jax.store.images import LISTING, ImageSource, encoder, names_below, names_in, origin_of, told_of
 from arrag_jax.store.neighbor_set import NeighborSet, NeighborSettings
 from arrag_jax.store.skipped import SkipLimit
@@ -42,8 +44,8 @@ def build(config: NeighborsConfig, directory: Path, engine: Engine = HERE) -> No
     """
     start, tokenizer = time.perf_counter(), load_tokenizer(config.model)
     config = dataclasses.replace(config, retrieval=resolved(config.retrieval))
-    store, retriever = load_retriever(config.retrieval, tokenizer.fingerprint)
-    assert isinstance(retriever, DenseRetriever | ScannRetriever)  # as it is without a mesh
+    backbone = _backbone_of(config)
+    store, retriever = load_retriever(config.retrieval, tokenizer.fingerprint, backbone=backbone)
     named = {"train": config.train_split, "valid": config.valid_split}
     splits = {require_within(directory, directory / name): split for name, split in named.items()}
     there = {folder: state_of(NeighborSet, folder) for folder in splits}
@@ -58,7 +60,7 @@ def build(config: NeighborsConfig, directory: Path, engine: Engine = HERE) -> No
     for folder, split in splits.items():
         images = source.images(split)
         number = there[folder][1].num_images if state == "whole" else len(images)
-        settings = settings_of(config, store, tokenizer, split, number)
+        settings = settings_of(config, store, tokenizer, split, number, backbone)
         jobs[folder] = images, dataclasses.replace(settings, origin=origin_of(config.source), beside=source.beside)
     for folder, (_, settings) in jobs.items():
         require_same_settings(NeighborSet, folder, settings)  # both are checked before the first build starts
@@ -75,21 +77,39 @@ def build(config: NeighborsConfig, directory: Path, engine: Engine = HERE) -> No
     (directory / LISTING).unlink(missing_ok=True)
 
 
-def _search(config: NeighborsConfig, store: Datastore, retriever: DenseRetriever | ScannRetriever) -> writer.Search:
-    """Returns the leave-one-out search of images of the config's source."""
-    leave_one_out, name_of = LeaveOneOut(store, names_in(store), retriever), names_below(config.source)
+def _backbone_of(config: NeighborsConfig) -> str:
+    """Returns the fingerprint of the backbone whose states are searched; "" for keys of the context."""
+    by_state = KEY_KINDS[config.retrieval.keys].query_from == "state"
+    return backbone_of(load_model(config.model), config.retrieval.keys) if by_state else ""
 
-    def search(codes: np.ndarray, ids: Sequence[str], count: Callable[[int], Any]) -> Neighbors:
-        return leave_one_out.search(codes, [name_of(id_) for id_ in ids], count)
+
+def _search(config: NeighborsConfig, store: Datastore, retriever: Any) -> writer.Search:
+    """Returns the leave-one-out search of images of the config's source."""
+    by_state = isinstance(retriever, HiddenRetriever)
+    local = retriever.local if by_state else retriever  # a dense or a ScaNN search, as there is no mesh
+    leave_one_out = LeaveOneOut(store, names_in(store), local, config.retrieval.keys)
+    name_of, model = names_below(config.source), load_model(config.model) if by_state else None
+    text = load_prompts(config.model) if by_state else None
+
+    def search(
+        codes: np.ndarray, ids: Sequence[str], captions: Sequence[str], count: Callable[[int], Any]
+    ) -> Neighbors:
+        states = None
+        if isinstance(retriever, HiddenRetriever):
+            assert text is not None
+            reader = Reader(cast(StatefulBackbone, model), text, prompts_of(text, captions), config.batch_size)
+            table = np.asarray(retriever.table)
+            parts = [project(table, known.states) for known in reader.read(codes.reshape(len(codes), -1), captions)]
+            states = np.concatenate(parts).reshape(-1, table.shape[1])
+        return leave_one_out.search(codes, [name_of(id_) for id_ in ids], count, states)
 
     return search
 
 
 def _open_search(config: NeighborsConfig) -> writer.Search:
     """Opens the search in a process that did not begin the build."""
-    store, retriever = load_retriever(config.retrieval, load_tokenizer(config.model).fingerprint)
-    assert isinstance(retriever, DenseRetriever | ScannRetriever)
-    return _search(config, store, retriever)
+    fingerprint, backbone = load_tokenizer(config.model).fingerprint, _backbone_of(config)
+    return _search(config, *load_retriever(config.retrieval, fingerprint, backbone=backbone))
 
 
 def _encoded_again(config: NeighborsConfig, split: str, listing: Path) -> EncodedImages:
@@ -100,9 +120,13 @@ def _encoded_again(config: NeighborsConfig, split: str, listing: Path) -> Encode
 
 
 def settings_of(
-    config: NeighborsConfig, store: Datastore, tokenizer: ImageTokenizer, split: str, num_images: int
+    config: NeighborsConfig, store: Datastore, tokenizer: ImageTokenizer, split: str, num_images: int, backbone: str
 ) -> NeighborSettings:
-    """Returns the settings of a split's neighbour set."""
+    """Returns the settings of a split's neighbour set.
+
+    Args:
+      backbone: fingerprint of the backbone whose states are searched; "" for keys of the context.
+    """
     search = config.retrieval
     return NeighborSettings(
         fingerprint=store.settings.fingerprint,
@@ -120,6 +144,7 @@ def settings_of(
         num_images=num_images,
         shard_size=config.shard_size,
         columns=config.columns,
+        backbone=backbone,
         store=search.store,
         command=" ".join(["python -m arrag_jax.build_neighbors", *sys.argv[1:]]),
     )

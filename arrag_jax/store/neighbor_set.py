@@ -42,6 +42,7 @@ class NeighborSettings(ShardSettings):
       store_images: number of images searched, the first ones of the store.
       storage: the number format in which a dense search held keys; "" for ScaNN and for sets older than this field.
       columns: the columns of Parquet files that were read.
+      backbone: fingerprint of the backbone whose states were searched; "" for keys of the context.
       store, command: the store's folder, and the command that started the build. Records, never compared.
     """
 
@@ -53,6 +54,7 @@ class NeighborSettings(ShardSettings):
     store_images: int
     storage: str = ""
     columns: ColumnsConfig = BY_HABIT
+    backbone: str = ""
     store: str = dataclasses.field(default="", compare=False)
     command: str = dataclasses.field(default="", compare=False)
 

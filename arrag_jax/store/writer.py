@@ -10,8 +10,7 @@ from jaxtyping import Float
 
 from arrag_jax.data.examples import DUPLICATE, BadImage, Example, Examples, caption_of
 from arrag_jax.errors import UserError
-from arrag_jax.ops import grid as grid_ops
-from arrag_jax.ops.keys import KINDS_BY_FILE
+from arrag_jax.ops.keys import KEY_KINDS, KINDS_BY_FILE
 from arrag_jax.ops.neighbors import Neighbors
 from arrag_jax.store import building
 from arrag_jax.store.building import Shard
@@ -30,8 +29,8 @@ RECORD_OPTIONS = "group_size:512,zstd"
 # One record per group gives fast random access. zstd makes it 3 to 4 times smaller, because neighbours often agree.
 NEIGHBOR_RECORD_OPTIONS = "group_size:1,zstd"
 NO_CAPTION = "it has no caption"
-# (int [B, H, W] codes, ids of the images, callback that counts finished images) → neighbours [B·M, K]
-Search = Callable[[np.ndarray, Sequence[str], Callable[[int], Any]], Neighbors]
+# (int [B, H, W] codes, ids and captions of the images, callback that counts finished images) → neighbours [B·M, K]
+Search = Callable[[np.ndarray, Sequence[str], Sequence[str], Callable[[int], Any]], Neighbors]
 
 
 def build_datastore(
@@ -114,8 +113,9 @@ def _write_neighbor_shard(search: Opened[Search], shard: Shard) -> None:
     names = shard.write_left_out()
     if names:
         grids = np.concatenate(codes)
-        found = np.asarray(search()(grids, names, shard.count).code)
-        neighbors = neighbors_of_positions(found, shard.settings.grid)
+        found, settings = np.asarray(search()(grids, names, captions, shard.count).code), shard.settings
+        assert isinstance(settings, NeighborSettings)
+        neighbors = neighbors_of_positions(found, settings.grid, settings.keys)
         records = map(to_record, grids.reshape(len(grids), -1), neighbors, map(str.encode, captions))
     building.write_records(shard.files["neighbors"], records, NEIGHBOR_RECORD_OPTIONS)
 
@@ -175,14 +175,15 @@ class _Captioned:
         return {**example, "caption": caption}
 
 
-def neighbors_of_positions(code: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Returns the neighbours of all positions, int32 [B, T, K]; -1 at positions without a full context.
+def neighbors_of_positions(code: np.ndarray, grid: tuple[int, int], keys: str) -> np.ndarray:
+    """Returns the neighbours of all positions, int32 [B, T, K]; -1 at positions without a key.
 
     Args:
-      code: codes [B·M, K] of the M positions per image that have a full context.
+      code: codes [B·M, K] of the M positions per image that have a key.
       grid: [H, W].
+      keys: the kind of key.
     """
-    positions = grid_ops.positions_with_context(*grid)
+    positions = KEY_KINDS[keys].positions(grid)
     found = np.full((len(code) // len(positions), grid[0] * grid[1], code.shape[1]), -1, np.int32)
     found[:, positions] = code.reshape(-1, len(positions), code.shape[1])
     return found

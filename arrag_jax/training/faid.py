@@ -42,6 +42,7 @@ from arrag_jax.models.tensor_files import stored_tensors
 from arrag_jax.nn.faid import FaidConfig
 from arrag_jax.nn.lora import LoraConfig
 from arrag_jax.nn.variables import Adapter, freeze, retype
+from arrag_jax.ops.keys import HIDDEN
 from arrag_jax.retrieval.load import load_retriever
 from arrag_jax.store.neighbor_set import NeighborSet, set_in
 from arrag_jax.training.shared import (
@@ -194,6 +195,13 @@ class FaidTask(FaidStep):
         for neighbors in self.sets.values():
             neighbors.verify()  # training reads them in random order, in which no hash can be checked
         self.daid = Daid.of(options.daid)
+        for neighbors in self.sets.values():
+            if (neighbors.settings.keys == HIDDEN.name) != (options.retrieval.keys == HIDDEN.name):
+                raise UserError(
+                    f"the neighbours in {neighbors.directory} were found by {neighbors.settings.keys} keys, but sample "
+                    f"grids search by {options.retrieval.keys} keys; give "
+                    f"--config.options.retrieval.keys={neighbors.settings.keys}"
+                )
         if options.blend:
             for neighbors in self.sets.values():
                 if neighbors.k < options.faid.neighbors:
@@ -273,13 +281,11 @@ class FaidTask(FaidStep):
           UserError: if the store or index is missing, or belongs to another tokenizer.
         """
         policy, name = (Faid(), "FAiD") if self.options.blend else (Plain(), "LoRA")
+        search, settings = search_over(self.options.retrieval, mesh), self.sets["train"].settings
         retriever = load_retriever(
-            search_over(self.options.retrieval, mesh),
-            self.sets["train"].settings.fingerprint,
-            split_over(mesh),
-            "fsdp",
-            "data",
+            search, settings.fingerprint, split_over(mesh), "fsdp", "data", backbone=settings.backbone
         )[1]
+        base = nnx.merge(*self.load(split_over(mesh))) if settings.backbone and self.options.blend else None
         unchanging: list[UInt8[np.ndarray, "N h w 3"]] = []
         stored = self.sets["valid"]
         captions = [stored[i]["caption"] for i in range(min(PICTURES, len(stored)))]
@@ -287,7 +293,7 @@ class FaidTask(FaidStep):
 
         def drawn(model: TunableModel, policy: DecodePolicy) -> UInt8[np.ndarray, "N h w 3"]:
             settings = dataclasses.asdict(self.options.sampling)
-            return draw(model, mesh, ids, mask, self.config.seed, policy, retriever, **settings)
+            return draw(model, mesh, ids, mask, self.config.seed, policy, retriever, base, **settings)
 
         def draw_samples(model: TunableModel) -> SampleImages:
             if not unchanging:

@@ -25,6 +25,7 @@ from arrag_jax.interfaces import Backbone, ImageTokenizer
 from arrag_jax.json_files import read_object
 from arrag_jax.mesh import make_mesh, on_own_device
 from arrag_jax.models import card, manifest
+from arrag_jax.models.lookup import LookupModel
 from arrag_jax.models.place import checkpoint_folder
 from arrag_jax.models.vq_images import with_whole_tokenizer
 from arrag_jax.nn.vq import from_uint8, to_uint8
@@ -121,11 +122,22 @@ def search_over(config: RetrievalConfig, mesh: Mesh) -> RetrievalConfig:
 
 
 def draw(
-    model: Any, mesh: Mesh, ids: Any, mask: Any, seed: int, policy: Any = None, retriever: Any = None, **settings: Any
+    model: Any,
+    mesh: Mesh,
+    ids: Any,
+    mask: Any,
+    seed: int,
+    policy: Any = None,
+    retriever: Any = None,
+    base: Any = None,
+    **settings: Any,
 ) -> UInt8[np.ndarray, "N h w 3"]:
     """Returns one image per prompt, drawn with a model that lies on the mesh; arguments as in ``sample``.
 
     One device of each process draws if it holds the whole model, else all devices draw together.
+
+    Args:
+      base: the model whose states are searched, if the policy blends; None = the model itself.
     """
     split, rows = split_over(mesh), np.arange(len(ids))
     if split is None:
@@ -134,7 +146,9 @@ def draw(
     else:
         rows = np.resize(rows, -(-len(ids) // mesh.shape["data"]) * mesh.shape["data"])
         model = with_whole_tokenizer(model, mesh)
-    drawn = sample(model, ids[rows], policy, retriever, seed=seed, prompt_mask=mask[rows], mesh=split, **settings)
+    blends = base is not None and policy is not None and policy.blends
+    drawer: Any = LookupModel(model, base) if blends else model
+    drawn = sample(drawer, ids[rows], policy, retriever, seed=seed, prompt_mask=mask[rows], mesh=split, **settings)
     return np.asarray(to_uint8(model.decode_codes(np.asarray(drawn.codes)[: len(ids)], *model.grid)))
 
 
