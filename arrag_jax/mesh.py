@@ -210,6 +210,29 @@ def split_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
+def shares_of(length: int) -> int:
+    """Returns over how many devices an axis of this length is split like the parameters of the program's mesh."""
+    ways = dict(jax.sharding.get_abstract_mesh().shape).get("fsdp", 1)
+    return ways if length % ways == 0 else 1
+
+
+def split_axis(x: jax.Array, axis: int) -> jax.Array:
+    """Returns an array of a program, split along one axis over "fsdp" like the large parameters.
+
+    Without this, XLA may compute a product of parameters whole on every device. An array whose axis does not divide
+    evenly stays as it is, and so does every array where there is no mesh.
+    """
+    if shares_of(x.shape[axis]) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*("fsdp" if i == axis else None for i in range(x.ndim))))
+
+
+def gathered(x: jax.Array) -> jax.Array:
+    """Returns an array of a program, whole on every device, so that slices of it need no messages."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, P())
+
+
 def on_own_rows(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     """Returns ``function(*arrays)`` computed by every device on its own rows.
 

@@ -1,5 +1,6 @@
 """Laws of the launch scripts: a dry run runs nothing, and what it prints is what the workers get."""
 
+import json
 import re
 import shlex
 import signal
@@ -30,6 +31,8 @@ from helpers.launching import (
         [*SLURM, "--dry_run"],
         [*SLURM, "--ray", "--dry_run"],
         [*POD[:-2], "--delete", "--dry_run"],
+        ["launch/ray_cloud.sh", "aws", "--dry_run"],
+        ["launch/ray_cloud.sh", "kubernetes", "--dry_run"],
     ],
 )
 def test_dry_run_calls_nothing(repository, script):
@@ -132,6 +135,32 @@ def test_files_for_clusters_are_valid_and_ask_for_a_token():
     assert f"ray=={job['rayClusterSpec']['rayVersion']}" == pin
 
 
+CLOUD = ["launch/ray_cloud.sh", "aws"]
+
+
+@pytest.mark.parametrize("ends_with", [0, 3])
+def test_rented_machines_are_given_back_however_the_command_ends(repository, ends_with):
+    (repository / ".ray").mkdir()
+    (repository / ".ray" / "auth_token").write_text("token")
+    write_stub(repository / "stubs" / "ray", f"[[ $1 != exec ]] || exit {ends_with}\n")
+    done = launch(repository, *CLOUD, "--", *COMMAND, home=repository)
+    assert done.returncode == ends_with, done.stderr
+    up, ran, down = calls(repository)
+    assert up[1:] == ["up", "--yes", "launch/ray_cluster.yaml"] and down[1:] == ["down", "--yes", up[-1]]
+    assert shlex.split(ran[-1])[3:] == [".venv/bin/python", *COMMAND[1:], "--ray=auto"]
+    launch(repository, *CLOUD, "--keep", "--", *COMMAND, home=repository)
+    assert [call[1] for call in calls(repository)[3:]] == ["up", "exec"]
+
+
+def test_a_job_on_kubernetes_gets_the_command_as_it_was_given(repository):
+    write_stub(repository / "stubs" / "kubectl", "")
+    done = launch(repository, CLOUD[0], "kubernetes", "--", *COMMAND, '--a="b" \\')
+    assert done.returncode == 0, done.stderr
+    patch = next(call for call in calls(repository) if "patch" in call)
+    entry = json.loads(patch[patch.index("-p") + 1])["spec"]["entrypoint"]
+    assert shlex.split(entry) == [*COMMAND, '--a="b" \\', "--ray=auto"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -139,6 +168,10 @@ def test_files_for_clusters_are_valid_and_ask_for_a_token():
         ([*SLURM, "--colour=red", "--", *COMMAND], "--colour=red"),
         (["launch/ray_job.sh", "--colour=red", "--", *COMMAND], "--colour=red"),
         (["launch/ray_job.sh", "--", "python", "train.py"], "python -m arrag_jax"),
+        (["launch/ray_cloud.sh", "--", *COMMAND], "aws or kubernetes"),
+        ([*CLOUD, "--colour=red", "--", *COMMAND], "--colour=red"),
+        ([*CLOUD, "--", "python", "train.py"], "python -m arrag_jax"),
+        (CLOUD, "command is missing"),
         (POD, "command is missing"),
         (SLURM, "command is missing"),
         ([*POD, "--", "rm", "-rf", "x"], "python -m arrag_jax"),

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from arrag_jax.errors import UserError
 from arrag_jax.fields import Settings
-from arrag_jax.mesh import devices_in_context
+from arrag_jax.mesh import devices_in_context, gathered, shares_of, split_axis
 from arrag_jax.nn.linear import Linear
 from arrag_jax.ops import blend, products
 from arrag_jax.ops.grid import has_context
@@ -104,10 +104,13 @@ class Blender(nnx.Module):
           features: incoming features; those of positions without a context count as zeros.
         """
         batch, height, width, dim = hidden.shape
-        kernels, weights = self.kernels()
-        if blend.cheaper_composed(self.config.hops, batch * height * width // devices_in_context(), dim):
+        (kernels, weights), shares = self.kernels(), shares_of(dim)
+        kernels = [x._replace(first=split_axis(x.first, 2), second=gathered(x.second)) for x in kernels]
+        positions = batch * height * width // devices_in_context()
+        if blend.cheaper_composed(self.config.hops, positions, dim, shares):
             offsets = blend.live_offsets(max(self.config.hops))
-            around = blend.around_composed(blend.compose(kernels, weights), offsets, hidden)
+            matrices = gathered(split_axis(blend.compose(kernels, weights), 1))
+            around = blend.around_composed(matrices, offsets, hidden)
         else:
             around = blend.around_staged(kernels, weights, hidden)
         complete = jnp.asarray(has_context(height, width))[None, :, None, None]
@@ -132,8 +135,8 @@ class Blender(nnx.Module):
 
         The scale is not applied to the features, so no gradient is computed for features that need none.
         """
-        matrix, bias = blend.centre(kernels, weights)
-        return blend.Centre(self.norm_scale[...][None] * matrix, bias)
+        matrix, bias = blend.centre(kernels, weights, shares_of(len(self.norm_scale[...])) > 1)
+        return blend.Centre(self.norm_scale[...][None] * gathered(split_axis(matrix, 1)), bias)
 
 
 class FusedBlender(nnx.Module):

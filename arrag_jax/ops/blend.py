@@ -16,7 +16,7 @@ The window's term can be computed in two ways, which give the same value:
   costs D rows per pair of kernel taps.
 
 ``cheaper_composed`` decides which way costs less. Decoding always composes, because it uses the same kernels for every
-position.
+position. Devices that split the kernels along the inputs of the first ones each compose their share of the matrices.
 
 Kernels and composed matrices are [in, out]. Products are summed in float32 for every input type. If several products
 use one value, the value is first converted to float32 and rounded for each product, so its gradients are summed in
@@ -69,7 +69,7 @@ def live_pairs(hop: int) -> list[tuple[Offset, Offset, Offset]]:
     return [(a, u, offset) for a, u, offset in reach if offset < (0, 0)]
 
 
-def cheaper_composed(hops: Sequence[int], positions: int, width: int) -> bool:
+def cheaper_composed(hops: Sequence[int], positions: int, width: int, shares: int = 1) -> bool:
     """Returns whether the composed form needs fewer multiply-adds than the staged form.
 
     Costs are counted in units of width²: composing one live pair of taps costs ``width``, and each matrix costs one per
@@ -78,29 +78,35 @@ def cheaper_composed(hops: Sequence[int], positions: int, width: int) -> bool:
     Args:
       positions: B·T, the number of positions on one device.
       width: D.
+      shares: number of devices that compose together.
     """
     pairs = sum(len(live_pairs(hop)) for hop in hops)
     staged = sum(2 * ((hop + 1) ** 2 - 1) for hop in hops)
-    return pairs * width + len(live_offsets(max(hops))) * positions < staged * positions
+    return pairs * width / shares + len(live_offsets(max(hops))) * positions < staged * positions
 
 
-def centre(kernels: Sequence[HopKernels], weights: Float[Array, " hops"]) -> Centre:
+def centre(kernels: Sequence[HopKernels], weights: Float[Array, " hops"], split: bool = False) -> Centre:
     """Returns the centre's matrix and the bias, each a weighted sum over hops.
 
     Args:
       kernels: one per hop.
       weights: weights of the hops; they sum to 1.
+      split: the first kernels are split over devices along their inputs, to which no row can then be appended.
     """
     matrix: Any = 0.0
     bias: Any = 0.0
     for weight, (first, first_bias, second, second_bias) in zip(weights, kernels, strict=True):
-        # A tap and its mirror image reach the centre together. The first bias is appended as one more row, because
-        # every tap of the second kernel multiplies it.
+        # A tap and its mirror image reach the centre together. Every tap of the second kernel multiplies the first
+        # bias: appended as one more row, it costs a CPU less than a product of its own.
         row = jnp.broadcast_to(first_bias.astype(jnp.float32), (*first.shape[:2], 1, len(first_bias)))
-        rows = jnp.concatenate([first[::-1, ::-1], row.astype(first.dtype)], axis=2)
-        product = products.einsum("uvio,uvop->pi", rows, second)
-        matrix += weight * product[:, :-1]
-        bias += weight * (product[:, -1] + second_bias)
+        rows, row = first[::-1, ::-1], row.astype(first.dtype)
+        if split:
+            product, of_bias = (products.einsum("uvio,uvop->pi", x, second) for x in (rows, row))
+        else:
+            both = products.einsum("uvio,uvop->pi", jnp.concatenate([rows, row], axis=2), second)
+            product, of_bias = both[:, :-1], both[:, -1:]
+        matrix += weight * product
+        bias += weight * (of_bias[:, 0] + second_bias)
     return Centre(matrix.astype(first.dtype), bias)
 
 

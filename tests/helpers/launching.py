@@ -75,8 +75,9 @@ def environment(root: Path) -> dict[str, str]:
     }
 
 
-def launch(root: Path, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", *words], cwd=root, env=environment(root), capture_output=True, text=True, timeout=60)
+def launch(root: Path, *words: str, home: Path | None = None) -> subprocess.CompletedProcess:
+    env = environment(root) | ({} if home is None else {"HOME": str(home)})
+    return subprocess.run(["bash", *words], cwd=root, env=env, capture_output=True, text=True, timeout=60)
 
 
 def calls(root: Path) -> list[list[str]]:
