@@ -9,6 +9,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from arrag_jax import mesh
+from arrag_jax.config import MeshConfig
+from arrag_jax.costs import costs_of
 from arrag_jax.errors import UserError
 from arrag_jax.models.weights import to_ours
 from arrag_jax.nn.abstract import abstract
@@ -73,6 +76,26 @@ def test_the_map_is_the_naive_map_in_values_and_gradients(hops, slots, composed,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("composed", [False, True], ids=["staged", "composed"])
+def test_devices_that_split_the_kernels_get_the_same_and_share_the_work(composed, monkeypatch):
+    """Slices of kernels need no messages between devices; each composes and multiplies its share."""
+    monkeypatch.setattr(blend, "cheaper_composed", lambda *_: composed)
+    monkeypatch.setattr(mesh, "SMALLEST_SHARDED", 1)
+    devices = mesh.make_mesh(MeshConfig(1, 8))
+    graph, state = nnx.split(blender())
+    placed = nnx.merge(graph, mesh.put_state(state, devices))
+    with jax.set_mesh(devices):
+        found = with_gradients(Blender.blend_map, placed, *inputs())
+        forward = jax.jit(lambda state, *inputs: nnx.merge(graph, state).blend_map(*inputs).added)
+        text = forward.lower(nnx.split(placed)[1], *inputs()).compile().as_text()
+    jax.tree.map(assert_close, found, naive_with_gradients((1, 2), SLOTS))
+    shared = costs_of(text)
+    alone = costs_of(forward.lower(state, *inputs()).compile().as_text())
+    assert not {"collective-permute", "all-to-all"} & set(shared.collectives)
+    assert shared.flops < alone.flops
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("hops, slots", CASES, ids=str)
 def test_a_cell_alone_is_the_cell_in_the_naive_map(hops, slots):
     hidden, features = inputs(slots)
@@ -91,6 +114,7 @@ def test_the_form_is_chosen_by_multiply_adds():
     """At the 1B shape one image is worked off in stages, a large batch composed."""
     assert not blend.cheaper_composed((1, 2), 576, 2048)
     assert blend.cheaper_composed((1, 2), 576 * 64, 2048)
+    assert blend.cheaper_composed((1, 2), 576 * 8, 2048, 16)  # devices that compose together
     for hop in (1, 2, 3):
         assert len(blend.live_offsets(hop)) == ((2 * hop + 1) ** 2 - 1) // 2
         assert len({offset for _, _, offset in blend.live_pairs(hop)}) == len(blend.live_offsets(hop))
