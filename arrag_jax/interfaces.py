@@ -109,11 +109,14 @@ class StoredImages(Protocol):
         """
         ...
 
-    def forbidden(self, drawn: Int[Array, "n T"], position: Int[Array, " n"], most: int) -> Bool[Array, "n V"]:
+    def forbidden(
+        self, drawn: Int[Array, "n T"], position: Int[Array, " n"], most: int, known: Int[Array, "n T"] | None = None
+    ) -> Bool[Array, "n V"]:
         """Returns which codes would make a copied run of more than ``most`` different codes at the positions.
 
         Args:
           drawn: the pictures so far; only codes before ``position`` are read.
+          known: codes that belong to the pictures from the start, -1 elsewhere.
         """
         ...
 

@@ -90,20 +90,17 @@ def sampling_of(model: Backbone, numbers: dict[str, Any], greedy: bool) -> Sampl
     return Sampling(**dataclasses.asdict(sampling))
 
 
-def known_codes(model: Backbone, known: ArrayLike, batch: int, sampling: Sampling) -> Int[Array, "B T"]:
+def known_codes(model: Backbone, known: ArrayLike, batch: int) -> Int[Array, "B T"]:
     """Returns the known codes of a batch, -1 where a code is to be drawn, as a device array.
 
     Raises:
-      UserError: if they are not codes of B grids, or a guard against copies is asked for, because a run could grow
-        through codes that are known and cannot be forbidden.
+      UserError: if they are not codes of B grids.
     """
     codes, shape = np.asarray(known), (batch, model.grid[0] * model.grid[1])
     if codes.shape != shape or not np.issubdtype(codes.dtype, np.integer):
         raise UserError(f"known must be whole numbers {list(shape)}, got {codes.dtype} {list(codes.shape)}")
     if codes.min(initial=-1) < -1 or codes.max(initial=-1) >= model.codebook_size:
         raise UserError(f"known must hold codes below {model.codebook_size}, and -1 where a code is drawn")
-    if sampling.max_copied_cells is not None:
-        raise UserError("max_copied_cells cannot guard a picture of which codes are known; leave it out")
     return jnp.asarray(codes, jnp.int32)
 
 

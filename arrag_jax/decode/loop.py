@@ -301,7 +301,7 @@ def prepare(
     uncond = None if cfg_scale is None else model.unconditional(cond)
     keys = image_keys(seed, len(jax.tree.leaves(cond)[0]))
     if known is not None:
-        known = known_codes(model, known, len(keys), sampling)
+        known = known_codes(model, known, len(keys))
     if gate := getattr(mixture_of(policy), "gate", None):
         gate.require_rows(len(keys))
     retriever = retriever if policy.uses_retrieval else None

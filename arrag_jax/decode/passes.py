@@ -136,7 +136,7 @@ class Passes:
         log_p = self.policy.log_probs(log_p_model, neighbors, complete)
         if self.stored is not None and sampling.max_copied_cells is not None:
             at = jnp.broadcast_to(position, (rows,))
-            log_p = without(log_p, guided, self.stored.forbidden(drawn, at, sampling.max_copied_cells))
+            log_p = without(log_p, guided, self.stored.forbidden(drawn, at, sampling.max_copied_cells, known))
         code = draw(log_p, keys, position, sampling.greedy)
         if given is not None:
             code = jnp.where(given >= 0, given, code)

@@ -60,6 +60,8 @@ def generate(
     if scale != AUTO and not (str(scale).isdecimal() and int(scale) >= 1):
         raise UserError(f"--scale={scale} must be at least 1, or {AUTO}")
     prompt = _repeated([*prompt, *prompts_of(config.data, num_test_prompts, test_group)], variations)
+    if part_of is not None:
+        part_of.require(config.sampling)
     pipeline = open_pipeline(config, method.split(",") if method else [])
     part = None if part_of is None else open_part(part_of, pipeline.model)
     scale = max(1, SIDE // max(pipeline.model.image_size)) if scale == AUTO else int(scale)

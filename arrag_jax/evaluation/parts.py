@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
+from arrag_jax.config import SamplingConfig
 from arrag_jax.data.pixels import decode, fitted
 from arrag_jax.decode.stream import BLANK
 from arrag_jax.errors import UserError
@@ -62,6 +63,10 @@ class PartOf:
             raise UserError(f"--strength={self.strength:g} is outside (0, 1]")
         _ = self.side
 
+    def require(self, sampling: SamplingConfig) -> None:
+        """Raises UserError unless a part can be drawn with these settings."""
+        require_whole_runs(self.side, sampling)
+
     @property
     def side(self) -> tuple[str, int] | None:
         """The side that is extended, and by how many pixels; None = nothing is extended."""
@@ -71,6 +76,15 @@ class PartOf:
         if side not in SIDES or not pixels.isdecimal() or int(pixels) < 1:
             raise UserError(f"--extend={self.extend} must be a side ({', '.join(SIDES)}) and pixels: right:128")
         return side, int(pixels)
+
+
+def require_whole_runs(side: tuple[str, int] | None, sampling: SamplingConfig) -> None:
+    """Raises UserError if a picture that grows is to be guarded: a window does not see all of a run that joins two."""
+    if side is not None and sampling.max_copied_cells is not None:
+        raise UserError(
+            "a picture that grows is drawn in windows, which see only parts of its runs, so max_copied_cells cannot "
+            "guard it; leave it out"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

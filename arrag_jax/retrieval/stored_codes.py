@@ -28,11 +28,13 @@ class _Host:
     def guesses(self, *arrays: np.ndarray) -> tuple[np.ndarray]:
         return (self.seen.guesses(*arrays),)
 
-    def forbidden(self, drawn: np.ndarray, position: np.ndarray, most: np.ndarray) -> tuple[np.ndarray]:
+    def forbidden(
+        self, drawn: np.ndarray, position: np.ndarray, most: np.ndarray, *known: np.ndarray
+    ) -> tuple[np.ndarray]:
         number = int(most.reshape(-1)[0])
         if number not in self.guards:
             self.guards[number] = CopyIndex(self.codes, self.size, number)
-        return (self.guards[number].forbidden(drawn, position),)
+        return (self.guards[number].forbidden(drawn, position, *known),)
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +61,9 @@ class StoredCodes:
         """Returns the codes with guesses from ``final`` to ``end``, as ``interfaces.Guess`` does."""
         return self.host.call("guesses", (jax.ShapeDtypeStruct(codes.shape, jnp.int32),), codes, final, known, end)[0]
 
-    def forbidden(self, drawn: Int[Array, "n T"], position: Int[Array, " n"], most: int) -> Bool[Array, "n V"]:
+    def forbidden(
+        self, drawn: Int[Array, "n T"], position: Int[Array, " n"], most: int, known: Int[Array, "n T"] | None = None
+    ) -> Bool[Array, "n V"]:
         """Returns which codes would make a copied run of more than ``most`` different codes at the positions."""
-        kind = jax.ShapeDtypeStruct((len(drawn), self.size), jnp.bool_)
-        return self.host.call("forbidden", (kind,), drawn, position, jnp.int32(most))[0]
+        kind, given = jax.ShapeDtypeStruct((len(drawn), self.size), jnp.bool_), () if known is None else (known,)
+        return self.host.call("forbidden", (kind,), drawn, position, jnp.int32(most), *given)[0]

@@ -11,7 +11,7 @@ from PIL import Image
 from arrag_jax.data.pixels import fitted
 from arrag_jax.decode.methods import BASELINE, METHODS, Search
 from arrag_jax.errors import UserError
-from arrag_jax.evaluation.parts import SIDES, draw, fitted_mask, part_of
+from arrag_jax.evaluation.parts import SIDES, draw, fitted_mask, part_of, require_whole_runs
 from arrag_jax.evaluation.pipeline import Pipeline
 from arrag_jax.figures.canvas import RGBImage, upscale
 from arrag_jax.parsing import in_range
@@ -61,6 +61,7 @@ def edited(pipeline: Pipeline, ask: EditAsk) -> tuple[list[RGBImage], list[RGBIm
         if ask.side[0] not in SIDES:
             raise UserError(f"side {ask.side[0]!r} is unknown; choose one of {', '.join(SIDES)}")
         in_range("pixels", ask.side[1], 1, MOST_GROWTH * max(model.image_size))
+        require_whole_runs(ask.side, pipeline.config.sampling)
     mask = None if ask.mask is None else fitted_mask(ask.mask, model.image_size)
     part = part_of(model, shrunk(ask.picture, model.image_size), mask, ask.side, by="what is painted")
     prompts, seeds = [ask.prompt] * ask.variations, ask.seed + np.arange(ask.variations)
