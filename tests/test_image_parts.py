@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from arrag_jax.config import SamplingConfig
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.parts import PartOf, fitted_mask, open_part, part_of
 from arrag_jax.models.checkpoint import load_model
@@ -112,6 +113,14 @@ def test_bad_images_and_masks_are_named(model, tmp_path):
 def test_flags_that_do_not_fit_together_are_named(flags, message):
     with pytest.raises(UserError, match=message):
         PartOf(**{"image": "image.png", **flags})
+
+
+def test_a_picture_that_grows_is_not_guarded():
+    part = PartOf("image.png", extend="right:4")
+    part.require(SamplingConfig())
+    PartOf("image.png", mask="m.png").require(SamplingConfig(max_copied_cells=3))
+    with pytest.raises(UserError, match="max_copied_cells cannot guard it"):
+        part.require(SamplingConfig(max_copied_cells=3))
 
 
 @pytest.mark.long

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from arrag_jax.config import SamplingConfig
 from arrag_jax.decode.checks import Sampling
@@ -135,8 +135,7 @@ class Passes:
         log_p_model = truncate(guided, sampling.temperature, sampling.top_k, sampling.top_p)
         log_p = self.policy.log_probs(log_p_model, neighbors, complete)
         if self.stored is not None and sampling.max_copied_cells is not None:
-            at = jnp.broadcast_to(position, (rows,))
-            log_p = without(log_p, guided, self.stored.forbidden(drawn, at, sampling.max_copied_cells, known))
+            log_p = without(log_p, guided, self._forbidden(self.stored, drawn, position, known))
         code = draw(log_p, keys, position, sampling.greedy)
         if given is not None:
             code = jnp.where(given >= 0, given, code)
@@ -147,6 +146,25 @@ class Passes:
         if known is not None:
             record = jax.tree.map(lambda new, none: jnp.where(own >= 0, none, new), record, _untold(code))
         return record._replace(log_probs=log_p if self.return_log_probs else None), cache
+
+    def _forbidden(
+        self, stored: StoredImages, drawn: Int[Array, "n T"], position: Int[Array, "*n"], known: Any
+    ) -> Bool[Array, "n V"]:
+        """Returns which codes would make a copied run too large.
+
+        The stored images are not asked while no picture has as many different codes as a run may hold.
+        """
+        (rows, cells), size, most = drawn.shape, self.model.codebook_size, self.sampling.max_copied_cells
+        assert most is not None
+        at = jnp.broadcast_to(position, (rows,))
+        codes = jnp.where(jnp.arange(cells)[None] < at[:, None], drawn, -1)
+        codes = codes if known is None else jnp.where(known >= 0, known, codes)
+        there = jnp.zeros((rows, size + 1), bool).at[jnp.arange(rows)[:, None], codes].set(True)  # -1 is the last one
+        return jax.lax.cond(
+            (there[:, :size].sum(1) >= most).any(),
+            lambda: stored.forbidden(drawn, at, most, known),
+            lambda: jnp.zeros((rows, size), bool),
+        )
 
     def _neighbors(self, drawn: Int[Array, "n T"], position: Int[Array, "*n"]) -> Neighbors:
         """Returns the neighbours of the contexts; empty ones if nothing is searched."""

@@ -51,7 +51,8 @@ class CopyIndex:
           drawn: the pictures; only codes before the position are read.
           known: codes that were known before the drawing, -1 elsewhere. Nothing is forbidden where they are.
         """
-        banned, used = np.zeros((len(drawn), self.size), bool), []
+        banned = np.zeros((len(drawn), self.size), bool)
+        used: list[_Trail] = []
         with self._lock:
             free = list(self._trails)
             for row, (codes, at) in enumerate(zip(drawn, position.tolist(), strict=True)):
@@ -100,7 +101,7 @@ class _Trail:
         self._earlier: dict[Step, list[Step] | None] = {}  # cells of each pair of codes; None if it is skipped
         self._undo: list[tuple[list[np.ndarray], list[Step]]] = []  # what each position added to these two
         self._found = [np.zeros(0, np.intp)]  # displaced images with enough pairs, before and after each position
-        self._due = np.zeros(0, np.int64)  # number of positions before which each of these needs no look; see ``forbidden``
+        self._due = np.zeros(0, np.int64)  # number of positions before which each of these needs no look
         self._runs: dict[int, _Runs] = {}
 
     @property
@@ -122,7 +123,8 @@ class _Trail:
         if start < self.length:
             self._back(start)
         if self._count is None:
-            self._count = np.zeros(self._pairs.displaced, np.uint16)
+            # A count that overflows has been enough before, so it lists its image twice at worst.
+            self._count = np.zeros(self._pairs.displaced, np.uint8 if self._index.most < 2**8 else np.uint16)
         if not start:
             self._found = [np.arange(0 if enough > 0 else self._pairs.displaced)]
         for step in steps[start:].tolist():
@@ -206,7 +208,7 @@ class _Trail:
                 one, two = (self._pairs.codes(numbers, each) != self._code[each] for each in cells)
                 numbers = numbers[one | two]
             self._earlier[pair] = [*earlier, (cell, other)]
-            count = self._count.take(numbers) + np.uint16(1)
+            count = self._count.take(numbers) + self._count.dtype.type(1)
             self._count[numbers] = count
             shared.append(numbers)
             found.append(numbers[count == self._enough])

@@ -1,8 +1,8 @@
 """Where two different codes lie side by side in stored images, at every displacement of these.
 
-Each displaced image has one number, and each stored position one place in the *canvas*. For an image at number n, the code
-that lies at a cell of the picture stands at ``n + shift[cell]`` in the canvas. The canvas holds as many empty places around
-each image as a displacement can reach, so this needs no bounds; what lies outside of an image is V.
+Each displaced image has one number, and each stored position one place in the *canvas*. The code that the displaced
+image n has at a cell of the picture stands at ``n + shift[cell]`` in the canvas. The canvas holds as many empty places
+around each image as a displacement can reach, so this needs no bounds; what lies outside of an image is V.
 """
 
 import numpy as np
@@ -30,15 +30,14 @@ class Pairs:
         first = np.arange(len(codes))[:, None, None] * each
         self._canvas = np.full(self.displaced, codebook_size, np.uint16 if codebook_size < 2**16 else np.int32)
         self._canvas[first + cell] = codes
-        self.beside = [_beside(*divmod(i, width), height, width) for i in range(height * width)]
+        self.beside = [_beside(i, height, width) for i in range(height * width)]
         large = max(2 * codebook_size**2, self.displaced) >= 2**31
         known = codes.astype(np.int64 if large else np.int32)
-        keys, places = [], []
+        place, keys, places = np.broadcast_to(first + cell, known.shape), [], []
         for down, before, after in ((0, np.s_[:, :, :-1], np.s_[:, :, 1:]), (1, np.s_[:, :-1], np.s_[:, 1:])):
-            pair, place = self._key(known[before], known[after], down), np.broadcast_to(first + cell, known.shape)[after]
             other = known[before] != known[after]
-            keys.append(pair[other])
-            places.append(place[other].astype(known.dtype))
+            keys.append(self._key(known[before], known[after], down)[other])
+            places.append(place[after][other].astype(known.dtype))
         ordered, held = np.concatenate(keys), np.concatenate(places)
         order = np.argsort(ordered, kind="stable")
         ordered, self._places = ordered[order], held[order]
@@ -67,7 +66,7 @@ class Pairs:
         return self._canvas.take(numbers[:, None] + self.shift, mode="wrap")
 
 
-def _beside(row: int, column: int, height: int, width: int) -> tuple[int, ...]:
-    cell = row * width + column
+def _beside(cell: int, height: int, width: int) -> tuple[int, ...]:
+    row, column = divmod(cell, width)
     sides = ((column > 0, -1), (row > 0, -width), (column < width - 1, 1), (row < height - 1, width))
     return tuple(cell + step for inside, step in sides if inside)
