@@ -6,18 +6,18 @@ import pytest
 
 from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid, Plain
+from arrag_jax.retrieval.patches import one_key_each
 from arrag_jax.retrieval.sharded import shard_dense
 from arrag_jax.retrieval.stored_codes import StoredCodes
 from helpers import tiny
-from test_search import one_key_each
 
 BATCH = 4
+TWO, EIGHT = (2, 1), (4, 2)  # shapes of meshes
 CASES = {
-    "window": {"window": 6},
-    "window with stored guesses": {"window": 6, "stored": True},
-    "known codes": {"known": True},
-    "guard": {"max_copied_cells": 3, "stored": True},
-    "all": {"window": 6, "known": True, "max_copied_cells": 3, "stored": True},
+    "window": (EIGHT, {"window": 6}),
+    "known codes": (TWO, {"known": True}),
+    "guard": (TWO, {"max_copied_cells": 3, "stored": True}),
+    "all": (EIGHT, {"window": 6, "known": True, "max_copied_cells": 3, "stored": True}),
 }
 
 
@@ -29,16 +29,16 @@ def model():
 @pytest.fixture(scope="module")
 def own(model):
     ids, mask = tiny.prompts((6, 3, 4, 5))
-    return np.asarray(sample(model, ids, prompt_mask=mask, seed=np.arange(BATCH)).codes)
+    return np.asarray(sample(model, ids, prompt_mask=mask, cfg_scale=2.0, seed=np.arange(BATCH)).codes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(2, 1), (4, 2)], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_a_mesh_draws_what_one_device_draws(model, own, case, shape):
+def test_a_mesh_draws_what_one_device_draws(model, own, case):
     """Two devices draw plain; eight draw with a search that is split over two of them."""
+    shape, more = CASES[case]
     ids, mask = tiny.prompts((6, 3, 4, 5))
-    settings = {"prompt_mask": mask, "seed": np.arange(BATCH), "cfg_scale": 2.0, **CASES[case]}
+    settings = {"prompt_mask": mask, "seed": np.arange(BATCH), "cfg_scale": 2.0, **more}
     if "stored" in settings:
         settings["stored"] = StoredCodes.of(own.reshape(BATCH, 4, 5), 9)
     if "known" in settings:
@@ -48,9 +48,13 @@ def test_a_mesh_draws_what_one_device_draws(model, own, case, shape):
     policy, alone, spread = Plain(), None, None
     if shape[1] > 1:
         policy, alone = Daid(0.5, 0.3), tiny.untied(model)
-        keys = one_key_each(np.asarray(alone.keys), np.asarray(alone.codes))
-        spread = shard_dense(keys, len(keys.codes), np.asarray(model.codebook), alone.k, mesh, "fsdp", "data")
+        keys, codes = np.asarray(alone.keys), np.asarray(alone.codes)
+        spread = shard_dense(
+            one_key_each(keys, codes), len(codes), np.asarray(model.codebook), alone.k, mesh, "fsdp", "data"
+        )
     one = sample(model, ids, policy, alone, **settings)
     many = sample(model, ids, policy, spread, mesh=mesh, **settings)
     np.testing.assert_array_equal(many.codes, one.codes)
     np.testing.assert_array_equal(many.source, one.source)
+    if case == "guard":
+        assert (np.asarray(many.codes) != own).any()
