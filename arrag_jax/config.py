@@ -214,6 +214,9 @@ class DatastoreConfig(Settings):
     keys: tuple[str, ...] = ("codebook",)
     hidden_numbers: int = 64  # numbers per hidden key, each one byte
     captions: bool = False  # store captions, to search by them; an image file's caption is a .txt or .json beside it
+    rights: bool = (
+        False  # store licences and sources: from the .json beside an image, or columns or features of those names
+    )
     indexes: tuple[str, ...] = ("codebook",)  # kinds of key to build a ScaNN index for
     # Searchers per index; a search that is sharded over a mesh needs one per device. The build holds the float32 keys
     # of one searcher in memory: 128 bytes per unique context (1.3 GB for 10^7), plus what ScaNN makes of them.
@@ -260,7 +263,7 @@ class RetrievalConfig(Settings):
     num_images: int = 0  # search only the first images; 0 = all. A ScaNN index over fewer images is built in memory
     scann: ScannOptions = ScannOptions()
     ray: RayConfig = RayConfig()
-    licences: tuple[str, ...] = ()  # search only images with one of these licences (build_datastore --rights); () = all
+    licences: tuple[str, ...] = ()  # search only images with one of these licences (DatastoreConfig.rights); () = all
     # In pictures of which parts are known, search by all known codes around a position, not by those before it alone
     # (``ops.keys.around``). It is exact, and runs on one device, with codebook keys.
     two_sided: bool = False

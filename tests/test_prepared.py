@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from arrag_jax import build_datastore, build_neighbors
 from arrag_jax.config import DatastoreConfig, NeighborsConfig, RetrievalConfig
 from arrag_jax.data import pixels
+from arrag_jax.data.stated_rights import Rights
 from arrag_jax.errors import UserError
 from arrag_jax.models.checkpoint import load_tokenizer
 from arrag_jax.nn.vq import from_uint8
@@ -34,7 +35,8 @@ class Pets(tfds.core.GeneratorBasedBuilder):
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="small"), tfds.core.BuilderConfig(name="wordless")]  # noqa: RUF012
 
     def _info(self) -> tfds.core.DatasetInfo:
-        words = {"caption": tfds.features.Text()} if self.builder_config.name == "small" else {}
+        small = {name: tfds.features.Text() for name in ("caption", "license")}
+        words = small if self.builder_config.name == "small" else {}
         features = {"image": tfds.features.Image(shape=(None, None, 3)), **words}
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
@@ -44,7 +46,8 @@ class Pets(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self):
-        words = [{"caption": f"pet {i}"} if self.builder_config.name == "small" else {} for i in range(len(FILES))]
+        small = [{"caption": f"pet {i}", "license": "CC0" if i % 2 else ""} for i in range(len(FILES))]
+        words = small if self.builder_config.name == "small" else [{}] * len(FILES)
         for i, file in enumerate(FILES):
             yield i, {"image": io.BytesIO(file), **words[i]}
 
@@ -80,6 +83,15 @@ def test_a_prepared_set_becomes_a_store(config, tmp_path, source):
     assert "tensorflow" not in sys.modules
     build_datastore.run(dataclasses.replace(config, source=source), str(tmp_path / "store"), append=True)
     assert not list(Path(tmp_path / "store").glob("part-*"))
+
+
+@pytest.mark.slow
+def test_a_prepared_set_states_licences(config, tmp_path):
+    store = folders.built(dataclasses.replace(config, rights=True), tmp_path / "store")
+    assert store.rights == {f"tfds:pets/small/train/{i}": Rights("cc0") for i in (1, 3, 5)}
+    wordless = dataclasses.replace(config, source="tfds:pets/wordless", captions=False, rights=True)
+    with pytest.raises(UserError, match="has no feature with a licence or a source"):
+        build_datastore.run(wordless, str(tmp_path / "none"))
 
 
 @pytest.mark.slow

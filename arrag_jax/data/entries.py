@@ -19,6 +19,7 @@ class Entry(NamedTuple):
       offset, size: where its bytes are in that file; in a Parquet file, offset is the number of its row.
       fault: the reason why it cannot be read, if that is already known.
       caption: its caption, if captions were requested.
+      licence, source: its rights, if they were requested.
       column: the column that holds it in a Parquet file; "" = it is in another kind of file.
     """
 
@@ -29,6 +30,8 @@ class Entry(NamedTuple):
     fault: str = ""
     caption: str = ""
     column: str = ""
+    licence: str = ""
+    source: str = ""
 
     @property
     def order(self) -> str:

@@ -23,7 +23,7 @@ class Lister:
 
     Args:
       root: the folder that paths are relative to.
-      captions: whether to read captions.
+      captions, rights: whether to read captions, and licences and sources.
       columns: the columns of Parquet files.
 
     Attributes:
@@ -32,8 +32,8 @@ class Lister:
       unused: says of the first Parquet file without a column of images which columns it has; "" if there is none.
     """
 
-    def __init__(self, root: Path, captions: bool, columns: ColumnsConfig):
-        self.root, self.captions, self.columns = root, captions, columns
+    def __init__(self, root: Path, captions: bool, columns: ColumnsConfig, rights: bool = False):
+        self.root, self.captions, self.columns, self.rights = root, captions, columns, rights
         self.beside: collections.Counter[str] = collections.Counter()
         self.refused: dict[str, str] = {}
         self.unused = ""
@@ -93,14 +93,14 @@ class Lister:
             self.beside[parquet.SUFFIX] += 1
             self.unused = self.unused or f"{path} has no column of images; its columns are {table.names}"
             return
-        for row in table.rows(self.captions):
+        for row in table.rows(self.captions, self.rights):
             if row.size is None:
                 self.beside[f"rows without an image ({row.fault})" if row.fault else "rows without an image"] += 1
                 continue
             name = row.key or f"{row.number:09d}"
             name = f"{name}#{row.number}" if name in names else name
             names.add(name)
-            yield Entry(f"{path}!{name}", path, row.number, row.size, row.fault, row.caption, column)
+            yield Entry(f"{path}!{name}", path, row.number, row.size, row.fault, row.caption, column, *row.rights)
 
     def members(self, path: str) -> Iterator[Entry]:
         """Yields the images of a tar; if the tar itself is damaged, one more entry with the tar's name says so."""
@@ -157,6 +157,9 @@ class Lister:
                 if not caption and not fault:
                     caption = self._beside_shard(entry, name)
                 entry = entry._replace(caption=caption, fault=fault)
+            if self.rights and not entry.fault:
+                rights, fault = sidecars.rights(entry.id, read)
+                entry = entry._replace(**rights._asdict(), fault=fault)
             yield entry
         elif name.lower().endswith((TAR, *COMPRESSED)):
             yield entry._replace(fault="a tar inside a tar; unpack it" if member else _PACKED)

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 from arrag_jax.config import ColumnsConfig
 from arrag_jax.data.examples import LASTING, BadImage
+from arrag_jax.data.parquet_text import caption_text, text
+from arrag_jax.data.stated_rights import LICENCE, SOURCE, UNSTATED, Rights, rights_of
 from arrag_jax.errors import UserError, printable
 
 SUFFIX = ".parquet"
@@ -42,12 +44,15 @@ class Columns(NamedTuple):
     Attributes:
       image: the column of the images' bytes; of a struct, "NAME.bytes".
       caption, key, status: caption, name and reason of absence of an image.
+      licence, source: its rights.
     """
 
     image: str
     caption: str
     key: str
     status: str
+    licence: str
+    source: str
 
 
 class Row(NamedTuple):
@@ -66,6 +71,7 @@ class Row(NamedTuple):
     size: int | None
     caption: str
     fault: str
+    rights: Rights = UNSTATED
 
 
 class Description(NamedTuple):
@@ -139,20 +145,22 @@ class Table:
         more = len(self.schema) - len(listed)
         return printable(", ".join(listed) + (f" and {more:,} more" if more else ""))
 
-    def rows(self, captions: bool) -> Iterator[Row]:
+    def rows(self, captions: bool, rights: bool = False) -> Iterator[Row]:
         """Yields every row; the images' bytes are read, because only they tell which rows have one.
 
         Args:
-          captions: whether to read captions.
+          captions, rights: whether to read captions, and licences and sources.
         """
-        wanted = [name for name in self.columns if name and (captions or name != self.columns.caption)]
+        left = {} if rights else {"licence": "", "source": ""}
+        columns = self.columns._replace(**left, **({} if captions else {"caption": ""}))
+        wanted = [name for name in columns if name]
         for group, (number, end) in enumerate(itertools.pairwise(self.about.starts)):
             count = end - number
             try:
                 table = read_group(self.about, group, wanted)
                 if table.num_rows != count:
                     raise ParquetError(f"it holds {table.num_rows} rows, not {count}")
-                yield from self._rows_of(table, number, captions)
+                yield from self._rows_of(table, number, columns)
             except ParquetError as error:
                 fault = f"row group {group} cannot be read: {error}"
                 yield from (Row(number + i, "", 0, "", fault) for i in range(min(count, MOST_FAULTS)))
@@ -168,7 +176,7 @@ class Table:
             except ParquetError:
                 continue
             pairs = zip(table.column(columns.key), table.column(columns.caption), strict=True)
-            found.update({_text(key): _caption(caption) for key, caption in pairs})
+            found.update({text(key): caption_text(caption) for key, caption in pairs})
         return found
 
     def _chosen(self, config: ColumnsConfig) -> Columns:
@@ -185,6 +193,8 @@ class Table:
             self._named(config.caption, CAPTIONS, "caption"),
             self._named(config.key, KEYS, "key"),
             self._named("", (STATUS,), ""),
+            self._named("", LICENCE, ""),
+            self._named("", SOURCE, ""),
         )
 
     def _image(self, name: str) -> str:
@@ -206,20 +216,23 @@ class Table:
         lowered = {name.lower(): name for name in reversed(names)}
         return next((lowered[name] for name in usual if name in lowered), "")
 
-    def _rows_of(self, table: Any, first: int, captions: bool) -> Iterator[Row]:
+    def _rows_of(self, table: Any, first: int, columns: Columns) -> Iterator[Row]:
         import pyarrow.compute
 
-        columns = self.columns
         image = column_of(table, columns.image)
         sizes = pyarrow.compute.binary_length(image).to_pylist()
 
-        def texts(name: str, convert: Any = _text) -> list[str]:
+        def texts(name: str, convert: Any = text) -> list[str]:
             return [convert(value) for value in table.column(name)] if name else [""] * len(sizes)
 
         keys, status = texts(columns.key), texts(columns.status)
-        words = texts(columns.caption, _caption) if captions else [""] * len(sizes)
-        for i, (size, key, word, why) in enumerate(zip(sizes, keys, words, status, strict=True)):
-            yield Row(first + i, key, size, word, why if size is None else "")
+        words, pairs = (
+            texts(columns.caption, caption_text),
+            zip(texts(columns.licence), texts(columns.source), strict=True),
+        )
+        for i, (size, key, word, why, pair) in enumerate(zip(sizes, keys, words, status, pairs, strict=True)):
+            rights = rights_of(dict(zip(("licence", "source"), pair, strict=True)))
+            yield Row(first + i, key, size, word, why if size is None else "", rights)
 
 
 def read_row(path: Path, column: str, number: int) -> bytes:
@@ -319,22 +332,6 @@ def _is_binary(kind: Any) -> bool:
 
 def _type_name(kind: Any) -> str:
     return str(kind)[:60]
-
-
-def _text(value: Any) -> str:
-    """Returns the value of a key or a status as text; "" for null."""
-    found = value.as_py()
-    return "" if found is None else str(found)
-
-
-def _caption(value: Any) -> str:
-    """Returns a caption in one line; of a list, the first that is not empty; "" for null."""
-    found = value.as_py()
-    for each in found if isinstance(found, list) else [found]:
-        text = each.decode("utf-8", "replace") if isinstance(each, bytes) else each
-        if isinstance(text, str) and text.strip():
-            return " ".join(text.split())
-    return ""
 
 
 def _failure(error: Exception, path: Path, what: str = "") -> Exception:

@@ -1,4 +1,4 @@
-"""Finds the caption file of an image, and reads the caption from it.
+"""Finds the caption file of an image, and reads the caption from it; JSON files may state its rights, too.
 
 Names follow webdataset and img2dataset: an image and its caption have the same name up to the first dot of the base
 name, so ``a.txt`` is the caption of ``a.jpg`` and of ``a.left.jpg``. More exact names come first: for ``a.left.jpg``
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from arrag_jax.data.stated_rights import UNSTATED, Rights, rights_of
 from arrag_jax.json_files import parse_json
 
 TEXTS, JSONS = (".txt", ".text", ".caption"), (".json", ".jsn")
@@ -63,6 +64,27 @@ class Sidecars:
                 fault = fault or f"its caption in {name} cannot be read: {getattr(error, 'strerror', None) or error}"
         return "", fault
 
+    def rights(self, image: str, read: Read) -> tuple[Rights, str]:
+        """Returns what the first JSON file of an image that states rights says, and why one cannot be read."""
+        fault = ""
+        for name in self.of(image):
+            try:
+                record = _in_file(name, read) if name.lower().endswith(JSONS) else None
+                if isinstance(record, dict) and any(found := rights_of(record)):
+                    return found, ""
+            except (OSError, ValueError) as error:  # a UserError is a ValueError
+                fault = fault or f"its rights in {name} cannot be read: {getattr(error, 'strerror', None) or error}"
+        return UNSTATED, fault
+
+
+def _in_file(name: str, read: Read) -> Any:
+    """Returns the value in a JSON file, None if the file is empty; errors as in ``_caption_in``."""
+    data = read(name, LONGEST_JSON + 1)
+    if len(data) > LONGEST_JSON:
+        raise ValueError(f"it is longer than {LONGEST_JSON:,} bytes")
+    # The files of large data sets hold NaN for missing numbers.
+    return parse_json(_decoded(data, True), "it", constants=True) if data.strip() else None
+
 
 def _caption_in(name: str, read: Read) -> str:
     """Returns the caption in a file, "" if there is none.
@@ -71,11 +93,7 @@ def _caption_in(name: str, read: Read) -> str:
       ValueError: if the file cannot be read as a caption file.
     """
     if name.lower().endswith(JSONS):
-        data = read(name, LONGEST_JSON + 1)
-        if len(data) > LONGEST_JSON:
-            raise ValueError(f"it is longer than {LONGEST_JSON:,} bytes")
-        # The files of large data sets hold NaN for missing numbers.
-        return _in_json(parse_json(_decoded(data, True), "it", constants=True)) if data.strip() else ""
+        return _in_json(_in_file(name, read))
     data = read(name, LONGEST_TEXT + 1)
     whole = len(data) <= LONGEST_TEXT
     line = next((x for x in _decoded(data, whole).splitlines(keepends=True) if x.strip()), "")

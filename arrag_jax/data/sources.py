@@ -30,6 +30,7 @@ from arrag_jax.data.entries import Entry, Listing, with_clean_id
 from arrag_jax.data.examples import LASTING, BadImage, caption_of
 from arrag_jax.data.hub_sets import files_of, root_of_hub
 from arrag_jax.data.lister import Lister
+from arrag_jax.data.stated_rights import LICENCE, SOURCE, Rights
 from arrag_jax.errors import UserError
 
 LARGEST = 2**30  # bytes of an image file; PIL's limit of pixels needs no more
@@ -53,13 +54,14 @@ class FileImages:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns {"image": uint8 [h, w, 3], "caption": str}.
+        """Returns {"image": uint8 [h, w, 3], "caption": str}, and "rights", if they were requested and are stated.
 
         Raises:
           BadImage: if the image cannot be read.
         """
         entry = self.entries[index]
-        return {"image": pixels.decode(read_entry(self.root, entry), self.size), "caption": entry.caption}
+        stated = {"rights": Rights(entry.licence, entry.source)} if entry.licence or entry.source else {}
+        return {"image": pixels.decode(read_entry(self.root, entry), self.size), "caption": entry.caption, **stated}
 
     def source_id(self, index: int) -> str:
         """Returns the id of an image."""
@@ -97,7 +99,11 @@ def list_images(source: str, captions: bool = False) -> list[Entry]:
 
 
 def list_source(
-    source: str, captions: bool = False, key: str = "config.source", columns: ColumnsConfig = BY_HABIT
+    source: str,
+    captions: bool = False,
+    key: str = "config.source",
+    columns: ColumnsConfig = BY_HABIT,
+    rights: bool = False,
 ) -> Listing:
     """Returns every image of a source, in order.
 
@@ -107,18 +113,19 @@ def list_source(
       captions: whether to read captions.
       key: name of the setting, for error messages.
       columns: the columns of Parquet files.
+      rights: whether to read licences and sources.
 
     Raises:
-      UserError: if there is no such source, it holds no image, or captions are requested and there is none.
+      UserError: if there is no such source, it holds no image, or captions or rights are requested and there are none.
     """
     path = object_storage.copied(source, key) if object_storage.is_address(source) else Path(source)
     if huggingface.is_id(source):
         root, names = files_of(source, key)
-        lister = Lister(root, captions, columns)
+        lister = Lister(root, captions, columns, rights)
         found = lister.named(names)
     else:
         _require_source(path, source, key)
-        lister = Lister(root_of(source), captions, columns)
+        lister = Lister(root_of(source), captions, columns, rights)
         found = lister.walk() if path.is_dir() else lister.named([path.name])
     entries = sorted(map(with_clean_id, found), key=lambda entry: entry.order)
     if lister.refused and all(entry.id in lister.refused for entry in entries):
@@ -132,6 +139,11 @@ def list_source(
         raise UserError(
             f"{key}={source} has no captions (a .txt or .json beside an image, or a column of a Parquet file: "
             "config.columns.caption); add them. A datastore can do without: config.captions=False"
+        )
+    if rights and not any(entry.licence or entry.source for entry in entries):
+        raise UserError(
+            f"{key}={source} states no licence or source of an image (keys {', '.join((*LICENCE, *SOURCE))} of a .json "
+            "beside it, or such columns of a Parquet file); add them, or leave config.rights out"
         )
     return Listing(entries, dict(sorted(lister.beside.items())))
 

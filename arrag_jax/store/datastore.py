@@ -11,7 +11,8 @@ One directory::
   captions-00000-of-00004.txt             only in stores with captions: one line per image, its caption
   bad-00000-of-00004.txt                  only if images were left out: one line per image, its id, a tab and the reason
   forgotten.json                          only if images were forgotten: their names; see ``store.forgetting``
-  rights.jsonl                            only if rights of images are known; see ``store.rights``
+  rights-00000-of-00004.txt               only in stores with rights: one line per image; see ``data.stated_rights``
+  rights.jsonl                            only if rights were recorded later; see ``store.rights``
   part-00001/ …                           segments added later; each is a store of its own with all of the above
   hidden-0123456789abcdef/ …              keys of kind "hidden" of one backbone; see ``store.hidden``
 
@@ -43,9 +44,9 @@ from arrag_jax.store.shards import MANIFEST, ShardFolder, ShardSettings, content
 from arrag_jax.store.shown import ShownImages, forgotten_in
 
 CODEBOOK = "codebook.npz"
-SAME_IN_ALL_SEGMENTS = ("fingerprint", "grid", "codebook_size", "code_dim", "keys", "captions")
+SAME_IN_ALL_SEGMENTS = ("fingerprint", "grid", "codebook_size", "code_dim", "keys", "captions", "rights")
 GROW = ("keys", "captions")  # settings that can be extended in a complete store
-FURTHER = ("captions-", *(f"{file}-" for file in KINDS_BY_FILE if file != "codes"))  # files that ``extension`` adds
+FURTHER = ("captions-", "rights-", *(f"{file}-" for file in KINDS_BY_FILE if file != "codes"))  # no patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class StoreSettings(ShardSettings):
     Attributes (besides those of ``ShardSettings``):
       code_dim: C.
       keys: the kinds of key (names in ``TOKENIZER_KINDS``) that the store's own files provide.
-      captions: whether the images' captions are stored.
+      captions, rights: whether the images' captions, and their licences and sources, are stored.
       columns: the columns of Parquet files that were read.
       keep_duplicates: whether images with equal content are all stored. A record, never compared.
       command: the command that started the build. A record, like ``model``, ``data_dir`` and ``batch_size`` of its
@@ -65,6 +66,7 @@ class StoreSettings(ShardSettings):
     code_dim: int
     keys: tuple[str, ...]
     captions: bool = False
+    rights: bool = False
     columns: ColumnsConfig = BY_HABIT
     command: str = dataclasses.field(default="", compare=False)
     keep_duplicates: bool = dataclasses.field(default=False, compare=False)
@@ -90,11 +92,11 @@ class StoreSettings(ShardSettings):
         return (self.grid[0] - 1) * (self.grid[1] - 2)
 
     def shard_files(self, shard: int) -> dict[str, str]:
-        """Returns kind of content → file name for a shard: "codes", "sources", and "captions", "latents" if held."""
+        """Returns kind of content → file name for a shard: "codes", "sources", …; "captions", … if held."""
         place = self.place(shard)
         files = {"codes": f"codes-{place}.arrayrecord", "sources": f"sources-{place}.txt"}
-        if self.captions:
-            files["captions"] = f"captions-{place}.txt"
+        texts = ("captions", "captions", self.captions), ("rights_lines", "rights", self.rights)
+        files |= {kind: f"{name}-{place}.txt" for kind, name, held in texts if held}
         parts = (TOKENIZER_KINDS[kind].file for kind in self.keys)
         return files | {part: f"{part}-{place}.arrayrecord" for part in parts if part not in files}
 
@@ -148,9 +150,9 @@ class Datastore(ShownImages, ShardFolder):
     def store_fingerprint(self) -> str:
         """SHA-256 of what determines the stored patches: stores with the same fingerprint hold the same patches.
 
-        Latents and captions do not count, because they can be added to a complete store.
+        Latents, captions and rights do not count: they can be added to a complete store, and change no patch.
         """
-        apart = {field.name for field in dataclasses.fields(self.settings) if not field.compare} | {"keys", "captions"}
+        apart = {field.name for field in dataclasses.fields(self.settings) if not field.compare} | {*GROW, "rights"}
         content = {
             "settings": {key: value for key, value in self.manifest["settings"].items() if key not in apart},
             "files": {name: facts for name, facts in self.files.items() if not name.startswith(FURTHER)},
@@ -317,10 +319,8 @@ class Datastore(ShownImages, ShardFolder):
 
     def _lines(self, kind: str) -> list[str]:
         """Returns the lines of one kind of content, one per image."""
-        lines: list[str] = []
-        for store, name, wanted in self._files(kind, 0, self.num_images):
-            lines += store.lines_of(name)[wanted]
-        return lines
+        files = self._files(kind, 0, self.num_images)
+        return [line for store, name, wanted in files for line in store.lines_of(name)[wanted]]
 
     def _read(self, kind: str, dtype: str, shape: tuple[int, ...], first: int, end: int) -> np.ndarray:
         """Returns the records of one kind of content as an array [end - first, *shape].

@@ -21,7 +21,7 @@ from arrag_jax.store.building import manifest_of
 from arrag_jax.store.datastore import CODEBOOK, Datastore
 from arrag_jax.store.hidden import HiddenFolder, backbones_in, folder_of
 from arrag_jax.store.hidden_building import copy_hidden
-from arrag_jax.store.rights import write
+from arrag_jax.store.rights import rights_in, write
 from arrag_jax.store.shards import MANIFEST, content_of, write_manifest
 from arrag_jax.store.shown import FORGOTTEN
 from arrag_jax.store.writer import write_file
@@ -104,7 +104,7 @@ def _write(store: Datastore, target: Path) -> None:
             copy_hidden(held, numbers, folder_of(folder, backbone), Datastore.open(folder).store_fingerprint)
         if number:
             parts[folder.name] = Datastore.open(folder).store_fingerprint
-    if rights := {name: each for name, each in store.rights.items() if name not in store.forgotten}:
+    if rights := {name: each for name, each in rights_in(store.directory).items() if name not in store.forgotten}:
         write(target, rights)
     if parts:
         content = content_of(read_object(target / MANIFEST))

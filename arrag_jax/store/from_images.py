@@ -50,6 +50,11 @@ def with_what_is_held(
         return config
     if append:
         return dataclasses.replace(config, keys=found.keys) if set(config.keys) <= set(found.keys) else config
+    if config.rights and not found.rights:
+        raise UserError(
+            f"datastore {directory} was built without rights; record them: --rights=FOLDER, without a config"
+        )
+    config = dataclasses.replace(config, rights=found.rights)
     keys, captions = extension.all_keys(found.keys, config.keys), config.captions or found.captions
     if (keys, captions) != (found.keys, found.captions):
         held = {"keys": found.keys, "captions": found.captions, "indexes": ()}
@@ -145,6 +150,7 @@ def _images(
         directory / LISTING,
         keep_duplicates,
         config.columns,
+        config.rights,
     )
     return source, source.images(split_of(config), *(names_not_to_take(whole, keep_duplicates) if whole else ()))
 
@@ -231,6 +237,7 @@ def settings_of(config: DatastoreConfig, tokenizer: ImageTokenizer, num_images: 
         code_dim=tokenizer.codebook.shape[1],
         keys=config.keys,
         captions=config.captions,
+        rights=config.rights,
         columns=config.columns,
         num_images=num_images,
         shard_size=config.shard_size,
@@ -262,6 +269,7 @@ def recorded_config(directory: Path) -> dict[str, Any]:
         "shard_size": settings.shard_size,
         "keys": settings.keys,
         "captions": settings.captions,
+        "rights": settings.rights,
         "columns": dataclasses.asdict(settings.columns),
         "indexes": (),
     }

@@ -19,6 +19,8 @@ from arrag_jax.data.entries import Entry, load_whole_listing, save_listing
 from arrag_jax.data.examples import PASSED_OVER, Images, Subset
 from arrag_jax.data.hub_sets import files_of
 from arrag_jax.data.registry import entries_of_split, is_data_set, open_images
+from arrag_jax.data.stated_rights import LICENCE, SOURCE, rights_of
+from arrag_jax.errors import UserError
 from arrag_jax.interfaces import ImageTokenizer
 from arrag_jax.nn.vq import from_uint8, to_uint8
 from arrag_jax.store.datastore import Datastore
@@ -43,6 +45,7 @@ class ImageSource:
       listing: path of the file that keeps the list.
       copies: take all files of equal bytes (and caption); if False, only the first of them.
       columns: the columns of Parquet files.
+      rights: whether licences and sources are read.
 
     Attributes:
       beside: ending → number of listed files with that ending that hold no image.
@@ -61,7 +64,9 @@ class ImageSource:
         listing: Path,
         copies: bool = True,
         columns: ColumnsConfig = BY_HABIT,
+        rights: bool = False,
     ):
+        self.rights = rights
         self.name, self.data_dir, self.captions, self.tokenizer = name, data_dir, captions, tokenizer
         self.state, self.listing = state, listing
         self.entries: list[Entry] = []
@@ -73,7 +78,7 @@ class ImageSource:
             elif object_storage.is_address(name):
                 object_storage.copied(name, "source")
         elif state == "nothing" and not is_data_set(name):
-            self.entries, self.beside = sources.list_source(name, captions, columns=columns)
+            self.entries, self.beside = sources.list_source(name, captions, columns=columns, rights=rights)
             if not copies:
                 self.entries = without_copies(sources.root_of(name), self.entries)
 
@@ -98,6 +103,11 @@ class ImageSource:
             entries = [x for x in entries if not x.is_passed_over or name_of(x.id) not in passed_over]
             return sources.FileImages(sources.root_of(self.name), entries, size)
         images = open_images(self.name, split, self.data_dir, size, self.captions)
+        if self.rights and not any(rights_of(dict.fromkeys(images[0], "stated"))):
+            raise UserError(
+                f"config.source={self.name} has no feature with a licence or a source "
+                f"({', '.join((*LICENCE, *SOURCE))}); leave config.rights out"
+            )
         return Subset(images, [i for i in range(len(images)) if images.source_id(i) not in known])
 
     def keep_listing(self) -> None:

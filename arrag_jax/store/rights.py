@@ -5,25 +5,18 @@
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from arrag_jax.data.stated_rights import UNSTATED, Rights, agreed, rights_of
 from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_write, exclusive_lock
 from arrag_jax.json_files import parse_json, read_json
 from arrag_jax.parsing import shown
 
 RIGHTS = "rights.jsonl"
-LICENCE, SOURCE = ("licence", "license", "license_name"), ("source", "url", "original_url")  # keys, in this order
 UNKNOWN = "unknown"
-
-
-class Rights(NamedTuple):
-    """The rights of an image; "" = unknown."""
-
-    licence: str = ""
-    source: str = ""
 
 
 def rights_in(directory: Path) -> dict[str, Rights]:
@@ -45,25 +38,16 @@ def _lines(path: Path) -> Iterator[tuple[str, Rights]]:
                     record = parse_json(line, f"{path}, line {number},")
                     if not isinstance(record, dict) or not isinstance(record.get("image"), str):
                         raise UserError(f'{path}, line {number}: it must name an image: {{"image": …, "licence": …}}')
-                    yield record["image"], _rights_of(record)
+                    yield record["image"], rights_of(record)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _rights_of(record: Mapping[str, Any]) -> Rights:
-    """Returns the rights that a JSON object states; licences are compared in lower case."""
-    licence, source = (
-        next((record[key] for key in keys if isinstance(record.get(key), str) and record[key].strip()), "")
-        for keys in (LICENCE, SOURCE)
-    )
-    return Rights(licence.strip().lower(), source.strip())
 
 
 def _beside(folder: Path, names: list[str]) -> Iterator[tuple[str, Rights]]:
     """Yields the rights that stand in the .json files beside the images of a folder."""
     for name in names:
         path = (folder / name).with_suffix(".json")
-        if path.is_file() and isinstance(record := read_json(path), dict) and any(found := _rights_of(record)):
+        if path.is_file() and isinstance(record := read_json(path), dict) and any(found := rights_of(record)):
             yield name, found
 
 
@@ -95,6 +79,20 @@ def write(directory: Path, rights: Mapping[str, Rights]) -> None:
     with atomic_write(directory / RIGHTS) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for name in sorted(rights):
             file.write(json.dumps({"image": name, **rights[name]._asdict()}) + "\n")
+
+
+def carried(stores: Sequence[Any], names: Iterable[str]) -> dict[str, Rights]:
+    """Returns the rights to record in a merged store: of its images whose rights were recorded in one of the stores.
+
+    An image that several stores hold under one name, with different rights, has none.
+
+    Args:
+      stores: the stores that were merged.
+      names: the images of the merged store.
+    """
+    recorded = {name for store in stores for name in rights_in(store.directory)} & set(names)
+    pairs = ((name, store.rights.get(name, UNSTATED)) for store in stores for name in recorded & set(store.sources))
+    return dict.fromkeys(recorded, UNSTATED) | agreed(pairs)
 
 
 def require_licences(directory: Path, licences: tuple[str, ...], rights: Mapping[str, Rights]) -> None:

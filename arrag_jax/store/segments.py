@@ -24,6 +24,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_write, exclusive_lock, folder_in, require_within, write_json
 from arrag_jax.json_files import read_object
 from arrag_jax.ops.keys import KINDS_BY_FILE
+from arrag_jax.store import rights
 from arrag_jax.store.building import state_of, write_lines
 from arrag_jax.store.datastore import SAME_IN_ALL_SEGMENTS, Datastore, StoreSettings
 from arrag_jax.store.hidden import HiddenFolder, backbones_in, folder_of
@@ -73,8 +74,8 @@ def _mend(name: str, *both: tuple[Datastore | None, Any]) -> str:
     if name == "keys":
         union = tuple(dict.fromkeys(kind for _, held in both for kind in held))
         flag, lacking = f"--config.keys={','.join(union)}", [x for x, held in both if set(held) < set(union)]
-    elif name == "captions":
-        flag, lacking = "--config.captions=True", [x for x, held in both if not held]
+    elif name == "captions" or (name == "rights" and not both[1][1] and both[1][0] is None):
+        flag, lacking = f"--config.{name}=True", [x for x, held in both if not held]
     else:
         return ""
     commands = [store.further(flag) if store else f"this command again with {flag}" for store in lacking]
@@ -189,6 +190,8 @@ def merge(
             if all(each.is_empty for each in taken):
                 raise UserError(f"no image of the stores to merge is wanted ({merged.get('wanted', 'all are empty')})")
             _carry_hidden(_copy(taken, directory, merged))
+            if known := rights.carried(stores, Datastore.open(directory).sources):
+                rights.write(directory, known)
         (directory / MERGING).unlink(missing_ok=True)
     return Datastore.open(directory)
 

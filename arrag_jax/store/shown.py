@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from jaxtyping import Bool, UInt16
 
+from arrag_jax.data import stated_rights
 from arrag_jax.errors import UserError
 from arrag_jax.json_files import read_object
 from arrag_jax.store.rights import Rights, rights_in
@@ -54,9 +55,17 @@ class ShownImages:
         def store_fingerprint(self) -> str: ...
 
     @functools.cached_property
+    def rights_lines(self) -> list[str]:
+        """What the images' source stated of their rights, a line each; "" without it."""
+        store = cast(Any, self)
+        return store._lines("rights_lines") if store.settings.rights else [""] * len(self.sources)
+
+    @functools.cached_property
     def rights(self) -> dict[str, Rights]:
-        """The recorded rights of images, by name."""
-        return rights_in(cast(Any, self).directory)
+        """The rights of images, by name: those that were stated when they were stored, then those recorded later."""
+        directory = cast(Any, self).directory
+        stated = (stated_rights.rights_in(line, f"{directory}, a line of rights,") for line in self.rights_lines)
+        return stated_rights.agreed(zip(self.sources, stated, strict=True)) | rights_in(directory)
 
     @functools.cached_property
     def shown(self) -> Bool[np.ndarray, " n"] | None:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from arrag_jax.data.examples import DUPLICATE, BadImage, Example, Examples, caption_of
+from arrag_jax.data.stated_rights import line_of, rights_of_example
 from arrag_jax.errors import UserError
 from arrag_jax.ops.keys import KEY_KINDS, KINDS_BY_FILE
 from arrag_jax.ops.neighbors import Neighbors
@@ -121,7 +122,9 @@ def _write_neighbor_shard(search: Opened[Search], shard: Shard) -> None:
 
 
 def items_of(kind: str, batch: Batch) -> list[bytes] | list[str]:
-    """Returns a batch's items for a shard's file of this kind of content: a ``KeyKind.file`` or "captions"."""
+    """Returns a batch's items for a shard's file of this kind of content, a key of ``StoreSettings.shard_files``."""
+    if kind == "rights_lines":
+        return [line_of(rights_of_example(example)) for example in batch.examples]
     if kind not in KINDS_BY_FILE:
         return batch.captions
     return [record.tobytes() for record in KINDS_BY_FILE[kind].records(batch.codes, batch.latents)]
