@@ -122,7 +122,10 @@ class _Reader:
         if kind == "fusion":
             return self._fused(op, beside)
         flops = _flops(op, beside)
-        if kind in _SLICES or base in ("dynamic-slice", "slice"):
+        if base in ("dynamic-slice", "slice") and kind != base:  # its shape is (operands, result, …)
+            (taken,) = _parts(op.shape)[len(op.operands) : len(op.operands) + 1] or [""]
+            return Costs(bytes=_size(taken) + _held(taken))
+        if kind in _SLICES:
             return Costs(flops, 2 * _held(op.shape))
         if kind in ("dynamic-update-slice", "scatter"):
             return Costs(flops, 2 * _held(operands[-1 if kind == "scatter" else 1]))

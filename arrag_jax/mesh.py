@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -227,10 +228,25 @@ def split_axis(x: jax.Array, axis: int) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*("fsdp" if i == axis else None for i in range(x.ndim))))
 
 
+GATHERED = "gathered"  # what ``jax.checkpoint`` knows the results of ``gathered`` by
+
+
 def gathered(x: jax.Array) -> jax.Array:
-    """Returns an array of a program, whole on every device, so that slices of it need no messages."""
+    """Returns an array of a program, whole on every device.
+
+    Slices of it then need no messages. And XLA does not turn its gathering and a product into a loop over shares, which
+    reads and writes the product once per share. The gradient is laid out as XLA chooses.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, P())
+    return x if mesh.empty or mesh.size == 1 else checkpoint_name(_gathered(x), GATHERED)
+
+
+@jax.custom_vjp
+def _gathered(x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, P())
+
+
+_gathered.defvjp(lambda x: (_gathered(x), None), lambda _, gradient: (gradient,))
 
 
 def on_own_rows(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:

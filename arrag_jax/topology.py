@@ -24,6 +24,8 @@ from arrag_jax.mesh import make_mesh
 
 GIB = 2**30
 RECORD = "topology.json"
+# The compiler's two ways to say that a program does not fit: (needed, unit, there, unit).
+OUT_OF_MEMORY = r"(?:Used |temporaries \()([0-9.]+)([KMGT])\)?(?: of| exceeds available HBM \() ?([0-9.]+)([KMGT])"
 TOPOLOGY = Flag("compile for a TPU topology such as v5e:4x4, print what a chip needs, and do nothing else", "")
 
 
@@ -140,7 +142,7 @@ def measured(program: Program, chip: Chip) -> dict[str, Any]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([0-9.]+)([KMGT]) of ([0-9.]+)([KMGT]) hbm", str(error))
+        used = re.search(OUT_OF_MEMORY, str(error))
         if used is None:
             raise
         unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

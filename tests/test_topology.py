@@ -13,7 +13,7 @@ from arrag_jax.errors import UserError
 from arrag_jax.evaluation.dry_run import drawing_programs
 from arrag_jax.models.checkpoint import save_model
 from arrag_jax.store.dry_run import encoding_program
-from arrag_jax.topology import CHIPS, Topology, dry_run, measured, open_topology, table
+from arrag_jax.topology import CHIPS, Program, Topology, dry_run, measured, open_topology, table
 from arrag_jax.training.dry_run import training_program
 from helpers import tiny
 
@@ -44,6 +44,35 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert found.flops == expected.flops == 5 * 2 * 4 * 32 * 32
     # A slice of the stacked weights counts, not the stack: less than three times the bytes of the unrolled form.
     assert expected.bytes <= found.bytes < 3 * expected.bytes
+
+
+def test_a_slice_that_is_fetched_ahead_counts_once():
+    """A TPU program reads a quarter of a weight into fast memory (S(1)) while it computes; the whole is not read."""
+    layout = "{1,0:T(8,128)(2,1)}"
+    text = f"""ENTRY %main (w: bf16[64,128]) -> bf16[16,128] {{
+  %w = bf16[64,128]{layout} parameter(0)
+  %s = ((bf16[64,128]{layout}), bf16[16,128]{layout[:-1]}S(1)}}, s32[]) slice-start(%w), slice={{[0:16], [0:128]}}
+  ROOT %d = bf16[16,128]{layout[:-1]}S(1)}} slice-done(%s)
+}}"""
+    assert costs_of(text).bytes == 16 * 128 * 2
+    assert costs_of(text.replace("S(1)", "")).bytes == 2 * 16 * 128 * 2  # into main memory: written, too
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded",
+        "Out of memory on HBM, the total memory required for HLO temporaries (20.5G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_a_program_that_the_compiler_gives_up_does_not_fit(words):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {words}")
+
+    figures = measured(Program("a step", Lowered, {}), CHIPS["v5e"])
+    assert not figures["fits"]
+    assert (figures["peak_bytes"], figures["over_bytes"]) == (int(20.5 * 2**30), int(20.5 * 2**30) - int(15.75 * 2**30))
 
 
 def test_collectives_count_what_a_device_sends():

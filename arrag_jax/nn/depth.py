@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from arrag_jax.mesh import GATHERED, devices_in_context, gathered
 from arrag_jax.nn.linear import PRODUCT
 
 # What the forward pass keeps of a layer for the backward pass, which computes the rest again: by ``TrainConfig.remat``.
 POLICIES = {
-    "none": None,  # keeps everything
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -37,10 +38,10 @@ def single(layer: nnx.Module, step: Step, inputs: tuple[Array, ...], key: Key[Ar
     graph, state = nnx.split(layer)
 
     def run(state: Any, key: Array | None, *inputs: Array) -> Any:
-        return step(nnx.merge(graph, state), *inputs, None if key is None else nnx.Rngs(key))
+        return step(nnx.merge(graph, _on_every_device(state)), *inputs, None if key is None else nnx.Rngs(key))
 
     # Outside a scan, XLA would otherwise merge what is computed again with what was computed before.
-    return (run if kind == "none" else jax.checkpoint(run, policy=POLICIES[kind]))(state, key, *inputs)
+    return (run if _keeps_all(kind) else jax.checkpoint(run, policy=POLICIES[kind]))(state, key, *inputs)
 
 
 def scanned(
@@ -60,8 +61,27 @@ def scanned(
 
     def one_layer(x: States, part: tuple[Any, Any]) -> tuple[States, None]:
         state, key = part
-        return step(nnx.merge(graph, state), x, None if key is None else nnx.Rngs(key)), None
+        return step(nnx.merge(graph, _on_every_device(state)), x, None if key is None else nnx.Rngs(key)), None
 
-    if kind != "none":
+    if not _keeps_all(kind):
         one_layer = jax.checkpoint(one_layer, policy=POLICIES[kind], prevent_cse=False)
     return jax.lax.scan(one_layer, x, (stacked, keys))[0]
+
+
+def _on_every_device(state: Any) -> Any:
+    """Returns a layer's weights whole on every device, as long as the layer runs.
+
+    The kernels of a blender's convolutions stay split: ``nn.faid.Blender`` shares the work on them among the devices.
+    """
+    if devices_in_context() == 1:
+        return state
+
+    def whole(path: Any, leaf: Array) -> Array:
+        return leaf if "conv" in jax.tree_util.keystr(path) else gathered(leaf)
+
+    return jax.tree_util.tree_map_with_path(whole, state)
+
+
+def _keeps_all(kind: str) -> bool:
+    """Returns whether nothing is computed again; on several devices weights are always gathered again."""
+    return kind == "none" and devices_in_context() == 1
