@@ -136,7 +136,7 @@ class Blender(nnx.Module):
         The scale is not applied to the features, so no gradient is computed for features that need none.
         """
         matrix, bias = blend.centre(kernels, weights, shares_of(len(self.norm_scale[...])) > 1)
-        return blend.Centre(self.norm_scale[...][None] * gathered(split_axis(matrix, 1)), bias)
+        return blend.Centre(gathered(split_axis(self.norm_scale[...][None] * matrix, 1)), bias)
 
 
 class FusedBlender(nnx.Module):

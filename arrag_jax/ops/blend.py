@@ -172,5 +172,6 @@ def around_composed(
 def _taps(kernel: Float[Array, "k k D D"]) -> dict[Offset, Float[Array, "D D"]]:
     """Returns the taps of a kernel by (row, column), in raster order, as float32."""
     side, _, width, _ = kernel.shape
-    taps = jnp.split(kernel.astype(jnp.float32).reshape(-1, width), side * side)
-    return dict(zip(np.ndindex(side, side), taps, strict=True))
+    # The axes that devices may split stay as they are.
+    taps = jnp.split(kernel.astype(jnp.float32).reshape(side * side, width, width), side * side)
+    return {place: tap[0] for place, tap in zip(np.ndindex(side, side), taps, strict=True)}
