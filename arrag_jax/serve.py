@@ -10,7 +10,7 @@ that wait are drawn in batches of up to config.batch_size images. The server lis
 otherwise; it knows no users, so put it behind a server that does before others can reach it.
 """
 
-from arrag_jax import progress, signals
+from arrag_jax import allocator, progress, signals
 from arrag_jax.command import Flag, main_with_config
 from arrag_jax.config import DrawConfig
 from arrag_jax.evaluation.pipeline import open_pipeline
@@ -30,6 +30,7 @@ def run(
 ) -> None:
     """Serves the config's methods, or those of --method, until a signal ends it."""
     signals.begins_anew()
+    allocator.share_one_arena()
     limits = Limits(most_images, most_characters, most_bytes, most_waiting)
     require_packages("fastapi", "uvicorn")
     require_free(host, port)

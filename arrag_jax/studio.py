@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from arrag_jax import demo, progress, signals
+from arrag_jax import allocator, demo, progress, signals
 from arrag_jax.command import CONFIG, Flag, main_with_config
 from arrag_jax.config import DrawConfig
 from arrag_jax.decode.methods import BASELINE, METHODS
@@ -38,6 +38,7 @@ def run(
 ) -> None:
     """Shows the page until a signal ends it."""
     signals.begins_anew()
+    allocator.share_one_arena()
     methods = tuple(method.split(","))
     if BASELINE not in methods or len(methods) < 2:
         raise UserError(f"--method={method} must name {BASELINE} and one method that retrieves")

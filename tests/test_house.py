@@ -32,7 +32,7 @@ FILE_LINES, FUNCTION_LINES = 350, 60
 FLOORS = {
     **dict.fromkeys(("signals", "forks", "progress", "errors", "config", "parsing", "files", "json_files"), 0),
     **dict.fromkeys(("command", "mesh", "ops", "hub", "meeting", "native_output", "processes", "checksums"), 0),
-    **dict.fromkeys(("fields", "failures", "console", "usage", "huggingface", "costs"), 0),
+    **dict.fromkeys(("fields", "failures", "console", "usage", "huggingface", "costs", "allocator"), 0),
     **dict.fromkeys(("remote", "object_storage", "object_workdir"), 0),
     **dict.fromkeys(("interfaces", "nn", "figures", "topology"), 1),
     **dict.fromkeys(("models", "data", "work", "on_ray", "ray_actor", "ray_shares"), 2),
