@@ -13,6 +13,8 @@ from arrag_jax.errors import UserError
 from arrag_jax.evaluation.pipeline import open_pipeline
 from arrag_jax.web import studio
 from arrag_jax.web.shelf import Shelf
+from arrag_jax.web.watched import Watched
+from arrag_jax.work import run_work
 from helpers import drawings, running
 
 
@@ -72,8 +74,8 @@ def test_a_drawing_is_what_its_command_draws_and_every_cell_is_told(tmp_path, tm
     assert running.run(capsys, monkeypatch, "generate", *kept, *model).code == 0
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "00_caption.png")), drawn.picture)
     for position, cell in enumerate(drawn.record["cells"]):
-        image, told = studio.origin(drawn, position)
-        assert (image is None) == (cell["image"] is None) and f"code {cell['code']}." in told
+        image, told, name = studio.origin(drawn, position)
+        assert (image is None) == (cell["image"] is None) == (not name) and f"code {cell['code']}." in told
     assert f"{drawn.record['nearest_in_place']['share_equal']:.0%}" in studio.audit(drawn.record)
     assert len(studio.sources(drawn)) == len(drawn.record["sources"])
     texts = {path.rpartition("/")[2]: path for path in studio.files(drawn)}
@@ -109,6 +111,40 @@ def test_a_visitors_pictures_become_the_open_store(tmp_path, tmp_path_factory):
     with pytest.raises(UserError, match="no finished datastore"):
         shelf.open(str(tmp_path))
     assert shelf.pipeline.datastore.num_images == 3
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_store_offers_the_methods_that_it_has_captions_and_keys_for(tmp_path, tmp_path_factory):
+    shelf = Shelf(drawings.make_config(tmp_path_factory), ["plain", "caption", "gated+caption"], tmp_path / "studio")
+    assert shelf.pipeline.methods == ("plain", "caption")
+    assert "not open: gated+caption, because the store has no hidden keys" in shelf.report()
+    rng, uploads = np.random.default_rng(0), []
+    for folder in ("a", "b"):  # files of one name
+        (tmp_path / folder).mkdir()
+        uploads.append(str(tmp_path / folder / "cat.png"))
+        Image.fromarray(rng.integers(0, 255, (48, 48, 3), np.uint8)).save(uploads[-1])
+    *lines, report = shelf.build("wordless", "", uploads)
+    assert "2 images" in report and "of 2 images" in "".join(lines)
+    assert shelf.pipeline.methods == ("plain", "daid") and "no captions and no hidden keys" in report
+    assert next(shelf.pipeline.draw(["a cat"], "daid", np.array([0]))).drawn.source.max() >= 0
+    with pytest.raises(UserError, match="is a finished store already"):
+        list(shelf.build("wordless", "", uploads))
+    (tmp_path / "a" / "cat.txt").write_text("a cat")
+    *_, report = shelf.build("told", str(tmp_path / "a"))
+    assert shelf.pipeline.methods == ("plain", "caption", "gated+caption") and "not open" not in report
+    (tmp_path / "a" / "cat.txt").write_text("a grandmother")
+    *_, report = shelf.build("unknown", str(tmp_path / "a"))
+    assert shelf.pipeline.methods == ("plain", "caption") and "does not know 'grandmother'" in report
+
+
+def test_a_build_says_how_much_is_left():
+    watched = Watched()
+    assert watched.told() == ""
+    work = run_work([1, 2], lambda: lambda item, report: report.count(5), {0: 5, 1: 5, 2: 5}, "s", engine=watched)
+    told = [watched.told() for _ in work]
+    assert [line.partition(" images")[0] for line in told] == ["s: 10 of 15", "s: 15 of 15"]
+    assert all(line.endswith(" s left") for line in told)
 
 
 def test_equal_pictures_are_never_saved_to_the_same_file(tmp_path):

@@ -1,15 +1,13 @@
 """The studio in a real browser: pictures that form, cells that tell where they come from, visitors who interrupt."""
 
 import re
-import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
-from helpers import browser, children, drawings
+from helpers import browser, children, studios
 
 pytestmark = [
     pytest.mark.long,
@@ -21,23 +19,8 @@ pytest.importorskip("gradio", reason="gradio is not installed (the extra web)")
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """A studio over a small store, in a process of its own."""
-    folder = tmp_path_factory.mktemp("studio")
-    store = drawings.make_store(tmp_path_factory)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "arrag_jax.studio", f"--store={store}", f"--port={port}", "--method=plain,caption"]
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(words, cwd=folder, env=children.alone(), stdout=log, stderr=log)
-        end = time.monotonic() + 240
-        while "the studio is at" not in (folder / "log").read_text():
-            assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-        assert process.poll() is None, (folder / "log").read_text()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    log = (folder / "log").read_text()
-    assert "Traceback" not in log, log[log.index("Traceback") :]
+    with studios.started(tmp_path_factory) as studio:
+        yield studio.address
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +55,11 @@ def shown(page, where: str) -> str:
     return page.locator(f"{where} img").first.get_attribute("src")
 
 
+def click_a_cell(page) -> None:
+    page.locator("#cells img").first.click(position={"x": 150, "y": 150})
+    page.wait_for_function("document.querySelector('#words').innerText.startsWith('Row ')")
+
+
 def test_rows_appear_a_cell_tells_its_origin_and_the_picture_can_be_taken_away(page):
     ask(page, "a cat")
     seen = set()
@@ -82,8 +70,7 @@ def test_rows_appear_a_cell_tells_its_origin_and_the_picture_can_be_taken_away(p
     assert len(seen) >= 3
     page.get_by_role("tab", name="Where from").click()
     page.wait_for_selector("#cells img")
-    page.locator("#cells img").first.click(position={"x": 150, "y": 150})
-    page.wait_for_function("document.querySelector('#words').innerText.startsWith('Row ')")
+    click_a_cell(page)
     assert "log p" in page.locator("#words").inner_text()
     assert "positions" in page.locator("#audit").inner_text()
     page.wait_for_selector("#page img")
@@ -156,6 +143,31 @@ def test_a_forgotten_picture_is_gone(page):
     page.get_by_role("tab", name="Where from").click()
     page.wait_for_function("name => document.querySelector('#audit code').innerText != name", arg=name)
     assert name not in page.locator("#sources").inner_text()
+
+
+def test_the_stored_image_behind_a_cell_is_forgotten_where_it_is_shown(page, context, address):
+    ask(page, "two cats")
+    wait_for(page, "Done")
+    page.get_by_role("tab", name="Where from").click()
+    assert page.locator("#forget_this").is_disabled()
+    name = ""
+    for at in range(20, 380, 30):  # common ground and codes that no neighbour holds have no image
+        page.locator("#cells img").first.click(position={"x": at, "y": at})
+        page.wait_for_function("document.querySelector('#words').innerText.startsWith('Row ')")
+        time.sleep(0.5)
+        if page.locator("#forget_this").is_enabled():
+            name = page.locator("#words code").first.inner_text()
+            break
+    page.locator("#forget_this").click()
+    page.wait_for_function("document.querySelector('#words').innerText.includes('is forgotten')")
+    assert name in page.locator("#words").inner_text() and page.locator("#forget_this").is_disabled()
+    page.get_by_role("tab", name="Store").click()
+    assert f"forgotten: {name}" in page.locator("#report").inner_text()
+    other = context.new_page()
+    other.goto(address)
+    other.get_by_role("tab", name="Store").click()
+    other.wait_for_function("name => document.querySelector('#report').innerText.includes(name)", arg=name)
+    other.close()
 
 
 def edit_status(page, words: str) -> None:

@@ -21,6 +21,7 @@ from arrag_jax.web.shelf import Shelf
 from arrag_jax.web.studio import Ask, Drawn, Forming, enlarged
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import: nothing is sent anywhere
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # Gradio keeps the last 10,000 in memory otherwise
 gr: Any = importlib.import_module("gradio")  # by name, because mypy would read all of it
 
 WAITING = 16  # drawings that may wait; further ones are refused
@@ -38,9 +39,11 @@ class Page:
     def __init__(self, shelf: Shelf, config: str):
         """Makes the page of a shelf; ``config`` is the config file that the command line of a picture names."""
         self.shelf, self.config = shelf, config
+        self._choices: list[Any] = []  # widgets that choose a method
         self._stopped: set[str] = set()  # sessions whose visitor wants no more of the present drawing
         with gr.Blocks(title="arrag studio", analytics_enabled=False, delete_cache=(60, KEPT)) as self.blocks:
             drawn = gr.State(None)
+            self._report = gr.Markdown(elem_id="report", render=False)
             with gr.Tab("Draw"):
                 changed = self._draw_tab(drawn)
             with gr.Tab("Where from"):
@@ -55,12 +58,12 @@ class Page:
         self.blocks.queue(max_size=WAITING, default_concurrency_limit=1)
 
     def _draw_tab(self, drawn: Any) -> Callable[[Callable, dict[str, Any]], None]:
-        base = self.shelf.pipeline.config
-        methods = [name for name in self.shelf.pipeline.methods if name != BASELINE]
+        base, methods = self.shelf.pipeline.config, self._offered
         mixed: Any = mixture_of(self.shelf.pipeline.policy(methods[-1]))
         with gr.Row():
             prompt = gr.Textbox(label="Prompt", value="a red octopus and a purple car", scale=4, elem_id="prompt")
-            method = gr.Dropdown(methods, value=methods[-1], label="Method", elem_id="method")
+            method = gr.Dropdown(methods, value=methods[-1], label="Method", min_width=190, elem_id="method")
+            self._choices.append(method)
             seed = gr.Number(base.seed, label="Seed", precision=0, elem_id="seed")
         with gr.Accordion("Settings", open=False), gr.Row():
             weight = gr.Slider(0, 1, mixed.weight if mixed else 0, label="λ, the share of retrieval")
@@ -93,6 +96,10 @@ class Page:
                 event.success(function, drawn, list(shown.values()), show_progress="hidden")
 
         return when_drawn
+
+    @property
+    def _offered(self) -> list[str]:
+        return [name for name in self.shelf.pipeline.methods if name != BASELINE]
 
     def _k(self, method: str) -> int:
         opened = self.shelf.pipeline.searches.get(METHODS[method].search)
@@ -140,26 +147,38 @@ class Page:
             picture = picture_of("Click a cell", "cells")
             stored = picture_of("Stored image", "stored")
         words = gr.Markdown("Draw a picture first.", elem_id="words")
+        lose = gr.Button("Forget this stored image", size="sm", interactive=False, elem_id="forget_this")
+        source = gr.State("")
         audited = gr.Markdown("", elem_id="audit")
-        page = picture_of("Origins and effect of retrieval", "page", None)
-        gallery = gr.Gallery(label="Top sources", columns=5, elem_id="sources", height=240)
+        gr.Markdown("**Origins and effect of retrieval**")
+        page = picture_of(None, "page", None)
+        gallery = gr.Gallery(label="Top sources", columns=5, elem_id="sources", object_fit="contain", height=290)
 
-        def clicked(last: Drawn | None, event: Any) -> tuple[Any, str]:
+        def clicked(last: Drawn | None, event: Any) -> tuple[Any, ...]:
             if last is None:
-                return None, "Draw a picture first."
+                return None, "Draw a picture first.", "", gr.skip()
             shape, grid = enlarged(last.picture).shape, last.pipeline.model.grid
-            stored, words = studio.origin(last, studio.position_at(event.index[0], event.index[1], shape, grid))
-            return stored if stored is None else fresh(stored), words
+            stored, words, name = studio.origin(last, studio.position_at(event.index[0], event.index[1], shape, grid))
+            return stored if stored is None else fresh(stored), words, name, gr.Button(interactive=bool(name))
+
+        def forgotten(last: Drawn, name: str) -> tuple[Any, ...]:
+            try:
+                report = self.shelf.forget(name, last.pipeline.search_of(last.ask.method).store.directory)
+            except UserError as error:
+                return f"**{told(error)}**", gr.skip(), gr.skip()
+            return f"`{name}` is forgotten: no drawing from now on finds it.", gr.Button(interactive=False), report
 
         clicked.__annotations__["event"] = gr.SelectData  # by which Gradio knows what to pass
-        picture.select(clicked, drawn, [stored, words], show_progress="hidden")
+        picture.select(clicked, drawn, [stored, words, source, lose], show_progress="hidden")
+        lose.click(forgotten, [drawn, source], [words, lose, self._report], concurrency_id="store")
         return {"cells": picture, "stored": stored, "words": words, "audit": audited, "page": page, "sources": gallery}
 
     def _edit_tab(self, drawn: Any) -> None:
-        methods = [name for name in self.shelf.pipeline.methods if name != BASELINE]
         with gr.Row():
             prompt = gr.Textbox(label="Prompt", value="a red octopus", scale=3, elem_id="edit_prompt")
-            method = gr.Dropdown(methods, value=methods[0], label="Method", elem_id="edit_method")
+            methods = self._offered
+            method = gr.Dropdown(methods, value=methods[0], label="Method", min_width=190, elem_id="edit_method")
+            self._choices.append(method)
             seed = gr.Number(0, label="Seed", precision=0, elem_id="edit_seed")
             number = gr.Slider(1, MOST_VARIATIONS, 3, step=1, label="Variations", elem_id="variations")
         with gr.Row():
@@ -175,10 +194,13 @@ class Page:
                 more = gr.Number(24, label="Pixels of the model's size", precision=0, elem_id="pixels")
                 extend = gr.Button("Extend", elem_id="extend")
                 status = gr.Markdown("Take a picture, paint, fill.", elem_id="edit_status")
-        results = [
-            gr.Gallery(label=label, columns=MOST_VARIATIONS, elem_id=name, height=240, format="png")
-            for label, name in (("plain", "filled_plain"), ("with retrieval, by all codes around", "filled"))
-        ]
+        with gr.Row():
+            results = [
+                gr.Gallery(
+                    label=label, columns=MOST_VARIATIONS, elem_id=name, object_fit="contain", height=240, format="png"
+                )
+                for label, name in (("plain", "filled_plain"), ("with retrieval, by all codes around", "filled"))
+            ]
 
         def asked(prompt, method, seed, number, value, *side) -> Iterator[tuple[Any, ...]]:
             try:
@@ -215,46 +237,57 @@ class Page:
         return (*pictures, studio.files(last), studio.command(last, self.config))
 
     def _store_tab(self) -> None:
-        report = gr.Markdown(self.shelf.report(), elem_id="report")
-        with gr.Row():
-            chosen = gr.Dropdown(self.shelf.stores(), label="Store", allow_custom_value=True, elem_id="store")
+        report = self._report.render()
+        with gr.Row(equal_height=True):
+            chosen = gr.Dropdown(self.shelf.stores(), label="Store", allow_custom_value=True, scale=4, elem_id="store")
             take = gr.Button("Open", elem_id="open")
         with gr.Row():
-            name = gr.Textbox(label="Name of a new store", elem_id="name")
-            folder = gr.Textbox(label="Folder of pictures on this machine", elem_id="folder")
-            uploads = gr.File(label="or pictures of yours", file_count="multiple", elem_id="uploads")
-            begin = gr.Button("Build", elem_id="build")
-
-        with gr.Row():
-            names = gr.Textbox(label="Names of stored images, one a line", lines=2, elem_id="names")
+            with gr.Column():
+                name = gr.Textbox(label="Name of a new store", elem_id="name")
+                folder = gr.Textbox(label="Folder of pictures on this machine", elem_id="folder")
+                begin = gr.Button("Build", variant="primary", elem_id="build")
+            uploads = gr.File(label="or pictures of yours", file_count="multiple", height=230, elem_id="uploads")
+        with gr.Row(equal_height=True):
+            names = gr.Textbox(label="Names of stored images, one a line", lines=2, scale=4, elem_id="names")
             lose = gr.Button("Forget", elem_id="forget")
 
-        def in_words(does: Callable[[str], str]) -> Callable[[str | None], str]:
-            def done(given: str | None) -> str:
+        shown = [report, chosen, *self._choices]
+
+        def now(words: str = "") -> tuple[Any, ...]:
+            stores, methods = self.shelf.stores(), self._offered
+            choices = (gr.Dropdown(methods, value=methods[-1]), gr.Dropdown(methods, value=methods[0]))
+            return words or self.shelf.report(), gr.Dropdown(stores, value=stores[0]), *choices
+
+        def failed(error: UserError) -> tuple[Any, ...]:
+            return f"**{told(error)}**", *(gr.skip() for _ in shown[1:])
+
+        def in_words(does: Callable[[str], str]) -> Callable[[str | None], tuple[Any, ...]]:
+            def done(given: str | None) -> tuple[Any, ...]:
                 try:
-                    return does(given or "")
+                    return now(does(given or ""))
                 except UserError as error:
-                    return f"**{told(error)}**"
+                    return failed(error)
 
             return done
 
-        def built(name: str, folder: str, uploads: list[str] | None) -> Iterator[tuple[str, Any]]:
+        def built(name: str, folder: str, uploads: list[str] | None) -> Iterator[tuple[Any, ...]]:
             try:
                 for line in self.shelf.build(name or "", folder or "", uploads or ()):
-                    yield line, gr.skip()
-                yield self.shelf.report(), gr.Dropdown(self.shelf.stores())
+                    yield line, *(gr.skip() for _ in shown[1:])
+                yield now(line)
             except UserError as error:
-                yield f"**{told(error)}**", gr.skip()
+                yield failed(error)
 
-        take.click(in_words(self.shelf.open), chosen, report, concurrency_id="store")
-        lose.click(in_words(self.shelf.forget), names, report, concurrency_id="store")
-        begin.click(built, [name, folder, uploads], [report, chosen], concurrency_id="store")
+        self.blocks.load(now, None, shown, queue=False, show_progress="hidden")
+        take.click(in_words(self.shelf.open), chosen, shown, concurrency_id="store")
+        lose.click(in_words(self.shelf.forget), names, shown, concurrency_id="store")
+        begin.click(built, [name, folder, uploads], shown, concurrency_id="store")
 
 
-def picture_of(label: str, name: str, height: int | None = 400) -> Any:
+def picture_of(label: str | None, name: str, height: int | None = 400) -> Any:
     """Returns a widget that shows a picture; it has no button that sends it elsewhere."""
-    buttons: list[Any] = ["download", "fullscreen"]
-    return gr.Image(label=label, interactive=False, format="png", buttons=buttons, elem_id=name, height=height)
+    about: dict[str, Any] = {"label": label, "show_label": label is not None, "elem_id": name, "height": height}
+    return gr.Image(interactive=False, format="png", buttons=["download", "fullscreen"], **about)
 
 
 _number = itertools.count()

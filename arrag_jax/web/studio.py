@@ -152,8 +152,11 @@ def marked(image: RGBImage, position: int, grid: tuple[int, int]) -> UInt8[np.nd
 FRAME = 3  # pixels
 
 
-def origin(drawn: Drawn, position: int) -> tuple[RGBImage | None, str]:
-    """Returns the stored image behind a position, with its patch marked, and what is known of it in words."""
+def origin(drawn: Drawn, position: int) -> tuple[RGBImage | None, str, str]:
+    """Returns the stored image behind a position, with its patch marked, what is known of it in words, and its name.
+
+    Without such an image, that is None and its name is empty.
+    """
     cell, grid = drawn.record["cells"][position], drawn.pipeline.model.grid
     row, column = divmod(position, grid[1])
     where = f"Row {row + 1}, column {column + 1}: code {cell['code']}. "
@@ -164,23 +167,26 @@ def origin(drawn: Drawn, position: int) -> tuple[RGBImage | None, str]:
         more = "more" if moved >= 0 else "less"
         effect = f"Retrieval made it {np.exp(min(abs(moved), 50)):,.3g} times {more} likely (log p {moved:+.3f})."
     if cell["image"] is None:
-        return None, f"{where}No neighbour holds this code. {effect}"
+        return None, f"{where}No neighbour holds this code. {effect}", ""
     source = drawn.pipeline.search_of(drawn.ask.method).store.sources[cell["image"]]
-    held = f"{cell['copies']:,} stored patches in {cell['images']:,} images are equal to it"
+    many = cell["copies"] > 1
+    held = f"{cell['copies']:,} stored {'patches are' if many else 'patch is'} equal to it"
+    held += f", in {cell['images']:,} images" if cell["images"] > 1 else ""
     share = "" if cell["retrieved"] is None else f" {cell['retrieved']:.0%} of this draw is retrieval's."
     words = (
         f"{where}Neighbour {cell['rank'] + 1}, squared distance {cell['distance']:.4g}, from `{source}`; {held}. "
         f"{effect}{share}"
     )
     stored = stored_images(drawn.pipeline, drawn.ask.method, [cell["image"]])[cell["image"]]
-    return marked(stored, cell["image_cell"], grid), words
+    return marked(stored, cell["image_cell"], grid), words, source
 
 
 def sources(drawn: Drawn) -> list[tuple[RGBImage, str]]:
     """Returns the stored images with the most positions of a picture, with a caption each."""
     told = drawn.record["sources"]
     images = stored_images(drawn.pipeline, drawn.ask.method, [each["image"] for each in told]) if told else {}
-    return [(enlarged(images[each["image"]]), f"{each['source']}: {each['cells']} cells") for each in told]
+    captions = [f"{each['cells']} cell{'s' * (each['cells'] > 1)}: {each['source']}" for each in told]
+    return [(enlarged(images[each["image"]]), caption) for each, caption in zip(told, captions, strict=True)]
 
 
 def audit(record: Mapping[str, Any]) -> str:
