@@ -70,7 +70,7 @@ def test_a_drawing_is_what_its_command_draws_and_every_cell_is_told(tmp_path, tm
     np.testing.assert_array_equal(forming[-1].picture, drawn.picture)
     words = shlex.split(studio.command(drawn, "emoji_daid"))[3:]
     kept = [f"--workdir={tmp_path}" if word.startswith("--workdir") else word for word in words]
-    model = [f"--config.model={drawings.MODEL}", "--scale=1", "--config.mesh.data=1"]
+    model = [f"--config.model={drawings.MODEL}", "--config.mesh.data=1"]
     assert running.run(capsys, monkeypatch, "generate", *kept, *model).code == 0
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "00_caption.png")), drawn.picture)
     for position, cell in enumerate(drawn.record["cells"]):

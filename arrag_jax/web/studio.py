@@ -211,7 +211,8 @@ def command(drawn: Drawn, config: str) -> str:
     """
     ask, base = drawn.ask, drawn.pipeline.config
     words = ["python", "-m", "arrag_jax.generate", f"--config={config}", "--workdir=pictures", f"--method={ask.method}"]
-    words += [f"--prompt={ask.prompt}", f"--config.seed={ask.seed}", f"--config.retrieval.store={base.retrieval.store}"]
+    words += ["--scale=1", f"--prompt={ask.prompt}", f"--config.seed={ask.seed}"]
+    words += [f"--config.retrieval.store={base.retrieval.store}"]
     words += [f"--config.retrieval.search={base.retrieval.search}", f"--config.retrieval.k={base.retrieval.k}"]
     words += [f"--config.hidden.k={base.hidden.k}"]
     for section in ("daid", "caption.daid", "hidden.daid", "hidden.gated", "hidden.gated_caption", "hidden.cut"):
