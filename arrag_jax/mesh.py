@@ -189,6 +189,17 @@ def put_whole_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, ja
     return jax.device_put(dict(batch), NamedSharding(mesh, spec))
 
 
+def compiler_options(shardings: PyTree) -> dict[str, str]:
+    """Returns compiler options for a training step whose state has these shardings.
+
+    On a TPU, XLA turns the gathering of a weight and its product into a loop over the devices' shares, which reads and
+    writes the product's sum once per share. With large batches that costs more than it hides, so it is turned off.
+    """
+    meshes = [leaf.mesh for leaf in jax.tree.leaves(shardings) if isinstance(leaf, NamedSharding)]
+    on_tpus = bool(meshes) and meshes[0].size > 1 and meshes[0].devices.flat[0].platform == "tpu"
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if on_tpus else {}
+
+
 def context(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """Returns the context in which programs for a mesh are traced: ``split_rows`` and ``on_own_rows`` ask for it."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

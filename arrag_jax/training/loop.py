@@ -28,7 +28,7 @@ from arrag_jax.config import TrainConfig
 from arrag_jax.data.loader import make_loader
 from arrag_jax.errors import UserError
 from arrag_jax.files import atomic_folder
-from arrag_jax.mesh import check_batch_size, fetched, make_mesh, put_batch, put_whole_batch
+from arrag_jax.mesh import check_batch_size, compiler_options, fetched, make_mesh, put_batch, put_whole_batch
 from arrag_jax.processes import require_same
 from arrag_jax.training.checkpoint import Checkpoints, claimed, newest_step
 from arrag_jax.training.metrics import Journal, training_minutes
@@ -114,7 +114,9 @@ def make_train_step(
         loss, metrics = task.loss(model, batch, key)
         return loss, ({"loss": loss, **metrics}, split(model, task.trainable)[3])
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    out, extra = None if shardings is None else (shardings, None), compiler_options(shardings)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=out, compiler_options=extra)
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Scalars]:
         loss_key, update_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
         grads, metrics, rest = mean_gradient(loss_of, state.params, frozen, state.rest, batch, loss_key)
