@@ -164,15 +164,17 @@ def test_a_mesh_trains_as_one_device(folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_blenders_form_goes_by_a_devices_own_cells(folder, monkeypatch):
-    """Of the mesh in use, not of the host."""
+    """Of the mesh in use, not of the host; devices that split the kernels compose together."""
     seen = []
-    monkeypatch.setattr(blend_ops, "cheaper_composed", lambda hops, positions, width: bool(seen.append(positions)))
+    monkeypatch.setattr(
+        blend_ops, "cheaper_composed", lambda hops, positions, width, shares: bool(seen.append((positions, shares)))
+    )
     for shape in (MeshConfig(1, 1), MeshConfig(2, 4)):
         task = make_task(workshop.config(folder, mesh=shape))
         model = task.init_model(nnx.Rngs(0))
         with jax.set_mesh(mesh.make_mesh(shape)):
             jax.eval_shape(task.eval_metrics, model, first_batch(task))
-    assert seen == [8 * 144] * 2 + [144] * 2
+    assert seen == [(8 * 144, 1)] * 2 + [(144, 4)] * 2
 
 
 def first_step(config):
