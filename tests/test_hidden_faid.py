@@ -22,6 +22,7 @@ from arrag_jax.decode.loop import sample
 from arrag_jax.decode.policies import Daid, Faid
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.pipeline import open_pipeline
+from arrag_jax.evaluation.run_record import method_facts
 from arrag_jax.interfaces import BlendingBackbone, StatefulBackbone, WindowBackbone
 from arrag_jax.mesh import make_mesh
 from arrag_jax.models.checkpoint import load_model, load_prompts, save_model
@@ -150,6 +151,9 @@ def test_methods_draw_with_the_base_beside_the_tuned_model(store, base, tuned, t
         alone = sample(model, text(PROMPTS), policy, retriever, seed=SEEDS, **dataclasses.asdict(config.sampling))
         np.testing.assert_array_equal(batch.drawn.codes, alone.codes)
         np.testing.assert_array_equal(batch.drawn.weight, alone.weight)
+        facts = method_facts(pipeline, method)  # a record names both models
+        assert (facts["model"], facts["base"]) == (str(tmp_path), MODEL)
+        assert facts["model_sha256"] != facts["base_sha256"]
     with pytest.raises(UserError, match=r"needs another model: give config\.hidden\.faid_model"):
         open_pipeline(dataclasses.replace(config, hidden=HiddenConfig()), ("faid+hidden",))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from arrag_jax.decode.methods import METHODS
+from arrag_jax.decode.methods import METHODS, Kind
 from arrag_jax.errors import UserError
 from arrag_jax.evaluation.pipeline import Pipeline
 from arrag_jax.files import sha256_of, write_json
@@ -26,6 +26,8 @@ def method_facts(pipeline: Pipeline, method: str) -> dict[str, Any]:
     policy: Any = pipeline.policy(method)
     folder, config = pipeline.folders[method], pipeline.config
     facts: dict[str, Any] = {"model": folder, "model_sha256": _sha256_of_model(folder)}
+    if METHODS[method].model is Kind.FAID_HIDDEN:  # the base's states find the neighbours
+        facts |= {"base": config.model, "base_sha256": _sha256_of_model(config.model)}
     if config.int8:  # absent otherwise, as in older records
         facts["int8"] = True
     if not policy.uses_retrieval:
