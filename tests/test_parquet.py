@@ -225,6 +225,7 @@ def test_a_file_that_is_cut_off_is_told(tmp_path, bytes_left):
 
 def test_memory_holds_row_groups_and_not_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "KEPT", 0)
+    monkeypatch.setattr(parquet, "_GROUPS", parquet._Groups())  # other tests' groups would be forgotten in between
     noise, group = np.random.default_rng(0), 4 * 2**18
     path = tables.write(tmp_path / "x.parquet", {"image": [noise.bytes(2**18) for _ in range(80)]}, rows=4)
     base, most = pa.total_allocated_bytes(), 0
