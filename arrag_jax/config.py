@@ -214,9 +214,7 @@ class DatastoreConfig(Settings):
     keys: tuple[str, ...] = ("codebook",)
     hidden_numbers: int = 64  # numbers per hidden key, each one byte
     captions: bool = False  # store captions, to search by them; an image file's caption is a .txt or .json beside it
-    rights: bool = (
-        False  # store licences and sources: from the .json beside an image, or columns or features of those names
-    )
+    rights: bool = False  # store licences and sources, from the .json beside an image, or columns or features
     indexes: tuple[str, ...] = ("codebook",)  # kinds of key to build a ScaNN index for
     # Searchers per index; a search that is sharded over a mesh needs one per device. The build holds the float32 keys
     # of one searcher in memory: 128 bytes per unique context (1.3 GB for 10^7), plus what ScaNN makes of them.

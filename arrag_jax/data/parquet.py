@@ -226,12 +226,10 @@ class Table:
             return [convert(value) for value in table.column(name)] if name else [""] * len(sizes)
 
         keys, status = texts(columns.key), texts(columns.status)
-        words, pairs = (
-            texts(columns.caption, caption_text),
-            zip(texts(columns.licence), texts(columns.source), strict=True),
-        )
-        for i, (size, key, word, why, pair) in enumerate(zip(sizes, keys, words, status, pairs, strict=True)):
-            rights = rights_of(dict(zip(("licence", "source"), pair, strict=True)))
+        words, licences, origins = texts(columns.caption, caption_text), texts(columns.licence), texts(columns.source)
+        rows = zip(sizes, keys, words, status, licences, origins, strict=True)
+        for i, (size, key, word, why, licence, origin) in enumerate(rows):
+            rights = rights_of({"licence": licence, "source": origin})
             yield Row(first + i, key, size, word, why if size is None else "", rights)
 
 

@@ -117,15 +117,14 @@ class Passes:
           given: codes that are taken instead of draws; -1 = the draw. None = all draws. Known codes go first.
         """
         known = None if self.known is None else jnp.repeat(self.known, len(drawn) // len(self.known), axis=0)
-        rows, complete = len(drawn), jnp.asarray(has_context(*self.model.grid))[position]
+        at, complete = jnp.broadcast_to(position, (len(drawn),)), jnp.asarray(has_context(*self.model.grid))[position]
         looked = None
         if isinstance(self.retriever, StateRetriever):
             looked, complete = run.look(), jnp.asarray(True)
-            at = jnp.broadcast_to(position, (rows,))
             neighbors = self.retriever.search_states(run.states_of(looked[0]), drawn, at)
         elif isinstance(self.retriever, AroundRetriever):
             complete = jnp.asarray(True)  # a search without a context finds nothing, which changes nothing
-            around = jnp.asarray(around_positions(*self.model.grid))[jnp.broadcast_to(position, (rows,))]
+            around = jnp.asarray(around_positions(*self.model.grid))[at]
             neighbors = self.retriever.search_around(around_codes(drawn, known, around))
         else:
             neighbors = self._neighbors(drawn, position)
@@ -135,7 +134,7 @@ class Passes:
         log_p_model = truncate(guided, sampling.temperature, sampling.top_k, sampling.top_p)
         log_p = self.policy.log_probs(log_p_model, neighbors, complete)
         if self.stored is not None and sampling.max_copied_cells is not None:
-            log_p = without(log_p, guided, self._forbidden(self.stored, drawn, position, known))
+            log_p = without(log_p, guided, self._forbidden(self.stored, drawn, at, known))
         code = draw(log_p, keys, position, sampling.greedy)
         if given is not None:
             code = jnp.where(given >= 0, given, code)
@@ -148,7 +147,7 @@ class Passes:
         return record._replace(log_probs=log_p if self.return_log_probs else None), cache
 
     def _forbidden(
-        self, stored: StoredImages, drawn: Int[Array, "n T"], position: Int[Array, "*n"], known: Any
+        self, stored: StoredImages, drawn: Int[Array, "n T"], at: Int[Array, " n"], known: Any
     ) -> Bool[Array, "n V"]:
         """Returns which codes would make a copied run too large.
 
@@ -156,7 +155,6 @@ class Passes:
         """
         (rows, cells), size, most = drawn.shape, self.model.codebook_size, self.sampling.max_copied_cells
         assert most is not None
-        at = jnp.broadcast_to(position, (rows,))
         codes = jnp.where(jnp.arange(cells)[None] < at[:, None], drawn, -1)
         codes = codes if known is None else jnp.where(known >= 0, known, codes)
         there = jnp.zeros((rows, size + 1), bool).at[jnp.arange(rows)[:, None], codes].set(True)  # -1 is the last one

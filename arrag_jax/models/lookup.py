@@ -81,22 +81,20 @@ class LookupModel(nnx.Module):
         self, hidden: Float[Array, "R E"], cache: Cache, position: Int[Array, ""], features: Any = None
     ) -> tuple[Float[Array, "R D"], Cache]:
         """Runs the base, or, with features, the tuned model, at one position; the other's cache stays."""
-        (of_tuned, of_base), (tuned, base) = jnp.split(hidden, 2, axis=-1), cache
-        if features is None:
-            state, base = self.base.step_state(of_base, base, position)
-        else:
-            state, tuned = self.tuned.step_state(of_tuned, tuned, position, features)
-        return state, (tuned, base)
+        return self._run("step_state", hidden, cache, position, features)
 
     def step_states(
         self, hidden: Float[Array, "R S E"], cache: Cache, first: Int[Array, "*R"], features: Any = None
     ) -> tuple[Float[Array, "R S D"], Cache]:
         """Runs the same at several positions."""
+        return self._run("step_states", hidden, cache, first, features)
+
+    def _run(self, name: str, hidden: Array, cache: Cache, at: Array, features: Any) -> tuple[Array, Cache]:
         (of_tuned, of_base), (tuned, base) = jnp.split(hidden, 2, axis=-1), cache
         if features is None:
-            states, base = self.base.step_states(of_base, base, first)
+            states, base = getattr(self.base, name)(of_base, base, at)
         else:
-            states, tuned = self.tuned.step_states(of_tuned, tuned, first, features)
+            states, tuned = getattr(self.tuned, name)(of_tuned, tuned, at, features)
         return states, (tuned, base)
 
     def step(

@@ -6,14 +6,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from arrag_jax.config import NeighborsConfig
 from arrag_jax.data import sources
 from arrag_jax.files import require_within
-from arrag_jax.interfaces import ImageTokenizer, StatefulBackbone
+from arrag_jax.interfaces import ImageTokenizer
 from arrag_jax.models.checkpoint import load_model, load_prompts, load_tokenizer
 from arrag_jax.ops.keys import KEY_KINDS
 from arrag_jax.ops.keys.hidden import project
@@ -42,10 +42,9 @@ def build(config: NeighborsConfig, directory: Path, engine: Engine = HERE) -> No
     Raises:
       UserError: as in ``load_retriever``, ``ImageSource`` and ``writer.build_neighbor_set``.
     """
-    start, tokenizer = time.perf_counter(), load_tokenizer(config.model)
+    start = time.perf_counter()
     config = dataclasses.replace(config, retrieval=resolved(config.retrieval))
-    backbone = _backbone_of(config)
-    store, retriever = load_retriever(config.retrieval, tokenizer.fingerprint, backbone=backbone)
+    tokenizer, store, retriever = _opened(config)
     named = {"train": config.train_split, "valid": config.valid_split}
     splits = {require_within(directory, directory / name): split for name, split in named.items()}
     there = {folder: state_of(NeighborSet, folder) for folder in splits}
@@ -60,13 +59,13 @@ def build(config: NeighborsConfig, directory: Path, engine: Engine = HERE) -> No
     for folder, split in splits.items():
         images = source.images(split)
         number = there[folder][1].num_images if state == "whole" else len(images)
-        settings = settings_of(config, store, tokenizer, split, number, backbone)
+        settings = settings_of(config, store, tokenizer, split, number)
         jobs[folder] = images, dataclasses.replace(settings, origin=origin_of(config.source), beside=source.beside)
     for folder, (_, settings) in jobs.items():
         require_same_settings(NeighborSet, folder, settings)  # both are checked before the first build starts
     source.keep_listing()
     encode = encoder(tokenizer)
-    search = Opened(functools.partial(_open_search, config), _search(config, store, retriever))
+    search = Opened(functools.partial(_open_search, config), _search(config, tokenizer, store, retriever))
     for folder, (images, settings) in jobs.items():
         encoded = Opened(
             functools.partial(_encoded_again, config, splits[folder], directory / LISTING),
@@ -77,27 +76,26 @@ def build(config: NeighborsConfig, directory: Path, engine: Engine = HERE) -> No
     (directory / LISTING).unlink(missing_ok=True)
 
 
-def _backbone_of(config: NeighborsConfig) -> str:
-    """Returns the fingerprint of the backbone whose states are searched; "" for keys of the context."""
-    by_state = KEY_KINDS[config.retrieval.keys].query_from == "state"
-    return backbone_of(load_model(config.model), config.retrieval.keys) if by_state else ""
+def _opened(config: NeighborsConfig) -> tuple[Any, Datastore, Any]:
+    """Returns the model (its tokenizer alone, unless its states are searched), the store and the search."""
+    keys = config.retrieval.keys
+    model: Any = (load_model if KEY_KINDS[keys].query_from == "state" else load_tokenizer)(config.model)
+    return model, *load_retriever(config.retrieval, model.fingerprint, backbone=backbone_of(model, keys))
 
 
-def _search(config: NeighborsConfig, store: Datastore, retriever: Any) -> writer.Search:
+def _search(config: NeighborsConfig, model: Any, store: Datastore, retriever: Any) -> writer.Search:
     """Returns the leave-one-out search of images of the config's source."""
     by_state = isinstance(retriever, HiddenRetriever)
     local = retriever.local if by_state else retriever  # a dense or a ScaNN search, as there is no mesh
     leave_one_out = LeaveOneOut(store, names_in(store), local, config.retrieval.keys)
-    name_of, model = names_below(config.source), load_model(config.model) if by_state else None
-    text = load_prompts(config.model) if by_state else None
+    name_of, text = names_below(config.source), load_prompts(config.model) if by_state else None
 
     def search(
         codes: np.ndarray, ids: Sequence[str], captions: Sequence[str], count: Callable[[int], Any]
     ) -> Neighbors:
         states = None
-        if isinstance(retriever, HiddenRetriever):
-            assert text is not None
-            reader = Reader(cast(StatefulBackbone, model), text, prompts_of(text, captions), config.batch_size)
+        if text is not None:
+            reader = Reader(model, text, prompts_of(text, captions), config.batch_size)
             table = np.asarray(retriever.table)
             parts = [project(table, known.states) for known in reader.read(codes.reshape(len(codes), -1), captions)]
             states = np.concatenate(parts).reshape(-1, table.shape[1])
@@ -108,8 +106,7 @@ def _search(config: NeighborsConfig, store: Datastore, retriever: Any) -> writer
 
 def _open_search(config: NeighborsConfig) -> writer.Search:
     """Opens the search in a process that did not begin the build."""
-    fingerprint, backbone = load_tokenizer(config.model).fingerprint, _backbone_of(config)
-    return _search(config, *load_retriever(config.retrieval, fingerprint, backbone=backbone))
+    return _search(config, *_opened(config))
 
 
 def _encoded_again(config: NeighborsConfig, split: str, listing: Path) -> EncodedImages:
@@ -120,13 +117,9 @@ def _encoded_again(config: NeighborsConfig, split: str, listing: Path) -> Encode
 
 
 def settings_of(
-    config: NeighborsConfig, store: Datastore, tokenizer: ImageTokenizer, split: str, num_images: int, backbone: str
+    config: NeighborsConfig, store: Datastore, tokenizer: ImageTokenizer, split: str, num_images: int
 ) -> NeighborSettings:
-    """Returns the settings of a split's neighbour set.
-
-    Args:
-      backbone: fingerprint of the backbone whose states are searched; "" for keys of the context.
-    """
+    """Returns the settings of a split's neighbour set."""
     search = config.retrieval
     return NeighborSettings(
         fingerprint=store.settings.fingerprint,
@@ -144,7 +137,7 @@ def settings_of(
         num_images=num_images,
         shard_size=config.shard_size,
         columns=config.columns,
-        backbone=backbone,
+        backbone=backbone_of(tokenizer, search.keys),
         store=search.store,
         command=" ".join(["python -m arrag_jax.build_neighbors", *sys.argv[1:]]),
     )
